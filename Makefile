@@ -1,0 +1,46 @@
+# Every verb makes .venv itself. Arguments for a program: make demo ARGS="--data DIR", make test ARGS="-k philox".
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) kernels/cpu/build.py
+INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
+
+.PHONY: help demo test check bench build clean
+
+help:
+	@echo "make demo   train, attack and report on real images (a few minutes)"
+	@echo "make test   all tests"
+	@echo "make check  ruff"
+	@echo "make bench  benchmarks"
+	@echo "make build  sdist and wheel into dist/"
+	@echo "make clean  remove .venv and everything built"
+
+demo: $(VENV)/installed-demo
+	$(BIN)/rse-fast demo $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/installed-test
+	$(BIN)/ruff check .
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m bench $(ARGS)
+
+# The sdist first, then the wheel from the sdist: so the sdist is known to be complete.
+build: $(VENV)/installed-test
+	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/cpu/librse_fast_cpu.* kernels/cpu/library_problem.txt
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra, so that the demo does not wait for what only the tests need. A changed C++ file reinstalls, which rebuilds.
+$(VENV)/installed-%: $(INPUTS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[$*]"
+	@touch $@
