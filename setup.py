@@ -53,7 +53,7 @@ class BuildLibrary(Command):
             reason, _, details = str(error).partition("\n")
             if details:
                 print(details, file=sys.stderr)
-            advice = "install with `pip install -v` to see its messages" if details else "install a C++17 compiler (g++ or clang++) and ninja"
+            advice = "see its messages with `pip install -v`" if details else "install a C++17 compiler (g++ or clang++) and ninja"
             text = (
                 f"the CPU library was not built when rse-fast was installed: {reason}. Everything runs, more slowly, on the plain-torch "
                 f"path; to get the library, {advice}, then reinstall rse-fast."
