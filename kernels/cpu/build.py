@@ -23,7 +23,11 @@ UNITS = {
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }
-COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
+COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+# Every path through a unit must round alike, whatever the compiler could fuse (see madd in vec.h).
+COMMON += ("-ffp-contract=off",)
+# GCC's own AVX-512 headers read an undefined vector on purpose, and older versions warn of it at every inlined use.
+COMMON += ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 OPENMP = "-fopenmp"
 
 # Left beside the modules when there is no library: the reason, which the loader and `rse-fast doctor` repeat.

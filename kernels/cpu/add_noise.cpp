@@ -1,0 +1,219 @@
+// One unit of y = act(x * scale + shift) + sigma * eps: compiled once per instruction set, with RSE_UNIT naming the unit.
+#include "vec.h"
+
+#define RSE_CONCAT_(a, b) a##b
+#define RSE_CONCAT(a, b) RSE_CONCAT_(a, b)
+
+namespace rse {
+namespace {
+
+constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;  // Philox4x32 multipliers
+constexpr uint32_t kW0 = 0x9E3779B9u, kW1 = 0xBB67AE85u;  // increments of the key
+
+// ------------------------------------------------------------------------------------------------------------------ Philox
+// Philox4x32-10 for one row. Only the first counter word (quad) differs within a row, so half of the first two rounds is the same
+// for all its quads and is done here once.
+// Kept as double words, so that each is one broadcast from memory, on a load port and not on the shuffle port.
+struct Row {
+    uint64_t k0[10], k1[10];
+    uint64_t r1_c2, r2_c0, r2_c2, r2_p0;
+};
+
+RSE_INLINE Row make_row(const Task& t, int64_t row) {
+    Row r;
+    uint32_t k0 = t.key0, k1 = t.key1;
+    for (int i = 0; i < 10; ++i, k0 += kW0, k1 += kW1) r.k0[i] = k0, r.k1[i] = k1;
+    const uint32_t image = t.image0 + uint32_t(row % t.images), draw = t.draw0 + uint32_t(row / t.images);
+    const uint64_t p1 = uint64_t(kM1) * draw;
+    const uint64_t p0 = uint64_t(kM0) * uint32_t(p1 >> 32 ^ image ^ r.k0[0]);
+    r.r1_c2 = t.stream ^ r.k1[0];
+    r.r2_c0 = uint32_t(p1) ^ r.k0[1];
+    r.r2_c2 = p0 >> 32 ^ r.k1[1];
+    r.r2_p0 = uint32_t(p0);
+    return r;
+}
+
+// The counter words live in the low halves of double words; what stands in the high halves never reaches a low half.
+struct State {
+    vq c0, c1, c2, c3;
+};
+
+// The words for the quads whose products M0 * quad are given.
+RSE_INLINE State philox(const Row& r, vq product) {
+    State s;
+    s.c2 = product >> 32 ^ r.r1_c2, s.c3 = product;                                     // round 1
+    const vq p1 = mul_wide(s.c2, kM1);                                                            // round 2
+    s.c0 = p1 >> 32 ^ r.r2_c0, s.c1 = p1, s.c2 = s.c3 ^ r.r2_c2, s.c3 = vq{} + r.r2_p0;
+#pragma GCC unroll 8
+    for (int i = 2; i < 10; ++i) {
+        const vq a = mul_wide(s.c0, kM0), b = mul_wide(s.c2, kM1);
+        s.c0 = b >> 32 ^ s.c1 ^ r.k0[i], s.c1 = b;
+        s.c2 = a >> 32 ^ s.c3 ^ r.k1[i], s.c3 = a;
+    }
+    return s;
+}
+
+// kLanes quads at a time, as running products M0 * quad (exact in 64 bits: both factors are 32-bit words).
+struct Quads {
+    vq even{}, odd{};
+    // Lane i starts at quad first + step * order(i).
+    template <typename Order> RSE_INLINE Quads(uint64_t first, uint64_t step, Order order) {
+        for (int i = 0; i < kLanes / 2; ++i) {
+            even[i] = kM0 * (first + step * order(2 * i));
+            odd[i] = kM0 * (first + step * order(2 * i + 1));
+        }
+    }
+    RSE_INLINE void advance(uint64_t quads) { even += kM0 * quads, odd += kM0 * quads; }
+};
+
+// The four normals of each quad, times gain: z[j] holds lane j of kLanes quads.
+RSE_INLINE void normals(const Row& row, const Quads& q, vf gain, vf z[4]) {
+    const State a = philox(row, q.even), b = philox(row, q.odd);
+    const vf r0 = radius(interleave_low(a.c0, b.c0)) * gain, r1 = radius(interleave_low(a.c2, b.c2)) * gain;
+    vf c, s;
+    cos_sin(interleave_low(a.c1, b.c1), c, s);
+    z[0] = r0 * c, z[1] = r0 * s;
+    cos_sin(interleave_low(a.c3, b.c3), c, s);
+    z[2] = r1 * c, z[3] = r1 * s;
+}
+
+// ------------------------------------------------------------------------------------------------------------------ layouts
+template <Dtype D> using T = typename Element<D>::type;
+
+// act(a * scale + shift) + sigma * z. The same operations in the same order in every walk.
+template <bool kAffine, bool kRelu> RSE_INLINE vf combine(vf a, vf z, vf sigma, vf scale, vf shift) {
+    if constexpr (kAffine) a = madd(a, scale, shift);
+    if constexpr (kRelu) a = relu(a);
+    return madd(z, sigma, a);
+}
+
+// One sigma for all channels is folded into the radius, and the per-channel factor is then 1.
+template <bool kAffine> RSE_INLINE bool folds(const Task& t) { return !kAffine && !t.sigma_varies; }
+
+// Elements in the order of their quads, as [S, C] lies in memory when C is a multiple of 4.
+template <Dtype D, bool kFold, bool kAffine, bool kRelu>
+void flat(const Task& t, const T<D>* x, T<D>* y, const Row& row, int64_t quad, int64_t count) {
+    constexpr int kBlock = 4 * kLanes;
+    const int64_t channels = 4 * groups(t);
+    const vf one = splat(1.0f), gain = kFold ? splat(t.sigma[0]) : one;
+    Quads quads(quad, 1, flat_quad);
+    int64_t channel = 4 * quad % channels;
+    const auto block = [&](const T<D>* in, T<D>* out) {
+        vf z[4];
+        normals(row, quads, gain, z);
+        transpose(z);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const int64_t c = channel + j * kLanes;
+            const vf sigma = kFold ? one : read<vf>(t.sigma + c);
+            const vf scale = kAffine ? read<vf>(t.scale + c) : one, shift = kAffine ? read<vf>(t.shift + c) : one;
+            z[j] = combine<kAffine, kRelu>(load<D>(in + j * kLanes), z[j], sigma, scale, shift);
+        }
+        store_pair<D>(out, z[0], z[1]);
+        store_pair<D>(out + 2 * kLanes, z[2], z[3]);
+    };
+    int64_t n = 4 * count;
+    for (; n >= kBlock; n -= kBlock, x += kBlock, y += kBlock) {
+        block(x, y);
+        quads.advance(kLanes);
+        channel += kBlock;
+        if (channel >= channels) channel %= channels;
+    }
+    if (n) {
+        T<D> in[kBlock] = {}, out[kBlock];
+        std::memcpy(in, x, n * sizeof(T<D>));
+        block(in, out);
+        std::memcpy(y, out, n * sizeof(T<D>));
+    }
+}
+
+// [C, S] in memory: vectors run along S, the four words of a quad go to four planes.
+template <Dtype D, bool kAffine, bool kRelu>
+void planar(const Task& t, const T<D>* x, T<D>* y, const Row& row, int64_t group, int64_t first, int64_t count) {
+    const int64_t step = groups(t), planes = min(4, t.channels - 4 * group);
+    const bool fold = folds<kAffine>(t);
+    const vf one = splat(1.0f), gain = fold ? splat(t.sigma[0]) : one;
+    Quads quads(first * step + group, step, [](int lane) { return lane; });
+    const auto block = [&](int64_t s, int64_t n) {
+        vf z[4];
+        normals(row, quads, gain, z);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            if (j >= planes) break;
+            const int64_t c = 4 * group + j, at = c * t.spatial + s;
+            const bool whole = n == kLanes;
+            T<D> edge[kLanes] = {};
+            if (!whole) std::memcpy(edge, x + at, n * sizeof(T<D>));
+            const vf sigma = fold ? one : splat(t.sigma[c]);
+            const vf scale = kAffine ? splat(t.scale[c]) : one, shift = kAffine ? splat(t.shift[c]) : one;
+            store<D>(whole ? y + at : edge, combine<kAffine, kRelu>(load<D>(whole ? x + at : edge), z[j], sigma, scale, shift));
+            if (!whole) std::memcpy(y + at, edge, n * sizeof(T<D>));
+        }
+    };
+    int64_t s = first;
+    const int64_t end = first + count;
+    for (; s + kLanes <= end; s += kLanes, quads.advance(kLanes * step)) block(s, kLanes);
+    if (s < end) block(s, end - s);
+}
+
+// Anything else: gathered into quad order, then as `flat`. Lanes beyond the last channel are computed and dropped.
+template <Dtype D, bool kFold, bool kAffine, bool kRelu>
+void scattered(const Task& t, const T<D>* x, T<D>* y, const Row& row, int64_t quad, int64_t count) {
+    const bool is_flat = t.layout == Layout::flat;
+    const int64_t per_position = groups(t), stride_s = is_flat ? t.channels : 1, stride_c = is_flat ? 1 : t.spatial;
+    T<D> buffer[4 * kTile] = {};
+    const auto each = [&](auto&& visit) {
+        int64_t s = quad / per_position, group = quad % per_position;
+        for (int64_t q = 0; q < count; ++q) {
+            const int64_t lanes = min(4, t.channels - 4 * group), at = s * stride_s + 4 * group * stride_c;
+            for (int64_t j = 0; j < lanes; ++j) visit(4 * q + j, at + j * stride_c);
+            if (++group == per_position) group = 0, ++s;
+        }
+    };
+    each([&](int64_t i, int64_t at) { buffer[i] = x[at]; });
+    flat<D, kFold, kAffine, kRelu>(t, buffer, buffer, row, quad, count);
+    each([&](int64_t i, int64_t at) { y[at] = buffer[i]; });
+}
+
+// -------------------------------------------------------------------------------------------------------------------- tiles
+template <Dtype D, bool kAffine, bool kRelu> void run(const Task& t, int64_t begin, int64_t end) {
+    const int64_t elements = t.channels * t.spatial, quads = groups(t) * t.spatial;
+    const int64_t tiles = tiles_per_row(t), tiles_per_group = ceil_div(t.spatial, kTile);
+    for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t r = tile / tiles, part = tile % tiles;
+        const T<D>* x = static_cast<const T<D>*>(t.x) + (t.rows == t.images ? r % t.images : r) * elements;
+        T<D>* y = static_cast<T<D>*>(t.y) + r * elements;
+        const Row row = make_row(t, r);
+        if (walk(t) == Walk::planar) {
+            const int64_t first = part % tiles_per_group * kTile;
+            planar<D, kAffine, kRelu>(t, x, y, row, part / tiles_per_group, first, min(kTile, t.spatial - first));
+            continue;
+        }
+        const int64_t quad = part * kTile, count = min(kTile, quads - quad);
+        const bool fold = folds<kAffine>(t);
+        if (walk(t) == Walk::scattered)
+            fold ? scattered<D, true, kAffine, kRelu>(t, x, y, row, quad, count) : scattered<D, false, kAffine, kRelu>(t, x, y, row, quad, count);
+        else
+            fold ? flat<D, true, kAffine, kRelu>(t, x + 4 * quad, y + 4 * quad, row, quad, count)
+                 : flat<D, false, kAffine, kRelu>(t, x + 4 * quad, y + 4 * quad, row, quad, count);
+    }
+}
+
+template <Dtype D> void run_typed(const Task& t, int64_t begin, int64_t end) {
+    if (t.affine)
+        t.relu ? run<D, true, true>(t, begin, end) : run<D, true, false>(t, begin, end);
+    else
+        t.relu ? run<D, false, true>(t, begin, end) : run<D, false, false>(t, begin, end);
+}
+
+}  // namespace
+
+void RSE_CONCAT(add_noise_, RSE_UNIT)(const Task& t, int64_t begin, int64_t end) {
+    switch (t.dtype) {
+        case Dtype::f32: return run_typed<Dtype::f32>(t, begin, end);
+        case Dtype::bf16: return run_typed<Dtype::bf16>(t, begin, end);
+        case Dtype::f16: return run_typed<Dtype::f16>(t, begin, end);
+    }
+}
+
+}  // namespace rse

@@ -1,0 +1,46 @@
+// y = act(x * scale + shift) + sigma * eps on the CPU: what dispatch.cpp and the units (one per instruction set) share.
+#pragma once
+#include <cstdint>
+
+namespace rse {
+
+enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Layout : int32_t { planar = 0, flat = 1 };  // a sample is [C, S] or [S, C] in memory
+
+// One call. Rows of y are r = d * images + i; x has `rows` rows, either `images` (each read `draws` times) or images * draws.
+struct Task {
+    const void* x;
+    void* y;
+    Dtype dtype;
+    Layout layout;
+    int64_t rows, images, draws, channels, spatial;
+    uint32_t key0, key1, stream, image0, draw0;
+    // One value per channel, channels padded to whole quads, then repeated for kPeriod more entries: a vector load never wraps.
+    const float *sigma, *scale, *shift;
+    bool sigma_varies, affine, relu;
+};
+
+constexpr int64_t kPeriod = 64;  // elements of the widest block: 16 quads
+constexpr int64_t kTile = 256;   // quads in a tile, the unit of work that threads share
+
+// Processes tiles [begin, end) of the task's images * draws * tiles_per_row(task).
+using Unit = void (*)(const Task&, int64_t begin, int64_t end);
+
+// How a row is walked: as it lies in memory, plane by plane, or through a small buffer where neither fits.
+enum class Walk { flat, planar, scattered };
+
+// Functions here are static: one copy per unit, compiled with the unit's own flags.
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t groups(const Task& t) { return ceil_div(t.channels, 4); }
+
+static inline Walk walk(const Task& t) {
+    if (t.layout == Layout::flat) return t.channels % 4 == 0 ? Walk::flat : Walk::scattered;
+    return t.spatial >= 16 ? Walk::planar : Walk::scattered;
+}
+
+static inline int64_t tiles_per_row(const Task& t) {
+    return walk(t) == Walk::planar ? groups(t) * ceil_div(t.spatial, kTile) : ceil_div(groups(t) * t.spatial, kTile);
+}
+
+}  // namespace rse

@@ -1,0 +1,149 @@
+// The library's C interface: chooses the unit for this processor and shares the work between threads.
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "add_noise.h"
+
+#define RSE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace rse {
+
+void add_noise_baseline(const Task&, int64_t, int64_t);
+void add_noise_avx2(const Task&, int64_t, int64_t);
+void add_noise_avx512(const Task&, int64_t, int64_t);
+void add_noise_avx512bf16(const Task&, int64_t, int64_t);
+
+namespace {
+
+struct Entry {
+    const char* name;
+    Unit unit;
+    bool runs;
+};
+
+// The units of this library, best first.
+const std::vector<Entry>& entries() {
+    static const std::vector<Entry> all = [] {
+        std::vector<Entry> list;
+#if defined(RSE_HAVE_AVX512) || defined(RSE_HAVE_AVX2)
+        __builtin_cpu_init();
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        (void)avx512;
+#endif
+#ifdef RSE_HAVE_AVX512BF16
+        list.push_back({"avx512bf16", add_noise_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
+#endif
+#ifdef RSE_HAVE_AVX512
+        list.push_back({"avx512", add_noise_avx512, avx512});
+#endif
+#ifdef RSE_HAVE_AVX2
+        list.push_back({"avx2", add_noise_avx2, avx2});
+#endif
+        list.push_back({"baseline", add_noise_baseline, true});
+        return list;
+    }();
+    return all;
+}
+
+const Entry* active = nullptr;
+
+const Entry* find(const char* name) {
+    for (const Entry& e : entries())
+        if (e.runs && (!name || !std::strcmp(e.name, name))) return &e;
+    return nullptr;
+}
+
+const Entry& current() {
+    if (!active) active = find(nullptr);
+    return *active;
+}
+
+// Per-channel values as Task wants them: padded to whole quads, then repeated.
+std::vector<float> periodic(const float* values, int64_t n, int64_t channels, float missing) {
+    const int64_t period = 4 * ceil_div(channels, 4);
+    std::vector<float> out(period + kPeriod);
+    for (int64_t i = 0; i < period + kPeriod; ++i) {
+        const int64_t c = i % period;
+        out[i] = !values ? missing : n == 1 ? values[0] : c < channels ? values[c] : 0.0f;
+    }
+    return out;
+}
+
+}  // namespace
+}  // namespace rse
+
+RSE_EXPORT int rse_abi_version(void) { return 1; }
+
+RSE_EXPORT const char* rse_units(void) {
+    static const std::string names = [] {
+        std::string s;
+        for (const rse::Entry& e : rse::entries())
+            if (e.runs) s += (s.empty() ? "" : ",") + std::string(e.name);
+        return s;
+    }();
+    return names.c_str();
+}
+
+RSE_EXPORT const char* rse_active_unit(void) { return rse::current().name; }
+
+RSE_EXPORT int rse_select_unit(const char* name) {
+    const rse::Entry* e = rse::find(name);
+    if (!e) return -1;
+    rse::active = e;
+    return 0;
+}
+
+// y [draws * images, C, S] = act(x * scale + shift) + sigma * eps, x [rows, C, S] with rows = images or draws * images, both dense in
+// `layout` (0: [C, S] per row, 1: [S, C]). dtype: 0 float32, 1 bfloat16, 2 float16. sigma has 1 or C values; scale and shift have C
+// values or are null. Returns 0, or 1 when out of memory.
+RSE_EXPORT int rse_add_noise(const void* x, void* y, int32_t dtype, int32_t layout, int64_t rows, int64_t images, int64_t draws,
+                             int64_t channels, int64_t spatial, const int64_t* seed, uint32_t stream, uint32_t image0, uint32_t draw0,
+                             const float* sigma, int64_t sigma_count, const float* scale, const float* shift, int32_t relu,
+                             int32_t threads) {
+    using namespace rse;
+    try {
+        const std::vector<float> s = periodic(sigma, sigma_count, channels, 0.0f), a = periodic(scale, channels, channels, 1.0f),
+                                 b = periodic(shift, channels, channels, 0.0f);
+        Task t{};
+        t.x = x, t.y = y, t.dtype = Dtype(dtype), t.layout = spatial == 1 ? Layout::flat : Layout(layout);
+        t.rows = rows, t.images = images, t.draws = draws, t.channels = channels, t.spatial = spatial;
+        t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
+        t.stream = stream, t.image0 = image0, t.draw0 = draw0;
+        t.sigma = s.data(), t.scale = a.data(), t.shift = b.data();
+        t.sigma_varies = sigma_count != 1, t.affine = scale || shift, t.relu = relu != 0;
+
+        Unit unit = current().unit;
+#ifdef RSE_HAVE_AVX512BF16
+        // The hardware's bfloat16 conversion flushes subnormals, which only a channel without noise can produce.
+        if (unit == add_noise_avx512bf16)
+            for (int64_t c = 0; c < sigma_count; ++c)
+                if (sigma[c] == 0.0f) unit = add_noise_avx512;
+#endif
+        const int64_t tiles = images * draws * tiles_per_row(t);
+        constexpr int64_t kGrain = 8;  // tiles worth waking a thread for: about 5 microseconds
+        const int64_t workers = min(threads, ceil_div(tiles, kGrain));
+#ifdef _OPENMP
+        if (workers > 1) {
+#pragma omp parallel num_threads(int(workers))
+            {
+                const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
+                unit(t, tiles * i / n, tiles * (i + 1) / n);
+            }
+            return 0;
+        }
+#endif
+        unit(t, 0, tiles);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}

@@ -1,0 +1,49 @@
+// Constants of the AVX-512 Box-Muller (vec.h), each the float32 nearest to its float64 value; polynomials are minimax fits over the
+// table's interval. -2 ln c - 2 ln 2 is for the c that kLogScale really holds after its rounding.
+#pragma once
+
+namespace rse {
+namespace {
+
+// -2 / c
+alignas(64) constexpr float kLogScale[32] = {
+    -0x1p+2f, -0x1.e9131ap+1f, -0x1.dae608p+1f, -0x1.cd8568p+1f, -0x1.c0e07p+1f, -0x1.b4e81cp+1f, -0x1.a98ef6p+1f, -0x1.9ec8eap+1f,
+    -0x1.948b1p+1f, -0x1.8acb9p+1f, -0x1.818182p+1f, -0x1.78a4c8p+1f, -0x1.702e06p+1f, -0x1.681682p+1f, -0x1.605816p+1f, -0x1.58ed24p+1f,
+    -0x1.51d07ep+1f, -0x1.4afd6ap+1f, -0x1.446f86p+1f, -0x1.3e22ccp+1f, -0x1.381382p+1f, -0x1.323e34p+1f, -0x1.2c9fb4p+1f, -0x1.27350cp+1f,
+    -0x1.21fb78p+1f, -0x1.1cf06ap+1f, -0x1.181182p+1f, -0x1.135c82p+1f, -0x1.0ecf56p+1f, -0x1.0a681p+1f, -0x1.0624dep+1f, -0x1p+1f,
+};
+
+// -2 ln c - 2 ln 2
+alignas(64) constexpr float kLogValue[32] = {
+    0x0p+0f, -0x1.77459cp-4f, -0x1.341d74p-3f, -0x1.a926d8p-3f, -0x1.0d77e8p-2f, -0x1.44d2b4p-2f, -0x1.7ab89p-2f, -0x1.af3c92p-2f,
+    -0x1.e27076p-2f, -0x1.0a325p-1f, -0x1.22941ep-1f, -0x1.3a64c6p-1f, -0x1.51aad8p-1f, -0x1.686c8p-1f, -0x1.7eaf84p-1f, -0x1.94793ep-1f,
+    -0x1.a9ceccp-1f, -0x1.beb4dap-1f, -0x1.d32fe8p-1f, -0x1.e74426p-1f, -0x1.faf586p-1f, -0x1.0723e6p+0f, -0x1.109f3cp+0f, -0x1.19ee6ap+0f,
+    -0x1.23130ep+0f, -0x1.2c0eap+0f, -0x1.34e288p+0f, -0x1.3d9024p+0f, -0x1.4618bep+0f, -0x1.4e7d82p+0f, -0x1.56bf9cp+0f, -0x1.62e43p+0f,
+};
+
+// cos(pi k / 16)
+alignas(64) constexpr float kCos[32] = {
+    0x1p+0f, 0x1.f6297cp-1f, 0x1.d906bcp-1f, 0x1.a9b662p-1f, 0x1.6a09e6p-1f, 0x1.1c73b4p-1f, 0x1.87de2ap-2f, 0x1.8f8b84p-3f,
+    0x0p+0f, -0x1.8f8b84p-3f, -0x1.87de2ap-2f, -0x1.1c73b4p-1f, -0x1.6a09e6p-1f, -0x1.a9b662p-1f, -0x1.d906bcp-1f, -0x1.f6297cp-1f,
+    -0x1p+0f, -0x1.f6297cp-1f, -0x1.d906bcp-1f, -0x1.a9b662p-1f, -0x1.6a09e6p-1f, -0x1.1c73b4p-1f, -0x1.87de2ap-2f, -0x1.8f8b84p-3f,
+    0x0p+0f, 0x1.8f8b84p-3f, 0x1.87de2ap-2f, 0x1.1c73b4p-1f, 0x1.6a09e6p-1f, 0x1.a9b662p-1f, 0x1.d906bcp-1f, 0x1.f6297cp-1f,
+};
+
+// sin(pi k / 16)
+alignas(64) constexpr float kSin[32] = {
+    0x0p+0f, 0x1.8f8b84p-3f, 0x1.87de2ap-2f, 0x1.1c73b4p-1f, 0x1.6a09e6p-1f, 0x1.a9b662p-1f, 0x1.d906bcp-1f, 0x1.f6297cp-1f,
+    0x1p+0f, 0x1.f6297cp-1f, 0x1.d906bcp-1f, 0x1.a9b662p-1f, 0x1.6a09e6p-1f, 0x1.1c73b4p-1f, 0x1.87de2ap-2f, 0x1.8f8b84p-3f,
+    0x0p+0f, -0x1.8f8b84p-3f, -0x1.87de2ap-2f, -0x1.1c73b4p-1f, -0x1.6a09e6p-1f, -0x1.a9b662p-1f, -0x1.d906bcp-1f, -0x1.f6297cp-1f,
+    -0x1p+0f, -0x1.f6297cp-1f, -0x1.d906bcp-1f, -0x1.a9b662p-1f, -0x1.6a09e6p-1f, -0x1.1c73b4p-1f, -0x1.87de2ap-2f, -0x1.8f8b84p-3f,
+};
+
+constexpr float kMinusTwoLn2 = -1.3862943649291992f;
+constexpr float kLogA = 0.250030517578125f;
+constexpr float kLogB = 0.08255691826343536f;
+constexpr float kSin1 = 3.141591787338257f;
+constexpr float kSin3 = -5.164600372314453f;
+constexpr float kCos2 = -4.9348015785217285f;
+constexpr float kCos4 = 4.056897163391113f;
+
+}  // namespace
+}  // namespace rse

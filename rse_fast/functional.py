@@ -1,0 +1,252 @@
+"""Public functions: they check their arguments, choose the backend and call `ops`.
+
+Every function takes ``seed`` (an int, taken modulo 2^64, or an int64 tensor of one value) and addresses eps by it: ``stream`` is the
+layer, row ``d * images + i`` of the result is draw ``draw0 + d`` of image ``image0 + i``. An input of ``images`` rows is packed lazily:
+each image is read once and comes out ``draws`` times. An input of ``draws * images`` rows keeps its rows.
+"""
+
+import math
+import operator
+
+import torch
+
+from rse_fast import ops
+from rse_fast.kernels import cpu
+
+__all__ = ["add_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
+
+BACKENDS = ("auto", "cpu", "torch")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_WORD = 2**32
+
+
+def add_noise(
+    x, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, channel_dim=1, backend="auto"
+) -> torch.Tensor:
+    """``act(x * scale + shift) + sigma * eps``, computed in float32 and rounded once (to nearest even) to the dtype of ``x``.
+
+    Args:
+        x: [images or draws * images, ...], at least 2-D; float32, bfloat16 or float16 (float64 on the torch backend).
+        sigma: standard deviation, >= 0: a number, a 0-dim tensor, or one per channel [C].
+        images, draws: default ``images = x.shape[0]``. Output rows are ``draws * images``, estimator-major.
+        image0, draw0: first image and draw index; indices stay below 2^32.
+        scale, shift: None, a number, or per channel [C]; applied before ``act``.
+        act: None or "relu".
+        channel_dim: which dimension holds the channels (not 0).
+        backend: "auto" may fall back; "cpu" (C++ library) and "torch" never do.
+
+    Returns a tensor of x's dtype, device and memory layout (contiguous if x is neither contiguous nor channels last). Gradients flow
+    to x, sigma, scale and shift. Raises ValueError or TypeError naming the argument. A sigma given as a CUDA tensor is not checked
+    for its sign, which would synchronise the device.
+    """
+    _check_input("x", x, minimum=2)
+    if not -x.dim() <= channel_dim < x.dim() or channel_dim % x.dim() == 0:
+        raise ValueError(f"channel_dim must name a dimension of x other than 0, got {channel_dim} for x of shape {tuple(x.shape)}")
+    if act not in (None, "relu"):
+        raise ValueError(f"act must be None or 'relu', got {act!r}")
+    x = x.movedim(channel_dim, 1)
+    channels = x.shape[1]
+    backend = _check_backend(backend, x)
+    noise = _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0)
+    scale, shift = _affine("scale", scale, channels, x), _affine("shift", shift, channels, x)
+    return ops.add_noise(x, *noise, scale, shift, act == "relu", backend).movedim(1, channel_dim)
+
+
+def noisy_conv2d(
+    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, stride=1, padding=0, dilation=1, groups=1, backend="auto"
+) -> torch.Tensor:  # fmt: skip
+    """``conv2d(x + sigma * eps, weight, bias)``: zero padding stays exactly zero, noise is on real pixels only.
+
+    Saves the clean ``x`` and the seed for backward, as the plain convolution would, and regenerates the noisy input when the weight's
+    gradient needs it. x [images or draws * images, Cin, H, W]; weight [Cout, Cin / groups, kh, kw]; padding a number, a pair,
+    "valid" or "same". Everything else as in `add_noise` and `torch.nn.functional.conv2d`.
+    """
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 4:
+        raise ValueError(f"weight must be a tensor [Cout, Cin / groups, kh, kw], got {_describe(weight)}")
+    return noisy_conv(
+        x, weight, bias, sigma, seed=seed, stream=stream, images=images, draws=draws, image0=image0, draw0=draw0,
+        stride=stride, padding=padding, dilation=dilation, groups=groups, backend=backend,
+    )  # fmt: skip
+
+
+def noisy_conv(
+    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, stride=1, padding=0, dilation=1, groups=1, backend="auto"
+) -> torch.Tensor:  # fmt: skip
+    """`noisy_conv2d` for one, two or three spatial dimensions, as many as ``weight`` [Cout, Cin / groups, *kernel] has."""
+    if not isinstance(weight, torch.Tensor) or not 3 <= weight.dim() <= 5:
+        raise ValueError(f"weight must be a tensor [Cout, Cin / groups, *kernel] with 1 to 3 kernel dimensions, got {_describe(weight)}")
+    spatial = weight.dim() - 2
+    _check_input("x", x, minimum=2 + spatial, maximum=2 + spatial)
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(f"x must have weight.shape[1] * groups = {weight.shape[1] * groups} channels, got shape {tuple(x.shape)}")
+    stride, dilation = _tuple("stride", stride, spatial, 1), _tuple("dilation", dilation, spatial, 1)
+    x, weight, bias = _autocast(x, weight, bias)
+    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
+    backend = _check_backend(backend, x)
+    if isinstance(padding, str):
+        padding = _string_padding(padding, weight.shape[2:], stride, dilation)
+        if any(left != right for left, right in padding):
+            # Zeros go around the noisy input, so noise has to come first here.
+            y = ops.add_noise(x, *noise, None, None, False, backend)
+            y = torch.nn.functional.pad(y, [side for pair in reversed(padding) for side in pair])
+            return torch.convolution(y, weight, bias, stride, (0,) * spatial, dilation, False, (0,) * spatial, groups)
+        padding = tuple(left for left, _ in padding)
+    padding = _tuple("padding", padding, spatial, 0)
+    return ops.noisy_conv(x, weight, bias, *noise, stride, padding, dilation, groups, backend)
+
+
+def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, backend="auto") -> torch.Tensor:
+    """``linear(x + sigma * eps, weight, bias)``: x [images or draws * images, *, in_features], features as channels.
+
+    Saves the clean ``x`` for backward. Arguments and errors as in `add_noise`; weight [out_features, in_features].
+    """
+    _check_input("x", x, minimum=2)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight must be a tensor [out_features, {x.shape[-1]}], got {_describe(weight)}")
+    x, weight, bias = _autocast(x, weight, bias)
+    noise = _noise(x, x.shape[-1], sigma, seed, stream, images, draws, image0, draw0)
+    return ops.noisy_linear(x, weight, bias, *noise, _check_backend(backend, x))
+
+
+# ------------------------------------------------------------------------------------------------------------------ arguments
+def seed_tensor(seed, device) -> torch.Tensor:
+    """``seed`` as the int64 tensor that ops take: an int modulo 2^64, or an int64 tensor of one value."""
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed must be an int or an int64 tensor of one value, got {_describe(seed)}")
+        return seed.reshape(()).to(device)
+    value = _integer("seed", seed) % 2**64
+    return torch.tensor(value - 2**64 if value >= 2**63 else value, device=device)
+
+
+def check_sigma(name: str, sigma) -> None:
+    """Raises unless ``sigma`` is a finite number >= 0 or a float tensor of such (a tensor on an accelerator is trusted)."""
+    if isinstance(sigma, torch.Tensor):
+        if not sigma.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {_describe(sigma)}")
+        if torch.compiler.is_compiling() or sigma.device.type != "cpu":
+            return
+        values = sigma.detach()
+        if not bool(((values >= 0) & values.isfinite()).all()):
+            raise ValueError(f"{name} must be finite and not negative, got {values.tolist()}")
+    elif isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(sigma).__name__}")
+    elif not (sigma >= 0 and math.isfinite(sigma)):
+        raise ValueError(f"{name} must be finite and not negative, got {sigma}")
+
+
+def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0) -> tuple:
+    """The arguments that all ops share, checked: (sigma, seed, stream, images, draws, image0, draw0)."""
+    draws, stream = _integer("draws", draws), _integer("stream", stream)
+    image0, draw0 = _integer("image0", image0), _integer("draw0", draw0)
+    images = x.shape[0] if images is None else _integer("images", images)
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    if images < 0 or x.shape[0] not in (images, images * draws):
+        raise ValueError(
+            f"images must equal the rows of the input, or the rows divided by draws: got images={images}, draws={draws} "
+            f"for an input of {x.shape[0]} rows"
+        )
+    positions = math.prod(x.shape[1:]) // max(channels, 1)
+    for name, last in (
+        ("stream", stream + 1),
+        ("image0 + images", image0 + images),
+        ("draw0 + draws", draw0 + draws),
+        ("the number of channel quads in a sample", positions * ((channels + 3) // 4)),
+    ):
+        if last > _WORD:
+            raise ValueError(f"{name} must fit the 32-bit counter (at most 2^32), got {last}")
+    for name, value in (("stream", stream), ("image0", image0), ("draw0", draw0)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    check_sigma("sigma", sigma)
+    if isinstance(sigma, torch.Tensor):
+        if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] not in (1, channels)):
+            raise ValueError(f"sigma must be a scalar or have one value for each of the {channels} channels, got shape {tuple(sigma.shape)}")
+        sigma = sigma.reshape(()) if sigma.numel() == 1 and channels != 1 else sigma
+        if sigma.device != x.device or sigma.dtype not in (torch.float32, torch.float64):
+            sigma = sigma.to(x.device, torch.float32)
+        if sigma.dtype == torch.float64 and x.dtype != torch.float64:
+            sigma = sigma.float()
+    else:
+        sigma = torch.tensor(float(sigma), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    return sigma, seed_tensor(seed, x.device), stream, images, draws, image0, draw0
+
+
+def _affine(name, value, channels, x):
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be None, a number or a tensor, got {type(value).__name__}")
+        value = torch.tensor(float(value))
+    if not value.is_floating_point() or value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, channels)):
+        raise ValueError(f"{name} must be a float scalar or have one value for each of the {channels} channels, got {_describe(value)}")
+    return value.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32).expand(channels)
+
+
+def _check_input(name, x, minimum, maximum=None):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dim() < minimum or (maximum is not None and x.dim() > maximum):
+        wanted = f"{minimum} dimensions" if maximum == minimum else f"at least {minimum} dimensions"
+        raise ValueError(f"{name} must have {wanted}, got shape {tuple(x.shape)}")
+
+
+def _check_backend(backend, x) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "cpu" and not torch.compiler.is_compiling():
+        if x.device.type != "cpu":
+            raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {x.device}")
+        if x.dtype not in cpu.DTYPES:
+            raise TypeError(f"backend 'cpu' takes float32, bfloat16 or float16, got {x.dtype}")
+        if (problem := cpu.load().problem) is not None:
+            raise RuntimeError(f"backend 'cpu' is not available: {problem}")
+    return backend
+
+
+def _autocast(x, weight, bias):
+    """The casts that autocast gives a plain convolution or linear layer; it does not look inside our ops."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x, weight, bias
+
+
+def _string_padding(padding, kernel, stride, dilation):
+    if padding == "valid":
+        return [(0, 0)] * len(kernel)
+    if padding != "same":
+        raise ValueError(f"padding must be a number, a tuple, 'valid' or 'same', got {padding!r}")
+    if any(s != 1 for s in stride):
+        raise ValueError(f"padding 'same' needs stride 1, got stride {stride}")
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return [(t // 2, t - t // 2) for t in totals]
+
+
+def _tuple(name, value, n, minimum):
+    value = (value,) * n if not isinstance(value, (tuple, list)) else tuple(value)
+    if len(value) == 1:
+        value = value * n
+    if len(value) != n or any(v < minimum for v in value):
+        raise ValueError(f"{name} must be an integer >= {minimum} or {n} of them, got {value}")
+    return value
+
+
+def _integer(name, value) -> int:
+    """``value`` as an integer, symbolic ones under torch.compile included."""
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got bool")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+
+
+def _describe(value) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

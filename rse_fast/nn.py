@@ -1,0 +1,216 @@
+"""Layers that add Gaussian noise to their input, in training and in evaluation alike (Liu et al., ECCV 2018).
+
+Where the noise's seed comes from: by default from torch's generator of the device, drawn anew at every call as dropout does it, so
+``torch.manual_seed`` reproduces a run and activation checkpointing replays it. Inside a `Scope` (Ensemble, certify, tests) the seed is
+given, and every value of the noise is a function of (seed, layer, draw, image, position) alone.
+"""
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from rse_fast import functional
+
+__all__ = ["GaussianNoise", "NoisyConv1d", "NoisyConv2d", "NoisyConv3d", "NoisyLinear"]
+
+_active = threading.local()  # one scope a thread: two threads may run one model with different seeds
+
+
+@dataclass
+class Scope:
+    """Fixes the noise of every layer called within ``with scope:`` on this thread.
+
+    seed: int64 tensor of one value. A batch of ``images`` rows leaves the first noisy layer as ``draws * images`` rows (lazy packing);
+    rows are draws ``draw0 ..`` of images ``image0 ..``. A layer's stream is its index in the model, plus the number of its earlier
+    calls within the scope in the high half of the word: one scope is one forward pass.
+    """
+
+    seed: torch.Tensor
+    images: int
+    draws: int = 1
+    image0: int = 0
+    draw0: int = 0
+    backend: str = "auto"
+    calls: dict = field(default_factory=dict, repr=False)
+
+    def __enter__(self):
+        self._outer = getattr(_active, "scope", None)
+        _active.scope = self
+        return self
+
+    def __exit__(self, *error):
+        _active.scope = self._outer
+
+    def arguments(self, layer: "NoiseLayer", rows: int) -> dict:
+        if rows not in (self.images, self.images * self.draws):
+            raise ValueError(
+                f"a noisy layer got {rows} rows where {self.images} images in {self.draws} draws are under way: the model must keep "
+                "the batch as its first dimension, one row an image"
+            )
+        call = self.calls.get(layer, 0)
+        self.calls[layer] = call + 1
+        return {
+            "seed": self.seed, "stream": layer.stream + (call << 16), "images": self.images, "draws": self.draws,
+            "image0": self.image0, "draw0": self.draw0, "backend": self.backend,
+        }  # fmt: skip
+
+
+def _rank() -> int:
+    """The distributed rank: equal generator seeds on all ranks must not give equal noise."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+class NoiseLayer(nn.Module):
+    """What all noisy layers share: sigma, the switch, and the arguments that address their noise.
+
+    sigma: standard deviation of the noise, in the units of the input. Fixed: a float32 buffer outside the state dict, so keys stay
+    those of the plain layer. Learnable: ``softplus(sigma_raw)`` of the float32 parameter ``sigma_raw``, positive whatever the optimiser
+    does (in the spirit of PNI, He et al., CVPR 2019); a state dict without it loads, and leaves it as it is.
+    stream: index of the layer in its model (set by `number_layers`), addresses the noise within a Scope.
+    """
+
+    stream = 0
+    noise_enabled = True
+
+    def init_noise(self, sigma, learnable: bool = False) -> None:
+        """Gives the layer its sigma (a number or a float32 tensor, 0-dim or one per channel, >= 0; > 0 if learnable)."""
+        functional.check_sigma("sigma", sigma)
+        value = torch.as_tensor(sigma, dtype=torch.float32).detach().clone()
+        like = next(self.parameters(recurse=False), None)
+        value = value if like is None else value.to(like.device)
+        if not learnable:
+            self.register_buffer("sigma", value, persistent=False)
+        elif not bool((value > 0).all()):
+            raise ValueError(f"sigma must be positive to be learnable, got {sigma}")
+        else:
+            self.sigma_raw = nn.Parameter(value + torch.log(-torch.expm1(-value)))  # the inverse of softplus
+
+    def current_sigma(self) -> torch.Tensor:
+        """sigma as a float32 tensor; attached to ``sigma_raw`` where it is learnable."""
+        raw = self._parameters.get("sigma_raw")
+        return self.sigma if raw is None else nn.functional.softplus(raw)
+
+    def noise_arguments(self, x: torch.Tensor) -> dict:
+        scope = getattr(_active, "scope", None)
+        if scope is not None:
+            return {"sigma": self.current_sigma(), **scope.arguments(self, x.shape[0])}
+        low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+        seed = torch.randint(low, high, (), dtype=torch.int64, device=x.device)
+        return {"sigma": self.current_sigma(), "seed": seed, "stream": _rank()}
+
+    def _apply(self, fn, recurse=True):
+        # model.half() or .bfloat16() must not round sigma: noise arithmetic is float32 whatever the model's dtype.
+        buffer, raw = self._buffers.get("sigma"), self._parameters.get("sigma_raw")
+        kept = None if buffer is None else buffer.clone(), None if raw is None else raw.detach().clone()
+        super()._apply(fn, recurse)
+        if buffer is not None and self.sigma.dtype != torch.float32:
+            self.sigma = kept[0].to(self.sigma.device)
+        if raw is not None and self.sigma_raw.dtype != torch.float32:
+            self.sigma_raw.data = kept[1].to(self.sigma_raw.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if prefix + "sigma_raw" in missing:  # a plain model's checkpoint
+            missing.remove(prefix + "sigma_raw")
+
+    def extra_repr(self):
+        plain = super().extra_repr()
+        sigma = self.current_sigma()
+        text = f"sigma={sigma.item():.4g}" if sigma.numel() == 1 else f"sigma=[{sigma.min():.4g} .. {sigma.max():.4g}]"
+        text += ", learnable" if "sigma_raw" in self._parameters else ""
+        return f"{plain}, {text}" if plain else text
+
+
+class GaussianNoise(NoiseLayer):
+    """``x + sigma * eps`` for x [N, ...] of any float dtype; keeps dtype and memory layout, saves nothing for backward.
+
+    sigma: number or float tensor, 0-dim or [C], >= 0. channel_dim: the dimension that addresses channels, not 0.
+    """
+
+    def __init__(self, sigma, channel_dim=1):
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.init_noise(sigma)
+
+    def forward(self, x):
+        if not self.noise_enabled:
+            return x
+        return functional.add_noise(x, channel_dim=self.channel_dim, **self.noise_arguments(x))
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, channel_dim={self.channel_dim}"
+
+
+class NoisyInput(NoiseLayer):
+    """Mixin for a layer with a forward of its own: noise on its first input, then that forward. Channels are dimension 1."""
+
+    channel_dim = 1
+
+    def forward(self, x, *args, **kwargs):
+        if self.noise_enabled:
+            x = functional.add_noise(x, channel_dim=self.channel_dim, **self.noise_arguments(x))
+        return super().forward(x, *args, **kwargs)
+
+
+class _NoisyConv(NoisyInput):
+    """A plain ``nn.ConvNd`` whose forward is one noisy op: backward holds the clean input, as the plain convolution does."""
+
+    def __init__(self, *args, sigma=0.1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.init_noise(sigma)
+
+    def forward(self, x):
+        if not self.noise_enabled:
+            return self._conv_forward(x, self.weight, self.bias)
+        if x.dim() == len(self.kernel_size) + 1:  # one sample without a batch dimension
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        if self.padding_mode != "zeros":  # the padding repeats noisy pixels, so noise comes first
+            return super().forward(x)
+        return functional.noisy_conv(
+            x, self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
+            **self.noise_arguments(x),
+        )  # fmt: skip
+
+
+class NoisyConv1d(_NoisyConv, nn.Conv1d):
+    """`nn.Conv1d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
+
+
+class NoisyConv2d(_NoisyConv, nn.Conv2d):
+    """`nn.Conv2d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
+
+
+class NoisyConv3d(_NoisyConv, nn.Conv3d):
+    """`nn.Conv3d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
+
+
+class NoisyLinear(NoisyInput, nn.Linear):
+    """`nn.Linear` of ``x + sigma * eps``, x [N, *, in_features]. sigma: number or float tensor, 0-dim or [in_features], >= 0."""
+
+    channel_dim = -1
+
+    def __init__(self, *args, sigma=0.1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.init_noise(sigma)
+
+    def forward(self, x):
+        if not self.noise_enabled:
+            return nn.functional.linear(x, self.weight, self.bias)
+        if x.dim() == 1:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return functional.noisy_linear(x, self.weight, self.bias, **self.noise_arguments(x))
+
+
+def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
+    """The noisy layers of a model by name, in module order; a shared layer once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NoiseLayer)}
+
+
+def number_layers(model: nn.Module) -> None:
+    """Sets every noisy layer's stream to its index in module order, which is the same for a copy of the model."""
+    for index, layer in enumerate(noise_layers(model).values()):
+        layer.stream = index

@@ -1,0 +1,208 @@
+"""The ops as torch sees them: schemas, shapes without data, gradients, and which kernel a device key runs.
+
+``seed`` is an int64 tensor on the device of ``x`` and ``sigma`` a float32 tensor (0-dim or [C]), so neither recompiles a graph when it
+changes. Nothing here validates: that is `functional`. Gradients regenerate eps from the seed; no noise is ever stored.
+"""
+
+import torch
+
+from rse_fast import reference
+from rse_fast.kernels import cpu
+
+_lib = torch.library.Library("rse_fast", "DEF")
+
+_NOISE = "Tensor sigma, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image0, SymInt draw0"
+_lib.define(f"add_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend) -> Tensor")
+_lib.define(
+    f"noisy_conv(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str backend) -> Tensor"
+)
+_lib.define(f"noisy_linear(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, str backend) -> Tensor")
+_lib.define(
+    "sigma_grad(Tensor g, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image0, SymInt draw0, "
+    "bool per_channel, str backend) -> Tensor"
+)
+
+add_noise = torch.ops.rse_fast.add_noise
+noisy_conv = torch.ops.rse_fast.noisy_conv
+noisy_linear = torch.ops.rse_fast.noisy_linear
+sigma_grad = torch.ops.rse_fast.sigma_grad
+
+
+def active_backend(x: torch.Tensor) -> str:
+    """What ``backend="auto"`` runs for a tensor like ``x``: "cpu" (the C++ library) or "torch"."""
+    if x.device.type == "cpu" and x.dtype in cpu.DTYPES and cpu.load().handle is not None:
+        return "cpu"
+    return "torch"
+
+
+# -------------------------------------------------------------------------------------------------------------------- add_noise
+def _add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend):
+    if backend == "auto":
+        backend = active_backend(x)
+    if backend == "torch":
+        return reference.add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu)
+    if reference.layout(x) is None:
+        x = x.contiguous()
+    out = reference.packed_like(x, images * draws)
+    sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
+    cpu.add_noise(x, out, reference.layout(x) == "flat", sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu)
+    return out
+
+
+def _add_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend):
+    return reference.packed_like(x, images * draws)
+
+
+def _add_noise_setup(ctx, inputs, output):
+    x, sigma, seed, *where, scale, shift, relu, backend = inputs
+    affine = scale is not None or shift is not None
+    # x is kept only where a gradient reads it: noise alone passes gradients through.
+    keep_x = relu or ctx.needs_input_grad[8]
+    ctx.save_for_backward(x if keep_x else None, sigma, seed, scale, shift)
+    ctx.rows, ctx.where, ctx.relu, ctx.affine, ctx.backend = x.shape[0], where, relu, affine, backend
+
+
+def _add_noise_backward(ctx, g):
+    x, sigma, seed, scale, shift = ctx.saved_tensors
+    stream, images, draws, image0, draw0 = ctx.where
+    needs_x, needs_sigma = ctx.needs_input_grad[:2]
+    needs_scale, needs_shift = ctx.needs_input_grad[8:10]
+    g_sigma = sigma_grad(g, seed, *ctx.where, sigma.dim() == 1, ctx.backend) if needs_sigma else None
+    g_x = g_scale = g_shift = None
+    if needs_x or needs_scale or needs_shift:
+        g = _sum_draws(g, ctx.rows, images, draws)
+        column = [-1] + [1] * (g.dim() - 2)
+        if ctx.relu:
+            clean = x
+            if ctx.affine:
+                clean = x.to(torch.promote_types(x.dtype, torch.float32))
+                clean = clean if scale is None else clean * scale.view(column)
+                clean = clean if shift is None else clean + shift.view(column)
+            g = g * (clean > 0)
+        over = [d for d in range(g.dim()) if d != 1]
+        g_x = g if scale is None else (g * scale.view(column)).to(g.dtype)
+        g_scale = (g * x).sum(over, dtype=scale.dtype) if needs_scale else None
+        g_shift = g.sum(over, dtype=shift.dtype) if needs_shift else None
+    return g_x if needs_x else None, g_sigma, *[None] * 6, g_scale, g_shift, None, None
+
+
+def _sum_draws(g, rows, images, draws):
+    """The gradient of lazy packing: one image was read by all its draws."""
+    return g if g.shape[0] == rows else g.unflatten(0, (draws, images)).sum(0)
+
+
+# ------------------------------------------------------------------------------------------------------- noisy_conv, noisy_linear
+def _noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend):
+    y = add_noise(x, sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend)
+    return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _noisy_conv_fake(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend):
+    y = reference.packed_like(x, images * draws)
+    return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _noisy_conv_setup(ctx, inputs, output):
+    x, weight, bias, sigma, seed, *where, stride, padding, dilation, groups, backend = inputs
+    ctx.save_for_backward(x, weight, sigma, seed)  # the clean input: the noisy one is regenerated when its gradient is asked for
+    ctx.bias_sizes = None if bias is None else list(bias.shape)
+    ctx.where, ctx.conv, ctx.groups, ctx.backend = where, (stride, padding, dilation), groups, backend
+
+
+def _noisy_conv_backward(ctx, g):
+    x, weight, sigma, seed = ctx.saved_tensors
+    stream, images, draws, image0, draw0 = ctx.where
+    needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
+    noisy = x
+    if needs_w:
+        noisy = add_noise(x, sigma, seed, *ctx.where, None, None, False, ctx.backend)
+    elif x.shape[0] != images * draws:
+        noisy = x.expand(draws, *x.shape).flatten(0, 1)  # only its shape is read
+    stride, padding, dilation = ctx.conv
+    g_noisy, g_w, g_b = torch.ops.aten.convolution_backward(
+        g, noisy, weight, ctx.bias_sizes, stride, padding, dilation, False, [0] * len(stride), ctx.groups,
+        [needs_x or needs_sigma, needs_w, needs_b and ctx.bias_sizes is not None],
+    )  # fmt: skip
+    g_x = _sum_draws(g_noisy, x.shape[0], images, draws) if needs_x else None
+    g_sigma = sigma_grad(g_noisy, seed, *ctx.where, sigma.dim() == 1, ctx.backend) if needs_sigma else None
+    return g_x, g_w, g_b, g_sigma, *[None] * 11
+
+
+def _noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, backend):
+    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend)
+    return torch.nn.functional.linear(y.movedim(1, -1), weight, bias)
+
+
+def _noisy_linear_fake(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, backend):
+    return x.new_empty((images * draws, *x.shape[1:-1], weight.shape[0]))
+
+
+def _noisy_linear_setup(ctx, inputs, output):
+    x, weight, bias, sigma, seed, *where, backend = inputs
+    ctx.save_for_backward(x, weight, sigma, seed)
+    ctx.where, ctx.backend = where, backend
+
+
+def _noisy_linear_backward(ctx, g):
+    x, weight, sigma, seed = ctx.saved_tensors
+    stream, images, draws, image0, draw0 = ctx.where
+    needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
+    g_w = None
+    if needs_w:
+        noisy = add_noise(x.movedim(-1, 1), sigma, seed, *ctx.where, None, None, False, ctx.backend).movedim(1, -1)
+        g_w = g.flatten(0, -2).mT @ noisy.flatten(0, -2)
+    g_b = g.flatten(0, -2).sum(0) if needs_b else None
+    g_noisy = g @ weight if needs_x or needs_sigma else None
+    g_x = _sum_draws(g_noisy, x.shape[0], images, draws) if needs_x else None
+    g_sigma = sigma_grad(g_noisy.movedim(-1, 1), seed, *ctx.where, sigma.dim() == 1, ctx.backend) if needs_sigma else None
+    return g_x, g_w, g_b, g_sigma, *[None] * 7
+
+
+# ------------------------------------------------------------------------------------------------------------------- sigma_grad
+def _sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, backend):
+    if backend == "auto":
+        backend = active_backend(g)
+    if backend == "torch":
+        return reference.sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel)
+    # One draw of all images at a time: the transient eps stays that small, and the order of summation is fixed.
+    total = torch.zeros((g.shape[1],) if per_channel else (), dtype=torch.float64)
+    one, zeros = torch.ones(()), torch.zeros((images, *g.shape[1:]))
+    if reference.layout(g) == "flat":
+        zeros = reference.packed_like(g, images).float().zero_()
+    over = [d for d in range(g.dim()) if d != 1 or not per_channel]
+    for d in range(draws if images else 0):
+        eps = add_noise(zeros, one, seed, stream, images, 1, image0, draw0 + d, None, None, False, backend)
+        total += (eps * g[d * images : (d + 1) * images]).sum(over, dtype=torch.float64)
+    return total.float()
+
+
+def _sigma_grad_fake(g, seed, stream, images, draws, image0, draw0, per_channel, backend):
+    real = torch.float64 if g.dtype == torch.float64 else torch.float32
+    return g.new_empty((g.shape[1],) if per_channel else (), dtype=real)
+
+
+def _sigma_grad_setup(ctx, inputs, output):
+    g, seed, *where, per_channel, backend = inputs
+    ctx.save_for_backward(seed)
+    ctx.like, ctx.where, ctx.backend = (g.shape, g.dtype), where, backend
+
+
+def _sigma_grad_backward(ctx, gg):
+    (seed,) = ctx.saved_tensors
+    shape, dtype = ctx.like
+    zeros = gg.new_zeros(shape, dtype=dtype)  # linear in g: its gradient is eps, scaled
+    eps = add_noise(zeros, torch.ones_like(gg), seed, *ctx.where, None, None, False, ctx.backend)
+    return eps * (gg.view([-1] + [1] * (len(shape) - 2)) if gg.dim() else gg).to(dtype), *[None] * 8
+
+
+# ----------------------------------------------------------------------------------------------------------------- registration
+for _name, _impl, _fake, _setup, _backward in (
+    ("add_noise", _add_noise, _add_noise_fake, _add_noise_setup, _add_noise_backward),
+    ("noisy_conv", _noisy_conv, _noisy_conv_fake, _noisy_conv_setup, _noisy_conv_backward),
+    ("noisy_linear", _noisy_linear, _noisy_linear_fake, _noisy_linear_setup, _noisy_linear_backward),
+    ("sigma_grad", _sigma_grad, _sigma_grad_fake, _sigma_grad_setup, _sigma_grad_backward),
+):
+    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rse_fast::{_name}", _fake, lib=_lib)
+    torch.library.register_autograd(f"rse_fast::{_name}", _backward, setup_context=_setup, lib=_lib)
