@@ -53,7 +53,8 @@ def add_noise(
 
 
 def noisy_conv2d(
-    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, stride=1, padding=0, dilation=1, groups=1, backend="auto"
+    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0,
+    stride=1, padding=0, dilation=1, groups=1, backend="auto",
 ) -> torch.Tensor:  # fmt: skip
     """``conv2d(x + sigma * eps, weight, bias)``: zero padding stays exactly zero, noise is on real pixels only.
 
@@ -70,7 +71,8 @@ def noisy_conv2d(
 
 
 def noisy_conv(
-    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, stride=1, padding=0, dilation=1, groups=1, backend="auto"
+    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0,
+    stride=1, padding=0, dilation=1, groups=1, backend="auto",
 ) -> torch.Tensor:  # fmt: skip
     """`noisy_conv2d` for one, two or three spatial dimensions, as many as ``weight`` [Cout, Cin / groups, *kernel] has."""
     if not isinstance(weight, torch.Tensor) or not 3 <= weight.dim() <= 5:
@@ -115,7 +117,7 @@ def seed_tensor(seed, device) -> torch.Tensor:
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed must be an int or an int64 tensor of one value, got {_describe(seed)}")
         return seed.reshape(()).to(device)
-    value = _integer("seed", seed) % 2**64
+    value = integer("seed", seed) % 2**64
     return torch.tensor(value - 2**64 if value >= 2**63 else value, device=device)
 
 
@@ -137,9 +139,9 @@ def check_sigma(name: str, sigma) -> None:
 
 def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0) -> tuple:
     """The arguments that all ops share, checked: (sigma, seed, stream, images, draws, image0, draw0)."""
-    draws, stream = _integer("draws", draws), _integer("stream", stream)
-    image0, draw0 = _integer("image0", image0), _integer("draw0", draw0)
-    images = x.shape[0] if images is None else _integer("images", images)
+    draws, stream = integer("draws", draws), integer("stream", stream)
+    image0, draw0 = integer("image0", image0), integer("draw0", draw0)
+    images = x.shape[0] if images is None else integer("images", images)
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     if images < 0 or x.shape[0] not in (images, images * draws):
@@ -162,7 +164,7 @@ def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0) -> tu
     check_sigma("sigma", sigma)
     if isinstance(sigma, torch.Tensor):
         if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] not in (1, channels)):
-            raise ValueError(f"sigma must be a scalar or have one value for each of the {channels} channels, got shape {tuple(sigma.shape)}")
+            raise ValueError(f"sigma must be a scalar or one value for each of {channels} channels, got shape {tuple(sigma.shape)}")
         sigma = sigma.reshape(()) if sigma.numel() == 1 and channels != 1 else sigma
         if sigma.device != x.device or sigma.dtype not in (torch.float32, torch.float64):
             sigma = sigma.to(x.device, torch.float32)
@@ -210,7 +212,7 @@ def _check_backend(backend, x) -> str:
 
 def _autocast(x, weight, bias):
     """The casts that autocast gives a plain convolution or linear layer; it does not look inside our ops."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return x, weight, bias
@@ -236,7 +238,7 @@ def _tuple(name, value, n, minimum):
     return value
 
 
-def _integer(name, value) -> int:
+def integer(name, value) -> int:
     """``value`` as an integer, symbolic ones under torch.compile included."""
     if isinstance(value, torch.SymInt):
         return value

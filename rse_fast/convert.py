@@ -1,0 +1,265 @@
+"""Makes an existing model noisy in place, and back. Parameters, hooks and state-dict keys stay: only classes change."""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from rse_fast import functional, ops
+from rse_fast.nn import NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
+
+__all__ = ["Description", "LayerDescription", "convert", "describe", "noise_off", "revert"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NOISY = {nn.Conv1d: NoisyConv1d, nn.Conv2d: NoisyConv2d, nn.Conv3d: NoisyConv3d, nn.Linear: NoisyLinear}
+
+
+# -------------------------------------------------------------------------------------------------------------- convert, revert
+def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=None, learnable=False) -> nn.Module:
+    """Adds Gaussian noise to the input of every convolution of ``model``, in place, and returns it (Liu et al., ECCV 2018).
+
+    The layer that is executed first gets ``init_sigma``, all others ``inner_sigma``: standard deviations >= 0, in the units of each
+    layer's input (for the first: pixels; the paper's values are for pixels in [0, 1] without mean/std normalisation).
+
+    Args:
+        include: which layers get noise: types and name globs ("layer1.*"), one or several; default all convolutions
+            (`nn.Conv1d/2d/3d` and their subclasses). `nn.Linear` can be asked for. A shared layer is converted once.
+        exclude: types and name globs of layers that stay plain.
+        learnable: make each sigma a parameter (sigmas must then be positive); convert before the optimiser is made.
+
+    Exact ``nn.ConvNd`` become `NoisyConvNd`, whose backward holds no more than the plain layer's; a subclass keeps its own forward
+    behind the noise. Noise is on in train() and eval() alike; only `noise_off` switches it off. Raises TypeError or ValueError,
+    before anything is changed, if nothing matches or the model has noise already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for name, sigma in (("init_sigma", init_sigma), ("inner_sigma", inner_sigma)):
+        functional.check_sigma(name, sigma)
+        if isinstance(sigma, torch.Tensor) and sigma.numel() != 1:
+            raise ValueError(f"{name} must be one number, got shape {tuple(sigma.shape)}")
+        if learnable and not sigma > 0:
+            raise ValueError(f"{name} must be positive to be learnable, got {sigma}")
+    if noisy := list(noise_layers(model)):
+        raise ValueError(f"model must not have noise yet, got noisy layers {_listing(noisy)}; revert(model) first to convert it anew")
+    included, excluded = _selector("include", include), _selector("exclude", exclude)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear))
+        and (isinstance(module, CONVOLUTIONS) if include is None else included(name, module))
+        and not excluded(name, module)
+    }
+    if not layers:
+        wanted = "a convolution" if include is None else f"a convolution or linear layer that include={include!r} matches"
+        raise ValueError(f"model must contain {wanted}{'' if exclude is None else f' outside exclude={exclude!r}'}, got none")
+    if lazy := [name for name, module in layers.items() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]:
+        raise ValueError(f"model must have its lazy layers initialised by a first forward pass, got uninitialised {_listing(lazy)}")
+
+    first = first_executed(model, list(layers.values()))
+    classes = [noisy_class(module) for module in layers.values()]
+    for module, noisy in zip(layers.values(), classes, strict=True):
+        module.__class__ = noisy
+        module.init_noise(init_sigma if module is first else inner_sigma, learnable)
+    number_layers(model)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes `convert`, in place: the plain classes come back, sigmas go. Stand-alone `GaussianNoise` layers stay.
+
+    Raises ValueError if there is nothing to revert.
+    """
+    layers = [layer for layer in noise_layers(model).values() if isinstance(layer, NoisyInput)]
+    if not layers:
+        raise ValueError("model must have noisy convolutions or linear layers to revert, got none")
+    for layer in layers:
+        layer._buffers.pop("sigma", None)
+        layer._non_persistent_buffers_set.discard("sigma")
+        layer._parameters.pop("sigma_raw", None)
+        for attribute in ("stream", "noise_enabled"):
+            layer.__dict__.pop(attribute, None)
+        layer.__class__ = plain_class(type(layer))
+    return model
+
+
+@contextlib.contextmanager
+def noise_off(model: nn.Module):
+    """``with noise_off(model):`` runs the model without noise; each layer's switch is restored afterwards."""
+    layers = list(noise_layers(model).values())
+    if not layers:
+        raise ValueError("model must have noisy layers, got none; convert(model) first")
+    before = [layer.noise_enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.noise_enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.noise_enabled = enabled
+
+
+# ------------------------------------------------------------------------------------------------------------------- describe
+@dataclass(frozen=True)
+class LayerDescription:
+    """One noisy layer: module path, class name, sigma (a float, or a list per channel), stream, and the backend that runs it."""
+
+    name: str
+    type: str
+    sigma: float | list[float]
+    stream: int
+    backend: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found, in module order; prints as a table."""
+
+    layers: tuple[LayerDescription, ...]
+
+    def __str__(self):
+        def text(sigma):
+            return f"{sigma:.4g}" if isinstance(sigma, float) else f"{min(sigma):.4g} .. {max(sigma):.4g} ({len(sigma)} channels)"
+
+        rows = [("stream", "name", "type", "sigma", "backend")]
+        rows += [(str(d.stream), d.name or "(model)", d.type, text(d.sigma), d.backend) for d in self.layers]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def describe(model: nn.Module) -> Description:
+    """The noisy layers of ``model``: name, type, sigma, stream and the backend that runs them where their parameters are now."""
+    layers = []
+    for name, layer in noise_layers(model).items():
+        like = next((p for n, p in layer.named_parameters(recurse=False) if n != "sigma_raw"), layer.current_sigma())
+        sigma = layer.current_sigma().tolist()
+        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, ops.active_backend(like)))
+    return Description(tuple(layers))
+
+
+# ------------------------------------------------------------------------------------------------------------------- selection
+def _selector(argument, patterns):
+    """A function (name, module) -> bool for types and name globs, one or several."""
+    if patterns is None:
+        patterns = ()
+    elif isinstance(patterns, (str, type)):
+        patterns = (patterns,)
+    elif not isinstance(patterns, Iterable):
+        raise TypeError(f"{argument} must hold types and name globs, got {type(patterns).__name__}")
+    patterns = tuple(patterns)
+    for p in patterns:
+        if not (isinstance(p, str) or (isinstance(p, type) and issubclass(p, nn.Module))):
+            raise TypeError(f"{argument} must hold nn.Module types and name globs, got {p!r}")
+        if argument == "include" and isinstance(p, type) and not issubclass(p, (*CONVOLUTIONS, nn.Linear)):
+            raise ValueError(f"include must name kinds of nn.Conv1d/2d/3d or nn.Linear, got {p.__name__}")
+    types = tuple(p for p in patterns if isinstance(p, type))
+    globs = [p for p in patterns if isinstance(p, str)]
+    return lambda name, module: isinstance(module, types) or any(fnmatchcase(name, g) for g in globs)
+
+
+def _listing(names, most=3):
+    names = [repr(name) if name else "the model itself" for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ----------------------------------------------------------------------------------------------------------- execution order
+class _Found(Exception):
+    pass
+
+
+def first_executed(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
+    """The layer of ``layers`` that ``model`` calls first: from a symbolic trace, else from a run on the meta device, else the first."""
+    return _first_traced(model, layers) or _first_on_meta(model, layers) or layers[0]
+
+
+def _first_traced(model, layers):
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return module in layers or super().is_leaf_module(module, name)
+
+    if model in layers:
+        return model
+    try:
+        graph = Tracer().trace(model)
+        called = [model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"]
+    except Exception:  # whatever a user's forward raises when it meets a proxy: the model is then not traceable
+        return None
+    return next((module for module in called if module in layers), None)
+
+
+def _first_on_meta(model, layers):
+    """Runs the model without data, on a guessed input, until a layer's hook fires: what its input looks like does not matter then."""
+
+    def stop(module, args):
+        raise _Found(module)
+
+    state = {name: torch.empty_like(t, device="meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
+    hooks = [layer.register_forward_pre_hook(stop, prepend=True) for layer in layers]
+    try:
+        for layer in layers:  # the channels that the model wants are those of one of its layers
+            if isinstance(layer, nn.Linear):
+                shape = (2, layer.in_features)
+            else:
+                shape = (2, layer.in_channels, *[64] * len(layer.kernel_size))
+            try:
+                with torch.no_grad():
+                    torch.func.functional_call(model, state, torch.empty(shape, device="meta"))
+            except _Found as found:
+                return found.args[0]
+            except Exception:  # the guess did not fit, or the forward needs data
+                continue
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------- classes
+_mixed: dict[type, type] = {}  # a subclass of nn.ConvNd or nn.Linear -> the same with noise in front of its forward
+
+
+def noisy_class(module: nn.Module) -> type:
+    """The noisy counterpart of a layer's class."""
+    cls = type(module)
+    if parametrize.is_parametrized(module):  # torch made this class for the one module, on top of the class it had
+        return _rebase(cls, _noisy_class(cls.__bases__[0]))
+    return _noisy_class(cls)
+
+
+def _noisy_class(cls):
+    if cls in _NOISY:
+        return _NOISY[cls]
+    if cls not in _mixed:
+        members = {"__reduce_ex__": _reduce, "__doc__": f"`{cls.__name__}` of its input plus Gaussian noise.", "plain": cls}
+        if issubclass(cls, nn.Linear):
+            members["channel_dim"] = -1
+        _mixed[cls] = type(f"Noisy{cls.__name__}", (NoisyInput, cls), members)
+    return _mixed[cls]
+
+
+def plain_class(cls: type) -> type:
+    """The class that `noisy_class` was given."""
+    for plain, noisy in _NOISY.items():
+        if cls is noisy:
+            return plain
+    if "plain" in cls.__dict__:
+        return cls.plain
+    return _rebase(cls, plain_class(cls.__bases__[0]))  # parametrised, or a user's subclass of a noisy layer
+
+
+def _rebase(cls, base):
+    members = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, (base, *cls.__bases__[1:]), members)
+
+
+def _reduce(self, protocol):
+    """Pickles and copies a layer whose class is made at run time by naming the plain class."""
+    return _new, (type(self).plain,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+
+def _new(plain):
+    cls = _noisy_class(plain)
+    return cls.__new__(cls)

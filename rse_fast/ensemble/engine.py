@@ -1,0 +1,287 @@
+"""The ensemble of n noisy passes as one module: draws packed into the batch, softmax averaged (Liu et al., ECCV 2018)."""
+
+import contextlib
+import secrets
+import threading
+import warnings
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rse_fast import functional
+from rse_fast.ensemble import fuse, plan
+from rse_fast.nn import Scope, noise_layers, number_layers
+
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `Ensemble.predict` returns for B images and K classes, all on the device of the model.
+
+    labels: int64 [B], argmax of probs.
+    probs: float32 [B, K], mean softmax over the draws.
+    entropy: float32 [B], of probs, in nats: total uncertainty.
+    mutual_information: float32 [B], entropy minus the mean entropy of the draws, in nats, >= 0: how much the draws disagree.
+    votes: int64 [B, K], how many draws had each class on top.
+    draws_used: int64 [B].
+    seed: the seed that reproduces this prediction, in [0, 2^64).
+    """
+
+    labels: torch.Tensor
+    probs: torch.Tensor
+    entropy: torch.Tensor
+    mutual_information: torch.Tensor
+    votes: torch.Tensor
+    draws_used: torch.Tensor
+    seed: int
+
+
+class Ensemble(nn.Module):
+    """Averages the softmax of ``draws`` noisy passes of a model that has noisy layers (see `rse_fast.convert`).
+
+    Args:
+        model: maps [N, ...] to logits [N, K]; runs in eval mode with its noise on. Its own mode is left as it is.
+        draws: passes an image, >= 1.
+        seed: None takes fresh entropy from the operating system at every call, which is what a defence needs. A number makes every
+            call repeat the same noise, hence the model deterministic and attackable: for audits and tests only.
+        chunk_rows: most rows (images x draws) of a packed batch; default: a sweet spot of the device.
+        dtype: "auto" is bfloat16 where the hardware computes in it and float32 otherwise; or float32, bfloat16, float16.
+        fuse: run an optimised snapshot of the model, renewed by itself when a parameter, buffer or noise switch has changed (`refresh`
+            forces it). False runs the live model.
+        backend: of the noise, as in `rse_fast.functional.add_noise`.
+
+    The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
+    fewer draws are a prefix of more. One ensemble may be called from many threads. Raises ValueError or TypeError naming the argument.
+    """
+
+    def __init__(self, model, draws=10, *, seed=None, chunk_rows=None, dtype="auto", fuse=True, backend="auto"):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if not noise_layers(model):
+            raise ValueError("model must have noisy layers, got none; rse_fast.convert(model) adds them")
+        if dtype != "auto" and dtype not in DTYPES:
+            raise ValueError(f"dtype must be 'auto', float32, bfloat16 or float16, got {dtype!r}")
+        if backend not in functional.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, functional.BACKENDS))}, got {backend!r}")
+        self.draws = _count("draws", draws)
+        self.seed = None if seed is None else _seed(seed)
+        self.chunk_rows = None if chunk_rows is None else _count("chunk_rows", chunk_rows)
+        self.dtype, self.fuse, self.backend = dtype, bool(fuse), backend
+        number_layers(model)
+        self.model = model
+        self._lock = threading.Lock()
+        self._prepared = None
+
+    # ------------------------------------------------------------------------------------------------------------------ public
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Log of the mean softmax, float32 [B, K]; differentiable in ``x``, so a gradient is the gradient of the whole ensemble."""
+        x, seed = self._input(x), self._seed_tensor(self._call_seed(None), x)
+        rows = []
+        with self._model(x) as model:
+            for draw, logits in self._passes(model, x, seed, 0):
+                part = logits.log_softmax(-1).logsumexp(0)  # [images, K] of [draws, images, K]
+                if draw.start == 0:
+                    rows.append(part)
+                else:
+                    rows[-1] = torch.logaddexp(rows[-1], part)
+            empty = x.new_zeros((0, model.classes), dtype=torch.float32)
+        return torch.cat(rows) - float(torch.tensor(self.draws).log()) if rows else empty
+
+    @torch.no_grad()
+    def predict(self, x: torch.Tensor, seed: int | None = None, image0: int = 0) -> Prediction:
+        """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image0``, the index of the first image, address the noise:
+        a data set predicted in parts, each with its own image0, gets the noise it would get as one batch."""
+        x, seed = self._input(x), self._call_seed(seed)
+        sums, votes, entropies = [], [], []
+        with self._model(x) as model:
+            for draw, logits in self._passes(model, x, self._seed_tensor(seed, x), image0):
+                log_p = logits.log_softmax(-1)
+                p = log_p.exp()
+                part = p.sum(0, dtype=torch.float64)
+                vote = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
+                entropy = -(p * log_p.clamp_min(torch.finfo(torch.float32).min)).sum(-1).sum(0, dtype=torch.float64)
+                if draw.start == 0:
+                    sums.append(part), votes.append(vote), entropies.append(entropy)
+                else:
+                    sums[-1] += part
+                    votes[-1] += vote
+                    entropies[-1] += entropy
+            if not sums:
+                sums, entropies = [x.new_zeros((0, model.classes), dtype=torch.float64)], [x.new_zeros(0, dtype=torch.float64)]
+                votes = [x.new_zeros((0, model.classes), dtype=torch.int64)]
+        mean = torch.cat(sums) / self.draws
+        total = -torch.special.xlogy(mean, mean).sum(-1)
+        return Prediction(
+            labels=mean.argmax(-1) if mean.numel() else x.new_zeros(len(mean), dtype=torch.int64),
+            probs=mean.float(),
+            entropy=total.float(),
+            mutual_information=(total - torch.cat(entropies) / self.draws).clamp_min(0).float(),
+            votes=torch.cat(votes),
+            draws_used=torch.full((len(mean),), self.draws, dtype=torch.int64, device=x.device),
+            seed=seed,
+        )
+
+    def refresh(self) -> None:
+        """Takes a new snapshot of the model at the next call."""
+        with self._lock:
+            self._prepared = None
+
+    def extra_repr(self):
+        seed = "fresh at every call" if self.seed is None else self.seed
+        return f"draws={self.draws}, seed={seed}, dtype={self.dtype}, fuse={self.fuse}, backend={self.backend!r}"
+
+    # ----------------------------------------------------------------------------------------------------------------- one call
+    def _input(self, x):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
+        if x.dim() < 2:
+            raise ValueError(f"x must be a batch [B, ...], got shape {tuple(x.shape)}")
+        parameter = next(self.model.parameters(), None)
+        return x if parameter is None else x.to(parameter.device)
+
+    def _call_seed(self, seed):
+        if seed is not None:
+            return _seed(seed)
+        return secrets.randbits(64) if self.seed is None else self.seed
+
+    @staticmethod
+    def _seed_tensor(seed, x):
+        return functional.seed_tensor(seed, x.device)
+
+    def _passes(self, model, x, seed, image0):
+        """Yields (draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
+        rows = self.chunk_rows or plan.SWEET_SPOT.get(x.device.type, 256)
+        for image, draw in plan.chunks(x.shape[0], self.draws, rows):
+            images, draws = image.stop - image.start, draw.stop - draw.start
+            with Scope(seed, images, draws, image0 + image.start, draw.start, self.backend) as scope:
+                logits = model(x[image], images, draws)
+            if not scope.calls and model.noisy:
+                raise ValueError("model must call a noisy layer in its forward pass, got a pass without any")
+            if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] not in (images, images * draws):
+                got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+                raise ValueError(f"model must return logits [N, K] for N = {images * draws} rows, got {got}")
+            if logits.shape[0] == images:  # one draw, or all noise is switched off
+                logits = logits.expand(draws, *logits.shape)
+            yield draw, logits.reshape(draws, images, -1).float()
+
+    # -------------------------------------------------------------------------------------------------------------- preparation
+    def _resolve_dtype(self, device):
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+    def _state(self, x):
+        """Changes whenever a snapshot is out of date: identity, version and place of every tensor, the switches, the shape of x."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        return versions, tuple(m.noise_enabled for m in noise_layers(self.model).values()), x.shape[1:], x.device
+
+    @contextlib.contextmanager
+    def _model(self, x):
+        """The callable that runs packed batches like ``x``."""
+        with self._lock:
+            state = self._state(x)
+            if self._prepared is None or self._prepared[0] != state:
+                self._prepared = state, self._prepare(x)
+            prepared = self._prepared[1]
+        with contextlib.nullcontext() if self.fuse else _eval_mode(self.model):
+            yield prepared
+
+    def _prepare(self, x):
+        dtype = self._resolve_dtype(x.device)
+        if not self.fuse:
+            with _eval_mode(self.model):
+                return _Runner(self.model, dtype, x, autocast=True)
+        copied, problem = fuse.snapshot(self.model, dtype)
+        if problem is not None:
+            warnings.warn(f"rse-fast: the model cannot be traced and runs unfused ({problem})", RuntimeWarning, stacklevel=5)
+        return _Runner(copied, dtype, x, autocast=False)
+
+
+class _Runner:
+    """A model in eval mode, ready to run packed batches of one image shape."""
+
+    def __init__(self, model, dtype, x, autocast):
+        self.model, self.dtype = model, dtype
+        parameter = next(model.parameters(), None)
+        self.autocast = autocast and parameter is not None and parameter.dtype != dtype
+        self.noisy = any(layer.noise_enabled for layer in noise_layers(model).values())
+        lazy = self._dry_run(x, packed=False)
+        self.packs_input = lazy is None
+        self.classes = (lazy or self._dry_run(x, packed=True) or (0, 0))[1]
+
+    def __call__(self, x, images, draws):
+        if self.packs_input and self.noisy:
+            x = x.repeat(draws, *[1] * (x.dim() - 1))
+        if self.autocast:
+            with torch.autocast(x.device.type, self.dtype):
+                return self.model(x)
+        x = x.to(self.dtype)
+        return self.model(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+
+    def _dry_run(self, x, packed):
+        """Shape of the result on the meta device for 3 images in 2 draws, None if that fails: a skip connection that bypasses the
+        first noise then meets 6 rows with its 3. It fails as well where the forward needs data; packing the input is right anyway."""
+        images, draws = 3, 2
+        shape = (images * (draws if packed and self.noisy else 1), *x.shape[1:])
+        state = {n: torch.empty_like(t, device="meta") for n, t in (*self.model.named_parameters(), *self.model.named_buffers())}
+        dtype = x.dtype if self.autocast else self.dtype
+        try:
+            with torch.no_grad(), Scope(torch.zeros((), dtype=torch.int64), images, draws):
+                out = torch.func.functional_call(self.model, state, torch.empty(shape, dtype=dtype, device="meta"))
+            return tuple(out.shape) if out.shape[0] == (images * draws if self.noisy else images) else None
+        except Exception:
+            return None
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device's hardware computes in bfloat16, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_bf16_supported")
+        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return False
+
+
+# Live models that ensembles hold in eval mode: how many calls are under way, and what each module's mode was before the first.
+_held: "weakref.WeakKeyDictionary[nn.Module, list]" = weakref.WeakKeyDictionary()
+_held_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _eval_mode(model):
+    with _held_lock:
+        entry = _held.setdefault(model, [0, {}])
+        if entry[0] == 0:
+            entry[1] = {module: module.training for module in model.modules()}
+            model.eval()
+        entry[0] += 1
+    try:
+        yield
+    finally:
+        with _held_lock:
+            entry[0] -= 1
+            if entry[0] == 0:
+                for module, training in entry[1].items():
+                    module.training = training
+
+
+def _count(name, value):
+    value = functional.integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _seed(seed):
+    return functional.integer("seed", seed) % 2**64
