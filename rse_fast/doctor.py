@@ -1,7 +1,6 @@
 """``rse-fast doctor``: what is installed, what is active, where seeds come from. It reports and changes nothing."""
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .kernels.cpu import loader
+from rse_fast import ops
+from rse_fast.kernels.cpu import loader
 
 SEEDS = {
     "ambient": "training and a plain model(x): every layer call takes its seed from torch's default generator of the device, so "
@@ -103,11 +103,11 @@ def _library() -> dict:
 
 
 def _backends(library: dict, cuda: dict) -> dict:
-    """What `backend="auto"` takes on each device at hand."""
-    kernels = importlib.util.find_spec("rse_fast.kernels.triton") is not None and importlib.util.find_spec("triton") is not None
-    active = {"cpu": {"backend": "cpu" if library["unit"] else "torch", "unit": library["unit"]}}
+    """What `backend="auto"` takes on each device at hand; None where the environment asks for a unit that is not there, an error then."""
+    broken = library["path"] is None
+    active = {"cpu": {"backend": None if broken else ops.active_backend(torch.empty(0)), "unit": library["unit"]}}
     for index in range(len(cuda["devices"])):
-        active[f"cuda:{index}"] = {"backend": "triton" if kernels else "torch", "unit": None}
+        active[f"cuda:{index}"] = {"backend": ops.active_backend(torch.empty(0, device=f"cuda:{index}")), "unit": None}
     return active
 
 
@@ -139,7 +139,8 @@ def _text(found: dict) -> str:
         rows += [("unit", library["unit"]), ("available", ", ".join(library["units"]))]
     rows += [("Active backend", None)]
     for name, choice in found["backends"].items():
-        rows += [(name, f"{choice['backend']}, unit {choice['unit']}" if choice["unit"] else choice["backend"])]
+        backend = choice["backend"] or "none: see the problem above"
+        rows += [(name, f"{backend}, unit {choice['unit']}" if choice["unit"] else backend)]
     rows += [("Seeds", None), *found["seeds"].items(), ("Environment", None)]
     rows += [(e["name"], e["value"] + (f"  ({e['meaning']})" if e["meaning"] else "")) for e in found["environment"]]
     if not found["environment"]:

@@ -1,0 +1,115 @@
+"""kernels/cpu/build.py: the units, what their objects may contain, and what a failure says."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rse_fast.kernels.cpu import build, load
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+needs_binutils = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not shutil.which("nm") or not shutil.which("objdump"), reason="reads ELF objects with binutils"
+)
+
+
+@pytest.fixture(scope="module")
+def built(compiler, tmp_path_factory):
+    """The library from the project's sources and the folder of its objects, names with spaces and dollars in the path."""
+    folder = tmp_path_factory.mktemp("out $x y")
+    return build.build(folder / "library", work=folder / "objects"), folder / "objects"
+
+
+def tool(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_installed_library_is_there_and_runs(compiler):
+    found = load()
+    assert found.problem is None
+    assert found.unit in found.units and set(found.units) <= set(build.UNITS) and found.units[-1] == "baseline"
+
+
+@needs_binutils
+def test_one_object_per_unit(built):
+    units = {path.stem for path in built[1].glob("*.o")} - {"dispatch"}
+    assert units == set(build.supported_units(build.find_compiler(), built[1]))
+    assert {"baseline", *(["avx2", "avx512"] if X86 else [])} <= units
+
+
+@needs_binutils
+def test_the_library_exports_the_c_interface_only(built):
+    defined = {line.split()[-1].partition("@")[0] for line in tool("nm", "-D", "--defined-only", str(built[0])).splitlines()}
+    assert {"rse_abi_version", "rse_units", "rse_active_unit", "rse_select_unit", "rse_add_noise"} <= defined
+    assert [name for name in defined if not name.startswith("rse_")] == []
+
+
+@needs_binutils
+def test_units_share_no_code(built):
+    # A weak symbol (an inline function, a template) defined in several objects is kept once, and possibly in its AVX-512 form.
+    units = [path for path in built[1].glob("*.o") if path.stem != "dispatch"]
+    defined = []
+    for unit in units:
+        symbols = [line.split()[-2:] for line in tool("nm", "--defined-only", "--extern-only", str(unit)).splitlines()]
+        assert symbols and {kind for kind, _ in symbols} == {"T"}, (unit.stem, symbols)
+        defined += [name for _, name in symbols]
+    assert len(defined) == len(set(defined))
+
+
+@needs_binutils
+@pytest.mark.skipif(not X86, reason="x86-64 instruction sets")
+def test_no_instruction_of_a_higher_set_in_a_lower_unit(built):
+    def code(name):
+        return tool("objdump", "-d", "--no-show-raw-insn", str(built[1] / f"{name}.o"))
+
+    for name in ("baseline", "dispatch"):
+        assert "%xmm" in code(name) or name == "dispatch"
+        assert "%ymm" not in code(name) and "%zmm" not in code(name) and "\tv" not in code(name)
+    assert "%ymm" in code("avx2") and "%zmm" not in code("avx2") and "%k1" not in code("avx2")
+    assert "%zmm" in code("avx512") and "vcvtne" not in code("avx512")
+    if (built[1] / "avx512bf16.o").exists():
+        assert "vcvtne" in code("avx512bf16")
+
+
+def test_a_second_build_in_the_same_folder_compiles_only_what_changed(built):
+    library, objects = built
+    before = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
+    library.unlink()
+    assert build.build(library.parent, work=objects) == library and library.exists()
+    assert {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")} == before
+
+
+def test_units_that_the_compiler_does_not_know_are_left_out(compiler, monkeypatch, tmp_path):
+    monkeypatch.setitem(build.UNITS, "avx9", ("-mavx9",))
+    units = build.supported_units(build.find_compiler(), tmp_path)
+    assert "avx9" not in units and "baseline" in units
+
+
+def test_cxx_is_the_only_candidate_if_set(monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++ -m64")
+    with pytest.raises(build.BuildError, match="CXX, '/nonexistent/c\\+\\+', was not found"):
+        build.find_compiler()
+
+
+def test_cxx_may_carry_arguments(compiler, monkeypatch):
+    path = shutil.which(compiler[0])
+    monkeypatch.setenv("CXX", f"{path} -pipe")
+    assert build.find_compiler() == [path, "-pipe"]
+
+
+def test_a_broken_source_names_the_compiler_and_repeats_its_message(compiler, tmp_path):
+    for name in ("add_noise.cpp", "dispatch.cpp"):
+        (tmp_path / name).write_text("#error of this test\n")
+    with pytest.raises(build.BuildError, match="failed\n(.|\n)*of this test"):
+        build.build(tmp_path / "out", source=tmp_path)
+    assert not (tmp_path / "out" / build.library_name()).exists()
+
+
+def test_runs_as_a_script_without_the_package(run_python, tmp_path):
+    script = Path(build.__file__)
+    done = run_python("-I", script, "--out", tmp_path, CXX="/nonexistent/c++")
+    assert done.returncode == 1
+    assert done.stderr == "error: the C++ compiler named by CXX, '/nonexistent/c++', was not found\n"
