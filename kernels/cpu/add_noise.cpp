@@ -66,15 +66,23 @@ struct Quads {
     RSE_INLINE void advance(uint64_t quads) { even += kM0 * quads, odd += kM0 * quads; }
 };
 
-// The four normals of each quad, times gain: z[j] holds lane j of kLanes quads.
-RSE_INLINE void normals(const Row& row, const Quads& q, vf gain, vf z[4]) {
+// The four words of each quad: w[j] holds word j of kLanes quads.
+RSE_INLINE void words(const Row& row, const Quads& q, vu w[4]) {
     const State a = philox(row, q.even), b = philox(row, q.odd);
-    const vf r0 = radius(interleave_low(a.c0, b.c0)) * gain, r1 = radius(interleave_low(a.c2, b.c2)) * gain;
-    vf c, s;
-    cos_sin(interleave_low(a.c1, b.c1), c, s);
-    z[0] = r0 * c, z[1] = r0 * s;
-    cos_sin(interleave_low(a.c3, b.c3), c, s);
-    z[2] = r1 * c, z[3] = r1 * s;
+    w[0] = interleave_low(a.c0, b.c0), w[1] = interleave_low(a.c1, b.c1);
+    w[2] = interleave_low(a.c2, b.c2), w[3] = interleave_low(a.c3, b.c3);
+}
+
+// The normals of the words, times gain: z[j] holds lane j of kLanes quads.
+RSE_INLINE void box_muller(const vu w[4], vf gain, vf z[4]) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 4; j += 2) polar(radius(uniform(w[j])) * gain, angle(w[j + 1]), z[j], z[j + 1]);
+}
+
+RSE_INLINE void normals(const Row& row, const Quads& q, vf gain, vf z[4]) {
+    vu w[4];
+    words(row, q, w);
+    box_muller(w, gain, z);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ layouts
@@ -206,7 +214,26 @@ template <Dtype D> void run_typed(const Task& t, int64_t begin, int64_t end) {
         t.relu ? run<D, false, true>(t, begin, end) : run<D, false, false>(t, begin, end);
 }
 
+template <typename V> RSE_INLINE void put(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
 }  // namespace
+
+void RSE_CONCAT(sample_, RSE_UNIT)(const Sample& s) {
+    const Row row = make_row(s.task, 0);
+    Quads quads(s.quad, 1, [](int lane) { return lane; });
+    for (int64_t i = 0; i < s.count; i += kLanes, quads.advance(kLanes)) {
+        vu w[4];
+        vf z[4];
+        words(row, quads, w);
+        for (int j = 0; s.given && j < 4; ++j) w[j] = read<vu>(s.given + j * s.count + i);
+        box_muller(w, splat(1.0f), z);
+        for (int j = 0; j < 4; ++j) {
+            const int64_t at = j * s.count + i;
+            put(s.words + at, w[j]), put(s.normals + at, z[j]);
+            put(s.uniforms + at, j % 2 ? angle(w[j]) * 0x1p-31f : uniform(w[j]) * (1 / kUnit));
+        }
+    }
+}
 
 void RSE_CONCAT(add_noise_, RSE_UNIT)(const Task& t, int64_t begin, int64_t end) {
     switch (t.dtype) {

@@ -26,6 +26,16 @@ constexpr int64_t kTile = 256;   // quads in a tile, the unit of work that threa
 // Processes tiles [begin, end) of the task's images * draws * tiles_per_row(task).
 using Unit = void (*)(const Task&, int64_t begin, int64_t end);
 
+// What stands between a counter and its normals, for tests: `count` quads (a multiple of 16) from `quad` on, in planes [4][count].
+struct Sample {
+    Task task;              // key, stream, image0 and draw0 are read, and images = 1
+    int64_t quad, count;
+    const uint32_t* given;  // these words instead of Philox's, or null
+    uint32_t* words;
+    float *uniforms, *normals;  // planes u, v, u, v; and the four normals
+};
+using Sampler = void (*)(const Sample&);
+
 // How a row is walked: as it lies in memory, plane by plane, or through a small buffer where neither fits.
 enum class Walk { flat, planar, scattered };
 

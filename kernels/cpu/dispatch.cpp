@@ -16,15 +16,20 @@
 namespace rse {
 
 void add_noise_baseline(const Task&, int64_t, int64_t);
+void sample_baseline(const Sample&);
 void add_noise_avx2(const Task&, int64_t, int64_t);
+void sample_avx2(const Sample&);
 void add_noise_avx512(const Task&, int64_t, int64_t);
+void sample_avx512(const Sample&);
 void add_noise_avx512bf16(const Task&, int64_t, int64_t);
+void sample_avx512bf16(const Sample&);
 
 namespace {
 
 struct Entry {
     const char* name;
     Unit unit;
+    Sampler sampler;
     bool runs;
 };
 
@@ -40,15 +45,15 @@ const std::vector<Entry>& entries() {
         (void)avx512;
 #endif
 #ifdef RSE_HAVE_AVX512BF16
-        list.push_back({"avx512bf16", add_noise_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
+        list.push_back({"avx512bf16", add_noise_avx512bf16, sample_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
 #ifdef RSE_HAVE_AVX512
-        list.push_back({"avx512", add_noise_avx512, avx512});
+        list.push_back({"avx512", add_noise_avx512, sample_avx512, avx512});
 #endif
 #ifdef RSE_HAVE_AVX2
-        list.push_back({"avx2", add_noise_avx2, avx2});
+        list.push_back({"avx2", add_noise_avx2, sample_avx2, avx2});
 #endif
-        list.push_back({"baseline", add_noise_baseline, true});
+        list.push_back({"baseline", add_noise_baseline, sample_baseline, true});
         return list;
     }();
     return all;
@@ -123,10 +128,11 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, int32_t dtype, int32_t layo
 
         Unit unit = current().unit;
 #ifdef RSE_HAVE_AVX512BF16
-        // The hardware's bfloat16 conversion flushes subnormals, which only a channel without noise can produce.
+        // The hardware's bfloat16 conversion flushes subnormals, which only a channel with next to no noise can produce: |eps| is
+        // 0 or more than 2^-42, so what sigma * eps leaves of an input is 0 or at least 2^-88 sigma.
         if (unit == add_noise_avx512bf16)
             for (int64_t c = 0; c < sigma_count; ++c)
-                if (sigma[c] == 0.0f) unit = add_noise_avx512;
+                if (sigma[c] < 0x1p-38f) unit = add_noise_avx512;
 #endif
         const int64_t tiles = images * draws * tiles_per_row(t);
         constexpr int64_t kGrain = 8;  // tiles worth waking a thread for: about 5 microseconds
@@ -146,4 +152,15 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, int32_t dtype, int32_t layo
     } catch (const std::bad_alloc&) {
         return 1;
     }
+}
+
+// For tests: Philox words, uniforms and normals of `count` quads (a multiple of 16) from `quad` on, by the active unit's own vector
+// code, each as planes [4][count]. With `given` (same shape) these words are taken in place of Philox's.
+RSE_EXPORT void rse_sample(const int64_t* seed, uint32_t stream, uint32_t image, uint32_t draw, int64_t quad, int64_t count,
+                           const uint32_t* given, uint32_t* words, float* uniforms, float* normals) {
+    using namespace rse;
+    Task t{};
+    t.images = 1, t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
+    t.stream = stream, t.image0 = image, t.draw0 = draw;
+    current().sampler({t, quad, count, given, words, uniforms, normals});
 }

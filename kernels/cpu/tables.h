@@ -1,5 +1,5 @@
 // Constants of the AVX-512 Box-Muller (vec.h), each the float32 nearest to its float64 value; polynomials are minimax fits over the
-// table's interval. -2 ln c - 2 ln 2 is for the c that kLogScale really holds after its rounding.
+// table's interval. -2 ln c is for the c that kLogScale really holds after its rounding.
 #pragma once
 
 namespace rse {
@@ -13,12 +13,12 @@ alignas(64) constexpr float kLogScale[32] = {
     -0x1.21fb78p+1f, -0x1.1cf06ap+1f, -0x1.181182p+1f, -0x1.135c82p+1f, -0x1.0ecf56p+1f, -0x1.0a681p+1f, -0x1.0624dep+1f, -0x1p+1f,
 };
 
-// -2 ln c - 2 ln 2
+// -2 ln c
 alignas(64) constexpr float kLogValue[32] = {
-    0x0p+0f, -0x1.77459cp-4f, -0x1.341d74p-3f, -0x1.a926d8p-3f, -0x1.0d77e8p-2f, -0x1.44d2b4p-2f, -0x1.7ab89p-2f, -0x1.af3c92p-2f,
-    -0x1.e27076p-2f, -0x1.0a325p-1f, -0x1.22941ep-1f, -0x1.3a64c6p-1f, -0x1.51aad8p-1f, -0x1.686c8p-1f, -0x1.7eaf84p-1f, -0x1.94793ep-1f,
-    -0x1.a9ceccp-1f, -0x1.beb4dap-1f, -0x1.d32fe8p-1f, -0x1.e74426p-1f, -0x1.faf586p-1f, -0x1.0723e6p+0f, -0x1.109f3cp+0f, -0x1.19ee6ap+0f,
-    -0x1.23130ep+0f, -0x1.2c0eap+0f, -0x1.34e288p+0f, -0x1.3d9024p+0f, -0x1.4618bep+0f, -0x1.4e7d82p+0f, -0x1.56bf9cp+0f, -0x1.62e43p+0f,
+    0x1.62e43p+0f, 0x1.4b6fd6p+0f, 0x1.3c6082p+0f, 0x1.2dbf54p+0f, 0x1.1f8636p+0f, 0x1.11af84p+0f, 0x1.04360cp+0f, 0x1.ee2a18p-1f,
+    0x1.d49024p-1f, 0x1.bb961p-1f, 0x1.a33442p-1f, 0x1.8b639ap-1f, 0x1.741d88p-1f, 0x1.5d5bep-1f, 0x1.4718dcp-1f, 0x1.314f2p-1f,
+    0x1.1bf994p-1f, 0x1.071386p-1f, 0x1.e530eep-2f, 0x1.bd0874p-2f, 0x1.95a5b2p-2f, 0x1.6f0124p-2f, 0x1.4913d2p-2f, 0x1.23d716p-2f,
+    0x1.fe8912p-3f, 0x1.b6ac7cp-3f, 0x1.700d3ep-3f, 0x1.2aa058p-3f, 0x1.ccb726p-4f, 0x1.466adap-4f, 0x1.849286p-5f, 0x0p+0f,
 };
 
 // cos(pi k / 16)

@@ -83,34 +83,56 @@ RSE_INLINE vu interleave_low(vq even, vq odd) {
 }
 
 // ------------------------------------------------------------------------------------------------------------ Box-Muller
-// Radius sqrt(-2 ln u) of the words' uniforms u = fl(fl(w) 2^-32 + 2^-33). u = 1 gives exactly 0.
-RSE_INLINE vf radius(vu words);
-// cos(pi v) and sin(pi v) of the words' uniforms v = fl(int32(w)) 2^-31.
-RSE_INLINE void cos_sin(vu words, vf& c, vf& s);
+// Every normal is within 1e-6 of float64, the largest ones (6.77, where a float's last bit is 4.8e-7) included. So each of ln, sqrt
+// and the final product may round a large value once, and everything else is added up while it is small.
+#if defined(__AVX512F__)
+constexpr float kUnit = 2.0f;
+#else
+constexpr float kUnit = 1.0f;
+#endif
+
+// The words' uniforms u = fl(fl(w) 2^-32 + 2^-33) in (0, 1], times kUnit: a power of two is exact, and `radius` has its wishes.
+RSE_INLINE vf uniform(vu words) {
+#if defined(__AVX512F__)
+    const __m512 scale = _mm512_set1_ps(0x1p-32f * kUnit), half = _mm512_set1_ps(0x1p-33f * kUnit);
+    return (vf)_mm512_fmadd_ps(_mm512_cvtepu32_ps((__m512i)words), scale, half);
+#else
+    // fl of an unsigned word: both halves convert exactly, so their sum is rounded once.
+    const vf high = __builtin_convertvector((vi)(words >> 16), vf), low = __builtin_convertvector((vi)(words & 0xffffu), vf);
+    return (high * 0x1p16f + low) * 0x1p-32f + 0x1p-33f;
+#endif
+}
+
+// The words' angles fl(int32(w)) = 2^31 v. The factor 2^-31 is exact, so it can wait for an FMA.
+RSE_INLINE vf angle(vu words) { return __builtin_convertvector((vi)words, vf); }
+
+// sqrt(-2 ln u), given kUnit * u. u = 1 gives exactly 0.
+RSE_INLINE vf radius(vf u);
+// r cos(pi v) and r sin(pi v), given a = 2^31 v.
+RSE_INLINE void polar(vf r, vf a, vf& x, vf& y);
 
 #if defined(__AVX512F__)
 // 32-entry tables held in two registers each, looked up by one permute: shorter polynomials than any full-range fit.
 
-// ln m for m in [1/2, 1) by its first five bits j: m = c (1 + t) with c inside interval j. c is the interval's middle, but exactly
-// 1/2 for j = 0 and exactly 1 for j = 31, so that u = 1 gives 0 and ln u keeps its relative precision as u tends to 1.
-RSE_INLINE vf radius(vu words) {
-    const __m512 u = _mm512_fmadd_ps(_mm512_cvtepu32_ps((__m512i)words), _mm512_set1_ps(0x1p-32f), _mm512_set1_ps(0x1p-33f));
-    const __m512i j = _mm512_srli_epi32(_mm512_castps_si512(u), 18);  // a permute reads the low five bits only
-    const __m512 m = _mm512_getmant_ps(u, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_zero);
-    const __m512 e = _mm512_getexp_ps(u);
+// u = 2^e m, m in [1/2, 1); ln m by the first five bits j of m: m = c (1 + t) with c inside interval j. c is the interval's middle,
+// but exactly 1/2 for j = 0 and exactly 1 for j = 31, so that u = 1 gives 0 and ln u keeps its relative precision as u tends to 1.
+RSE_INLINE vf radius(vf u) {
+    const __m512i j = _mm512_srli_epi32((__m512i)u, 18);  // a permute reads the low five bits only
+    const __m512 m = _mm512_getmant_ps((__m512)u, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_zero);
+    const __m512 e = _mm512_getexp_ps((__m512)u);  // of 2u: with m below 1, the exponent of u is one less than e
     const __m512 scale = _mm512_permutex2var_ps(_mm512_load_ps(kLogScale), j, _mm512_load_ps(kLogScale + 16));
     const __m512 log = _mm512_permutex2var_ps(_mm512_load_ps(kLogValue), j, _mm512_load_ps(kLogValue + 16));
     const __m512 t = _mm512_fmadd_ps(m, scale, _mm512_set1_ps(2.0f));  // -2 (m / c - 1)
     // -2 ln(m / c) = t + t^2 (a + b t), |t| <= 1/16
     const __m512 q = _mm512_fmadd_ps(t, _mm512_set1_ps(kLogB), _mm512_set1_ps(kLogA));
-    __m512 l = _mm512_fmadd_ps(e, _mm512_set1_ps(kMinusTwoLn2), log);
-    l = _mm512_fmadd_ps(_mm512_mul_ps(t, t), q, _mm512_add_ps(l, t));
+    const __m512 small = _mm512_fmadd_ps(_mm512_mul_ps(t, t), q, _mm512_add_ps(log, t));
+    const __m512 l = _mm512_fmadd_ps(e, _mm512_set1_ps(kMinusTwoLn2), small);
     return (vf)_mm512_sqrt_ps(_mm512_max_ps(l, _mm512_setzero_ps()));
 }
 
-RSE_INLINE void cos_sin(vu words, vf& c, vf& s) {
+RSE_INLINE void polar(vf r, vf a, vf& x, vf& y) {
     // v = k / 16 + d, |d| <= 1/32: adding 1.5 * 2^23 / 16 rounds to a multiple of 1/16 and leaves k in the low bits.
-    const __m512 w = _mm512_cvtepi32_ps((__m512i)words), scale = _mm512_set1_ps(0x1p-31f), shift = _mm512_set1_ps(0x1.8p19f);
+    const __m512 w = (__m512)a, scale = _mm512_set1_ps(0x1p-31f), shift = _mm512_set1_ps(0x1.8p19f);
     const __m512 k = _mm512_fmadd_ps(w, scale, shift);
     const __m512 d = _mm512_fmsub_ps(w, scale, _mm512_sub_ps(k, shift));
     const __m512i j = _mm512_castps_si512(k);
@@ -119,8 +141,9 @@ RSE_INLINE void cos_sin(vu words, vf& c, vf& s) {
     const __m512 d2 = _mm512_mul_ps(d, d);
     const __m512 sd = _mm512_mul_ps(d, _mm512_fmadd_ps(d2, _mm512_set1_ps(kSin3), _mm512_set1_ps(kSin1)));   // sin(pi d)
     const __m512 cd = _mm512_mul_ps(d2, _mm512_fmadd_ps(d2, _mm512_set1_ps(kCos4), _mm512_set1_ps(kCos2)));  // cos(pi d) - 1
-    c = (vf)_mm512_fnmadd_ps(sk, sd, _mm512_fmadd_ps(ck, cd, ck));
-    s = (vf)_mm512_fmadd_ps(ck, sd, _mm512_fmadd_ps(sk, cd, sk));
+    const __m512 dx = _mm512_fnmadd_ps(sk, sd, _mm512_mul_ps(ck, cd)), dy = _mm512_fmadd_ps(ck, sd, _mm512_mul_ps(sk, cd));
+    x = (vf)_mm512_fmadd_ps((__m512)r, ck, _mm512_mul_ps((__m512)r, dx));
+    y = (vf)_mm512_fmadd_ps((__m512)r, sk, _mm512_mul_ps((__m512)r, dy));
 }
 
 #else
@@ -135,10 +158,7 @@ RSE_INLINE vf sqrt(vf a) {
 #endif
 }
 
-RSE_INLINE vf radius(vu words) {
-    // fl of an unsigned word: both halves convert exactly, so their sum is rounded once.
-    const vf high = __builtin_convertvector((vi)(words >> 16), vf), low = __builtin_convertvector((vi)(words & 0xffffu), vf);
-    const vf u = (high * 0x1p16f + low) * 0x1p-32f + 0x1p-33f;
+RSE_INLINE vf radius(vf u) {
     // u = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2 / 2 + f^3 P(f)
     const vi bits = (vi)u, e = (bits - 0x3f3504f3) >> 23;
     const vf f = (vf)(bits - (e << 23)) - 1.0f;
@@ -148,21 +168,24 @@ RSE_INLINE vf radius(vu words) {
     p = madd(p, f, splat(0.19959858f));
     p = madd(p, f, splat(-0.25001729f));
     p = madd(p, f, splat(0.33334004f));
-    const vf log = madd(__builtin_convertvector(e, vf), splat(0.69314718f), madd(f * f, madd(f, p, splat(-0.5f)), f));
+    // ln 2 in two parts: e times the first is exact.
+    const vf n = __builtin_convertvector(e, vf), small = madd(n, splat(-2.12194440e-4f), madd(f * f, madd(f, p, splat(-0.5f)), f));
+    const vf log = madd(n, splat(0.693359375f), small);
     const vf l = log * -2.0f;
     return sqrt((vf)((vi)l & (l > 0.0f)));
 }
 
-RSE_INLINE void cos_sin(vu words, vf& c, vf& s) {
+RSE_INLINE void polar(vf r, vf a, vf& x, vf& y) {
     // v = q / 2 + d, |d| <= 1/4: adding 1.5 * 2^23 / 2 rounds to a multiple of 1/2 and leaves q in the low bits.
-    const vf v = __builtin_convertvector((vi)words, vf) * 0x1p-31f, k = v + 0x1.8p22f, d = v - (k - 0x1.8p22f), d2 = d * d;
+    const vf v = a * 0x1p-31f, k = v + 0x1.8p22f, d = v - (k - 0x1.8p22f), d2 = d * d;
     const vi q = (vi)k;
-    const vf sd = d * madd(madd(madd(d2, splat(-0.58781287f), splat(2.5496289f)), d2, splat(-5.1677035f)), d2, splat(3.1415926f));
+    const vf cubic = madd(madd(d2, splat(-0.59173816f), splat(2.5500762f)), d2, splat(-5.1677184f));
+    const vf sd = madd(d, splat(3.1415927f), d * d2 * cubic);
     const vf p = madd(madd(madd(d2, splat(0.23142954f), splat(-1.3350585f)), d2, splat(4.0587079f)), d2, splat(-4.9348022f));
     const vf cd = madd(p, d2, splat(1.0f));
     const vi odd = -(q & 1);
-    c = (vf)((vi)select(odd, sd, cd) ^ (((q + 1) & 2) << 30));  // the sign of cos in quarters 1 and 2
-    s = (vf)((vi)select(odd, cd, sd) ^ ((q & 2) << 30));        // of sin in quarters 2 and 3
+    x = r * (vf)((vi)select(odd, sd, cd) ^ (((q + 1) & 2) << 30));  // the sign of cos in quarters 1 and 2
+    y = r * (vf)((vi)select(odd, cd, sd) ^ ((q & 2) << 30));        // of sin in quarters 2 and 3
 }
 #endif
 
