@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from rse_fast.ensemble.fuse import fold_batch_norm
+from rse_fast.ensemble import fuse
 
 
 def eager_noise(x, sigma):
@@ -36,5 +36,4 @@ def packed(model, x, draws):
 
 def deterministic(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The plain network at its best: eval mode, BatchNorm folded, channels last."""
-    model = fold_batch_norm(copy.deepcopy(model).eval().requires_grad_(False))
-    return model.to(dtype=dtype, memory_format=torch.channels_last)
+    return fuse.snapshot(model, dtype)[0]

@@ -1,6 +1,7 @@
 """Makes an existing model noisy in place, and back. Parameters, hooks and state-dict keys stay: only classes change."""
 
 import contextlib
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -191,30 +192,37 @@ def _first_traced(model, layers):
 
 
 def _first_on_meta(model, layers):
-    """Runs the model without data, on a guessed input, until a layer's hook fires: what its input looks like does not matter then."""
-
-    def stop(module, args):
-        raise _Found(module)
-
-    state = {name: torch.empty_like(t, device="meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
-    hooks = [layer.register_forward_pre_hook(stop, prepend=True) for layer in layers]
+    """Runs a copy without data, on a guessed input, until a layer's hook fires: what its input looks like does not matter then."""
     try:
-        for layer in layers:  # the channels that the model wants are those of one of its layers
-            if isinstance(layer, nn.Linear):
-                shape = (2, layer.in_features)
-            else:
-                shape = (2, layer.in_channels, *[64] * len(layer.kernel_size))
-            try:
-                with torch.no_grad():
-                    torch.func.functional_call(model, state, torch.empty(shape, device="meta"))
-            except _Found as found:
-                return found.args[0]
-            except Exception:  # the guess did not fit, or the forward needs data
-                continue
-    finally:
-        for hook in hooks:
-            hook.remove()
+        copied = meta_copy(model)
+    except Exception:  # a module that cannot be copied
+        return None
+    names = {module: name for name, module in model.named_modules()}
+    for layer in layers:
+
+        def stop(module, args, layer=layer):
+            raise _Found(layer)
+
+        copied.get_submodule(names[layer]).register_forward_pre_hook(stop, prepend=True)
+    for layer in layers:  # the channels that the model wants are those of one of its layers
+        shape = (2, layer.in_features) if isinstance(layer, nn.Linear) else (2, layer.in_channels, *[64] * len(layer.kernel_size))
+        try:
+            with torch.no_grad():
+                copied(torch.empty(shape, device="meta"))
+        except _Found as found:
+            return found.args[0]
+        except Exception:  # the guess did not fit, or the forward needs data
+            continue
     return None
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose parameters and buffers are on the meta device; their data is never copied."""
+    memo = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
 
 
 # --------------------------------------------------------------------------------------------------------------------- classes

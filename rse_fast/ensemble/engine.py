@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rse_fast import functional
+from rse_fast.convert import meta_copy
 from rse_fast.ensemble import fuse, plan
 from rse_fast.nn import Scope, noise_layers, number_layers
 
@@ -233,11 +234,10 @@ class _Runner:
         first noise then meets 6 rows with its 3. It fails as well where the forward needs data; packing the input is right anyway."""
         images, draws = 3, 2
         shape = (images * (draws if packed and self.noisy else 1), *x.shape[1:])
-        state = {n: torch.empty_like(t, device="meta") for n, t in (*self.model.named_parameters(), *self.model.named_buffers())}
         dtype = x.dtype if self.autocast else self.dtype
         try:
             with torch.no_grad(), Scope(torch.zeros((), dtype=torch.int64), images, draws):
-                out = torch.func.functional_call(self.model, state, torch.empty(shape, dtype=dtype, device="meta"))
+                out = meta_copy(self.model)(torch.empty(shape, dtype=dtype, device="meta"))
             return tuple(out.shape) if out.shape[0] == (images * draws if self.noisy else images) else None
         except Exception:
             return None

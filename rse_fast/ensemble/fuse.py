@@ -1,4 +1,8 @@
-"""Prepares a snapshot of a model for inference: the same function in fewer, cheaper operations."""
+"""Prepares a snapshot of a model for inference: the same function in fewer, cheaper operations.
+
+BatchNorm is folded into the convolution before it, and a ReLU (also one with a max-pool behind it) that only noisy convolutions read
+is done by their noise op, in the pass over memory that adds the noise anyway.
+"""
 
 import copy
 
@@ -6,24 +10,31 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from rse_fast import functional
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, NoisyConv1d, NoisyConv2d, NoisyConv3d)
+_NOISY = (NoisyConv1d, NoisyConv2d, NoisyConv3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_NOISY)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, str | None]:
-    """A copy of ``model`` in eval mode and ``dtype``, channels last, BatchNorm folded into the convolution before it.
+    """A copy of ``model`` in eval mode and ``dtype``, channels last, fused.
 
-    Returns (copy, None), or (copy without folding, why) when the model cannot be traced. The copy's parameters take no gradient; the
-    gradient of the input flows through it.
+    Returns (copy, None), or (unfused copy, why) when the model cannot be traced. The copy's parameters take no gradient; the gradient
+    of the input flows through it.
     """
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     problem = None
     try:
-        copied = fold_batch_norm(copied)
+        graph = _Tracer().trace(copied)
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    else:
+        copied = torch.fx.GraphModule(copied, graph)
+        fold_batch_norm(copied)
+        merge_relu(copied)
     copied = copied.to(dtype)
     if any(p.dim() == 4 for p in copied.parameters()):
         copied = copied.to(memory_format=torch.channels_last)
@@ -35,13 +46,12 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(module, NoiseLayer) or super().is_leaf_module(module, name)
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """``model`` (in eval mode, changed) as a graph in which every BatchNorm that alone reads a convolution's output is folded into it.
+def fold_batch_norm(model: torch.fx.GraphModule) -> None:
+    """Folds, in place, every BatchNorm (in eval mode) that alone reads a convolution's output into that convolution.
 
     Noise stands at the convolution's input, so folding the affine map that follows the convolution leaves it untouched.
     """
-    graph = _Tracer().trace(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    graph, modules = model.graph, dict(model.named_modules(remove_duplicate=False))
     calls: dict[nn.Module, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -54,7 +64,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
             continue
         conv = modules[producer.target]
         # A layer called twice has one weight for two places, which may want different foldings.
-        if type(conv) not in _CONVOLUTIONS or calls[conv] != 1 or calls[norm] != 1:
+        if type(conv) not in _CONVOLUTIONS or calls[conv] != 1 or calls[norm] != 1 or _has_hooks(conv) or _has_hooks(norm):
             continue
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
@@ -62,5 +72,66 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         conv.requires_grad_(False)
         node.replace_all_uses_with(producer)
         graph.erase_node(node)
-    graph.lint()
-    return torch.fx.GraphModule(model, graph)
+    model.delete_all_unused_submodules()
+    model.recompile()
+
+
+class ReluNoisyConv(nn.Module):
+    """A noisy convolution of ``relu(x)``, the ReLU done by the noise op."""
+
+    def __init__(self, layer: NoiseLayer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        layer = self.layer
+        x = functional.add_noise(x, act="relu", **layer.noise_arguments(x)) if layer.noise_enabled else x.relu()
+        return layer._conv_forward(x, layer.weight, layer.bias)
+
+
+def merge_relu(model: torch.fx.GraphModule) -> None:
+    """Removes, in place, each ReLU that only noisy convolutions read, directly or through a max-pool (which commutes with it)."""
+
+    def module_of(node, kinds):
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        return module if type(module) in kinds and not _has_hooks(module) else None
+
+    def is_relu(node):
+        if node.op == "call_module":
+            return module_of(node, (nn.ReLU,)) is not None
+        return node.op == "call_function" and node.target in (torch.relu, nn.functional.relu) or (
+            node.op == "call_method" and node.target in ("relu", "relu_")
+        )
+
+    def is_pool(node):
+        pool = module_of(node, _POOLS)
+        return pool is not None and not pool.return_indices
+
+    def is_noisy(node):
+        layer = module_of(node, _NOISY)
+        return layer is not None and layer.padding_mode == "zeros"
+
+    for node in list(model.graph.nodes):
+        if not is_relu(node) or not node.users:
+            continue
+        source = node.args[0]
+        # Whoever else reads the source of an in-place ReLU reads the ReLU's result.
+        if len(source.users) != 1:
+            continue
+        pools = [user for user in node.users if is_pool(user)]
+        readers = [user for user in node.users if user not in pools] + [user for pool in pools for user in pool.users]
+        if not readers or not all(map(is_noisy, readers)):
+            continue
+        for reader in readers:
+            name = f"relu_{reader.name}"
+            model.add_submodule(name, ReluNoisyConv(model.get_submodule(reader.target)))
+            reader.target = name
+        node.replace_all_uses_with(source)
+        model.graph.erase_node(node)
+    model.delete_all_unused_submodules()
+    model.recompile()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Hooks may compute the weight (weight_norm) or want to see what fusion would take away."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
