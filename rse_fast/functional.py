@@ -21,7 +21,8 @@ _WORD = 2**32
 
 
 def add_noise(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, channel_dim=1, backend="auto"
+    x, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, channel_dim=1, backend="auto",
+    places=None,
 ) -> torch.Tensor:
     """``act(x * scale + shift) + sigma * eps``, computed in float32 and rounded once (to nearest even) to the dtype of ``x``.
 
@@ -30,6 +31,7 @@ def add_noise(
         sigma: standard deviation, >= 0: a number, a 0-dim tensor, or one per channel [C].
         images, draws: default ``images = x.shape[0]``. Output rows are ``draws * images``, estimator-major.
         image0, draw0: first image and draw index; indices stay below 2^32.
+        places: None, or int64 [images, 2]: each image's own (image index, first draw), in place of image0 and draw0.
         scale, shift: None, a number, or per channel [C]; applied before ``act``.
         act: None or "relu".
         channel_dim: which dimension holds the channels (not 0).
@@ -49,12 +51,13 @@ def add_noise(
     backend = _check_backend(backend, x)
     noise = _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0)
     scale, shift = _affine("scale", scale, channels, x), _affine("shift", shift, channels, x)
-    return ops.add_noise(x, *noise, scale, shift, act == "relu", backend).movedim(1, channel_dim)
+    places = _places(places, *noise[3:5], x.device)
+    return ops.add_noise(x, *noise, scale, shift, act == "relu", backend, places).movedim(1, channel_dim)
 
 
 def noisy_conv2d(
     x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0,
-    stride=1, padding=0, dilation=1, groups=1, backend="auto",
+    stride=1, padding=0, dilation=1, groups=1, backend="auto", places=None,
 ) -> torch.Tensor:  # fmt: skip
     """``conv2d(x + sigma * eps, weight, bias)``: zero padding stays exactly zero, noise is on real pixels only.
 
@@ -66,13 +69,13 @@ def noisy_conv2d(
         raise ValueError(f"weight must be a tensor [Cout, Cin / groups, kh, kw], got {_describe(weight)}")
     return noisy_conv(
         x, weight, bias, sigma, seed=seed, stream=stream, images=images, draws=draws, image0=image0, draw0=draw0,
-        stride=stride, padding=padding, dilation=dilation, groups=groups, backend=backend,
+        stride=stride, padding=padding, dilation=dilation, groups=groups, backend=backend, places=places,
     )  # fmt: skip
 
 
 def noisy_conv(
     x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0,
-    stride=1, padding=0, dilation=1, groups=1, backend="auto",
+    stride=1, padding=0, dilation=1, groups=1, backend="auto", places=None,
 ) -> torch.Tensor:  # fmt: skip
     """`noisy_conv2d` for one, two or three spatial dimensions, as many as ``weight`` [Cout, Cin / groups, *kernel] has."""
     if not isinstance(weight, torch.Tensor) or not 3 <= weight.dim() <= 5:
@@ -84,20 +87,21 @@ def noisy_conv(
     stride, dilation = _tuple("stride", stride, spatial, 1), _tuple("dilation", dilation, spatial, 1)
     x, weight, bias = _autocast(x, weight, bias)
     noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
+    places = _places(places, *noise[3:5], x.device)
     backend = _check_backend(backend, x)
     if isinstance(padding, str):
         padding = _string_padding(padding, weight.shape[2:], stride, dilation)
         if any(left != right for left, right in padding):
             # Zeros go around the noisy input, so noise has to come first here.
-            y = ops.add_noise(x, *noise, None, None, False, backend)
+            y = ops.add_noise(x, *noise, None, None, False, backend, places)
             y = torch.nn.functional.pad(y, [side for pair in reversed(padding) for side in pair])
             return torch.convolution(y, weight, bias, stride, (0,) * spatial, dilation, False, (0,) * spatial, groups)
         padding = tuple(left for left, _ in padding)
     padding = _tuple("padding", padding, spatial, 0)
-    return ops.noisy_conv(x, weight, bias, *noise, stride, padding, dilation, groups, backend)
+    return ops.noisy_conv(x, weight, bias, *noise, stride, padding, dilation, groups, backend, places)
 
 
-def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, backend="auto") -> torch.Tensor:
+def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, backend="auto", places=None):
     """``linear(x + sigma * eps, weight, bias)``: x [images or draws * images, *, in_features], features as channels.
 
     Saves the clean ``x`` for backward. Arguments and errors as in `add_noise`; weight [out_features, in_features].
@@ -107,7 +111,8 @@ def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1
         raise ValueError(f"weight must be a tensor [out_features, {x.shape[-1]}], got {_describe(weight)}")
     x, weight, bias = _autocast(x, weight, bias)
     noise = _noise(x, x.shape[-1], sigma, seed, stream, images, draws, image0, draw0)
-    return ops.noisy_linear(x, weight, bias, *noise, _check_backend(backend, x))
+    places = _places(places, *noise[3:5], x.device)
+    return ops.noisy_linear(x, weight, bias, *noise, _check_backend(backend, x), places)
 
 
 # ------------------------------------------------------------------------------------------------------------------ arguments
@@ -173,6 +178,17 @@ def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0) -> tu
     else:
         sigma = torch.tensor(float(sigma), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     return sigma, seed_tensor(seed, x.device), stream, images, draws, image0, draw0
+
+
+def _places(places, images, draws, device):
+    if places is None:
+        return None
+    if not isinstance(places, torch.Tensor) or places.dtype != torch.int64 or tuple(places.shape) != (images, 2):
+        raise ValueError(f"places must be an int64 tensor [{images}, 2], got {_describe(places)}")
+    if places.device.type == "cpu" and images and not torch.compiler.is_compiling():
+        if places.min() < 0 or places[:, 0].max() >= _WORD or places[:, 1].max() + draws > _WORD:
+            raise ValueError(f"places must hold indices that fit the 32-bit counter with {draws} draws, got {places.tolist()}")
+    return places.to(device).contiguous()
 
 
 def _affine(name, value, channels, x):

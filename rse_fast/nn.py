@@ -23,7 +23,7 @@ class Scope:
     """Fixes the noise of every layer called within ``with scope:`` on this thread.
 
     seed: int64 tensor of one value. A batch of ``images`` rows leaves the first noisy layer as ``draws * images`` rows (lazy packing);
-    rows are draws ``draw0 ..`` of images ``image0 ..``. A layer's stream is its index in the model, plus the number of its earlier
+    rows are draws ``draw0 ..`` of images ``image0 ..``, or of the (image, first draw) of each row of ``places``. A layer's stream is its index in the model, plus the number of its earlier
     calls within the scope in the high half of the word: one scope is one forward pass.
     """
 
@@ -33,6 +33,7 @@ class Scope:
     image0: int = 0
     draw0: int = 0
     backend: str = "auto"
+    places: torch.Tensor | None = None
     calls: dict = field(default_factory=dict, repr=False)
 
     def __enter__(self):
@@ -53,7 +54,7 @@ class Scope:
         self.calls[layer] = call + 1
         return {
             "seed": self.seed, "stream": layer.stream + (call << 16), "images": self.images, "draws": self.draws,
-            "image0": self.image0, "draw0": self.draw0, "backend": self.backend,
+            "image0": self.image0, "draw0": self.draw0, "backend": self.backend, "places": self.places,
         }  # fmt: skip
 
 

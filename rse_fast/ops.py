@@ -1,7 +1,8 @@
 """The ops as torch sees them: schemas, shapes without data, gradients, and which kernel a device key runs.
 
 ``seed`` is an int64 tensor on the device of ``x`` and ``sigma`` a float32 tensor (0-dim or [C]), so neither recompiles a graph when it
-changes. Nothing here validates: that is `functional`. Gradients regenerate eps from the seed; no noise is ever stored.
+changes. ``places`` (int64 [images, 2], on the same device, or None) gives each image its own (image, draw0) instead of
+``(image0 + i, draw0)``. Nothing here validates: that is `functional`. Gradients regenerate eps from the seed; no noise is ever stored.
 """
 
 import torch
@@ -12,15 +13,15 @@ from rse_fast.kernels import cpu
 _lib = torch.library.Library("rse_fast", "DEF")
 
 _NOISE = "Tensor sigma, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image0, SymInt draw0"
-_lib.define(f"add_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend) -> Tensor")
+_lib.define(f"add_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, Tensor? places=None) -> Tensor")
 _lib.define(
     f"noisy_conv(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str backend) -> Tensor"
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str backend, Tensor? places=None) -> Tensor"
 )
-_lib.define(f"noisy_linear(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, str backend) -> Tensor")
+_lib.define(f"noisy_linear(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, str backend, Tensor? places=None) -> Tensor")
 _lib.define(
     "sigma_grad(Tensor g, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image0, SymInt draw0, "
-    "bool per_channel, str backend) -> Tensor"
+    "bool per_channel, str backend, Tensor? places=None) -> Tensor"
 )
 
 add_noise = torch.ops.rse_fast.add_noise
@@ -37,38 +38,38 @@ def active_backend(x: torch.Tensor) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------------- add_noise
-def _add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend):
+def _add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None):
     if backend == "auto":
         backend = active_backend(x)
     if backend == "torch":
-        return reference.add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu)
+        return reference.add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
     if reference.layout(x) is None:
         x = x.contiguous()
     out = reference.packed_like(x, images * draws)
     sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
-    cpu.add_noise(x, out, reference.layout(x) == "flat", sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu)
+    cpu.add_noise(x, out, reference.layout(x) == "flat", sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
     return out
 
 
-def _add_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend):
+def _add_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None):
     return reference.packed_like(x, images * draws)
 
 
 def _add_noise_setup(ctx, inputs, output):
-    x, sigma, seed, *where, scale, shift, relu, backend = inputs
+    x, sigma, seed, *where, scale, shift, relu, backend, places = inputs
     affine = scale is not None or shift is not None
     # x is kept only where a gradient reads it: noise alone passes gradients through.
     keep_x = relu or ctx.needs_input_grad[8]
-    ctx.save_for_backward(x if keep_x else None, sigma, seed, scale, shift)
+    ctx.save_for_backward(x if keep_x else None, sigma, seed, scale, shift, places)
     ctx.rows, ctx.where, ctx.relu, ctx.affine, ctx.backend = x.shape[0], where, relu, affine, backend
 
 
 def _add_noise_backward(ctx, g):
-    x, sigma, seed, scale, shift = ctx.saved_tensors
+    x, sigma, seed, scale, shift, places = ctx.saved_tensors
     stream, images, draws, image0, draw0 = ctx.where
     needs_x, needs_sigma = ctx.needs_input_grad[:2]
     needs_scale, needs_shift = ctx.needs_input_grad[8:10]
-    g_sigma = sigma_grad(g, seed, *ctx.where, sigma.dim() == 1, ctx.backend) if needs_sigma else None
+    g_sigma = sigma_grad(g, seed, *ctx.where, sigma.dim() == 1, ctx.backend, places) if needs_sigma else None
     g_x = g_scale = g_shift = None
     if needs_x or needs_scale or needs_shift:
         g = _sum_draws(g, ctx.rows, images, draws)
@@ -84,7 +85,7 @@ def _add_noise_backward(ctx, g):
         g_x = g if scale is None else (g * scale.view(column)).to(g.dtype)
         g_scale = (g * x).sum(over, dtype=scale.dtype) if needs_scale else None
         g_shift = g.sum(over, dtype=shift.dtype) if needs_shift else None
-    return g_x if needs_x else None, g_sigma, *[None] * 6, g_scale, g_shift, None, None
+    return g_x if needs_x else None, g_sigma, *[None] * 6, g_scale, g_shift, None, None, None
 
 
 def _sum_draws(g, rows, images, draws):
@@ -93,30 +94,30 @@ def _sum_draws(g, rows, images, draws):
 
 
 # ------------------------------------------------------------------------------------------------------- noisy_conv, noisy_linear
-def _noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend):
-    y = add_noise(x, sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend)
+def _noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend, places=None):
+    y = add_noise(x, sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend, places)
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-def _noisy_conv_fake(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend):
+def _noisy_conv_fake(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend, places=None):
     y = reference.packed_like(x, images * draws)
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
 def _noisy_conv_setup(ctx, inputs, output):
-    x, weight, bias, sigma, seed, *where, stride, padding, dilation, groups, backend = inputs
-    ctx.save_for_backward(x, weight, sigma, seed)  # the clean input: the noisy one is regenerated when its gradient is asked for
+    x, weight, bias, sigma, seed, *where, stride, padding, dilation, groups, backend, places = inputs
+    ctx.save_for_backward(x, weight, sigma, seed, places)  # the clean input: the noisy one is regenerated when its gradient is asked for
     ctx.bias_sizes = None if bias is None else list(bias.shape)
     ctx.where, ctx.conv, ctx.groups, ctx.backend = where, (stride, padding, dilation), groups, backend
 
 
 def _noisy_conv_backward(ctx, g):
-    x, weight, sigma, seed = ctx.saved_tensors
+    x, weight, sigma, seed, places = ctx.saved_tensors
     stream, images, draws, image0, draw0 = ctx.where
     needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
     noisy = x
     if needs_w:
-        noisy = add_noise(x, sigma, seed, *ctx.where, None, None, False, ctx.backend)
+        noisy = add_noise(x, sigma, seed, *ctx.where, None, None, False, ctx.backend, places)
     elif x.shape[0] != images * draws:
         noisy = x.expand(draws, *x.shape).flatten(0, 1)  # only its shape is read
     stride, padding, dilation = ctx.conv
@@ -125,46 +126,46 @@ def _noisy_conv_backward(ctx, g):
         [needs_x or needs_sigma, needs_w, needs_b and ctx.bias_sizes is not None],
     )  # fmt: skip
     g_x = _sum_draws(g_noisy, x.shape[0], images, draws) if needs_x else None
-    g_sigma = sigma_grad(g_noisy, seed, *ctx.where, sigma.dim() == 1, ctx.backend) if needs_sigma else None
-    return g_x, g_w, g_b, g_sigma, *[None] * 11
+    g_sigma = sigma_grad(g_noisy, seed, *ctx.where, sigma.dim() == 1, ctx.backend, places) if needs_sigma else None
+    return g_x, g_w, g_b, g_sigma, *[None] * 12
 
 
-def _noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, backend):
-    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend)
+def _noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, backend, places=None):
+    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend, places)
     return torch.nn.functional.linear(y.movedim(1, -1), weight, bias)
 
 
-def _noisy_linear_fake(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, backend):
+def _noisy_linear_fake(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, backend, places=None):
     return x.new_empty((images * draws, *x.shape[1:-1], weight.shape[0]))
 
 
 def _noisy_linear_setup(ctx, inputs, output):
-    x, weight, bias, sigma, seed, *where, backend = inputs
-    ctx.save_for_backward(x, weight, sigma, seed)
+    x, weight, bias, sigma, seed, *where, backend, places = inputs
+    ctx.save_for_backward(x, weight, sigma, seed, places)
     ctx.where, ctx.backend = where, backend
 
 
 def _noisy_linear_backward(ctx, g):
-    x, weight, sigma, seed = ctx.saved_tensors
+    x, weight, sigma, seed, places = ctx.saved_tensors
     stream, images, draws, image0, draw0 = ctx.where
     needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
     g_w = None
     if needs_w:
-        noisy = add_noise(x.movedim(-1, 1), sigma, seed, *ctx.where, None, None, False, ctx.backend).movedim(1, -1)
+        noisy = add_noise(x.movedim(-1, 1), sigma, seed, *ctx.where, None, None, False, ctx.backend, places).movedim(1, -1)
         g_w = g.flatten(0, -2).mT @ noisy.flatten(0, -2)
     g_b = g.flatten(0, -2).sum(0) if needs_b else None
     g_noisy = g @ weight if needs_x or needs_sigma else None
     g_x = _sum_draws(g_noisy, x.shape[0], images, draws) if needs_x else None
-    g_sigma = sigma_grad(g_noisy.movedim(-1, 1), seed, *ctx.where, sigma.dim() == 1, ctx.backend) if needs_sigma else None
-    return g_x, g_w, g_b, g_sigma, *[None] * 7
+    g_sigma = sigma_grad(g_noisy.movedim(-1, 1), seed, *ctx.where, sigma.dim() == 1, ctx.backend, places) if needs_sigma else None
+    return g_x, g_w, g_b, g_sigma, *[None] * 8
 
 
 # ------------------------------------------------------------------------------------------------------------------- sigma_grad
-def _sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, backend):
+def _sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, backend, places=None):
     if backend == "auto":
         backend = active_backend(g)
     if backend == "torch":
-        return reference.sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel)
+        return reference.sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, places)
     # One draw of all images at a time: the transient eps stays that small, and the order of summation is fixed.
     total = torch.zeros((g.shape[1],) if per_channel else (), dtype=torch.float64)
     one, zeros = torch.ones(()), torch.zeros((images, *g.shape[1:]))
@@ -172,28 +173,29 @@ def _sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, back
         zeros = reference.packed_like(g, images).float().zero_()
     over = [d for d in range(g.dim()) if d != 1 or not per_channel]
     for d in range(draws if images else 0):
-        eps = add_noise(zeros, one, seed, stream, images, 1, image0, draw0 + d, None, None, False, backend)
+        at = None if places is None else places + torch.tensor([0, d])
+        eps = add_noise(zeros, one, seed, stream, images, 1, image0, draw0 + d, None, None, False, backend, at)
         total += (eps * g[d * images : (d + 1) * images]).sum(over, dtype=torch.float64)
     return total.float()
 
 
-def _sigma_grad_fake(g, seed, stream, images, draws, image0, draw0, per_channel, backend):
+def _sigma_grad_fake(g, seed, stream, images, draws, image0, draw0, per_channel, backend, places=None):
     real = torch.float64 if g.dtype == torch.float64 else torch.float32
     return g.new_empty((g.shape[1],) if per_channel else (), dtype=real)
 
 
 def _sigma_grad_setup(ctx, inputs, output):
-    g, seed, *where, per_channel, backend = inputs
-    ctx.save_for_backward(seed)
+    g, seed, *where, per_channel, backend, places = inputs
+    ctx.save_for_backward(seed, places)
     ctx.like, ctx.where, ctx.backend = (g.shape, g.dtype), where, backend
 
 
 def _sigma_grad_backward(ctx, gg):
-    (seed,) = ctx.saved_tensors
+    seed, places = ctx.saved_tensors
     shape, dtype = ctx.like
     zeros = gg.new_zeros(shape, dtype=dtype)  # linear in g: its gradient is eps, scaled
-    eps = add_noise(zeros, torch.ones_like(gg), seed, *ctx.where, None, None, False, ctx.backend)
-    return eps * (gg.view([-1] + [1] * (len(shape) - 2)) if gg.dim() else gg).to(dtype), *[None] * 8
+    eps = add_noise(zeros, torch.ones_like(gg), seed, *ctx.where, None, None, False, ctx.backend, places)
+    return eps * (gg.view([-1] + [1] * (len(shape) - 2)) if gg.dim() else gg).to(dtype), *[None] * 9
 
 
 # ----------------------------------------------------------------------------------------------------------------- registration

@@ -102,21 +102,28 @@ def _box_muller(w0, w1):
     return radius * c, radius * s
 
 
-def normal(seed, stream, images, draws, channels, spatial, image0=0, draw0=0) -> torch.Tensor:
-    """`gaussian` as torch ops on the device of ``seed`` (int64, 0-dim): float64 ``[draws * images, spatial, channels]``."""
+def normal(seed, stream, images, draws, channels, spatial, image0=0, draw0=0, places=None) -> torch.Tensor:
+    """`gaussian` as torch ops on the device of ``seed`` (int64, 0-dim): float64 ``[draws * images, spatial, channels]``.
+
+    ``places`` int64 [images, 2] gives each image its own (image, draw0) instead of ``(image0 + i, draw0)``.
+    """
     groups = -(-channels // 4)
-    count = lambda n, first: torch.arange(n, device=seed.device) + first  # noqa: E731
-    words = _philox(
-        (count(spatial * groups, 0), count(images, image0)[:, None], count(draws, draw0)[:, None, None], torch.full_like(seed, stream)),
-        (seed & _LOW, (seed >> 32) & _LOW),
+    count = lambda n: torch.arange(n, device=seed.device)  # noqa: E731
+    image, draw = (image0 + count(images), draw0) if places is None else places.unbind(1)
+    counter = (
+        count(spatial * groups),
+        image[:, None],
+        count(draws)[:, None, None] + (draw if places is None else draw[:, None]),
+        torch.full_like(seed, stream),
     )
+    words = _philox(counter, (seed & _LOW, (seed >> 32) & _LOW))
     z = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], -1)
     return z.reshape(draws * images, spatial, groups * 4)[..., :channels]
 
 
-def _noise_like(x, rows, seed, stream, images, draws, image0, draw0):
+def _noise_like(x, rows, seed, stream, images, draws, image0, draw0, places):
     """eps for ``x`` [*, C, *spatial] as float64 [rows, C, *spatial]."""
-    eps = normal(seed, stream, images, draws, x.shape[1], x[0, 0].numel() if x.shape[0] else 0, image0, draw0)
+    eps = normal(seed, stream, images, draws, x.shape[1], x[0, 0].numel() if x.shape[0] else 0, image0, draw0, places)
     return eps.movedim(-1, 1).reshape(rows, *x.shape[1:])
 
 
@@ -124,7 +131,7 @@ def _per_channel(p, x):
     return p.reshape(-1, *[1] * (x.dim() - 2)) if p.dim() else p
 
 
-def add_noise(x, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=None, shift=None, relu=False) -> torch.Tensor:
+def add_noise(x, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=None, shift=None, relu=False, places=None):
     """``relu(x * scale + shift) + sigma * eps``, computed in float32 (float64 for float64 input) and rounded once to x's dtype.
 
     x: [images or draws * images, C, *spatial]; sigma: float32 0-dim or [C]; scale, shift: float32 [C] or None; seed: int64 0-dim.
@@ -144,26 +151,26 @@ def add_noise(x, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=No
         return out
     if x.shape[0] != rows:
         y = y.unsqueeze(0).expand(draws, *y.shape).reshape(rows, *x.shape[1:])
-    eps = _noise_like(x, rows, seed, stream, images, draws, image0, draw0).to(real)
+    eps = _noise_like(x, rows, seed, stream, images, draws, image0, draw0, places).to(real)
     return out.copy_(y + _per_channel(sigma.to(real), x) * eps)
 
 
-def noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups) -> torch.Tensor:
+def noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, places=None):
     """Convolution (1, 2 or 3 spatial dimensions) of ``x + sigma * eps``; the padding carries no noise."""
-    y = add_noise(x, sigma, seed, stream, images, draws, image0, draw0)
+    y = add_noise(x, sigma, seed, stream, images, draws, image0, draw0, places=places)
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-def noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0) -> torch.Tensor:
+def noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, places=None):
     """``(x + sigma * eps) @ weight.T + bias`` with the features of ``x`` [rows, *, in_features] as channels."""
-    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image0, draw0).movedim(1, -1)
+    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image0, draw0, places=places).movedim(1, -1)
     return torch.nn.functional.linear(y, weight, bias)
 
 
-def sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel) -> torch.Tensor:
+def sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, places=None) -> torch.Tensor:
     """``sum(g * eps)`` over everything, or per channel: float64 for float64 ``g`` [draws * images, C, *spatial], else float32."""
     real = torch.float64 if g.dtype == torch.float64 else torch.float32
     if not g.numel():
         return g.new_zeros((g.shape[1],) if per_channel else (), dtype=real)
-    product = g.double() * _noise_like(g, g.shape[0], seed, stream, images, draws, image0, draw0)
+    product = g.double() * _noise_like(g, g.shape[0], seed, stream, images, draws, image0, draw0, places)
     return (product.movedim(1, 0).flatten(1).sum(1) if per_channel else product.sum()).to(real)

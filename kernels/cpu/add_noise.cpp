@@ -22,8 +22,10 @@ struct Row {
 RSE_INLINE Row make_row(const Task& t, int64_t row) {
     Row r;
     uint32_t k0 = t.key0, k1 = t.key1;
-    for (int i = 0; i < 10; ++i, k0 += kW0, k1 += kW1) r.k0[i] = k0, r.k1[i] = k1;
-    const uint32_t image = t.image0 + uint32_t(row % t.images), draw = t.draw0 + uint32_t(row / t.images);
+    for (int n = 0; n < 10; ++n, k0 += kW0, k1 += kW1) r.k0[n] = k0, r.k1[n] = k1;
+    const int64_t i = row % t.images;
+    const uint32_t image = t.places ? uint32_t(t.places[2 * i]) : t.image0 + uint32_t(i);
+    const uint32_t draw = (t.places ? uint32_t(t.places[2 * i + 1]) : t.draw0) + uint32_t(row / t.images);
     const uint64_t p1 = uint64_t(kM1) * draw;
     const uint64_t p0 = uint64_t(kM0) * uint32_t(p1 >> 32 ^ image ^ r.k0[0]);
     r.r1_c2 = t.stream ^ r.k1[0];

@@ -15,6 +15,7 @@ struct Task {
     Layout layout;
     int64_t rows, images, draws, channels, spatial;
     uint32_t key0, key1, stream, image0, draw0;
+    const int64_t* places;  // (image, first draw) of each image, or null: (image0 + i, draw0)
     // One value per channel, channels padded to whole quads, then repeated for kPeriod more entries: a vector load never wraps.
     const float *sigma, *scale, *shift;
     bool sigma_varies, affine, relu;

@@ -86,7 +86,7 @@ std::vector<float> periodic(const float* values, int64_t n, int64_t channels, fl
 }  // namespace
 }  // namespace rse
 
-RSE_EXPORT int rse_abi_version(void) { return 1; }
+RSE_EXPORT int rse_abi_version(void) { return 2; }
 
 RSE_EXPORT const char* rse_units(void) {
     static const std::string names = [] {
@@ -112,7 +112,7 @@ RSE_EXPORT int rse_select_unit(const char* name) {
 // values or are null. Returns 0, or 1 when out of memory.
 RSE_EXPORT int rse_add_noise(const void* x, void* y, int32_t dtype, int32_t layout, int64_t rows, int64_t images, int64_t draws,
                              int64_t channels, int64_t spatial, const int64_t* seed, uint32_t stream, uint32_t image0, uint32_t draw0,
-                             const float* sigma, int64_t sigma_count, const float* scale, const float* shift, int32_t relu,
+                             const int64_t* places, const float* sigma, int64_t sigma_count, const float* scale, const float* shift, int32_t relu,
                              int32_t threads) {
     using namespace rse;
     try {
@@ -122,7 +122,7 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, int32_t dtype, int32_t layo
         t.x = x, t.y = y, t.dtype = Dtype(dtype), t.layout = spatial == 1 ? Layout::flat : Layout(layout);
         t.rows = rows, t.images = images, t.draws = draws, t.channels = channels, t.spatial = spatial;
         t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
-        t.stream = stream, t.image0 = image0, t.draw0 = draw0;
+        t.stream = stream, t.image0 = image0, t.draw0 = draw0, t.places = places;
         t.sigma = s.data(), t.scale = a.data(), t.shift = b.data();
         t.sigma_varies = sigma_count != 1, t.affine = scale || shift, t.relu = relu != 0;
 
