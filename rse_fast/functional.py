@@ -11,11 +11,11 @@ import operator
 import torch
 
 from rse_fast import ops
-from rse_fast.kernels import cpu
+from rse_fast.kernels import cpu, triton
 
 __all__ = ["add_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
 
-BACKENDS = ("auto", "cpu", "torch")
+BACKENDS = ("auto", "triton", "cpu", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WORD = 2**32
 
@@ -35,7 +35,7 @@ def add_noise(
         scale, shift: None, a number, or per channel [C]; applied before ``act``.
         act: None or "relu".
         channel_dim: which dimension holds the channels (not 0).
-        backend: "auto" may fall back; "cpu" (C++ library) and "torch" never do.
+        backend: "auto" may fall back; "triton" (CUDA, ROCm), "cpu" (C++ library) and "torch" never do.
 
     Returns a tensor of x's dtype, device and memory layout (contiguous if x is neither contiguous nor channels last). Gradients flow
     to x, sigma, scale and shift. Raises ValueError or TypeError naming the argument. A sigma given as a CUDA tensor is not checked
@@ -223,6 +223,13 @@ def _check_backend(backend, x) -> str:
             raise TypeError(f"backend 'cpu' takes float32, bfloat16 or float16, got {x.dtype}")
         if (problem := cpu.load().problem) is not None:
             raise RuntimeError(f"backend 'cpu' is not available: {problem}")
+    if backend == "triton" and not torch.compiler.is_compiling():
+        if x.dtype not in triton.DTYPES:
+            raise TypeError(f"backend 'triton' takes float32, bfloat16 or float16, got {x.dtype}")
+        if not triton.runs_on(x):
+            raise ValueError(f"backend 'triton' needs tensors on a CUDA device from sm_80 on or a ROCm device, got {x.device}")
+        if not triton.available():
+            raise RuntimeError("backend 'triton' is not available: the package triton is not installed (pip install triton)")
     return backend
 
 

@@ -8,7 +8,7 @@ changes. ``places`` (int64 [images, 2], on the same device, or None) gives each 
 import torch
 
 from rse_fast import reference
-from rse_fast.kernels import cpu
+from rse_fast.kernels import cpu, triton
 
 _lib = torch.library.Library("rse_fast", "DEF")
 
@@ -31,7 +31,9 @@ sigma_grad = torch.ops.rse_fast.sigma_grad
 
 
 def active_backend(x: torch.Tensor) -> str:
-    """What ``backend="auto"`` runs for a tensor like ``x``: "cpu" (the C++ library) or "torch"."""
+    """What ``backend="auto"`` runs for a tensor like ``x``: "triton" (CUDA, ROCm), "cpu" (the C++ library) or "torch"."""
+    if x.is_cuda and triton.runs_on(x) and triton.available():
+        return "triton"
     if x.device.type == "cpu" and x.dtype in cpu.DTYPES and cpu.load().handle is not None:
         return "cpu"
     return "torch"
@@ -47,7 +49,8 @@ def _add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shif
         x = x.contiguous()
     out = reference.packed_like(x, images * draws)
     sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
-    cpu.add_noise(x, out, reference.layout(x) == "flat", sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
+    launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
+    launch(x, out, reference.layout(x) == "flat", sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
     return out
 
 
@@ -166,6 +169,10 @@ def _sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, back
         backend = active_backend(g)
     if backend == "torch":
         return reference.sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, places)
+    if backend == "triton":
+        g = g if reference.layout(g) else g.contiguous()
+        where = stream, images, draws, image0, draw0
+        return triton.launcher("sigma_grad")(g, reference.layout(g) == "flat", seed, *where, per_channel, places)
     # One draw of all images at a time: the transient eps stays that small, and the order of summation is fixed.
     total = torch.zeros((g.shape[1],) if per_channel else (), dtype=torch.float64)
     one, zeros = torch.ones(()), torch.zeros((images, *g.shape[1:]))

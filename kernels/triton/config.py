@@ -1,0 +1,114 @@
+"""How kernels are launched: tile sizes and warps by a small table, and the optional search for better ones.
+
+Nothing here changes a value of the noise, which does not depend on tiles, grids or warps.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+AUTOTUNE_VARIABLE = "RSE_FAST_AUTOTUNE"
+CACHE_VARIABLE = "RSE_FAST_CACHE"
+
+
+@dataclass(frozen=True)
+class Config:
+    """warps: of a program. quads: of a thread and tile. steps: at most this many tiles a program."""
+
+    warps: int
+    quads: int
+    steps: int
+
+
+# Noise is bound by issue slots and memory together: 16 elements a thread keep the registers few, a loop over tiles pays for the prologue.
+DEFAULT = Config(warps=4, quads=4, steps=8)
+CANDIDATES = [Config(w, q, s) for w in (4, 8) for q in (4, 8) for s in (1, 4, 8, 16)]
+
+# A program more on every processor pays more than a longer loop: only beyond this many programs do loops grow.
+ENOUGH_PROGRAMS = 4096
+
+
+def divisor(n: int, cap: int) -> int:
+    """The largest power of two, at most `cap`, that divides n > 0."""
+    return min(n & -n, cap)
+
+
+def loop_steps(tiles: int, programs: int, most: int) -> int:
+    """How many of `tiles` equal tiles one program takes: a divisor of `tiles`, so that all programs do the same work."""
+    steps = 1
+    while steps * 2 <= most and tiles % (steps * 2) == 0 and programs // (steps * 2) >= ENOUGH_PROGRAMS:
+        steps *= 2
+    return steps
+
+
+def fast_math() -> bool:
+    """Whether kernels take CUDA's approximate functions, which neither HIP nor the interpreter has."""
+    return torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+def word(value: int) -> int:
+    """A 32-bit word as the signed integer of its bits: one launch signature for all values."""
+    return value - 2**32 if value >= 2**31 else value
+
+
+def on_device(x: torch.Tensor):
+    """The context of the tensor's device, where a launch takes that device's current stream."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def register_limit(registers: int) -> dict:
+    """The launch option that caps a thread's registers; only CUDA has it."""
+    return {"maxnreg": registers} if fast_math() else {}
+
+
+# ------------------------------------------------------------------------------------------------------------------ autotuning
+def tuned(x: torch.Tensor, key: str, default, candidates: list, run):
+    """`default`, or with RSE_FAST_AUTOTUNE=1 the fastest of `candidates` for `run(candidate)`, measured once and kept on disk.
+
+    `key` names kernel, dtype and shape class. `run` launches the kernel and may do so any number of times. Nothing is measured
+    while a CUDA graph is captured.
+    """
+    if os.environ.get(AUTOTUNE_VARIABLE) != "1" or not x.is_cuda:
+        return default
+    key = f"{torch.cuda.get_device_name(x.device)} | triton {triton.__version__} | {key}"
+    known = _read_cache()
+    if key in known:
+        return type(default)(**known[key])
+    if torch.cuda.is_current_stream_capturing():
+        return default
+    times = {}
+    for candidate in candidates:
+        try:
+            times[candidate] = triton.testing.do_bench(lambda c=candidate: run(c), warmup=5, rep=20)
+        except triton.runtime.errors.OutOfResources:
+            continue
+    best = min(times, key=times.get, default=default)
+    _write_cache({**_read_cache(), key: asdict(best)})
+    return best
+
+
+def cache_file() -> Path:
+    """RSE_FAST_CACHE/autotune.json; by default under the user's cache directory."""
+    base = os.environ.get(CACHE_VARIABLE) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rse-fast"
+    return Path(base) / "autotune.json"
+
+
+def _read_cache() -> dict:
+    try:
+        return json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_cache(known: dict) -> None:
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(known, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)  # whole or not at all, whoever else writes

@@ -1,0 +1,168 @@
+"""``sum(g * eps)`` over a layer or per channel, eps regenerated: two stages and no atomics, so equal inputs give equal bits.
+
+The first stage sums pieces of fixed extent (set by the shape alone, not by the device), the second sums the pieces in float64.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import divisor, fast_math, on_device, word
+from .philox import channels_last, key_words, normals_run, place
+
+__all__ = ["sigma_grad"]
+
+PIECES = 1024  # at most this many pieces for a block of channels
+
+_INTEGERS = ["stream", "images", "image0", "draw0", "tiles", "steps", "S", "unit_count"]
+
+
+@triton.jit
+def _tile_origin(index, tiles, tiles_s, images):
+    """(row, image, draw, tile of S) of tile number `index` of all rows."""
+    row = tl.minimum(index, tiles - 1) // tiles_s  # a tile past the last one adds nothing, but its places are read
+    draw = row // images
+    return row, row - draw * images, draw, index - row * tiles_s
+
+
+@triton.jit(do_not_specialize=[*_INTEGERS])
+def _sigma_grad_flat_kernel(
+    g_ptr, part_ptr, seed_ptr, places_ptr, stream, images, image0, draw0, tiles, tiles_s, steps, S, unit_count,
+    UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
+    TILES_C: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """Rows lie [S, C]. One program sums `steps` tiles of one block of channels into row `piece` of part [pieces, C or TILES_C]."""
+    C = unit_count * UNIT
+    groups = ((C + 3) // 4).to(tl.uint32)
+    pid = tl.program_id(0)
+    piece = pid // TILES_C
+    c_tile = pid - piece * TILES_C
+    k0, k1 = key_words(seed_ptr)
+    c = c_tile * C_BLOCK + tl.arange(0, C_BLOCK)  # [C_BLOCK]
+    quad_c = (c_tile * (C_BLOCK // 4) + tl.arange(0, C_BLOCK // 4 // QUADS) * QUADS).to(tl.uint32)
+    total = tl.zeros((S_BLOCK, C_BLOCK), tl.float32)
+    for i in tl.range(0, steps, num_stages=1):
+        index = piece * steps + i
+        row, image, draw, tile = _tile_origin(index, tiles, tiles_s, images)
+        s = tile * S_BLOCK + tl.arange(0, S_BLOCK)  # [S_BLOCK]
+        if WIDE:
+            s = s.to(tl.int64)
+        mask = ((s < S) & (index < tiles))[:, None] & (c < C)[None, :]
+        g = tl.load(g_ptr + row.to(tl.int64) * S * C + s[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        quad = s.to(tl.uint32)[:, None] * groups + quad_c[None, :]
+        image, draw = place(image, draw, image0, draw0, places_ptr, PLACES)
+        z0, z1, z2, z3 = normals_run(quad, 1, image, draw, stream.to(tl.uint32), k0, k1, QUADS, FAST)
+        total += g * channels_last(z0, z1, z2, z3)
+    if PER_CHANNEL:
+        tl.store(part_ptr + piece.to(tl.int64) * C + c, tl.sum(total, 0), mask=c < C)
+    else:
+        tl.store(part_ptr + pid, tl.sum(total))
+
+
+@triton.jit
+def _store_channel(part_ptr, piece, C, c, total):
+    tl.store(part_ptr + piece.to(tl.int64) * C + c, tl.sum(total, 1), mask=c < C)
+
+
+@triton.jit(do_not_specialize=[*_INTEGERS])
+def _sigma_grad_planar_kernel(
+    g_ptr, part_ptr, seed_ptr, places_ptr, stream, images, image0, draw0, tiles, tiles_s, tiles_g, steps, C, unit_count,
+    UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
+    S_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Rows lie [C, S]. One program sums `steps` tiles of one block of quads into row `piece` of part [pieces, C or tiles_g]."""
+    S = unit_count * UNIT
+    groups = (C + 3) // 4
+    pid = tl.program_id(0)
+    piece = pid // tiles_g
+    group = (pid - piece * tiles_g) * G_BLOCK + tl.arange(0, G_BLOCK)  # [G_BLOCK]
+    k0, k1 = key_words(seed_ptr)
+    c = 4 * group
+    t0 = tl.zeros((G_BLOCK, S_BLOCK), tl.float32)
+    t1 = tl.zeros((G_BLOCK, S_BLOCK), tl.float32)
+    t2 = tl.zeros((G_BLOCK, S_BLOCK), tl.float32)
+    t3 = tl.zeros((G_BLOCK, S_BLOCK), tl.float32)
+    for i in tl.range(0, steps, num_stages=1):
+        index = piece * steps + i
+        row, image, draw, tile = _tile_origin(index, tiles, tiles_s, images)
+        s = tile * S_BLOCK + tl.arange(0, S_BLOCK)  # [S_BLOCK]
+        plane = S
+        if WIDE:
+            s = s.to(tl.int64)
+            plane = S.to(tl.int64)
+        inside = ((s < S) & (index < tiles))[None, :]
+        first = (tile * S_BLOCK + tl.arange(0, S_BLOCK // RUN) * RUN).to(tl.uint32)
+        quad = first[None, :] * groups.to(tl.uint32) + group.to(tl.uint32)[:, None]
+        image, draw = place(image, draw, image0, draw0, places_ptr, PLACES)
+        z0, z1, z2, z3 = normals_run(quad, groups.to(tl.uint32), image, draw, stream.to(tl.uint32), k0, k1, RUN, FAST)
+        g_ptrs = g_ptr + row.to(tl.int64) * C * S + c[:, None] * plane + s[None, :]  # [G_BLOCK, S_BLOCK]
+        t0 += z0 * tl.load(g_ptrs, mask=inside & (c < C)[:, None], other=0.0).to(tl.float32)
+        t1 += z1 * tl.load(g_ptrs + plane, mask=inside & (c + 1 < C)[:, None], other=0.0).to(tl.float32)
+        t2 += z2 * tl.load(g_ptrs + 2 * plane, mask=inside & (c + 2 < C)[:, None], other=0.0).to(tl.float32)
+        t3 += z3 * tl.load(g_ptrs + 3 * plane, mask=inside & (c + 3 < C)[:, None], other=0.0).to(tl.float32)
+    if PER_CHANNEL:
+        _store_channel(part_ptr, piece, C, c, t0)
+        _store_channel(part_ptr, piece, C, c + 1, t1)
+        _store_channel(part_ptr, piece, C, c + 2, t2)
+        _store_channel(part_ptr, piece, C, c + 3, t3)
+    else:
+        tl.store(part_ptr + pid, tl.sum((t0 + t1) + (t2 + t3)))
+
+
+@triton.jit(do_not_specialize=["pieces", "columns"])
+def _sigma_grad_total_kernel(part_ptr, out_ptr, pieces, columns, P_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr):
+    """out[c] = sum over pieces of part[piece, c], in float64 and in a fixed order."""
+    c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
+    total = tl.zeros((P_BLOCK, C_BLOCK), tl.float64)
+    for first in tl.range(0, pieces, P_BLOCK):
+        p = first + tl.arange(0, P_BLOCK)
+        mask = (p < pieces)[:, None] & (c < columns)[None, :]
+        total += tl.load(part_ptr + p[:, None] * columns + c[None, :], mask=mask, other=0.0).to(tl.float64)
+    tl.store(out_ptr + c, tl.sum(total, 0).to(tl.float32), mask=c < columns)
+
+
+def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel, places=None) -> torch.Tensor:
+    """``sum(g * eps)`` for g [draws * images, C, *spatial], contiguous or channels last where ``flat``: float32, 0-dim or [C].
+
+    seed int64 of one value and places int64 [images, 2] or None on the device of g. No synchronisation; on one device equal g in
+    an equal layout give equal bits.
+    """
+    rows, channels = g.shape[:2]
+    if not g.numel():
+        return g.new_zeros((channels,) if per_channel else (), dtype=torch.float32)
+    S = g[0, 0].numel()
+    itemsize = g.element_size()
+    arguments = dict(
+        g_ptr=g, seed_ptr=seed, places_ptr=places, stream=word(stream), images=images, image0=word(image0), draw0=word(draw0),
+        PER_CHANNEL=per_channel, PLACES=places is not None, WIDE=g[0].numel() >= 2**31, FAST=fast_math(),
+    )  # fmt: skip
+    if flat or S == 1:
+        quads = 2 if itemsize == 2 and channels % 8 == 0 else 1
+        c_block = min(64, max(4, triton.next_power_of_2(channels)))
+        s_block = min(2048 // c_block, triton.next_power_of_2(S))
+        tiles_s, blocks = triton.cdiv(S, s_block), triton.cdiv(channels, c_block)
+        unit = divisor(channels, 16)
+        kernel, size = _sigma_grad_flat_kernel, s_block * c_block // (4 * quads)
+        shape = dict(unit_count=channels // unit, UNIT=unit, S=S, TILES_C=blocks, S_BLOCK=s_block, C_BLOCK=c_block, QUADS=quads)
+    else:
+        run = divisor(S, 16 // itemsize)
+        groups = triton.cdiv(channels, 4)
+        s_block = min(128 * max(run, 4), triton.next_power_of_2(S))
+        g_block = min(128 * max(run, 4) // s_block, triton.next_power_of_2(groups))
+        tiles_s, blocks = triton.cdiv(S, s_block), triton.cdiv(groups, g_block)
+        unit = divisor(S, 16)
+        kernel, size = _sigma_grad_planar_kernel, s_block * g_block // run
+        shape = dict(unit_count=S // unit, UNIT=unit, C=channels, tiles_g=blocks, S_BLOCK=s_block, G_BLOCK=g_block, RUN=run)
+    tiles = rows * tiles_s
+    steps = triton.cdiv(tiles, min(tiles, PIECES))
+    pieces = triton.cdiv(tiles, steps)
+    columns = channels if per_channel else 1
+    with on_device(g):
+        part = g.new_empty((pieces, columns) if per_channel else (pieces * blocks, 1), dtype=torch.float32)
+        out = g.new_empty((columns,), dtype=torch.float32)
+        kernel[(pieces * blocks,)](
+            part_ptr=part, tiles=tiles, tiles_s=tiles_s, steps=steps, **arguments, **shape, num_warps=max(1, min(4, size // 32))
+        )
+        block = min(64, triton.next_power_of_2(columns))
+        _sigma_grad_total_kernel[(triton.cdiv(columns, block),)](part, out, part.shape[0], columns, P_BLOCK=1024 // block, C_BLOCK=block)
+    return out if per_channel else out.reshape(())
