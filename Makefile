@@ -35,7 +35,7 @@ build: $(VENV)/installed-test
 	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m build --outdir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/cpu/librse_fast_cpu.* kernels/cpu/library_problem.txt demo-report bench-results.json
+	rm -rf $(VENV) build dist *.egg-info kernels/cpu/librse_fast_cpu.* kernels/cpu/library_problem.txt
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
