@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rse_fast import functional, ops
-from rse_fast.nn import NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
+from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
 
 __all__ = ["Description", "LayerDescription", "convert", "describe", "noise_off", "revert"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NOISE_NAMES = {"channel_dim", "plain", "sigma", "sigma_raw", *(name for name in vars(NoiseLayer) if not hasattr(nn.Module, name))}
 _NOISY = {nn.Conv1d: NoisyConv1d, nn.Conv2d: NoisyConv2d, nn.Conv3d: NoisyConv3d, nn.Linear: NoisyLinear}
 
 
@@ -48,17 +49,22 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
         raise ValueError(f"model must not have noise yet, got noisy layers {_listing(noisy)}; revert(model) first to convert it anew")
     included, excluded = _selector("include", include), _selector("exclude", exclude)
     layers = {
-        name: module
-        for name, module in model.named_modules()
+        names[0]: module
+        for module, names in _names(model).items()
         if isinstance(module, (*CONVOLUTIONS, nn.Linear))
-        and (isinstance(module, CONVOLUTIONS) if include is None else included(name, module))
-        and not excluded(name, module)
+        and (isinstance(module, CONVOLUTIONS) if include is None else any(included(name, module) for name in names))
+        and not any(excluded(name, module) for name in names)
     }
     if not layers:
         wanted = "a convolution" if include is None else f"a convolution or linear layer that include={include!r} matches"
         raise ValueError(f"model must contain {wanted}{'' if exclude is None else f' outside exclude={exclude!r}'}, got none")
     if lazy := [name for name, module in layers.items() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]:
         raise ValueError(f"model must have its lazy layers initialised by a first forward pass, got uninitialised {_listing(lazy)}")
+
+    for name, module in layers.items():
+        if taken := sorted(attribute for attribute in _NOISE_NAMES if hasattr(module, attribute)):
+            used = f"{', '.join(taken)} in {_listing([name])}"
+            raise ValueError(f"model must leave the names of a noisy layer's attributes free, got {used}; exclude that layer")
 
     first = first_executed(model, list(layers.values()))
     classes = [noisy_class(module) for module in layers.values()]
@@ -161,6 +167,14 @@ def _selector(argument, patterns):
     return lambda name, module: isinstance(module, types) or any(fnmatchcase(name, g) for g in globs)
 
 
+def _names(model):
+    """Every name of every module, in module order: a shared module has several."""
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
 def _listing(names, most=3):
     names = [repr(name) if name else "the model itself" for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -172,17 +186,31 @@ class _Found(Exception):
 
 
 def first_executed(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
-    """The layer of ``layers`` that ``model`` calls first: from a symbolic trace, else from a run on the meta device, else the first."""
-    return _first_traced(model, layers) or _first_on_meta(model, layers) or layers[0]
+    """The layer of ``layers`` that ``model`` calls first: from a symbolic trace, else from a run on the meta device, else the first.
+
+    Both act on a copy without data and without hooks, and the generator's state is put back: a forward may store what it sees.
+    """
+    if model in layers:
+        return model
+    try:
+        copied = meta_copy(model)
+    except Exception:  # a module that cannot be copied
+        return layers[0]
+    for module in copied.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    names = {module: name for name, module in model.named_modules()}
+    originals = {copied.get_submodule(names[layer]): layer for layer in layers}
+    with torch.random.fork_rng(devices=[]):
+        first = _first_traced(copied, originals) or _first_on_meta(copied, originals)
+    return originals.get(first, layers[0])
 
 
 def _first_traced(model, layers):
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, module, name):
-            return module in layers or super().is_leaf_module(module, name)
+            return module in layers or (super().is_leaf_module(module, name) and not any(m in layers for m in module.modules()))
 
-    if model in layers:
-        return model
     try:
         graph = Tracer().trace(model)
         called = [model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"]
@@ -192,23 +220,18 @@ def _first_traced(model, layers):
 
 
 def _first_on_meta(model, layers):
-    """Runs a copy without data, on a guessed input, until a layer's hook fires: what its input looks like does not matter then."""
-    try:
-        copied = meta_copy(model)
-    except Exception:  # a module that cannot be copied
-        return None
-    names = {module: name for name, module in model.named_modules()}
+    """Runs the model on a guessed input until a layer's hook fires: what that layer's input looks like does not matter then."""
+
+    def stop(module, args):
+        raise _Found(module)
+
     for layer in layers:
-
-        def stop(module, args, layer=layer):
-            raise _Found(layer)
-
-        copied.get_submodule(names[layer]).register_forward_pre_hook(stop, prepend=True)
+        layer.register_forward_pre_hook(stop)
     for layer in layers:  # the channels that the model wants are those of one of its layers
         shape = (2, layer.in_features) if isinstance(layer, nn.Linear) else (2, layer.in_channels, *[64] * len(layer.kernel_size))
         try:
             with torch.no_grad():
-                copied(torch.empty(shape, device="meta"))
+                model(torch.empty(shape, device="meta"))
         except _Found as found:
             return found.args[0]
         except Exception:  # the guess did not fit, or the forward needs data
@@ -219,10 +242,15 @@ def _first_on_meta(model, layers):
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose parameters and buffers are on the meta device; their data is never copied."""
     memo = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers(), *tensor_attributes(model)):
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
+
+
+def tensor_attributes(model: nn.Module) -> list[torch.Tensor]:
+    """The tensors that modules hold as plain attributes, such as the weight that old-style weight_norm computes."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
 
 
 # --------------------------------------------------------------------------------------------------------------------- classes
