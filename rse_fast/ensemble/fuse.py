@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rse_fast import functional
+from rse_fast.convert import tensor_attributes
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
 
 _NOISY = (NoisyConv1d, NoisyConv2d, NoisyConv3d)
@@ -25,7 +26,11 @@ def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, str | Non
     Returns (copy, None), or (unfused copy, why) when the model cannot be traced. The copy's parameters take no gradient; the gradient
     of the input flows through it.
     """
-    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    # A tensor with a history, such as the weight that old-style weight_norm computes, cannot be copied as it is.
+    memo = {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}
+    copied = copy.deepcopy(model, memo).eval().requires_grad_(False)
+    # In a container, the model is called rather than its forward: its own hooks are traced too, and a model of one layer is a leaf.
+    copied = nn.Sequential(copied)
     problem = None
     try:
         graph = _Tracer().trace(copied)
@@ -56,8 +61,9 @@ def fold_batch_norm(model: torch.fx.GraphModule) -> None:
     for node in graph.nodes:
         if node.op == "call_module":
             calls[modules[node.target]] = calls.get(modules[node.target], 0) + 1
+    read = [node.target for node in graph.nodes if node.op == "get_attr"]  # weights that the forward uses by itself as well
     for node in list(graph.nodes):
-        if node.op != "call_module" or type(modules[node.target]) not in _NORMS:
+        if node.op != "call_module" or type(modules[node.target]) not in _NORMS or not node.args:
             continue
         producer, norm = node.args[0], modules[node.target]
         if getattr(producer, "op", None) != "call_module" or len(producer.users) != 1 or norm.running_mean is None:
@@ -65,6 +71,8 @@ def fold_batch_norm(model: torch.fx.GraphModule) -> None:
         conv = modules[producer.target]
         # A layer called twice has one weight for two places, which may want different foldings.
         if type(conv) not in _CONVOLUTIONS or calls[conv] != 1 or calls[norm] != 1 or _has_hooks(conv) or _has_hooks(norm):
+            continue
+        if any(modules[target.rpartition(".")[0]] is conv for target in read):
             continue
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
@@ -112,7 +120,7 @@ def merge_relu(model: torch.fx.GraphModule) -> None:
         return layer is not None and layer.padding_mode == "zeros"
 
     for node in list(model.graph.nodes):
-        if not is_relu(node) or not node.users:
+        if not is_relu(node) or not node.users or not node.args:
             continue
         source = node.args[0]
         # Whoever else reads the source of an in-place ReLU reads the ReLU's result.
@@ -123,7 +131,7 @@ def merge_relu(model: torch.fx.GraphModule) -> None:
         if not readers or not all(map(is_noisy, readers)):
             continue
         for reader in readers:
-            name = f"relu_{reader.name}"
+            name = f"rse_fast_relu_{reader.name}"  # a name of its own: "relu_conv" may be one of the model's
             model.add_submodule(name, ReluNoisyConv(model.get_submodule(reader.target)))
             reader.target = name
         node.replace_all_uses_with(source)
