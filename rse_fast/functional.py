@@ -46,13 +46,15 @@ def add_noise(
         raise ValueError(f"channel_dim must name a dimension of x other than 0, got {channel_dim} for x of shape {tuple(x.shape)}")
     if act not in (None, "relu"):
         raise ValueError(f"act must be None or 'relu', got {act!r}")
+    dense = x.is_contiguous()
     x = x.movedim(channel_dim, 1)
     channels = x.shape[1]
     backend = _check_backend(backend, x)
     noise = _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0)
     scale, shift = _affine("scale", scale, channels, x), _affine("shift", shift, channels, x)
     places = _places(places, *noise[3:5], x.device)
-    return ops.add_noise(x, *noise, scale, shift, act == "relu", backend, places).movedim(1, channel_dim)
+    y = ops.add_noise(x, *noise, scale, shift, act == "relu", backend, places).movedim(1, channel_dim)
+    return y.contiguous() if dense else y  # copies only where the channels stand between other dimensions
 
 
 def noisy_conv2d(

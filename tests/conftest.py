@@ -1,11 +1,16 @@
-"""What several test files need: a compiler, and a fresh Python process."""
+"""What several test files need: a compiler, a fresh Python process, each backend in turn, and inputs that differ from run to run."""
 
+import contextlib
 import os
+import secrets
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
+from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import build
 
 
@@ -21,6 +26,13 @@ def compiler():
 
 
 @pytest.fixture(scope="session")
+def built(compiler, tmp_path_factory):
+    """The library from the project's sources and the folder of its objects, names with spaces and dollars in the path."""
+    folder = tmp_path_factory.mktemp("out $x y")
+    return build.build(folder / "library", work=folder / "objects"), folder / "objects"
+
+
+@pytest.fixture(scope="session")
 def run_python():
     """``run_python(*args, cwd=None, **env)`` runs this Python and returns the finished process (text); RSE_FAST_* and CXX only from env."""
 
@@ -31,3 +43,47 @@ def run_python():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The CPU library. Without one the test is skipped, unless RSE_FAST_REQUIRE_LIBRARY=1 asks for one."""
+    found = cpu.load()
+    if found.handle is None:
+        (pytest.fail if os.environ.get("RSE_FAST_REQUIRE_LIBRARY") == "1" else pytest.skip)(found.problem)
+    return found
+
+
+@contextlib.contextmanager
+def _in_use(unit, library):
+    if unit not in library.units:
+        pytest.skip(f"this library on this processor has no unit {unit}")
+    assert library.handle.rse_select_unit(unit.encode()) == 0
+    yield
+    assert library.handle.rse_select_unit(library.unit.encode()) == 0
+
+
+@pytest.fixture(params=list(build.UNITS))
+def unit(request, library):
+    """The name of each unit of the CPU library that this processor runs; it is in use for the test."""
+    with _in_use(request.param, library):
+        yield request.param
+
+
+@pytest.fixture(params=["torch", *build.UNITS])
+def backend(request):
+    """The name of each backend; "cpu" once for each unit, which is in use for the test."""
+    if request.param == "torch":
+        yield "torch"
+    else:
+        with _in_use(request.param, request.getfixturevalue("library")):
+            yield "cpu"
+
+
+@pytest.fixture
+def rng():
+    """A numpy generator for inputs, torch's generator seeded alike: new values at every run, the printed entropy repeats them."""
+    entropy = int(os.environ.get("RSE_FAST_TEST_ENTROPY") or secrets.randbits(63))
+    print(f"to repeat these inputs: RSE_FAST_TEST_ENTROPY={entropy}")
+    torch.manual_seed(entropy)
+    return np.random.default_rng(entropy)
