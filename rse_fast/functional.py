@@ -6,6 +6,7 @@ each image is read once and comes out ``draws`` times. An input of ``draws * ima
 """
 
 import math
+import numbers
 import operator
 
 import torch
@@ -138,7 +139,7 @@ def check_sigma(name: str, sigma) -> None:
         values = sigma.detach()
         if not bool(((values >= 0) & values.isfinite()).all()):
             raise ValueError(f"{name} must be finite and not negative, got {values.tolist()}")
-    elif isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+    elif isinstance(sigma, bool) or not isinstance(sigma, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(sigma).__name__}")
     elif not (sigma >= 0 and math.isfinite(sigma)):
         raise ValueError(f"{name} must be finite and not negative, got {sigma}")

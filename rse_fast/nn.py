@@ -23,8 +23,8 @@ class Scope:
     """Fixes the noise of every layer called within ``with scope:`` on this thread.
 
     seed: int64 tensor of one value. A batch of ``images`` rows leaves the first noisy layer as ``draws * images`` rows (lazy packing);
-    rows are draws ``draw0 ..`` of images ``image0 ..``, or of the (image, first draw) of each row of ``places``. A layer's stream is its index in the model, plus the number of its earlier
-    calls within the scope in the high half of the word: one scope is one forward pass.
+    rows are draws ``draw0 ..`` of images ``image0 ..``, or of the (image, first draw) of each row of ``places``. A layer's stream is its
+    index in the model, plus the number of its earlier calls within the scope in the high half of the word: one scope is one forward pass.
     """
 
     seed: torch.Tensor
@@ -151,10 +151,10 @@ class NoisyInput(NoiseLayer):
 
     channel_dim = 1
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, input, *args, **kwargs):
         if self.noise_enabled:
-            x = functional.add_noise(x, channel_dim=self.channel_dim, **self.noise_arguments(x))
-        return super().forward(x, *args, **kwargs)
+            input = functional.add_noise(input, channel_dim=self.channel_dim, **self.noise_arguments(input))
+        return super().forward(input, *args, **kwargs)
 
 
 class _NoisyConv(NoisyInput):
@@ -164,16 +164,16 @@ class _NoisyConv(NoisyInput):
         super().__init__(*args, **kwargs)
         self.init_noise(sigma)
 
-    def forward(self, x):
+    def forward(self, input):  # the name that nn.ConvNd gives it: callers may use it
         if not self.noise_enabled:
-            return self._conv_forward(x, self.weight, self.bias)
-        if x.dim() == len(self.kernel_size) + 1:  # one sample without a batch dimension
-            return self.forward(x.unsqueeze(0)).squeeze(0)
+            return self._conv_forward(input, self.weight, self.bias)
+        if input.dim() == len(self.kernel_size) + 1:  # one sample without a batch dimension
+            return self.forward(input.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":  # the padding repeats noisy pixels, so noise comes first
-            return super().forward(x)
+            return super().forward(input)
         return functional.noisy_conv(
-            x, self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
-            **self.noise_arguments(x),
+            input, self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
+            **self.noise_arguments(input),
         )  # fmt: skip
 
 
@@ -198,16 +198,18 @@ class NoisyLinear(NoisyInput, nn.Linear):
         super().__init__(*args, **kwargs)
         self.init_noise(sigma)
 
-    def forward(self, x):
+    def forward(self, input):
         if not self.noise_enabled:
-            return nn.functional.linear(x, self.weight, self.bias)
-        if x.dim() == 1:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        return functional.noisy_linear(x, self.weight, self.bias, **self.noise_arguments(x))
+            return nn.functional.linear(input, self.weight, self.bias)
+        if input.dim() == 1:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        return functional.noisy_linear(input, self.weight, self.bias, **self.noise_arguments(input))
 
 
 def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
     """The noisy layers of a model by name, in module order; a shared layer once."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     return {name: module for name, module in model.named_modules() if isinstance(module, NoiseLayer)}
 
 
