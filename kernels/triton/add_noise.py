@@ -8,7 +8,7 @@ activation and noise; the noise is keyed by the pooled position.
 import triton
 import triton.language as tl
 
-from .config import CANDIDATES, DEFAULT, Config, divisor, fast_math, loop_steps, on_device, register_limit, tuned, word
+from .config import CANDIDATES, DEFAULT, Config, divisor, fast_math, loop_steps, on_device, register_limit, tuned, warps, word
 from .philox import channels_last, key_words, normals_run, place
 
 __all__ = ["add_noise"]
@@ -234,7 +234,9 @@ def _plan_flat(channels, lines, width, rows, itemsize, one_value, pool, config: 
         width = size // channels
     c_block = _channel_block(channels)
     quads = 2 if itemsize == 2 and channels % 8 == 0 else 1  # 16 bytes in one piece where there are any
-    s_block = min(max(1, config.warps * 32 * config.quads * 4 // c_block), triton.next_power_of_2(width))
+    s_block = min(max(1, config.threads * config.quads * 4 // c_block), triton.next_power_of_2(width))
+    # Parameters of fewer channels than there are threads stay in registers where they are used.
+    threads = max(_threads(s_block * c_block // 4, config), 1 if one_value else 2 * c_block)
     tiles_c, parts = triton.cdiv(channels, c_block), triton.cdiv(width, s_block) if pool else 1
     tiles_s = lines if pool else triton.cdiv(width, s_block)
     steps = loop_steps(tiles_s, rows * tiles_c * tiles_s * parts, config.steps)
@@ -243,7 +245,7 @@ def _plan_flat(channels, lines, width, rows, itemsize, one_value, pool, config: 
     shape = dict(
         tiles=tiles, steps=steps, parts=parts, width=width, lines=lines, channel_units=channels // unit, UNIT=unit,
         EVEN=width % s_block == 0 and channels % c_block == 0, TILES_C=tiles_c, S_BLOCK=s_block, C_BLOCK=c_block, QUADS=quads,
-        num_warps=_warps(s_block * c_block // 4, config),
+        num_warps=warps(threads),
     )  # fmt: skip
     return _add_noise_flat_kernel, rows * tiles, shape
 
@@ -251,8 +253,8 @@ def _plan_flat(channels, lines, width, rows, itemsize, one_value, pool, config: 
 def _plan_planar(channels, lines, width, rows, itemsize, one_value, pool, config: Config):
     """(kernel, programs, the arguments that say how the rows are tiled) for rows [C, S]."""
     groups = triton.cdiv(channels, 4)
-    run = divisor(width, 16 // itemsize)
-    quads = config.warps * 32 * max(run, config.quads)
+    run = divisor(width, 4 if pool else 16 // itemsize)
+    quads = config.threads * max(run, config.quads)
     s_block = min(quads, triton.next_power_of_2(width))
     g_block = min(quads // s_block, triton.next_power_of_2(groups))
     tiles_g, parts = triton.cdiv(groups, g_block), triton.cdiv(width, s_block) if pool else 1
@@ -264,19 +266,19 @@ def _plan_planar(channels, lines, width, rows, itemsize, one_value, pool, config
     shape = dict(
         tiles=tiles, steps=steps, parts=parts, width=width, lines=lines, C=channels, position_units=lines * width // unit, UNIT=unit,
         EVEN=width % s_block == 0 and whole_quads, S_BLOCK=s_block, G_BLOCK=g_block, RUN=run, LANES=min(4, channels),
-        num_warps=_warps(s_block * g_block * config.quads // max(run, config.quads), config), **register_limit(64),
+        num_warps=warps(_threads(s_block * g_block * config.quads // max(run, config.quads), config)),
     )  # fmt: skip
+    if shape["EVEN"] and run > 1 and channels >= 4 and not pool:
+        # The plain walk fits 64 registers without a spill, if told to; the others would spill.
+        shape.update(register_limit(64))
     return _add_noise_planar_kernel, rows * tiles, shape
 
 
 def _channel_block(channels: int) -> int:
-    """The block of channels, at most 64, that wastes fewest; the larger of equals, and no narrower than a memory sector needs.
-
-    64, because a block's parameters then have no more values than a program has threads, and stay where they are used.
-    """
+    """The block of channels, at most 64, that wastes fewest; the larger of equals, and no narrower than a memory sector needs."""
     choices = [b for b in (64, 32, 16, 8, 4) if b >= 16 or b == triton.next_power_of_2(max(channels, 4))]
     return min(choices, key=lambda b: triton.cdiv(channels, b) * b)
 
 
-def _warps(quads: int, config: Config) -> int:
-    return max(1, min(config.warps, quads // (32 * config.quads)))
+def _threads(quads: int, config: Config) -> int:
+    return max(32, min(config.threads, quads // config.quads))

@@ -19,16 +19,16 @@ CACHE_VARIABLE = "RSE_FAST_CACHE"
 
 @dataclass(frozen=True)
 class Config:
-    """warps: of a program. quads: of a thread and tile. steps: at most this many tiles a program."""
+    """threads: of a program. quads: of a thread and tile. steps: at most this many tiles a program."""
 
-    warps: int
+    threads: int
     quads: int
     steps: int
 
 
 # Noise is bound by issue slots and memory together: 16 elements a thread keep the registers few, a loop over tiles pays for the prologue.
-DEFAULT = Config(warps=4, quads=4, steps=8)
-CANDIDATES = [Config(w, q, s) for w in (4, 8) for q in (4, 8) for s in (1, 4, 8, 16)]
+DEFAULT = Config(threads=128, quads=4, steps=8)
+CANDIDATES = [Config(t, q, s) for t in (128, 256) for q in (4, 8) for s in (1, 4, 8, 16)]
 
 # A program more on every processor pays more than a longer loop: only beyond this many programs do loops grow.
 ENOUGH_PROGRAMS = 4096
@@ -60,6 +60,11 @@ def word(value: int) -> int:
 def on_device(x: torch.Tensor):
     """The context of the tensor's device, where a launch takes that device's current stream."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def warps(threads: int) -> int:
+    """Warps of a program of `threads` threads; AMD's data-centre GPUs have 64 to a warp."""
+    return max(1, threads // (32 if torch.version.hip is None else 64))
 
 
 def register_limit(registers: int) -> dict:

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import divisor, fast_math, on_device, word
+from .config import divisor, fast_math, on_device, warps, word
 from .philox import channels_last, key_words, normals_run, place
 
 __all__ = ["sigma_grad"]
@@ -131,28 +131,11 @@ def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel,
     if not g.numel():
         return g.new_zeros((channels,) if per_channel else (), dtype=torch.float32)
     S = g[0, 0].numel()
-    itemsize = g.element_size()
     arguments = dict(
         g_ptr=g, seed_ptr=seed, places_ptr=places, stream=word(stream), images=images, image0=word(image0), draw0=word(draw0),
         PER_CHANNEL=per_channel, PLACES=places is not None, WIDE=g[0].numel() >= 2**31, FAST=fast_math(),
     )  # fmt: skip
-    if flat or S == 1:
-        quads = 2 if itemsize == 2 and channels % 8 == 0 else 1
-        c_block = min(64, max(4, triton.next_power_of_2(channels)))
-        s_block = min(2048 // c_block, triton.next_power_of_2(S))
-        tiles_s, blocks = triton.cdiv(S, s_block), triton.cdiv(channels, c_block)
-        unit = divisor(channels, 16)
-        kernel, size = _sigma_grad_flat_kernel, s_block * c_block // (4 * quads)
-        shape = dict(unit_count=channels // unit, UNIT=unit, S=S, TILES_C=blocks, S_BLOCK=s_block, C_BLOCK=c_block, QUADS=quads)
-    else:
-        run = divisor(S, 16 // itemsize)
-        groups = triton.cdiv(channels, 4)
-        s_block = min(128 * max(run, 4), triton.next_power_of_2(S))
-        g_block = min(128 * max(run, 4) // s_block, triton.next_power_of_2(groups))
-        tiles_s, blocks = triton.cdiv(S, s_block), triton.cdiv(groups, g_block)
-        unit = divisor(S, 16)
-        kernel, size = _sigma_grad_planar_kernel, s_block * g_block // run
-        shape = dict(unit_count=S // unit, UNIT=unit, C=channels, tiles_g=blocks, S_BLOCK=s_block, G_BLOCK=g_block, RUN=run)
+    kernel, blocks, shape, tiles_s = plan(channels, S, g.element_size(), flat or S == 1)
     tiles = rows * tiles_s
     steps = triton.cdiv(tiles, min(tiles, PIECES))
     pieces = triton.cdiv(tiles, steps)
@@ -160,9 +143,26 @@ def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel,
     with on_device(g):
         part = g.new_empty((pieces, columns) if per_channel else (pieces * blocks, 1), dtype=torch.float32)
         out = g.new_empty((columns,), dtype=torch.float32)
-        kernel[(pieces * blocks,)](
-            part_ptr=part, tiles=tiles, tiles_s=tiles_s, steps=steps, **arguments, **shape, num_warps=max(1, min(4, size // 32))
-        )
+        kernel[(pieces * blocks,)](part_ptr=part, tiles=tiles, tiles_s=tiles_s, steps=steps, **arguments, **shape)
         block = min(64, triton.next_power_of_2(columns))
         _sigma_grad_total_kernel[(triton.cdiv(columns, block),)](part, out, part.shape[0], columns, P_BLOCK=1024 // block, C_BLOCK=block)
     return out if per_channel else out.reshape(())
+
+
+def plan(channels, S, itemsize, flat):
+    """(kernel, blocks of channels, the arguments that say how a row is tiled, tiles of S in a row)."""
+    if flat:
+        quads = 2 if itemsize == 2 and channels % 8 == 0 else 1
+        c_block = min(64, max(4, triton.next_power_of_2(channels)))
+        s_block = min(2048 // c_block, triton.next_power_of_2(S))
+        blocks, unit = triton.cdiv(channels, c_block), divisor(channels, 16)
+        shape = dict(unit_count=channels // unit, UNIT=unit, S=S, TILES_C=blocks, S_BLOCK=s_block, C_BLOCK=c_block, QUADS=quads)
+        kernel, runs = _sigma_grad_flat_kernel, s_block * c_block // (4 * quads)
+    else:
+        run, groups = divisor(S, 16 // itemsize), triton.cdiv(channels, 4)
+        s_block = min(128 * max(run, 4), triton.next_power_of_2(S))
+        g_block = min(128 * max(run, 4) // s_block, triton.next_power_of_2(groups))
+        blocks, unit = triton.cdiv(groups, g_block), divisor(S, 16)
+        shape = dict(unit_count=S // unit, UNIT=unit, C=channels, tiles_g=blocks, S_BLOCK=s_block, G_BLOCK=g_block, RUN=run)
+        kernel, runs = _sigma_grad_planar_kernel, s_block * g_block // run
+    return kernel, blocks, {**shape, "num_warps": warps(min(128, runs))}, triton.cdiv(S, s_block)

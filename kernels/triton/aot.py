@@ -1,0 +1,312 @@
+"""Compiles every kernel for several GPUs without one and reads registers, spills, shared memory and instructions from the result.
+
+``python -m rse_fast.kernels.triton.aot`` writes the table. What it says about speed is a prediction: instructions, not time.
+"""
+
+import argparse
+import collections
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import add_noise, sigma_grad
+from .budgets import budget
+from .config import DEFAULT
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# SASS opcodes (up to the first dot) by class; what starts with U runs once a warp, in the uniform datapath.
+CLASSES = {
+    "multiply": {"IMAD", "VIADD", "IADD3", "LEA", "IADD"},
+    "logic": {"LOP3", "SHF", "PRMT", "SGXT", "BMSK"},
+    "float": {"FFMA", "FMUL", "FADD", "FMNMX", "FSEL", "FSETP", "FFMA2", "FMUL2", "FADD2", "HFMA2", "HADD2", "HMUL2", "FMNMX3"},
+    "special": {"MUFU"},
+    "convert": {"I2FP", "F2FP", "F2F", "I2F", "F2I", "F2IP", "I2I"},
+    "memory": {"LDG", "STG", "LDGSTS", "LDC", "LDCU"},
+    "shared": {"LDS", "STS", "LDSM", "STSM", "BAR", "SHFL"},
+}
+TENSOR = re.compile(r"HGMMA|QGMMA|IGMMA|HMMA|IMMA|QMMA|UTC[A-Z]*MMA|v_s?mfma\w*")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as some launch of it would compile it.
+
+    arguments: constexprs and options by name, pointers as their types ("*bf16"), None for absent ones; everything else is an int32.
+    elements: of one tile. trips: tiles that one program takes, the number of times the kernel's one loop runs.
+    """
+
+    name: str
+    kernel: triton.JITFunction
+    arguments: dict = field(hash=False)
+    elements: int = 0
+    trips: int = 1
+    targets: tuple = tuple(TARGETS)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one case compiled to on one target; instructions are for one thread, per element where the case has elements."""
+
+    case: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    instructions: float
+    classes: dict
+    tensor: str
+    wide_accesses: bool
+    shared_accesses: int
+
+
+# ------------------------------------------------------------------------------------------------------------------------ cases
+_BITS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+def _noise_case(name, dtype, flat, channels, width, *, lines=1, rows=4096, affine=False, pool=False, **flags) -> Case:
+    plan = add_noise._plan_flat if flat else add_noise._plan_planar
+    kernel, _, shape = plan(channels, lines, width, rows, dtype.itemsize, not affine, pool, DEFAULT)
+    pointer = _BITS[dtype]
+    arguments = dict(
+        x_ptr=pointer, y_ptr=pointer, clean_ptr=pointer if flags.get("CLEAN") else None, sigma_ptr="*fp32", seed_ptr="*i64",
+        scale_ptr="*fp32" if affine else None, shift_ptr="*fp32" if affine else None, places_ptr="*i64" if flags.get("PLACES") else None,
+        SIGMA_VARIES=False, HAS_SCALE=affine, HAS_SHIFT=affine, RELU=affine, PLACES=False, CLEAN=False, POOL=pool, WIDE=False, FAST=True,
+    )  # fmt: skip
+    arguments.update(shape)
+    lazy, targets = flags.pop("LAZY", False), flags.pop("targets", tuple(TARGETS))
+    arguments.update(flags, **{} if lazy else {"repeats": 1})
+    trips = shape["steps"]
+    for scalar in ("tiles", "steps", "parts", "width", "lines", "channel_units", "position_units", "C"):
+        arguments.pop(scalar, None)
+    elements = shape["S_BLOCK"] * (shape["C_BLOCK"] if flat else 4 * shape["G_BLOCK"])
+    return Case(name, kernel, arguments, elements, trips, targets)
+
+
+def _sigma_case(name, dtype, flat, channels, width, per_channel, targets=tuple(TARGETS)) -> Case:
+    kernel, _, shape, _ = sigma_grad.plan(channels, width, dtype.itemsize, flat)
+    arguments = dict(
+        g_ptr=_BITS[dtype], part_ptr="*fp32", seed_ptr="*i64", places_ptr=None, PLACES=False, PER_CHANNEL=per_channel, WIDE=False, FAST=True
+    )
+    elements = shape["S_BLOCK"] * (shape["C_BLOCK"] if flat else 4 * shape["G_BLOCK"])
+    arguments.update({k: v for k, v in shape.items() if k.isupper() or k == "num_warps"})
+    for scalar in ("S", "C"):
+        arguments.pop(scalar, None)
+    return Case(name, kernel, arguments, elements, 16, targets)
+
+
+def cases() -> list[Case]:
+    """Each kernel in its main form on every target, other forms where their budget is."""
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    also = dict(targets=("sm_90",))
+    last, planar, affine, pooled = (True, 64, 2**14), (False, 64, 2**14), dict(affine=True), dict(affine=True, pool=True, lines=16)
+    return [
+        _noise_case("add_noise flat bf16", bf16, *last, **also),
+        _noise_case("add_noise flat bf16 affine relu", bf16, *last, **affine),
+        _noise_case("add_noise flat bf16 affine relu, lazy, places", bf16, *last, **affine, LAZY=True, PLACES=True, **also),
+        _noise_case("add_noise flat f16 affine relu, sigma[C], clean", f16, *last, **affine, SIGMA_VARIES=True, CLEAN=True, **also),
+        _noise_case("add_noise flat f32 affine relu", f32, *last, **affine, **also),
+        _noise_case("add_noise flat bf16 C=5", bf16, True, 5, 33 * 31, **affine, **also),
+        _noise_case("add_noise flat bf16 pool", bf16, True, 64, 16, **pooled, **also),
+        _noise_case("add_noise flat bf16, 64-bit offsets", bf16, *last, WIDE=True, **also),
+        _noise_case("add_noise planar bf16", bf16, *planar, **also),
+        _noise_case("add_noise planar bf16 affine relu", bf16, *planar, **affine),
+        _noise_case("add_noise planar f32 affine relu", f32, *planar, **affine, **also),
+        _noise_case("add_noise planar f16 C=3, lazy", f16, False, 3, 1024, LAZY=True, **also),
+        _noise_case("add_noise planar bf16 7x7", bf16, False, 512, 49, **affine, **also),
+        _noise_case("add_noise planar bf16 pool, clean, places", bf16, False, 64, 16, **pooled, CLEAN=True, PLACES=True, **also),
+        _sigma_case("sigma_grad flat bf16 per channel", bf16, True, 64, 1024, True),
+        _sigma_case("sigma_grad flat f32", f32, True, 64, 1024, False, **also),
+        _sigma_case("sigma_grad planar bf16 per channel", bf16, False, 64, 1024, True),
+        _sigma_case("sigma_grad planar f32", f32, False, 64, 1024, False, **also),
+        Case("sigma_grad total", sigma_grad._sigma_grad_total_kernel, dict(part_ptr="*fp32", out_ptr="*fp32", P_BLOCK=16, C_BLOCK=64)),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------------- compiling
+def compile_case(case: Case, target: str):
+    """Triton's compiled kernel of `case` for the named target."""
+    gpu, kernel = TARGETS[target], case.kernel
+    options = {k: v for k, v in case.arguments.items() if k in ("num_warps", "num_stages", "maxnreg")}
+    arguments = {k: v for k, v in case.arguments.items() if k not in options}
+    if gpu.backend == "hip":
+        options.pop("maxnreg", None)
+        options["num_warps"] = max(1, options.get("num_warps", 4) // 2)  # as `config.warps` has it
+        arguments["FAST"] = False
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments.get(parameter.name, "i32")
+        if not isinstance(value, str) or parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = value
+        if value.startswith("*"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def measure(case: Case, target: str) -> Result:
+    compiled = compile_case(case, target)
+    read = _read_cuda if TARGETS[target].backend == "cuda" else _read_hip
+    return read(case, target, compiled)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def sass(compiled) -> str:
+    """The disassembly of a kernel compiled for CUDA."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return _tool("nvdisasm", "-c", file.name)
+
+
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+
+
+def executed(text: str, trips: int) -> tuple[collections.Counter, list[str]]:
+    """(opcodes by how often one thread executes them when loops run `trips` times, all opcodes once) of a disassembly.
+
+    Branches back mark the loops; what leaves early counts as if it did not. Padding after the last instruction is left out.
+    """
+    opcodes, labels, loops = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label.group(1)] = len(opcodes)
+        elif found := _INSTRUCTION.match(line):
+            opcode, rest = found.groups()
+            goal = re.search(r"`\((\.L_\w+)\)", rest)
+            opcodes.append(opcode)
+            # A branch to itself ends every kernel and never runs.
+            if opcode.startswith("BRA") and goal and labels.get(goal.group(1), len(opcodes)) < len(opcodes) - 1:
+                loops.append((labels[goal.group(1)], len(opcodes)))
+    while opcodes and opcodes[-1].startswith(("NOP", "BRA")):
+        opcodes.pop()
+    counts = collections.Counter()
+    for index, opcode in enumerate(opcodes):
+        counts[opcode] += trips if any(first <= index < last for first, last in loops) else 1
+    return counts, opcodes
+
+
+def _read_cuda(case, target, compiled) -> Result:
+    counts, opcodes = executed(sass(compiled), case.trips)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+    threads = 32 * compiled.metadata.num_warps
+    share = case.trips * case.elements / threads if case.elements else 1
+    classes = collections.Counter()
+    for opcode, count in counts.items():
+        stem = opcode.split(".")[0]
+        kind = next((name for name, stems in CLASSES.items() if stem in stems), "uniform" if stem.startswith("U") else "other")
+        classes["tensor" if TENSOR.match(stem) else kind] += count
+    moves = [op for op in opcodes if op.startswith(("LDG", "STG"))]
+    return Result(
+        case.name, target,
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        spills=sum(op.startswith(("LDL", "STL")) for op in opcodes),
+        shared=compiled.metadata.shared,
+        instructions=sum(counts.values()) / share,
+        classes={kind: count / share for kind, count in sorted(classes.items())},
+        tensor=next((m.group(0) for op in opcodes if (m := TENSOR.match(op))), ""),
+        wide_accesses=any(".128" in op for op in moves),
+        shared_accesses=sum(op.startswith(("LDS", "STS", "LDSM", "STSM")) for op in opcodes),
+    )  # fmt: skip
+
+
+def _read_hip(case, target, compiled) -> Result:
+    text = compiled.asm["amdgcn"]
+    number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # noqa: E731
+    opcodes = re.findall(r"^\s+((?:v|s|ds|global|buffer|flat)_\w+)", text, re.MULTILINE)
+    share = case.elements / (64 * compiled.metadata.num_warps) if case.elements else 1
+    return Result(
+        case.name, target, registers=number("vgpr_count"), spills=number("vgpr_spill_count"), shared=compiled.metadata.shared,
+        instructions=len(opcodes) / share, classes={},
+        tensor=next((m.group(0) for op in opcodes if (m := TENSOR.match(op))), ""),
+        wide_accesses=any("dwordx4" in op for op in opcodes), shared_accesses=sum(op.startswith("ds_") for op in opcodes),
+    )  # fmt: skip
+
+
+def measure_all(workers: int | None = None) -> list[Result]:
+    """Every case on each of its targets, in order."""
+    workers = workers or len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(_measure_named, [(index, target) for index, case in enumerate(cases()) for target in case.targets]))
+
+
+def _measure_named(what: tuple[int, str]) -> Result:
+    return measure(cases()[what[0]], what[1])
+
+
+# ------------------------------------------------------------------------------------------------------------------------ table
+def complaints(results: list[Result]) -> list[str]:
+    """What is over its budget, one line each."""
+    found = []
+    for r in results:
+        for quantity, limit in budget(r.case, r.target).items():
+            value = getattr(r, quantity)
+            if isinstance(limit, str):
+                if value != limit:
+                    found.append(f"{r.case}, {r.target}: {quantity} is {value or 'none'}, expected {limit}")
+            elif value > limit:
+                found.append(f"{r.case}, {r.target}: {quantity} {value:.4g} is over the budget of {limit:g}")
+    return found
+
+
+def table(results: list[Result]) -> str:
+    kinds = [*CLASSES, "tensor", "uniform", "other"]
+    head = ["kernel", "target", "registers", "spills", "shared bytes", "16-byte accesses", "tensor instruction", "instructions", *kinds]
+    lines = [
+        "# What the kernels compile to",
+        "",
+        f"Written by `python -m rse_fast.kernels.triton.aot` with triton {triton.__version__}; no GPU was there, no figure is a time.",
+        "Instructions are those one thread executes, per element for the noise kernels (prologue included, the loop counted as often as a",
+        "program of a large tensor runs it) and static for the others; on gfx942 always static, one pass of the loop, without classes.",
+        "Budgets: `kernels/triton/budgets.py`.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    for r in results:
+        numbers = [f"{r.classes[k]:.4g}" if k in r.classes else "" for k in kinds]
+        wide = "yes" if r.wide_accesses else "no"
+        row = [r.case, r.target, r.registers, r.spills, r.shared, wide, r.tensor, f"{r.instructions:.4g}", *numbers]
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rse_fast.kernels.triton.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/aot.md"), help="file for the table (default: %(default)s)")
+    args = parser.parse_args(argv)
+    results = measure_all()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(table(results))
+    found = complaints(results)
+    print(*found, sep="\n", file=sys.stderr, end="\n" if found else "")
+    print(args.out)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
