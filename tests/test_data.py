@@ -1,0 +1,505 @@
+"""Data sets: splits, decoding and its cache, errors that name the file, seeded batches, atomic files. Images are made here with Pillow."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rse_fast import data
+
+Image = pytest.importorskip("PIL.Image")
+
+rng = np.random.default_rng()
+
+
+def random_pixels(height: int = 9, width: int = 7, channels: int = 3) -> np.ndarray:
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def make_folder(root: Path, per_class: int = 10, classes: tuple[str, ...] = ("cat", "dog"), suffix: str = ".png") -> dict[str, np.ndarray]:
+    """Images of random pixels at root/CLASS/NN.suffix; returns them by relative name."""
+    made = {f"{name}/{i:02}{suffix}": random_pixels() for name in classes for i in range(per_class)}
+    for name, pixels in made.items():
+        save(root / name, pixels)
+    return made
+
+
+def rows_of(part: data.Part) -> set[bytes]:
+    return {image.numpy().tobytes() for image in part.images}
+
+
+@pytest.fixture(autouse=True)
+def no_cache_elsewhere(monkeypatch, tmp_path_factory):
+    """Tests never touch the user's cache."""
+    monkeypatch.delenv("RSE_FAST_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+# Digits
+
+
+def test_digits_are_split_by_class_and_cover_everything():
+    datasets = pytest.importorskip("sklearn.datasets")
+    splits = data.digits()
+    assert splits.train.images.shape[1:] == (1, 8, 8)
+    assert splits.classes == tuple("0123456789")
+    assert not splits.flip  # a mirrored digit is not a digit
+    expected = datasets.load_digits()
+    pixels = np.concatenate([part.images.numpy() for part in (splits.train, splits.val, splits.test)])
+    labels = np.concatenate([part.labels.numpy() for part in (splits.train, splits.val, splits.test)])
+    assert len(labels) == 1797
+
+    def ordered(rows: np.ndarray, names: np.ndarray) -> np.ndarray:
+        table = np.column_stack([rows.reshape(len(rows), -1), names])
+        return table[np.lexsort(table.T)]
+
+    scaled = np.rint(expected.images * 255 / 16)
+    assert np.array_equal(ordered(pixels.astype(int), labels), ordered(scaled.astype(int), expected.target))
+    for part, share in ((splits.train, 0.6), (splits.val, 0.1), (splits.test, 0.3)):
+        shares = np.bincount(part.labels.numpy(), minlength=10) / np.bincount(expected.target)
+        assert np.abs(shares - share).max() < 0.01
+
+
+def test_digits_are_the_same_in_another_process():
+    pytest.importorskip("sklearn")
+    code = "import hashlib; from rse_fast import data; print(hashlib.sha256(data.digits().test.images.numpy().tobytes()).hexdigest())"
+    import hashlib
+
+    here = hashlib.sha256(data.digits().test.images.numpy().tobytes()).hexdigest()
+    environment = os.environ | {"PYTHONHASHSEED": "123"}
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=os.getcwd())
+    assert there.stdout.strip() == here
+
+
+# Image folders: layouts and pixels
+
+
+def test_train_and_test_folders(tmp_path):
+    train, test = make_folder(tmp_path / "train"), make_folder(tmp_path / "test", per_class=3)
+    splits = data.image_folder(tmp_path)
+    assert splits.classes == ("cat", "dog")
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (18, 2, 6)
+    assert rows_of(splits.train) | rows_of(splits.val) == {pixels.transpose(2, 0, 1).tobytes() for pixels in train.values()}
+    wanted = [(pixels.transpose(2, 0, 1), int(name.startswith("dog"))) for name, pixels in sorted(test.items())]
+    assert np.array_equal(splits.test.images.numpy(), np.stack([pixels for pixels, _ in wanted]))
+    assert splits.test.labels.tolist() == [label for _, label in wanted]
+
+
+def test_plain_class_folders_are_split_by_name_alone(tmp_path):
+    made = make_folder(tmp_path / "a")
+    for name, pixels in reversed(made.items()):
+        save(tmp_path / "b" / name, pixels)
+    first, second = data.image_folder(tmp_path / "a"), data.image_folder(tmp_path / "b")
+    parts = (first.train, first.val, first.test)
+    assert [len(part) for part in parts] == [14, 2, 4]
+    assert [part.labels.bincount().tolist() for part in parts] == [[7, 7], [1, 1], [2, 2]]
+    assert set.union(*map(rows_of, parts)) == {pixels.transpose(2, 0, 1).tobytes() for pixels in made.values()}
+    by_pixels = {pixels.transpose(2, 0, 1).tobytes(): int(name.startswith("dog")) for name, pixels in made.items()}
+    for part, other in zip(parts, (second.train, second.val, second.test), strict=True):
+        assert torch.equal(part.images, other.images)
+        assert [by_pixels[image.numpy().tobytes()] for image in part.images] == part.labels.tolist()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [(".png", "RGB"), (".png", "L"), (".png", "P"), (".png", "RGBA"), (".bmp", "RGB"), (".ppm", "RGB"), (".gif", "P"), (".png", "1")],
+)
+def test_lossless_formats_and_modes(tmp_path, suffix, mode, channels):
+    wanted = []
+    for name in ("cat", "dog"):
+        for i in range(3):
+            image = Image.fromarray(random_pixels()).convert(mode)
+            (tmp_path / name).mkdir(exist_ok=True)
+            image.save(tmp_path / name / f"{i}{suffix}")
+            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+            wanted.append(pixels.reshape(9, 7, channels).transpose(2, 0, 1).tobytes())
+    splits = data.image_folder(tmp_path, channels=channels)
+    assert splits.train.images.shape[1:] == (channels, 9, 7)
+    assert rows_of(splits.train) | rows_of(splits.val) | rows_of(splits.test) == set(wanted)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp"])
+def test_lossy_formats(tmp_path, suffix):
+    for name, level in (("cat", 60), ("dog", 200)):
+        for i in range(3):
+            save(tmp_path / name / f"{i}{suffix}", np.full((16, 16, 3), level, np.uint8))
+    splits = data.image_folder(tmp_path)
+    assert (splits.name == f"{tmp_path.name} (JPEG)") == (suffix != ".webp")
+    for part in (splits.train, splits.val, splits.test):
+        levels = torch.tensor([60, 200])[part.labels]
+        assert (part.images.long() - levels[:, None, None, None]).abs().max() <= 2
+
+
+def test_camera_orientation_is_applied(tmp_path):
+    upright = np.zeros((8, 8, 3), np.uint8)
+    upright[:2] = 255  # white on top
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by 90 degrees: viewers turn it clockwise
+    for name in ("cat", "dog"):
+        for i in range(3):
+            save(tmp_path / name / f"{i}.png", np.rot90(upright).copy(), exif=exif)
+    assert torch.equal(data.image_folder(tmp_path).test.images[0], torch.from_numpy(upright.transpose(2, 0, 1).copy()))
+
+
+def test_resize_crops_at_the_centre_to_the_aspect(tmp_path):
+    for name in ("cat", "dog"):
+        for i in range(3):
+            pixels = np.zeros((10 * (i + 1), 40 * (i + 1), 3), np.uint8)
+            pixels[:, 15 * (i + 1) : 25 * (i + 1)] = 255  # the middle square is white
+            save(tmp_path / name / f"{i}.png", pixels)
+    splits = data.image_folder(tmp_path, resize=5)
+    assert splits.train.images.shape[1:] == (3, 5, 5)
+    # Resampling reads beyond the crop, so the outermost may be darker; squeezing the whole width would leave one white column in five.
+    assert all((part.images[..., 1:4, 1:4] >= 250).all() for part in (splits.train, splits.val, splits.test))
+    assert data.image_folder(tmp_path, resize=(4, 6)).train.images.shape[1:] == (3, 4, 6)
+
+
+def test_hidden_entries_and_other_files_are_passed_over(tmp_path):
+    make_folder(tmp_path, per_class=3)
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "cat" / ".hidden.png").write_bytes(b"not an image")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "README.md").write_text("two classes")
+    splits = data.image_folder(tmp_path)
+    assert splits.classes == ("cat", "dog")
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 6
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_threads_do_not_change_the_pixels(tmp_path, workers):
+    pixels = make_folder(tmp_path / "train", per_class=100)
+    make_folder(tmp_path / "test", per_class=2)
+    splits = data.image_folder(tmp_path, workers=workers, progress=True)
+    assert rows_of(splits.train) | rows_of(splits.val) == {p.transpose(2, 0, 1).tobytes() for p in pixels.values()}
+    assert len(splits.train) == 180
+
+
+# Image folders: bad input
+
+
+def test_truncated_and_broken_files_are_named(tmp_path):
+    make_folder(tmp_path, per_class=3)
+    save(tmp_path / "cat" / "07.jpg", random_pixels(64, 64))
+    whole = (tmp_path / "cat" / "07.jpg").read_bytes()
+    (tmp_path / "cat" / "07.jpg").unlink()
+    good = data.image_folder(tmp_path)
+    for name, content in {"cut.jpg": whole[: len(whole) // 2], "empty.png": b"", "text.png": b"<html>", "head.jpg": whole[:30]}.items():
+        bad = tmp_path / "dog" / name
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match="cannot read the image") as error:
+            data.image_folder(tmp_path)
+        assert str(bad) in str(error.value)
+        bad.unlink()
+    assert torch.equal(data.image_folder(tmp_path).train.images, good.train.images)
+
+
+def test_16_bit_images_are_refused_and_named(tmp_path):
+    make_folder(tmp_path, per_class=3)
+    bad = tmp_path / "dog" / "deep.png"
+    Image.fromarray(rng.integers(0, 2**16, (9, 7), dtype=np.uint16)).save(bad)
+    with pytest.raises(ValueError, match="8 bits") as error:
+        data.image_folder(tmp_path)
+    assert str(bad) in str(error.value)
+
+
+def test_mixed_sizes_are_named_unless_resized(tmp_path):
+    make_folder(tmp_path, per_class=3)
+    odd = tmp_path / "dog" / "odd.png"
+    save(odd, random_pixels(11, 7))
+    with pytest.raises(ValueError, match=r"^resize: .*mixed sizes.*9x7.*11x7") as error:
+        data.image_folder(tmp_path)
+    assert str(odd) in str(error.value)
+    assert len(data.image_folder(tmp_path, resize=8).train) == 3  # of 3 and 4 images, one each is for validation, one for testing
+
+
+def test_layouts_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match="^path: .*not there"):
+        data.image_folder(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^path: .*a file"):
+        data.image_folder(tmp_path / "file")
+    with pytest.raises(ValueError, match="^path: .*at least two class folders"):
+        data.image_folder(tmp_path)
+    make_folder(tmp_path / "one", classes=("cat",))
+    with pytest.raises(ValueError, match="^path: .*at least two class folders"):
+        data.image_folder(tmp_path / "one")
+    make_folder(tmp_path / "gap")
+    (tmp_path / "gap" / "emu").mkdir()
+    with pytest.raises(ValueError, match="^path: no images .*emu"):
+        data.image_folder(tmp_path / "gap")
+    make_folder(tmp_path / "deep")
+    make_folder(tmp_path / "deep" / "cat")
+    with pytest.raises(ValueError, match="^path: .*found the folder 'cat'|found the folder 'dog'"):
+        data.image_folder(tmp_path / "deep")
+    make_folder(tmp_path / "two" / "train")
+    make_folder(tmp_path / "two" / "test", classes=("cat", "emu"))
+    with pytest.raises(ValueError, match=r"^path: classes of train/ and test/ differ.*\['dog', 'emu'\]"):
+        data.image_folder(tmp_path / "two")
+    make_folder(tmp_path / "few", per_class=2)
+    with pytest.raises(ValueError, match="^path: a class has only 2 images"):
+        data.image_folder(tmp_path / "few")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("resize", 0),
+        ("resize", (4, 0)),
+        ("resize", (4, 4, 4)),
+        ("resize", 4.0),
+        ("resize", "44"),
+        ("channels", 2),
+        ("val_fraction", 0.0),
+        ("val_fraction", 1.0),
+        ("test_fraction", float("nan")),
+        ("workers", 0),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_read(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        data.image_folder(tmp_path / "nowhere", **{name: value})
+
+
+# Image folders: the cache
+
+
+class Unpickled:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def cached_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.npy"))
+
+
+def test_cache_is_used_while_nothing_changed(tmp_path):
+    make_folder(tmp_path)
+    first = data.image_folder(tmp_path)
+    (cached,) = cached_files(tmp_path / ".rse-fast")
+    # The pixels of a file change while its name, size and time do not: only the cache can still know the old ones.
+    victim = tmp_path / "cat" / "00.png"
+    stat = victim.stat()
+    victim.write_bytes(b"x" * stat.st_size)
+    os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = data.image_folder(tmp_path)
+    for part, other in ((first.train, again.train), (first.val, again.val), (first.test, again.test)):
+        assert torch.equal(part.images, other.images) and torch.equal(part.labels, other.labels)
+    assert cached_files(tmp_path) == [cached]
+
+
+def test_cache_is_renewed_when_a_file_changes_appears_or_goes(tmp_path):
+    make_folder(tmp_path)
+    data.image_folder(tmp_path)
+    (cached,) = cached_files(tmp_path)
+
+    pixels = random_pixels()
+    victim = tmp_path / "cat" / "00.png"
+    save(victim, pixels)
+    os.utime(victim, ns=(1, 10**18))
+    changed = data.image_folder(tmp_path)
+    assert pixels.transpose(2, 0, 1).tobytes() in rows_of(changed.train) | rows_of(changed.val) | rows_of(changed.test)
+    assert cached_files(tmp_path) != [cached]
+    assert len(cached_files(tmp_path)) == 1  # the old array is gone
+
+    save(tmp_path / "dog" / "new.png", pixels)
+    assert sum(map(len, (lambda s: (s.train, s.val, s.test))(data.image_folder(tmp_path)))) == 21
+    (tmp_path / "dog" / "new.png").rename(tmp_path / "cat" / "new.png")
+    moved = data.image_folder(tmp_path)
+    assert sum(part.labels.sum().item() for part in (moved.train, moved.val, moved.test)) == 10
+    victim.unlink()
+    assert sum(map(len, (lambda s: (s.train, s.val, s.test))(data.image_folder(tmp_path)))) == 20
+
+
+def test_cache_keeps_apart_what_shapes_the_pixels(tmp_path):
+    make_folder(tmp_path)
+    shapes = [data.image_folder(tmp_path, **options).train.images.shape[1:] for options in ({}, {"resize": 5}, {"channels": 1}, {})]
+    assert shapes == [(3, 9, 7), (3, 5, 5), (1, 9, 7), (3, 9, 7)]
+    assert len(cached_files(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "pickle", "other shape"])
+def test_damaged_cache_is_made_anew(tmp_path, damage):
+    make_folder(tmp_path)
+    first = data.image_folder(tmp_path)
+    (cached,) = cached_files(tmp_path)
+    content = cached.read_bytes()
+    if damage == "cut":
+        cached.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        cached.write_bytes(b"")
+    elif damage == "pickle":
+        np.save(cached, np.array([Unpickled(tmp_path / "pickle was run")], dtype=object), allow_pickle=True)
+    else:
+        np.save(cached, np.zeros((2, 3, 9, 7), np.uint8))
+    with pytest.warns(UserWarning, match="damaged"):
+        again = data.image_folder(tmp_path)
+    assert torch.equal(first.train.images, again.train.images)
+    assert cached.read_bytes() == content
+    assert not (tmp_path / "pickle was run").exists()
+
+
+def test_cache_place_can_be_chosen(tmp_path, monkeypatch):
+    make_folder(tmp_path / "images")
+    monkeypatch.setenv("RSE_FAST_CACHE", str(tmp_path / "chosen"))
+    data.image_folder(tmp_path / "images")
+    assert cached_files(tmp_path / "images") == []
+    assert len(cached_files(tmp_path / "chosen")) == 1
+
+
+def test_read_only_folder_uses_the_home_cache(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    # Permissions do not bind root, who may run these tests.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    data.image_folder(tmp_path)
+    assert cached_files(tmp_path) == []
+    assert len(cached_files(Path.home() / ".cache" / "rse-fast")) == 1
+
+
+def test_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    make_folder(tmp_path / "images")
+    (tmp_path / "occupied").write_text("a file where a folder is needed")
+    monkeypatch.setenv("RSE_FAST_CACHE", str(tmp_path / "occupied"))
+    with pytest.warns(UserWarning, match="could not be cached"):
+        assert len(data.image_folder(tmp_path / "images").train) == 14
+
+
+# Batches and augmentation
+
+
+def random_part(count: int = 23, channels: int = 3, size: int = 6) -> data.Part:
+    return data.Part(torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8), torch.arange(count))
+
+
+def test_batches_in_order_without_generator():
+    part = random_part()
+    found = list(data.batches(part, 10))
+    assert [len(labels) for _, labels in found] == [10, 10, 3]
+    images = torch.cat([images for images, _ in found])
+    assert images.dtype == torch.float32
+    assert torch.equal(images, part.images / 255)
+    assert torch.equal(torch.cat([labels for _, labels in found]), part.labels)
+
+
+def test_batches_are_reproduced_by_the_generator_and_shuffled():
+    part = random_part(200)
+
+    def run(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = list(data.batches(part, 64, generator=torch.Generator().manual_seed(seed), pad=1, flip=True))
+        return torch.cat([images for images, _ in found]), torch.cat([labels for _, labels in found])
+
+    (images, labels), (again, labels_again), (_, other_labels) = run(1), run(1), run(2)
+    assert torch.equal(images, again) and torch.equal(labels, labels_again)
+    assert sorted(labels.tolist()) == list(range(200))
+    assert labels.tolist() != sorted(labels.tolist()) and not torch.equal(labels, other_labels)
+
+
+def test_drop_last():
+    part = random_part(23)
+    assert [len(labels) for _, labels in data.batches(part, 10, drop_last=True)] == [10, 10]
+    assert [len(labels) for _, labels in data.batches(part, 50, drop_last=True)] == [23]
+    assert [len(labels) for _, labels in data.batches(part, 23, drop_last=True)] == [23]
+
+
+@pytest.mark.parametrize(("pad", "flip"), [(0, False), (0, True), (2, False), (2, True)])
+def test_augment_gives_every_crop_and_mirror_and_nothing_else(pad, flip):
+    image = torch.randint(1, 256, (3, 6, 5), dtype=torch.uint8)
+    padded = torch.zeros(3, 6 + 2 * pad, 5 + 2 * pad, dtype=torch.uint8)
+    padded[:, pad : pad + 6, pad : pad + 5] = image
+    allowed = set()
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            crop = padded[:, top : top + 6, left : left + 5]
+            allowed.add(crop.numpy().tobytes())
+            if flip:
+                allowed.add(crop.flip(-1).contiguous().numpy().tobytes())
+    count = 3000  # about 60 of each of the 50 variants: that one is missing has a chance below 1e-20
+    found = data.augment(image.expand(count, -1, -1, -1), torch.Generator().manual_seed(int(rng.integers(2**31))), pad=pad, flip=flip)
+    assert found.shape == (count, 3, 6, 5) and found.dtype == torch.uint8
+    assert {crop.contiguous().numpy().tobytes() for crop in found} == allowed
+
+
+def test_augment_draws_anew_for_each_image():
+    images = torch.arange(1, 26, dtype=torch.uint8).reshape(1, 1, 5, 5).expand(100, -1, -1, -1)
+    found = data.augment(images, torch.Generator().manual_seed(0), pad=1, flip=False)
+    assert len({image.contiguous().numpy().tobytes() for image in found}) > 5
+
+
+def test_batches_bad_arguments():
+    part = random_part()
+    with pytest.raises(ValueError, match="^batch_size: "):
+        data.batches(part, 0)
+    with pytest.raises(ValueError, match="^generator: "):
+        data.batches(part, 4, flip=True)
+    with pytest.raises(ValueError, match="^images: .*uint8"):
+        data.Part(torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="^labels: "):
+        data.Part(part.images, part.labels[:-1])
+    empty = data.Part(part.images[:0], part.labels[:0])
+    assert list(data.batches(empty, 4)) == []
+
+
+# Atomic files
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "report.md"
+    data.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the n")
+        raise error
+
+    with pytest.raises(error):
+        data.write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["report.md"]
+    data.write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["report.md"]
+
+
+def test_written_file_has_ordinary_permissions(tmp_path):
+    data.write_atomically(tmp_path / "a", lambda file: file.write(b""))
+    (tmp_path / "b").write_bytes(b"")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_import_brings_none_of_the_optional_packages():
+    code = "import sys, rse_fast.data; print([m for m in ('PIL', 'sklearn', 'scipy', 'matplotlib') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+# The real thing
+
+
+@pytest.mark.data
+def test_cifar10_jpeg(monkeypatch, tmp_path):
+    folder = os.environ.get("RSE_FAST_CIFAR10")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("RSE_FAST_CIFAR10 does not name a folder with CIFAR-10 as train/CLASS/*.jpg and test/CLASS/*.jpg")
+    monkeypatch.setenv("RSE_FAST_CACHE", str(tmp_path))
+    splits = data.image_folder(folder)
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (45_000, 5_000, 10_000)
+    assert splits.train.images.shape[1:] == (3, 32, 32)
+    assert splits.test.labels.bincount().tolist() == [1000] * 10
+    assert len(splits.classes) == 10 and splits.name.endswith("(JPEG)")
+    again = data.image_folder(folder)
+    assert torch.equal(splits.train.images, again.train.images)
