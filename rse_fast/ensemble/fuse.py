@@ -1,7 +1,8 @@
 """Prepares a snapshot of a model for inference: the same function in fewer, cheaper operations.
 
 BatchNorm is folded into the convolution before it, and a ReLU (also one with a max-pool behind it) that only noisy convolutions read
-is done by their noise op, in the pass over memory that adds the noise anyway.
+is done by their noise op, in the pass over memory that adds the noise anyway. On a CPU the convolutions' weights are kept in the vendor
+library's own order, which it would otherwise bring them into at every call.
 """
 
 import copy
@@ -14,8 +15,7 @@ from rse_fast import functional
 from rse_fast.convert import tensor_attributes
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
 
-_NOISY = (NoisyConv1d, NoisyConv2d, NoisyConv3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_NOISY)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, NoisyConv1d, NoisyConv2d, NoisyConv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
@@ -40,6 +40,7 @@ def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, str | Non
         copied = torch.fx.GraphModule(copied, graph)
         fold_batch_norm(copied)
         merge_relu(copied)
+        pack_weights(copied)
     copied = copied.to(dtype)
     if any(p.dim() == 4 for p in copied.parameters()):
         copied = copied.to(memory_format=torch.channels_last)
@@ -84,17 +85,27 @@ def fold_batch_norm(model: torch.fx.GraphModule) -> None:
     model.recompile()
 
 
-class ReluNoisyConv(nn.Module):
-    """A noisy convolution of ``relu(x)``, the ReLU done by the noise op."""
+class FusedConv(nn.Module):
+    """A plain or noisy 2-D convolution of x, or of ``relu(x)`` with the ReLU done by the noise op."""
 
-    def __init__(self, layer: NoiseLayer):
+    def __init__(self, layer: nn.Module, relu: bool = False):
         super().__init__()
-        self.layer = layer
+        self.layer, self.relu = layer, relu
+        self.packed = None
 
     def forward(self, x):
         layer = self.layer
-        x = functional.add_noise(x, act="relu", **layer.noise_arguments(x)) if layer.noise_enabled else x.relu()
-        return layer._conv_forward(x, layer.weight, layer.bias)
+        if getattr(layer, "noise_enabled", False):
+            x = functional.add_noise(x, act="relu" if self.relu else None, **layer.noise_arguments(x))
+        elif self.relu:
+            x = x.relu()
+        # The vendor's op for packed weights has no gradient; elsewhere than on the CPU it does not exist.
+        if x.device.type != "cpu" or x.requires_grad or not torch.backends.mkldnn.is_available() or not x.numel():
+            return layer._conv_forward(x, layer.weight, layer.bias)
+        geometry = layer.padding, layer.stride, layer.dilation, layer.groups
+        if self.packed is None:  # by the first batch's shape, which is the usual one; other shapes are right too
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *geometry, list(x.shape))
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *geometry, "none", [], "")
 
 
 def merge_relu(model: torch.fx.GraphModule) -> None:
@@ -116,8 +127,8 @@ def merge_relu(model: torch.fx.GraphModule) -> None:
         return pool is not None and not pool.return_indices
 
     def is_noisy(node):
-        layer = module_of(node, _NOISY)
-        return layer is not None and layer.padding_mode == "zeros"
+        layer = module_of(node, (NoisyConv2d,))
+        return layer is not None and _is_simple(layer)
 
     for node in list(model.graph.nodes):
         if not is_relu(node) or not node.users or not node.args:
@@ -132,12 +143,28 @@ def merge_relu(model: torch.fx.GraphModule) -> None:
             continue
         for reader in readers:
             name = f"rse_fast_relu_{reader.name}"  # a name of its own: "relu_conv" may be one of the model's
-            model.add_submodule(name, ReluNoisyConv(model.get_submodule(reader.target)))
+            model.add_submodule(name, FusedConv(model.get_submodule(reader.target), relu=True))
             reader.target = name
         node.replace_all_uses_with(source)
         model.graph.erase_node(node)
     model.delete_all_unused_submodules()
     model.recompile()
+
+
+def pack_weights(model: torch.fx.GraphModule) -> None:
+    """Makes, in place, a `FusedConv` of every 2-D convolution that is not one yet."""
+    for node in model.graph.nodes:
+        layer = model.get_submodule(node.target) if node.op == "call_module" else None
+        if type(layer) in (nn.Conv2d, NoisyConv2d) and len(node.args) == 1 and not _has_hooks(layer) and _is_simple(layer):
+            name = f"rse_fast_{node.name}"
+            model.add_submodule(name, FusedConv(layer))
+            node.target = name
+    model.delete_all_unused_submodules()
+    model.recompile()
+
+
+def _is_simple(layer) -> bool:
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def _has_hooks(module: nn.Module) -> bool:
