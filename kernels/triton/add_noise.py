@@ -8,7 +8,20 @@ activation and noise; the noise is keyed by the pooled position.
 import triton
 import triton.language as tl
 
-from .config import CANDIDATES, DEFAULT, Config, divisor, fast_math, loop_steps, on_device, register_limit, tuned, warps, word
+from .config import (
+    CANDIDATES,
+    DEFAULT,
+    ENOUGH_32_BITS,
+    Config,
+    divisor,
+    fast_math,
+    loop_steps,
+    on_device,
+    register_limit,
+    tuned,
+    warps,
+    word,
+)
 from .philox import channels_last, key_words, normals_run, place
 
 __all__ = ["add_noise"]
@@ -212,7 +225,7 @@ def add_noise(
         stream=word(stream), images=images, image0=word(image0), draw0=word(draw0), repeats=images * draws // x.shape[0],
         width_in=x.shape[-1] if pool else 1, height_in=x.shape[-2] if pool else 1,
         SIGMA_VARIES=sigma.numel() > 1, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, RELU=relu, PLACES=places is not None,
-        CLEAN=clean is not None, POOL=pool, WIDE=x[0].numel() >= 2**31, FAST=fast_math(),
+        CLEAN=clean is not None, POOL=pool, WIDE=x[0].numel() >= ENOUGH_32_BITS, FAST=fast_math(),
     )  # fmt: skip
 
     def run(config):

@@ -30,6 +30,9 @@ class Config:
 DEFAULT = Config(threads=128, quads=4, steps=8)
 CANDIDATES = [Config(t, q, s) for t in (128, 256) for q in (4, 8) for s in (1, 4, 8, 16)]
 
+# Samples of fewer elements are addressed by 32-bit offsets from their row.
+ENOUGH_32_BITS = 2**31
+
 # A program more on every processor pays more than a longer loop: only beyond this many programs do loops grow.
 ENOUGH_PROGRAMS = 4096
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import divisor, fast_math, on_device, warps, word
+from .config import ENOUGH_32_BITS, divisor, fast_math, on_device, warps, word
 from .philox import channels_last, key_words, normals_run, place
 
 __all__ = ["sigma_grad"]
@@ -133,7 +133,7 @@ def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel,
     S = g[0, 0].numel()
     arguments = dict(
         g_ptr=g, seed_ptr=seed, places_ptr=places, stream=word(stream), images=images, image0=word(image0), draw0=word(draw0),
-        PER_CHANNEL=per_channel, PLACES=places is not None, WIDE=g[0].numel() >= 2**31, FAST=fast_math(),
+        PER_CHANNEL=per_channel, PLACES=places is not None, WIDE=g[0].numel() >= ENOUGH_32_BITS, FAST=fast_math(),
     )  # fmt: skip
     kernel, blocks, shape, tiles_s = plan(channels, S, g.element_size(), flat or S == 1)
     tiles = rows * tiles_s

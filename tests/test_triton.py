@@ -1,0 +1,116 @@
+"""The Triton kernels without a GPU. Interpreting and compiling need processes of their own: an interpreted function cannot be compiled."""
+
+import ast
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+
+import rse_fast
+
+KERNELS = Path(rse_fast.__file__).parents[1] / "kernels" / "triton"
+HERE = Path(__file__).parent / "triton"
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or sys.platform != "linux" or platform.machine() != "x86_64",
+    reason="triton is not installed here",
+)
+
+
+@pytest.fixture(scope="module")
+def proof(run_python, tmp_path_factory):
+    """Runs the test files of one kind in a fresh process; returns (finished process, names of the kernels launched)."""
+
+    def run(kind, **env):
+        record = tmp_path_factory.mktemp(kind) / "launched"
+        files = sorted(HERE.glob(f"{kind}_*.py"))
+        assert files
+        done = run_python("-m", "pytest", "-q", "-x", *files, RSE_FAST_TEST_LAUNCHED=str(record), **env)
+        return done, set(record.read_text().split()) if record.exists() else set()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def interpreted(proof):
+    return proof("interpret", TRITON_INTERPRET="1", TRITON_CACHE_DIR="")
+
+
+@pytest.fixture(scope="module")
+def compiled(proof):
+    return proof("compile")
+
+
+def kernels_in_the_sources() -> set:
+    """Names of the functions under @triton.jit that are called ``*_kernel``, read from the text."""
+    found = set()
+    for path in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                if node.name.endswith("_kernel"):
+                    found.add(node.name)
+    return found
+
+
+@needs_triton
+def test_in_the_interpreter(interpreted):
+    assert interpreted[0].returncode == 0, interpreted[0].stdout[-8000:] + interpreted[0].stderr[-2000:]
+
+
+@needs_triton
+def test_ahead_of_time(compiled):
+    assert compiled[0].returncode == 0, compiled[0].stdout[-8000:] + compiled[0].stderr[-2000:]
+
+
+@needs_triton
+def test_every_kernel_is_interpreted_and_compiled(interpreted, run_python):
+    """A kernel without both proofs fails here, whoever adds it."""
+    kernels = kernels_in_the_sources()
+    assert len(kernels) >= 5
+    assert kernels - interpreted[1] == set(), "never launched in the interpreter"
+    names = "from rse_fast.kernels.triton import aot; print(*{case.kernel.__name__ for case in aot.cases()})"
+    listed = run_python("-c", names)
+    assert kernels - set(listed.stdout.split()) == set(), f"no case in aot.py {listed.stderr}"
+
+
+def test_launched_functions_are_called_kernels():
+    """What is subscripted with a grid is a kernel by name, so that the rule above reaches it."""
+    for path in KERNELS.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        jitted = {
+            n.name
+            for n in ast.walk(tree)
+            if isinstance(n, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in n.decorator_list)
+        }
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript) and isinstance(call.func.value, ast.Name):
+                name = call.func.value.id
+                assert name not in jitted or name.endswith("_kernel"), (path.name, name)
+
+
+def test_nothing_imports_triton_before_a_kernel_runs(run_python):
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, rse_fast; from rse_fast import functional;"
+        "functional.add_noise(torch.zeros(2, 3), 0.1, seed=1); print('fine')"
+    )
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_the_named_backend_never_falls_back():
+    import torch
+
+    from rse_fast import functional
+
+    x = torch.zeros(2, 3, 4, 4)
+    for call in (
+        lambda **more: functional.add_noise(x, 0.1, seed=1, **more),
+        lambda **more: functional.noisy_conv2d(x, torch.zeros(4, 3, 3, 3), None, 0.1, seed=1, **more),
+        lambda **more: functional.noisy_linear(x, torch.zeros(5, 4), None, 0.1, seed=1, **more),
+    ):
+        with pytest.raises(ValueError, match="backend 'triton' needs tensors on a CUDA device from sm_80 on or a ROCm device, got cpu"):
+            call(backend="triton")
+    with pytest.raises(TypeError, match="backend 'triton' takes float32, bfloat16 or float16, got torch.float64"):
+        functional.add_noise(x.double(), 0.1, seed=1, backend="triton")

@@ -1,0 +1,67 @@
+"""Every kernel compiled ahead of time for every target: within budget, and with the instructions that were meant."""
+
+import re
+
+import pytest
+from conftest import kernels
+
+from rse_fast.kernels.triton import aot
+
+
+@pytest.fixture(scope="session")
+def results():
+    return aot.measure_all()
+
+
+def test_within_budget(results):
+    assert not aot.complaints(results)
+
+
+def test_every_kernel_is_compiled_for_every_target(results):
+    for name, kernel in kernels().items():
+        cases = [case for case in aot.cases() if case.kernel is kernel]
+        assert {target for case in cases for target in case.targets} >= set(aot.TARGETS) - ABSENT.get(name, set()), name
+    assert len(results) == sum(len(case.targets) for case in aot.cases())
+
+
+ABSENT = {}  # kernel: targets that lack what it is for
+
+
+def test_the_noise_kernels_move_16_bytes_at_a_time(results):
+    for r in results:
+        if re.fullmatch(r"add_noise (flat|planar) (bf16|f32)( affine relu)?", r.case):
+            assert r.wide_accesses, (r.case, r.target)
+
+
+def test_results_are_rounded_to_nearest_even():
+    case = next(c for c in aot.cases() if c.name == "add_noise flat bf16 affine relu")
+    conversions = set(re.findall(r"cvt\.(\w+)\.bf16(?:x2)?\.f32", aot.compile_case(case, "sm_90").asm["ptx"]))
+    assert conversions == {"rn"}
+
+
+def test_no_denormals_are_flushed():
+    """Noise on tiny activations must not differ from the CPU's: no .ftz instruction stands between load and store."""
+    case = next(c for c in aot.cases() if c.name == "add_noise flat f32 affine relu")
+    assert ".ftz" not in aot.compile_case(case, "sm_90").asm["ptx"]
+
+
+def test_counting_weighs_loops():
+    text = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   IMAD.WIDE.U32 R2, R3, R4, RZ ;
+        /*0020*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/                   EXIT ;
+.L_x_1:
+        /*0050*/                   BRA `(.L_x_1);
+        /*0060*/                   NOP;
+"""
+    counts, opcodes = aot.executed(text, trips=10)
+    assert counts == {"MOV": 1, "IMAD.WIDE.U32": 10, "LDG.E.128": 10, "BRA": 10, "EXIT": 1} and len(opcodes) == 5
+
+
+def test_the_table_names_every_result(results):
+    table = aot.table(results)
+    for r in results:
+        assert f"| {r.case} | {r.target} | {r.registers} | {r.spills} |" in table

@@ -1,0 +1,68 @@
+"""For the files here, which `tests/test_triton.py` runs in processes of their own: kernels are either interpreted or compiled, never both.
+
+In an interpreting process (TRITON_INTERPRET=1) two faults of the interpreter are repaired: float32 becomes bfloat16 by rounding, not by
+truncation, and `tl.dot` takes bfloat16 operands as numbers, not as their bits. Every kernel that was launched is recorded.
+"""
+
+import inspect
+import os
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+launched = set()
+
+
+def kernels() -> dict:
+    """Every function of the package that is launched, by name: Triton's functions called ``*_kernel``."""
+    from rse_fast.kernels import triton as package
+
+    found = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in ("aot", "budgets"):
+            members = inspect.getmembers(import_module(f"{package.__name__}.{module.name}"))
+            found.update({name: value for name, value in members if name.endswith("_kernel")})
+    return found
+
+
+def pytest_configure(config):
+    if INTERPRETED:
+        _repair_interpreter()
+        for name, kernel in kernels().items():
+            kernel.add_pre_run_hook(lambda *args, name=name, **kwargs: launched.add(name))
+
+
+def pytest_sessionfinish(session):
+    if record := os.environ.get("RSE_FAST_TEST_LAUNCHED"):
+        Path(record).write_text("\n".join(sorted(launched)))
+
+
+def _repair_interpreter():
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def rounding_convert(data, source, target, mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            bits = torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16)
+            return bits.numpy().view(np.uint16)
+        return convert(data, source, target, mode)
+
+    def dot_of_numbers(self, a, b, d, *options):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return dot(self, a, b, d, *options)
+
+    interpreter._convert_float = rounding_convert
+    interpreter.InterpreterBuilder.create_dot = dot_of_numbers
+
+
+@pytest.fixture
+def seed(rng):
+    return torch.tensor(int(rng.integers(-(2**63), 2**63)))

@@ -1,0 +1,201 @@
+"""add_noise in the interpreter, against float64: shapes that fit no tile, both layouts, every option; and the laws of the seed."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from rse_fast import functional, reference
+from rse_fast.kernels.triton import add_noise as module
+from rse_fast.kernels.triton.config import Config
+
+NORMAL = 2e-5  # how far a normal may be from float64, by the contract for GPUs
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+
+
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def column(value, x):
+    return value.double().reshape(-1, *[1] * (x.dim() - 2)) if value.dim() else value.double()
+
+
+def launch(x, sigma, seed, *, images=None, draws=1, stream=3, image0=5, draw0=7, scale=None, shift=None, relu=False, places=None,
+           clean=False, pool=False):  # fmt: skip
+    """(y, clean) of the launcher, outputs poisoned."""
+    images = images or x.shape[0]
+    like = torch.nn.functional.max_pool2d(x.float(), 2).to(x.dtype) if pool else x
+    flat = reference.layout(x) == "flat"
+    out = (channels_last if flat else torch.clone)(like.new_full((images * draws, *like.shape[1:]), math.nan))
+    kept = (channels_last if flat else torch.clone)(like.new_full(like.shape, math.nan)) if clean else None
+    module.add_noise(x, out, flat, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places, kept, pool)
+    return out, kept
+
+
+def check(x, sigma, seed, *, images=None, draws=1, stream=3, image0=5, draw0=7, scale=None, shift=None, relu=False, places=None,
+          clean=False, pool=False):  # fmt: skip
+    """The launcher's result is within the contract's distance of float64: eps within NORMAL, float32 arithmetic, one rounding."""
+    images = images or x.shape[0]
+    options = dict(images=images, draws=draws, stream=stream, image0=image0, draw0=draw0, places=places, pool=pool, clean=clean)
+    y, kept = launch(x, sigma, seed, scale=scale, shift=shift, relu=relu, **options)
+    value = x.double()
+    size = value.abs()
+    if scale is not None:
+        value, size = value * column(scale, x), size * column(scale, x).abs()
+    if shift is not None:
+        value, size = value + column(shift, x), size + column(shift, x).abs()
+    value = value.relu() if relu else value
+    if pool:
+        value, size = (torch.nn.functional.max_pool2d(v, 2) for v in (value, size))
+    arithmetic = 4 * 2.0**-24 * size
+    if clean:
+        assert kept.dtype == x.dtype
+        assert ((kept.double() - value).abs() <= arithmetic + ROUNDING[x.dtype] * value.abs() + SMALLEST[x.dtype]).all()
+    expected = reference.add_noise(value, sigma.double(), seed, stream, images, draws, image0, draw0, places=places)
+    if value.shape[0] != expected.shape[0]:
+        arithmetic = arithmetic.repeat(draws, *[1] * (x.dim() - 1))
+    spread = column(sigma, x) * (NORMAL + 4 * 2.0**-24 * 6.77)
+    allowed = arithmetic + spread + (ROUNDING[x.dtype] + 2.0**-24) * expected.abs() + SMALLEST[x.dtype]
+    wrong = ~((y.double() - expected).abs() <= allowed)
+    assert not wrong.any(), (tuple(x.shape), reference.layout(x), int(wrong.sum()), (y.double() - expected).abs().max())
+    assert reference.layout(y) == reference.layout(x) or y[0, 0].numel() == 1
+
+
+SHAPES = [
+    # shape, images, draws: channels 1 .. 96, odd sizes, lines, volumes, rows of one tile and of several
+    ((2, 3, 9, 7), 2, 2),
+    ((4, 5, 5, 3), 2, 2),
+    ((2, 64, 8, 8), 1, 2),
+    ((2, 96, 3, 4), 2, 2),
+    ((1, 1, 7), 1, 2),
+    ((3, 12, 1, 1), 3, 2),
+    ((2, 130), 2, 1),
+    ((2, 7, 2, 3, 2), 1, 2),
+    ((1, 3, 47, 45), 1, 1),
+    ((1, 20, 23, 21), 1, 1),
+]
+
+
+@pytest.mark.parametrize("shape, images, draws", SHAPES, ids=lambda v: str(v) if isinstance(v, tuple) else "")
+@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+def test_matches_float64(shape, images, draws, layout, seed):
+    channels = shape[1]
+    plain = dict(images=images, draws=draws)
+    affine = dict(scale=torch.randn(channels), shift=torch.randn(channels), relu=True)
+    for index, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16)):
+        x = layout(torch.randn(shape).to(dtype))
+        check(x, torch.tensor(0.7), seed, **plain, relu=index == 1)
+        check(x, torch.rand(channels), seed, **plain, **affine, clean=index != 1)
+
+
+@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+def test_affine_parts_and_sigma_in_every_combination(layout, seed):
+    x = layout(torch.randn(2, 6, 5, 3))
+    for scale, shift, relu, vary in itertools.product((None, torch.randn(6)), (None, torch.randn(6)), (False, True), (False, True)):
+        check(x, torch.rand(6) if vary else torch.tensor(0.3), seed, scale=scale, shift=shift, relu=relu)
+
+
+@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+def test_pool_takes_the_largest_and_keys_noise_by_the_pooled_position(layout, seed):
+    for shape, dtype in (((2, 5, 9, 7), torch.float32), ((1, 32, 8, 8), torch.bfloat16), ((1, 3, 6, 70), torch.float16)):
+        x = layout(torch.randn(shape).to(dtype))
+        more = dict(scale=torch.randn(shape[1]), shift=torch.randn(shape[1]), relu=True)
+        check(x, torch.tensor(0.5), seed, images=shape[0], draws=2, pool=True, clean=True, **more)
+        check(x, torch.tensor(0.5), seed, pool=True)
+
+
+@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+def test_nan_and_infinity_pass(layout, seed):
+    x = torch.zeros(1, 4, 4, 4)
+    x[0, 1, 2, 3], x[0, 2, 0, 0] = math.nan, math.inf
+    for pool in (False, True):
+        y, _ = launch(layout(x), torch.tensor(0.1), seed, relu=True, pool=pool)
+        assert y.isnan().sum() == 1 and y.isinf().sum() == 1
+
+
+def test_zero_sigma_leaves_the_activation(seed):
+    x = torch.randn(2, 5, 7)
+    assert torch.equal(launch(x, torch.tensor(0.0), seed)[0], x)
+
+
+def test_no_rows_launch_nothing(seed):
+    x = torch.empty(0, 3, 4)
+    module.add_noise(x, x, False, torch.tensor(1.0), seed, 0, 0, 2, 0, 0)
+
+
+def test_offset_slices_and_counters_at_their_end(seed):
+    x = torch.randn(3, 9, 5, 5)[1:]
+    check(x, torch.tensor(0.5), seed, stream=2**32 - 1, image0=2**32 - 2, draw0=2**31 + 5)
+    wide = torch.randn(2, 5, 5, 9).movedim(-1, 1)[:, :, 1:]
+    check(wide.contiguous(memory_format=torch.channels_last), torch.tensor(0.5), seed, draw0=2**32 - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- laws of the seed
+@pytest.mark.parametrize("shape", [(2, 12, 6, 5), (2, 3, 9, 8)], ids=str)
+def test_nothing_but_the_arguments_enters(shape, seed, monkeypatch):
+    """Tiles, layout, packing, the split of a batch and the width of offsets leave every bit alone."""
+    x, sigma = torch.randn(shape), torch.rand(shape[1])
+    whole, _ = launch(x, sigma, seed, images=2, draws=3)
+    assert torch.equal(launch(channels_last(x), sigma, seed, images=2, draws=3)[0], whole)
+    assert torch.equal(launch(x.repeat(3, 1, 1, 1), sigma, seed, images=2, draws=3)[0], whole)
+    assert torch.equal(launch(x, sigma, seed, images=2, draws=2)[0], whole[:4])
+    assert torch.equal(launch(x[1:], sigma, seed, images=1, draws=3, image0=6)[0], whole.unflatten(0, (3, 2))[:, 1:].flatten(0, 1))
+    places = torch.tensor([[i + 5, 7] for i in range(2)])
+    assert torch.equal(
+        launch(x.flip(0), sigma, seed, images=2, draws=3, places=places.flip(0))[0].unflatten(0, (3, 2)).flip(1).flatten(0, 1), whole
+    )
+    monkeypatch.setattr(module, "ENOUGH_32_BITS", 1)
+    for layout in (torch.clone, channels_last):
+        assert torch.equal(launch(layout(x), sigma, seed, images=2, draws=3)[0], whole)
+    monkeypatch.setattr("rse_fast.kernels.triton.config.ENOUGH_PROGRAMS", 1)
+    for config in (Config(32, 4, 4), Config(64, 8, 1)):
+        monkeypatch.setattr(module, "DEFAULT", config)
+        for layout in (torch.clone, channels_last):
+            assert torch.equal(launch(layout(x), sigma, seed, images=2, draws=3)[0], whole), config
+
+
+def test_every_argument_changes_the_noise(seed):
+    x, one = torch.zeros(1, 4, 8, 8), torch.tensor(1.0)
+    base = dict(stream=3, image0=5, draw0=7)
+    first, _ = launch(x, one, seed, **base)
+    for change in ({"stream": 4}, {"image0": 6}, {"draw0": 8}):
+        assert (launch(x, one, seed, **{**base, **change})[0] == first).float().mean() < 0.02
+    assert (launch(x, one, seed + 1, **base)[0] == first).float().mean() < 0.02
+    assert (launch(x, one, seed ^ 2**40, **base)[0] == first).float().mean() < 0.02
+
+
+# -------------------------------------------------------------------------------------------------------------------------- ops
+def test_through_the_ops_with_gradients(rng):
+    """The public function on this backend: values and every gradient as on the plain one."""
+    x = torch.randn(4, 6, 5, 3)
+    given = torch.tensor([[9, 1], [0, 4], [3, 3], [7, 0]])
+    for layout, vary, places in (
+        (torch.clone, False, None),
+        (channels_last, True, given),
+        (torch.clone, True, given),
+        (channels_last, False, None),
+    ):
+        found = []
+        for backend in ("triton", "torch"):
+            leaves = [layout(x), torch.full((6,), 0.3) if vary else torch.tensor(0.3), torch.linspace(-1, 1, 6), torch.linspace(1, -1, 6)]
+            inputs = [leaf.requires_grad_() for leaf in leaves]
+            y = functional.add_noise(
+                inputs[0], inputs[1], seed=11, draws=2, scale=inputs[2], shift=inputs[3], act="relu", backend=backend, places=places
+            )
+            weight = torch.linspace(-1, 2, y.numel()).reshape(y.shape)
+            found.append([y, *torch.autograd.grad((y * weight).sum(), inputs)])
+        for got, want in zip(*found, strict=True):
+            assert torch.allclose(got, want, rtol=1e-5, atol=1e-3)
+
+
+def test_opcheck(seed):
+    x = torch.randn(2, 5, 4, requires_grad=True)
+    sigma = torch.rand(5, requires_grad=True)
+    more = (torch.rand(5), torch.rand(5), True, "triton", None)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.rse_fast.add_noise, (x, sigma, seed, 1, 2, 3, 0, 0, *more), test_utils=tests)
+    g = torch.randn(6, 5, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.rse_fast.sigma_grad, (g, seed, 1, 2, 3, 0, 0, True, "triton", None), test_utils=tests)

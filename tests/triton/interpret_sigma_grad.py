@@ -1,0 +1,57 @@
+"""sigma_grad in the interpreter, against float64."""
+
+import pytest
+import torch
+
+from rse_fast import reference
+from rse_fast.kernels.triton import sigma_grad as module
+
+
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize(
+    "shape, images, draws",
+    [((4, 5, 9, 7), 2, 2), ((2, 3, 33, 31), 1, 2), ((3, 64, 4, 4), 3, 1), ((4, 66), 2, 2), ((1, 7, 2, 3, 2), 1, 1)],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+@pytest.mark.parametrize("per_channel", (False, True), ids=("total", "channels"))
+def test_matches_float64(shape, images, draws, layout, per_channel, seed):
+    for dtype, places in ((torch.float32, None), (torch.bfloat16, torch.arange(2 * images).reshape(images, 2) + 2**32 - 9)):
+        g = layout(torch.randn(shape).to(dtype))
+        got = module.sigma_grad(g, reference.layout(g) == "flat", seed, 3, images, draws, 5, 7, per_channel, places)
+        where = (seed, 3, images, draws, 5, 7, per_channel, places)
+        want = reference.sigma_grad(g.double(), *where)
+        # Each term: a normal within the contract and float32 arithmetic; the sum's own roundings, at most one a term and level.
+        terms = g.double().abs()
+        size = terms.movedim(1, 0).flatten(1).sum(1) if per_channel else terms.sum()
+        assert got.shape == want.shape and got.dtype == torch.float32
+        assert ((got.double() - want).abs() <= size * (2e-5 + 16 * 2.0**-24 * 6.77)).all()
+
+
+def test_many_pieces_and_partly_filled_ones(seed, monkeypatch):
+    g = torch.randn(6, 8, 5, 5)
+    want = reference.sigma_grad(g.double(), seed, 0, 3, 2, 0, 0, True)
+    for pieces in (1, 4, 5):  # 6 tiles: one piece of 6, three of 2, three of 2
+        monkeypatch.setattr(module, "PIECES", pieces)
+        for layout in (torch.clone, channels_last):
+            got = module.sigma_grad(layout(g), layout is channels_last, seed, 0, 3, 2, 0, 0, True)
+            assert torch.allclose(got.double(), want, atol=1e-3), pieces
+            assert torch.equal(got, module.sigma_grad(layout(g), layout is channels_last, seed, 0, 3, 2, 0, 0, True))
+
+
+def test_64_bit_offsets(seed, monkeypatch):
+    g = torch.randn(2, 6, 5, 3)
+    for layout in (torch.clone, channels_last):
+        arguments = (layout(g), layout is channels_last, seed, 0, 2, 1, 0, 0, True)
+        plain = module.sigma_grad(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "ENOUGH_32_BITS", 1)
+            assert torch.equal(module.sigma_grad(*arguments), plain)
+
+
+def test_nothing_sums_to_zero(seed):
+    assert module.sigma_grad(torch.empty(0, 3, 4), False, seed, 0, 0, 2, 0, 0, True).tolist() == [0, 0, 0]
+    assert module.sigma_grad(torch.empty(0, 3, 4), False, seed, 0, 0, 2, 0, 0, False).item() == 0
