@@ -35,7 +35,7 @@ def proof(run_python, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interpreted(proof):
-    return proof("interpret", TRITON_INTERPRET="1", TRITON_CACHE_DIR="")
+    return proof("kernel", TRITON_INTERPRET="1")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""For the files here, which `tests/test_triton.py` runs in processes of their own: kernels are either interpreted or compiled, never both.
+"""For the files here, each kind run in a process of its own: kernels are either interpreted or compiled, never both.
+
+`tests/test_triton.py` runs ``kernel_*.py`` in the interpreter and ``compile_*.py`` ahead of time, `tests/test_gpu.py` runs ``kernel_*.py``
+and ``device_*.py`` on the device, which is then torch's default device.
 
 In an interpreting process (TRITON_INTERPRET=1) two faults of the interpreter are repaired: float32 becomes bfloat16 by rounding, not by
 truncation, and `tl.dot` takes bfloat16 operands as numbers, not as their bits. Every kernel that was launched is recorded.
@@ -61,6 +64,12 @@ def _repair_interpreter():
 
     interpreter._convert_float = rounding_convert
     interpreter.InterpreterBuilder.create_dot = dot_of_numbers
+
+
+@pytest.fixture(autouse=True)
+def default_device():
+    with torch.device("cpu" if INTERPRETED else "cuda"):
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Device functions in the interpreter: words and uniforms bit for bit, normals within the contract."""
+"""Device functions: words and uniforms bit for bit, normals within the contract."""
 
 import ctypes
 import json
@@ -11,6 +11,7 @@ import triton.language as tl
 
 from rse_fast import reference
 from rse_fast.kernels.triton import philox as device
+from rse_fast.kernels.triton.config import fast_math
 
 COUNT = 4096
 N = tl.constexpr(COUNT)
@@ -20,7 +21,7 @@ EXTREME = np.array([*LOW, *MIDDLE, TOP - 257, TOP - 256, TOP - 129, TOP - 2, TOP
 
 
 @triton.jit
-def _sample_kernel(counter_ptr, seed_ptr, words_ptr, uniforms_ptr, normals_ptr, GIVEN: tl.constexpr):
+def _sample_kernel(counter_ptr, seed_ptr, words_ptr, uniforms_ptr, normals_ptr, GIVEN: tl.constexpr, FAST: tl.constexpr):
     i = tl.arange(0, N)
     w0 = tl.load(counter_ptr + 4 * i).to(tl.uint32, bitcast=True)
     w1 = tl.load(counter_ptr + 4 * i + 1).to(tl.uint32, bitcast=True)
@@ -32,8 +33,8 @@ def _sample_kernel(counter_ptr, seed_ptr, words_ptr, uniforms_ptr, normals_ptr, 
     words = device.channels_last(w0[None, :], w1[None, :], w2[None, :], w3[None, :])
     u0, v0 = device.uniforms(w0, w1)
     u1, v1 = device.uniforms(w2, w3)
-    z0, z1 = device.box_muller(w0, w1, False)
-    z2, z3 = device.box_muller(w2, w3, False)
+    z0, z1 = device.box_muller(w0, w1, FAST)
+    z2, z3 = device.box_muller(w2, w3, FAST)
     j = tl.arange(0, 4 * N)[None, :]
     tl.store(words_ptr + j, words.to(tl.int32, bitcast=True))
     tl.store(uniforms_ptr + j, device.channels_last(u0[None, :], v0[None, :], u1[None, :], v1[None, :]))
@@ -41,11 +42,11 @@ def _sample_kernel(counter_ptr, seed_ptr, words_ptr, uniforms_ptr, normals_ptr, 
 
 
 @triton.jit
-def _run_kernel(seed_ptr, out_ptr, RUN: tl.constexpr):
+def _run_kernel(seed_ptr, out_ptr, RUN: tl.constexpr, FAST: tl.constexpr):
     k0, k1 = device.key_words(seed_ptr)
     quad = tl.arange(0, 64 // RUN) * RUN * 3
     image, draw, stream = tl.full((), 5, tl.uint32), tl.full((), 6, tl.uint32), tl.full((), 7, tl.uint32)
-    z = device.normals_run(quad.to(tl.uint32)[None, :], tl.full((), 3, tl.uint32), image, draw, stream, k0, k1, RUN, False)
+    z = device.normals_run(quad.to(tl.uint32)[None, :], tl.full((), 3, tl.uint32), image, draw, stream, k0, k1, RUN, FAST)
     for lane in tl.static_range(4):
         tl.store(out_ptr + lane * 64 + tl.arange(0, 64)[None, :], z[lane])
 
@@ -53,9 +54,9 @@ def _run_kernel(seed_ptr, out_ptr, RUN: tl.constexpr):
 def sample(counter, seed=0, given=False):
     """Words, uniforms and normals [COUNT, 4] of counters [COUNT, 4], or of given words."""
     words, uniforms, normals = torch.zeros(COUNT, 4, dtype=torch.int32), torch.full((COUNT, 4), np.nan), torch.full((COUNT, 4), np.nan)
-    counter = torch.from_numpy(np.ascontiguousarray(counter).view(np.int32))
-    _sample_kernel[(1,)](counter, torch.tensor(seed), words, uniforms, normals, given)
-    return words.numpy().view(np.uint32), uniforms.numpy(), normals.numpy()
+    counter = torch.tensor(np.ascontiguousarray(counter).view(np.int32))
+    _sample_kernel[(1,)](counter, torch.tensor(seed), words, uniforms, normals, given, fast_math())
+    return words.cpu().numpy().view(np.uint32), uniforms.cpu().numpy(), normals.cpu().numpy()
 
 
 def expected(words):
@@ -105,12 +106,12 @@ def test_uniforms_are_bit_identical_and_normals_within_the_contract(rng):
 
 def test_a_run_holds_its_quads_in_order(seed):
     single = torch.full((4, 64), np.nan)
-    _run_kernel[(1,)](seed, single, 1)
+    _run_kernel[(1,)](seed, single, 1, fast_math())
     counter = np.empty((64, 4), np.uint32)
     counter[:, 0], counter[:, 1:] = 3 * np.arange(64), (5, 6, 7)
     words = reference.philox(counter, np.array([int(seed) % TOP, (int(seed) >> 32) % TOP], np.uint32))
-    assert np.abs(single.numpy().T - expected(words)[1]).max() <= 2e-5
+    assert np.abs(single.cpu().numpy().T - expected(words)[1]).max() <= 1e-3
     for run in (2, 4, 8):
         out = torch.full((4, 64), np.nan)
-        _run_kernel[(1,)](seed, out, run)
+        _run_kernel[(1,)](seed, out, run, fast_math())
         assert torch.equal(out, single), run

@@ -1,4 +1,4 @@
-"""sigma_grad in the interpreter, against float64."""
+"""sigma_grad against float64."""
 
 import pytest
 import torch

@@ -1,0 +1,105 @@
+"""On a device: the ops as torch runs them. Streams, graphs, compilation, synchronisation, other devices' noise."""
+
+import pytest
+import torch
+
+from rse_fast import functional, ops, reference
+from rse_fast.kernels.triton import config
+
+
+def test_the_kernels_are_what_auto_takes():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert ops.active_backend(torch.zeros(1, dtype=dtype)) == "triton"
+    assert ops.active_backend(torch.zeros(1, dtype=torch.float64)) == "torch"
+    assert ops.active_backend(torch.zeros(1, device="cpu")) != "triton"
+
+
+def test_noise_is_that_of_the_cpu():
+    for shape in ((2, 3, 32, 32), (2, 64, 7, 7)):
+        x = torch.zeros(shape, device="cpu")
+        here = functional.add_noise(x.cuda(), 1.0, seed=5, stream=2, draws=3, images=2)
+        there = functional.add_noise(x, 1.0, seed=5, stream=2, draws=3, images=2)
+        assert (here.cpu() - there).abs().max() <= 1e-3
+        assert ((here.cpu() - there).abs() > 2.1e-5).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+def test_more_rows_and_positions_than_any_tile(layout):
+    x = torch.randn(40, 64, 112, 113).bfloat16().to(memory_format=layout)
+    seed, sigma = torch.tensor(3), torch.rand(64)
+    scale, shift = torch.randn(64), torch.randn(64)
+    y = functional.add_noise(x, sigma, seed=seed, images=40, draws=2, scale=scale, shift=shift, act="relu")
+    for rows in (slice(0, 2), slice(38, 40)):
+        want = reference.add_noise(x[rows].double(), sigma, seed, 0, 2, 1, rows.start, 0, scale, shift, True)
+        assert ((y[rows].double() - want).abs() <= 0.02 + want.abs() * 2.0**-7).all()
+    assert y.isfinite().all()
+
+
+def test_no_call_waits_for_the_device(rng):
+    x, sigma, seed = torch.randn(8, 16, 9, 9, requires_grad=True), torch.tensor(0.1, requires_grad=True), torch.tensor(3)
+    functional.add_noise(x, sigma, seed=seed).sum().backward()  # compiled before it counts
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        functional.add_noise(x, sigma, seed=seed).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_current_stream_is_taken():
+    x, seed = torch.zeros(64, 64, 64, 64), torch.tensor(3)
+    want = functional.add_noise(x + 1, 0.1, seed=seed)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        y = functional.add_noise(x + 1, 0.1, seed=seed)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(y, want)
+
+
+def test_a_captured_graph_takes_the_seed_of_each_replay():
+    x, seed = torch.zeros(2, 8, 16, 16), torch.tensor(1)
+    functional.add_noise(x, 1.0, seed=seed)
+    sigma, graph = torch.tensor(1.0), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = functional.add_noise(x, sigma, seed=seed)
+    for value in (7, -5):
+        seed.fill_(value)
+        graph.replay()
+        assert torch.equal(y, functional.add_noise(x, 1.0, seed=value))
+
+
+def test_under_compile_the_values_are_the_same():
+    def f(x, sigma, seed):
+        return functional.add_noise(x.relu(), sigma, seed=seed, images=4, draws=2) * 2
+
+    x, sigma, seed = torch.randn(4, 8, 9, 9), torch.tensor(0.3), torch.tensor(11)
+    assert torch.equal(torch.compile(f, fullgraph=True)(x, sigma, seed), f(x, sigma, seed))
+
+
+def test_opcheck(seed):
+    x, sigma = torch.randn(2, 5, 4, requires_grad=True), torch.rand(5, requires_grad=True)
+    torch.library.opcheck(torch.ops.rse_fast.add_noise, (x, sigma, seed, 1, 2, 3, 0, 0, torch.rand(5), torch.rand(5), True, "triton", None))
+    torch.library.opcheck(
+        torch.ops.rse_fast.sigma_grad, (torch.randn(6, 5, 4, requires_grad=True), seed, 1, 2, 3, 0, 0, True, "triton", None)
+    )
+    weight = torch.randn(6, 5, 3, requires_grad=True)
+    conv = ([1], [1], [1], 1, "triton", None)
+    torch.library.opcheck(torch.ops.rse_fast.noisy_conv, (x, weight, None, sigma, seed, 1, 2, 3, 0, 0, *conv), rtol=1e-2, atol=1e-2)
+
+
+def test_autotuning_changes_no_bit(monkeypatch, tmp_path):
+    x, seed = torch.randn(8, 64, 32, 32).bfloat16(), torch.tensor(3)
+    want = functional.add_noise(x, 0.3, seed=seed)
+    monkeypatch.setenv(config.AUTOTUNE_VARIABLE, "1")
+    monkeypatch.setenv(config.CACHE_VARIABLE, str(tmp_path))
+    for _ in range(2):
+        assert torch.equal(functional.add_noise(x, 0.3, seed=seed), want)
+    assert "add_noise" in config.cache_file().read_text()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_tensor_runs_on_its_own_device():
+    x = torch.zeros(2, 3, 8, 8)
+    assert torch.equal(functional.add_noise(x.to("cuda:1"), 1.0, seed=3).cpu(), functional.add_noise(x, 1.0, seed=3).cpu())
