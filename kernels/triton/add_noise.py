@@ -92,13 +92,13 @@ def position(step, part, width, lines, S_BLOCK: tl.constexpr, POOL: tl.constexpr
         return 0, step * S_BLOCK, step * S_BLOCK, width - step * S_BLOCK
 
 
-_INTEGERS = ["stream", "images", "image0", "draw0", "steps", "parts", "width", "lines", "width_in", "height_in", "channel_units"]
+_INTEGERS = ["layer_stream", "images", "image0", "draw0", "steps", "parts", "width", "lines", "width_in", "height_in", "channel_units"]
 
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _add_noise_flat_kernel(
     x_ptr, y_ptr, clean_ptr, sigma_ptr, scale_ptr, shift_ptr, seed_ptr, places_ptr,
-    stream, images, image0, draw0, repeats, tiles, steps, parts, width, lines, width_in, height_in, channel_units,
+    layer_stream, images, image0, draw0, repeats, tiles, steps, parts, width, lines, width_in, height_in, channel_units,
     UNIT: tl.constexpr, SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr,
     PLACES: tl.constexpr, CLEAN: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
     TILES_C: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, QUADS: tl.constexpr,
@@ -140,14 +140,14 @@ def _add_noise_flat_kernel(
             if repeat == 0:
                 tl.store(clean_row + offsets, x, mask=mask)
         quad = s.to(tl.uint32)[:, None] * groups.to(tl.uint32) + quad_c.to(tl.uint32)[None, :]
-        z0, z1, z2, z3 = normals_run(quad, 1, c_image, c_draw, stream.to(tl.uint32), k0, k1, QUADS, FAST)
+        z0, z1, z2, z3 = normals_run(quad, 1, c_image, c_draw, layer_stream.to(tl.uint32), k0, k1, QUADS, FAST)
         tl.store(y_row + offsets, x + sigma * channels_last(z0, z1, z2, z3), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _add_noise_planar_kernel(
     x_ptr, y_ptr, clean_ptr, sigma_ptr, scale_ptr, shift_ptr, seed_ptr, places_ptr,
-    stream, images, image0, draw0, repeats, tiles, steps, parts, width, lines, width_in, height_in, C, position_units,
+    layer_stream, images, image0, draw0, repeats, tiles, steps, parts, width, lines, width_in, height_in, C, position_units,
     UNIT: tl.constexpr, SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr,
     PLACES: tl.constexpr, CLEAN: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
     S_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr,
@@ -184,7 +184,7 @@ def _add_noise_planar_kernel(
             line, column, s = tl.cast(line, tl.int64), column.to(tl.int64), s.to(tl.int64)
         s_in = 2 * line * width_in + 2 * column if POOL else s
         quad = (s0 + i_run).to(tl.uint32)[None, :] * groups.to(tl.uint32) + g.to(tl.uint32)[:, None]  # [G_BLOCK, S_BLOCK / RUN]
-        z = normals_run(quad, groups.to(tl.uint32), c_image, c_draw, stream.to(tl.uint32), k0, k1, RUN, FAST)
+        z = normals_run(quad, groups.to(tl.uint32), c_image, c_draw, layer_stream.to(tl.uint32), k0, k1, RUN, FAST)
         for lane in tl.static_range(LANES):
             c = 4 * g + lane  # [G_BLOCK]
             c_mask = None if EVEN else c < C
@@ -222,7 +222,7 @@ def add_noise(
     one_value = sigma.numel() == 1 and scale is None and shift is None
     arguments = dict(
         x_ptr=x, y_ptr=out, clean_ptr=clean, sigma_ptr=sigma, scale_ptr=scale, shift_ptr=shift, seed_ptr=seed, places_ptr=places,
-        stream=word(stream), images=images, image0=word(image0), draw0=word(draw0), repeats=images * draws // x.shape[0],
+        layer_stream=word(stream), images=images, image0=word(image0), draw0=word(draw0), repeats=images * draws // x.shape[0],
         width_in=x.shape[-1] if pool else 1, height_in=x.shape[-2] if pool else 1,
         SIGMA_VARIES=sigma.numel() > 1, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, RELU=relu, PLACES=places is not None,
         CLEAN=clean is not None, POOL=pool, WIDE=x[0].numel() >= ENOUGH_32_BITS, FAST=fast_math(),

@@ -14,7 +14,7 @@ __all__ = ["sigma_grad"]
 
 PIECES = 1024  # at most this many pieces for a block of channels
 
-_INTEGERS = ["stream", "images", "image0", "draw0", "tiles", "steps", "S", "unit_count"]
+_INTEGERS = ["layer_stream", "images", "image0", "draw0", "tiles", "steps", "S", "unit_count"]
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _tile_origin(index, tiles, tiles_s, images):
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _sigma_grad_flat_kernel(
-    g_ptr, part_ptr, seed_ptr, places_ptr, stream, images, image0, draw0, tiles, tiles_s, steps, S, unit_count,
+    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, images, image0, draw0, tiles, tiles_s, steps, S, unit_count,
     UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     TILES_C: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _sigma_grad_flat_kernel(
         g = tl.load(g_ptr + row.to(tl.int64) * S * C + s[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
         quad = s.to(tl.uint32)[:, None] * groups + quad_c[None, :]
         image, draw = place(image, draw, image0, draw0, places_ptr, PLACES)
-        z0, z1, z2, z3 = normals_run(quad, 1, image, draw, stream.to(tl.uint32), k0, k1, QUADS, FAST)
+        z0, z1, z2, z3 = normals_run(quad, 1, image, draw, layer_stream.to(tl.uint32), k0, k1, QUADS, FAST)
         total += g * channels_last(z0, z1, z2, z3)
     if PER_CHANNEL:
         tl.store(part_ptr + piece.to(tl.int64) * C + c, tl.sum(total, 0), mask=c < C)
@@ -66,7 +66,7 @@ def _store_channel(part_ptr, piece, C, c, total):
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _sigma_grad_planar_kernel(
-    g_ptr, part_ptr, seed_ptr, places_ptr, stream, images, image0, draw0, tiles, tiles_s, tiles_g, steps, C, unit_count,
+    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, images, image0, draw0, tiles, tiles_s, tiles_g, steps, C, unit_count,
     UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     S_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def _sigma_grad_planar_kernel(
         first = (tile * S_BLOCK + tl.arange(0, S_BLOCK // RUN) * RUN).to(tl.uint32)
         quad = first[None, :] * groups.to(tl.uint32) + group.to(tl.uint32)[:, None]
         image, draw = place(image, draw, image0, draw0, places_ptr, PLACES)
-        z0, z1, z2, z3 = normals_run(quad, groups.to(tl.uint32), image, draw, stream.to(tl.uint32), k0, k1, RUN, FAST)
+        z0, z1, z2, z3 = normals_run(quad, groups.to(tl.uint32), image, draw, layer_stream.to(tl.uint32), k0, k1, RUN, FAST)
         g_ptrs = g_ptr + row.to(tl.int64) * C * S + c[:, None] * plane + s[None, :]  # [G_BLOCK, S_BLOCK]
         t0 += z0 * tl.load(g_ptrs, mask=inside & (c < C)[:, None], other=0.0).to(tl.float32)
         t1 += z1 * tl.load(g_ptrs + plane, mask=inside & (c + 1 < C)[:, None], other=0.0).to(tl.float32)
@@ -132,7 +132,7 @@ def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel,
         return g.new_zeros((channels,) if per_channel else (), dtype=torch.float32)
     S = g[0, 0].numel()
     arguments = dict(
-        g_ptr=g, seed_ptr=seed, places_ptr=places, stream=word(stream), images=images, image0=word(image0), draw0=word(draw0),
+        g_ptr=g, seed_ptr=seed, places_ptr=places, layer_stream=word(stream), images=images, image0=word(image0), draw0=word(draw0),
         PER_CHANNEL=per_channel, PLACES=places is not None, WIDE=g[0].numel() >= ENOUGH_32_BITS, FAST=fast_math(),
     )  # fmt: skip
     kernel, blocks, shape, tiles_s = plan(channels, S, g.element_size(), flat or S == 1)

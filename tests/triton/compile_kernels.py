@@ -1,11 +1,14 @@
 """Every kernel compiled ahead of time for every target: within budget, and with the instructions that were meant."""
 
+import itertools
 import re
 
 import pytest
+import torch
+import triton
 from conftest import kernels
 
-from rse_fast.kernels.triton import aot
+from rse_fast.kernels.triton import aot, launcher
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +69,47 @@ def test_the_table_names_every_result(results):
     table = aot.table(results)
     for r in results:
         assert f"| {r.case} | {r.target} | {r.registers} | {r.spills} |" in table
+
+
+class Driver:
+    """As much of a driver as compiling for a device takes, where there is no device."""
+
+    def get_current_target(self):
+        return aot.TARGETS["sm_90"]
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiled_launches(monkeypatch):
+    """Launchers compile for sm_90, with the arguments they pass, and stop before the launch; gives the list of what was compiled."""
+    done, run = [], triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        assert all(0 < n < 2**31 for n in grid)
+        done.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    return done
+
+
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def test_launches_pass_what_their_kernels_take(compiled_launches):
+    seed, places = torch.tensor(3), torch.zeros(4, 2, dtype=torch.int64)
+    for shape, layout in itertools.product(((4, 64, 32, 32), (4, 3, 9, 8)), (torch.clone, channels_last)):
+        x, channels, flat = layout(torch.zeros(shape, dtype=torch.bfloat16)), shape[1], layout is channels_last
+        out, pooled = x.repeat(2, 1, 1, 1), layout(x[:, :, ::2, ::2][:, :, : shape[2] // 2])
+        each = torch.rand(channels)
+        launcher("add_noise")(x, layout(out), flat, torch.tensor(0.1), seed, 2**32 - 1, 4, 2, 0, 2**31)
+        launcher("add_noise")(x, pooled, flat, each, seed, 1, 4, 1, 1, 1, each, each, True, places, pooled, True)
+        for per_channel in (False, True):
+            launcher("sigma_grad")(x, flat, seed, 16, 4, 1, 0, 2, per_channel)
+    assert len(compiled_launches) == 4 * (2 + 2 * 2)
