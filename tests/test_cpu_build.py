@@ -1,4 +1,4 @@
-"""kernels/cpu/build.py: the units, what their objects may contain, and what a failure says."""
+"""kernels/cpu/build.py: one object for each unit, one library of them, and what a failure says (test_cpu_units.py: what objects hold)."""
 
 import platform
 import shutil
@@ -14,13 +14,6 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 needs_binutils = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not shutil.which("nm") or not shutil.which("objdump"), reason="reads ELF objects with binutils"
 )
-
-
-@pytest.fixture(scope="module")
-def built(compiler, tmp_path_factory):
-    """The library from the project's sources and the folder of its objects, names with spaces and dollars in the path."""
-    folder = tmp_path_factory.mktemp("out $x y")
-    return build.build(folder / "library", work=folder / "objects"), folder / "objects"
 
 
 def tool(*command):
@@ -45,33 +38,6 @@ def test_the_library_exports_the_c_interface_only(built):
     defined = {line.split()[-1].partition("@")[0] for line in tool("nm", "-D", "--defined-only", str(built[0])).splitlines()}
     assert {"rse_abi_version", "rse_units", "rse_active_unit", "rse_select_unit", "rse_add_noise"} <= defined
     assert [name for name in defined if not name.startswith("rse_")] == []
-
-
-@needs_binutils
-def test_units_share_no_code(built):
-    # A weak symbol (an inline function, a template) defined in several objects is kept once, and possibly in its AVX-512 form.
-    units = [path for path in built[1].glob("*.o") if path.stem != "dispatch"]
-    defined = []
-    for unit in units:
-        symbols = [line.split()[-2:] for line in tool("nm", "--defined-only", "--extern-only", str(unit)).splitlines()]
-        assert symbols and {kind for kind, _ in symbols} == {"T"}, (unit.stem, symbols)
-        defined += [name for _, name in symbols]
-    assert len(defined) == len(set(defined))
-
-
-@needs_binutils
-@pytest.mark.skipif(not X86, reason="x86-64 instruction sets")
-def test_no_instruction_of_a_higher_set_in_a_lower_unit(built):
-    def code(name):
-        return tool("objdump", "-d", "--no-show-raw-insn", str(built[1] / f"{name}.o"))
-
-    for name in ("baseline", "dispatch"):
-        assert "%xmm" in code(name) or name == "dispatch"
-        assert "%ymm" not in code(name) and "%zmm" not in code(name) and "\tv" not in code(name)
-    assert "%ymm" in code("avx2") and "%zmm" not in code("avx2") and "%k1" not in code("avx2")
-    assert "%zmm" in code("avx512") and "vcvtne" not in code("avx512")
-    if (built[1] / "avx512bf16.o").exists():
-        assert "vcvtne" in code("avx512bf16")
 
 
 def test_a_second_build_in_the_same_folder_compiles_only_what_changed(built):
