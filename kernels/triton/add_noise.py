@@ -166,7 +166,7 @@ def _add_noise_planar_kernel(
     i_s = tl.arange(0, S_BLOCK)  # [S_BLOCK]
     i_run = tl.arange(0, S_BLOCK // RUN) * RUN  # where each thread's run begins
     g = (tile - s_tile * g_tiles) * G_BLOCK + tl.arange(0, G_BLOCK)  # [G_BLOCK]
-    sigma = _parameter(sigma_ptr, g, None, 0.0, True, False)[:, None]
+    one_sigma = _parameter(sigma_ptr, g, None, 0.0, not SIGMA_VARIES, False)[:, None]
     plane_in = width_in.to(tl.int64) * height_in if POOL else S
     if not WIDE:
         plane_in = plane_in.to(tl.int32)
@@ -189,8 +189,7 @@ def _add_noise_planar_kernel(
             c = 4 * g + lane  # [G_BLOCK]
             c_mask = None if EVEN else c < C
             mask = None if EVEN else (i_s < count)[None, :] & (c < C)[:, None]
-            if SIGMA_VARIES:
-                sigma = _parameter(sigma_ptr, c, c_mask, 0.0, True, True)[:, None]
+            sigma = _parameter(sigma_ptr, c, c_mask, 0.0, SIGMA_VARIES, True)[:, None] if SIGMA_VARIES else one_sigma
             scale = _parameter(scale_ptr, c, c_mask, 1.0, HAS_SCALE, True)[:, None]
             shift = _parameter(shift_ptr, c, c_mask, 0.0, HAS_SHIFT, True)[:, None]
             x_ptrs = x_row + c[:, None] * plane_in + s_in[None, :]  # [G_BLOCK, S_BLOCK]

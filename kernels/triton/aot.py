@@ -128,6 +128,7 @@ def cases() -> list[Case]:
         _noise_case("add_noise planar bf16 affine relu", bf16, *planar, **affine),
         _noise_case("add_noise planar f32 affine relu", f32, *planar, **affine, **also),
         _noise_case("add_noise planar f16 C=3, lazy", f16, False, 3, 1024, LAZY=True, **also),
+        _noise_case("add_noise planar bf16 16x16, sigma[C]", bf16, False, 64, 256, **affine, SIGMA_VARIES=True, **also),
         _noise_case("add_noise planar bf16 7x7", bf16, False, 512, 49, **affine, **also),
         _noise_case("add_noise planar bf16 pool, clean, places", bf16, False, 64, 16, **pooled, CLEAN=True, PLACES=True, **also),
         _sigma_case("sigma_grad flat bf16 per channel", bf16, True, 64, 1024, True),
