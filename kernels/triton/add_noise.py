@@ -228,7 +228,7 @@ def add_noise(
     )  # fmt: skip
 
     def run(config):
-        kernel, programs, shape = plan(x.shape[1], lines, width, out.shape[0], x.element_size(), one_value, pool, config)
+        kernel, programs, shape = plan(x.shape[1], lines, width, out.shape[0], x.element_size(), one_value, sigma.numel() > 1, pool, config)
         kernel[(programs,)](**arguments, **shape)
 
     with on_device(x):
@@ -237,7 +237,7 @@ def add_noise(
         run(tuned(x, key, DEFAULT, CANDIDATES, run))
 
 
-def _plan_flat(channels, lines, width, rows, itemsize, one_value, pool, config: Config):
+def _plan_flat(channels, lines, width, rows, itemsize, one_value, sigma_varies, pool, config: Config):
     """(kernel, programs, the arguments that say how the rows are tiled) for rows [S, C]."""
     if one_value and channels % 4 == 0 and not pool:
         # Channels do not matter then, and quads follow each other in memory: any cut of the row will do.
@@ -262,7 +262,7 @@ def _plan_flat(channels, lines, width, rows, itemsize, one_value, pool, config: 
     return _add_noise_flat_kernel, rows * tiles, shape
 
 
-def _plan_planar(channels, lines, width, rows, itemsize, one_value, pool, config: Config):
+def _plan_planar(channels, lines, width, rows, itemsize, one_value, sigma_varies, pool, config: Config):
     """(kernel, programs, the arguments that say how the rows are tiled) for rows [C, S]."""
     groups = triton.cdiv(channels, 4)
     run = divisor(width, 4 if pool else 16 // itemsize)
@@ -280,8 +280,8 @@ def _plan_planar(channels, lines, width, rows, itemsize, one_value, pool, config
         EVEN=width % s_block == 0 and whole_quads, S_BLOCK=s_block, G_BLOCK=g_block, RUN=run, LANES=min(4, channels),
         num_warps=warps(_threads(s_block * g_block * config.quads // max(run, config.quads), config)),
     )  # fmt: skip
-    if shape["EVEN"] and run > 1 and channels >= 4 and not pool:
-        # The plain walk fits 64 registers without a spill, if told to; the others would spill.
+    if shape["EVEN"] and run > 1 and channels >= 4 and not pool and not sigma_varies:
+        # These fit 64 registers without a spill, if told to; the others would spill.
         shape.update(register_limit(64))
     return _add_noise_planar_kernel, rows * tiles, shape
 

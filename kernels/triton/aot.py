@@ -81,7 +81,7 @@ _BITS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"
 
 def _noise_case(name, dtype, flat, channels, width, *, lines=1, rows=4096, affine=False, pool=False, **flags) -> Case:
     plan = add_noise._plan_flat if flat else add_noise._plan_planar
-    kernel, _, shape = plan(channels, lines, width, rows, dtype.itemsize, not affine, pool, DEFAULT)
+    kernel, _, shape = plan(channels, lines, width, rows, dtype.itemsize, not affine, flags.get("SIGMA_VARIES", False), pool, DEFAULT)
     pointer = _BITS[dtype]
     arguments = dict(
         x_ptr=pointer, y_ptr=pointer, clean_ptr=pointer if flags.get("CLEAN") else None, sigma_ptr="*fp32", seed_ptr="*i64",
