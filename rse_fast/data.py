@@ -96,7 +96,7 @@ def image_folder(
     val_fraction: share of each class of the training images set aside as ``val``; in (0, 1).
     test_fraction: share of each class set aside as ``test`` where there is no ``test/`` folder; in (0, 1).
     workers: decoding threads; None: one per CPU (at most 8), or one in all for small images, which threads only slow down.
-    progress: show a tqdm bar while decoding.
+    progress: show a tqdm bar while decoding, where stderr is a terminal.
 
     The split depends on the file names alone. Raises ValueError for an unknown layout, classes that differ between train and test, too few
     images to split, images of mixed sizes, and for files that cannot be decoded (it names the file).
@@ -313,7 +313,7 @@ def _decode_all(files: list[Path], resize: tuple[int, int] | None, channels: int
     if progress:
         from tqdm import tqdm
 
-        bar = tqdm(total=len(files), desc="decoding images", unit="image")
+        bar = tqdm(total=len(files), desc="decoding images", unit="image", disable=None)
     pool = ThreadPoolExecutor(workers)
     try:
         for count in pool.map(decode_from, range(0, len(files), _FILES_PER_TASK)):

@@ -272,7 +272,6 @@ def _train(net: nn.Module, splits: data.Splits, args: argparse.Namespace, name: 
     """SGD with Nesterov momentum, one-cycle rate; for an RSE network this is noisy SGD, one fresh draw per step. The last epoch is kept."""
     from tqdm import tqdm
 
-    torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     batch_size = min(64 if len(splits.train) < 10_000 else 256, len(splits.train))
     steps = args.epochs * (len(splits.train) // batch_size)

@@ -50,7 +50,7 @@ def write(out: Path, results: dict, gallery: dict) -> None:
             (out / name).unlink(missing_ok=True)
         else:
             write_atomically(out / name, lambda file, figure=figure: figure.savefig(file, format="png", dpi=150))
-    text = _markdown(results, [name for name, figure in figures.items() if figure is not None])
+    text = markdown(results, [name for name, figure in figures.items() if figure is not None])
     write_atomically(out / "report.md", lambda file: file.write(text.encode()))
     write_atomically(out / "results.json", lambda file: file.write(json.dumps(results, indent=1, allow_nan=False).encode()))
 
@@ -114,7 +114,8 @@ def _markdown_table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 
-def _markdown(results: dict, pictures: list[str]) -> str:
+def markdown(results: dict, pictures: list[str]) -> str:
+    """The text of report.md, with the named pictures."""
     settings, described, training = results["settings"], results["data"], results["training"]
     channels, height, width = described["shape"]
     parts = [

@@ -20,7 +20,7 @@ for package in ("foolbox", "matplotlib", "rich", "sklearn", "tqdm"):
     pytest.importorskip(package)
 Image = pytest.importorskip("PIL.Image")
 
-from rse_fast import demo  # noqa: E402
+from rse_fast import demo, demo_report  # noqa: E402
 
 TINY = ["--quick", "--epochs", "1", "--attack-images", "6", "--test-images", "40", "--steps", "2", "--draws", "3", "--eps", "0.1", "8/255"]
 PICTURES = ("accuracy-eps.png", "accuracy-draws.png", "examples.png")
@@ -97,17 +97,26 @@ def test_speed_ratio_is_that_of_the_rates(results):
     assert speed["ratio"] == pytest.approx(np.median(np.divide(rounds["ensemble"], rounds[speed["eager_loop_form"]])))
 
 
+def percent(estimate: dict) -> str:
+    spread = "" if estimate["sd"] is None else f" ± {100 * estimate['sd']:.1f}"
+    return f"{100 * estimate['mean']:.1f}{spread} ({100 * estimate['low']:.1f}–{100 * estimate['high']:.1f})"
+
+
 def test_report_says_what_the_json_says(report, results):
     text = (report / "report.md").read_text()
-    for estimate in (
-        results["accuracy"]["plain"],
-        results["accuracy"]["rse_ensemble"],
-        *(lv["rse_ensemble"] for lv in results["attack"]["levels"]),
-    ):
-        spread = "" if estimate["sd"] is None else f" ± {100 * estimate['sd']:.1f}"
-        assert f"{100 * estimate['mean']:.1f}{spread} ({100 * estimate['low']:.1f}–{100 * estimate['high']:.1f})" in text
-    assert f"{results['speed']['ratio']:.2f}x" in text
-    assert "PGD eps 8/255" in text and "PGD eps 0.1 " in text
+    accuracy, speed, levels = results["accuracy"], results["speed"], results["attack"]["levels"]
+    one_draw = percent(accuracy["rse_one_draw"] | {"sd": None})
+    rows = [("clean", percent(accuracy["plain"]), one_draw, percent(accuracy["rse_ensemble"]))]
+    rows += [
+        (f"PGD eps {name}", percent(lv["plain"]), "–", percent(lv["rse_ensemble"]))
+        for name, lv in zip(("8/255", "0.1"), levels, strict=True)
+    ]
+    for name, lv in zip(("8/255", "0.1"), levels, strict=True):
+        rows.append((name, percent(lv["plain"]), percent(lv["rse_ensemble"]), percent(lv["rse_transfer"]), f"{lv['largest_change']:.4f}"))
+    rows.append(("ensemble/loop", "–", "–", f"{speed['ratio']:.2f}x"))
+    for row in rows:
+        assert f"\n| {' | '.join(row)} |\n" in text
+    assert re.findall("^## (.*)", text, re.MULTILINE)[-3:] == ["Speed", "Training", "Versions"]
     assert "no full robustness evaluation" in text
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert (report / target).is_file()
@@ -117,7 +126,28 @@ def test_report_says_what_the_json_says(report, results):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
-def test_terminal_shows_one_table_in_80_columns(tmp_path, monkeypatch, capsys):
+def test_report_warns_when_the_transfer_is_stronger_than_the_attack(results):
+    def text(transfer: float, ensemble: float) -> str:
+        level = results["attack"]["levels"][0]
+        level = level | {
+            "rse_transfer": level["rse_transfer"] | {"mean": transfer},
+            "rse_ensemble": level["rse_ensemble"] | {"mean": ensemble, "low": ensemble - 0.1},
+        }
+        return demo_report.markdown(results | {"attack": results["attack"] | {"levels": [level]}}, [])
+
+    assert "**Warning:**" in text(transfer=0.3, ensemble=0.5)
+    assert "**Warning:**" not in text(transfer=0.45, ensemble=0.5)
+    assert "**Warning:**" not in text(transfer=0.7, ensemble=0.5)
+
+
+def test_diverging_training_is_said_in_one_line(tmp_path, capsys):
+    assert demo.main([*TINY, "--init-sigma", "3e38", "--out", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "RSE" in line and "diverged" in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_run_trains_the_same_and_shows_one_table_in_80_columns(tmp_path, monkeypatch, capsys, results):
     monkeypatch.setenv("COLUMNS", "80")
     assert demo.main([*TINY, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -126,6 +156,10 @@ def test_terminal_shows_one_table_in_80_columns(tmp_path, monkeypatch, capsys):
         assert re.search(rf"^\s*{re.escape(row)}\s", shown, re.MULTILINE), row
     assert "…" not in shown
     assert max(map(len, shown.splitlines()[:-1])) <= 80
+    again = json.loads((tmp_path / "results.json").read_text())
+    for name in ("plain", "rse"):
+        assert again["training"][name]["epochs"] == results["training"][name]["epochs"]
+    assert again["accuracy"]["plain"] == results["accuracy"]["plain"]
 
 
 def test_image_folder_run(tmp_path):
@@ -143,14 +177,6 @@ def test_image_folder_run(tmp_path):
     assert results["data"]["shape"] == [3, 10, 10]
     assert results["accuracy"]["plain"]["images"] == 18
     assert "images (JPEG)" in (out / "report.md").read_text()
-
-
-def test_training_is_reproducible_from_the_seed(tmp_path, results):
-    assert demo.main([*TINY, "--out", str(tmp_path)]) == 0
-    again = json.loads((tmp_path / "results.json").read_text())
-    for name in ("plain", "rse"):
-        assert again["training"][name]["epochs"] == results["training"][name]["epochs"]
-    assert again["accuracy"]["plain"] == results["accuracy"]["plain"]
 
 
 def test_eager_peer_computes_what_the_ensemble_computes():
