@@ -1,6 +1,9 @@
 """The Triton kernels on a GPU: everything the interpreter shows, and what only a device can show. Skipped where there is none."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("file", sorted(path.name for kind in ("kernel", "device") for path in HERE.glob(f"{kind}_*.py")))
-def test_on_the_device(file, run_python):
-    done = run_python("-m", "pytest", "-q", HERE / file)
+def test_on_the_device(file):
+    """In a process of its own; beside others where pytest-xdist is installed, for most of the time goes into compiling."""
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *workers, str(HERE / file)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-2000:]

@@ -1,0 +1,187 @@
+"""``python -m bench.gpu [--out DIR] [--once NAME]``: the kernels on a GPU against a copy, eager torch and torch.compile; JSON and Markdown.
+
+Bandwidth counts the bytes that have to move (each input read once, each output written once). ``--once`` launches one kernel a few
+times and measures nothing, for a profiler to watch.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.testing import do_bench
+
+from bench.peers import eager_noise
+from rse_fast import functional, ops, reference
+
+GIB = 2**30
+TARGET = 0.9  # of the copy's bandwidth, for add_noise in bfloat16 at 1 GiB
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one case: milliseconds, and bytes that had to move over the median time, in GB/s and of the copy's."""
+
+    case: str
+    implementation: str
+    p20: float
+    p50: float
+    p80: float
+    gigabytes: float
+    bandwidth: float = 0.0
+    of_copy: float = 0.0
+
+
+def check() -> None:
+    """Raises unless the kernels are right: what is timed is what is tested."""
+    x = torch.randn(3, 64, 9, 8, device="cuda")
+    seed, sigma = torch.tensor(5, device="cuda"), torch.tensor(0.5, device="cuda")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for dtype in (torch.float32, torch.bfloat16):
+            y = x.to(dtype).contiguous(memory_format=layout)
+            want = reference.add_noise(y.double(), sigma, seed, 0, 3, 1)
+            got = functional.add_noise(y, sigma, seed=seed, backend="triton").double()
+            if not ((got - want).abs() <= want.abs() * torch.finfo(dtype).eps + 1e-3).all():
+                raise AssertionError(f"add_noise is wrong for {dtype}, {layout}: nothing is timed")
+
+
+def timed(case: str, implementations: dict, gigabytes: float) -> list[Row]:
+    """One row each; the first implementation is the copy that the others are compared with."""
+    rows, copy = [], None
+    for name, run in implementations.items():
+        p50, p20, p80 = do_bench(run, warmup=50, rep=300, quantiles=(0.5, 0.2, 0.8))
+        copy = copy or gigabytes / p50
+        rows.append(Row(case, name, p20, p50, p80, gigabytes, gigabytes / p50 * 1e3, gigabytes / p50 / copy))
+    return rows
+
+
+def noise_case(dtype: torch.dtype, layout: torch.memory_format, size: int) -> list[Row]:
+    """Noise on `size` bytes [N, 64, 64, 64], alone and behind an affine map with ReLU."""
+    x = torch.randn(size // (dtype.itemsize * 2**18), 64, 64, 64, device="cuda", dtype=dtype).contiguous(memory_format=layout)
+    out, seed, sigma = torch.empty_like(x), torch.tensor(7, device="cuda"), torch.tensor(0.1, device="cuda")
+    scale, shift = torch.rand(64, device="cuda"), torch.rand(64, device="cuda")
+    column = lambda p: p.view(-1, 1, 1)  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: eager_noise(x, 0.1))
+    compiled_affine = torch.compile(lambda x: eager_noise((x * column(scale) + column(shift)).relu().to(dtype), 0.1))
+    deterministic = torch.compile(lambda x: (x * column(scale) + column(shift)).relu().to(dtype))
+    flat = "channels_last" if layout is torch.channels_last else "contiguous"
+    case = f"{str(dtype)[6:]} {flat} {size / GIB:g} GiB"
+    implementations = {
+        "copy": lambda: out.copy_(x),
+        "rse_fast": lambda: functional.add_noise(x, sigma, seed=seed),
+        "torch.compile": lambda: compiled(x),
+        "eager": lambda: eager_noise(x, 0.1),
+        "rse_fast affine relu": lambda: functional.add_noise(x, sigma, seed=seed, scale=scale, shift=shift, act="relu"),
+        "torch.compile affine relu": lambda: compiled_affine(x),
+        "torch.compile affine relu without noise": lambda: deterministic(x),
+    }
+    return timed(f"add_noise {case}", implementations, 2 * size / 1e9)
+
+
+def other_cases() -> list[Row]:
+    x = torch.randn(256, 64, 64, 64, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    packed, seed, sigma = x.repeat(8, 1, 1, 1), torch.tensor(7, device="cuda"), torch.tensor(0.1, device="cuda")
+    moved = (x.numel() + packed.numel()) * 2 / 1e9
+    rows = timed(
+        "add_noise bfloat16 channels_last, 256 images to 8 draws",
+        {
+            "repeat without noise": lambda: x.repeat(8, 1, 1, 1),
+            "rse_fast lazy packing": lambda: functional.add_noise(x, sigma, seed=seed, images=256, draws=8),
+            "eager on the packed batch": lambda: eager_noise(packed, 0.1),
+        },
+        moved,
+    )
+    for per_channel in (False, True):
+        rows += timed(
+            f"sigma_grad bfloat16 channels_last 1 GiB, {'per channel' if per_channel else 'total'}",
+            {
+                "sum (reads alone)": lambda: packed.sum(dtype=torch.float32),
+                "rse_fast": lambda p=per_channel: ops.sigma_grad(packed, seed, 0, 2048, 1, 0, 0, p, "triton"),
+            },
+            packed.numel() * 2 / 1e9,
+        )
+    return rows
+
+
+def environment() -> dict:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver.stdout.strip().splitlines()[0] if driver.returncode == 0 else "",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "commit": commit or "unknown",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def markdown(where: dict, rows: list[Row], held: bool) -> str:
+    lines = [
+        f"# Kernels on {where['device']}",
+        "",
+        ", ".join(f"{k} {v}" for k, v in where["versions"].items())
+        + f"; driver {where['driver']}; commit {where['commit'][:12]}; {where['date']}",
+        "",
+        f"add_noise in bfloat16 at 1 GiB at {TARGET:.0%} of the copy or more: {'yes' if held else 'NO'}.",
+        "",
+        "| case | implementation | ms p50 | p20 | p80 | GB/s | of the first row |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.case} | {r.implementation} | {r.p50:.4f} | {r.p20:.4f} | {r.p80:.4f} | {r.bandwidth:.0f} | {r.of_copy:.2f} |" for r in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def once(name: str) -> None:
+    """Launches what a profiler is to watch."""
+    layout = torch.contiguous_format if name.endswith("planar") else torch.channels_last
+    x = torch.randn(2048, 64, 64, 64, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=layout)
+    seed, sigma, each = torch.tensor(7, device="cuda"), torch.tensor(0.1, device="cuda"), torch.rand(64, device="cuda")
+    for _ in range(3):
+        functional.add_noise(x, sigma, seed=seed, scale=each, shift=each, act="relu")
+    torch.cuda.synchronize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/device"), help="folder for the results (default: %(default)s)")
+    parser.add_argument("--once", choices=("flat", "planar"), help="launch one kernel and measure nothing")
+    arguments = parser.parse_args()
+    if arguments.once:
+        once(arguments.once)
+        return 0
+    check()
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for layout in (torch.channels_last, torch.contiguous_format):
+            for size in (GIB, GIB // 64):
+                rows += noise_case(dtype, layout, size)
+    rows += other_cases()
+    held = all(
+        r.of_copy >= TARGET
+        for r in rows
+        if r.case.startswith("add_noise bfloat16") and "1 GiB" in r.case and r.implementation == "rse_fast"
+    )
+    where = environment()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": where, "rows": [asdict(r) for r in rows]}, indent=1)
+    arguments.out.joinpath("kernels.json").write_text(text + "\n")
+    arguments.out.joinpath("kernels.md").write_text(markdown(where, rows, held))
+    print(markdown(where, rows, held))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
