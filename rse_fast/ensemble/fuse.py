@@ -30,10 +30,14 @@ def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, str | Non
     memo = {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}
     copied = copy.deepcopy(model, memo).eval().requires_grad_(False)
     # In a container, the model is called rather than its forward: its own hooks are traced too, and a model of one layer is a leaf.
-    copied = nn.Sequential(copied)
+    copied = nn.Sequential(copied).to(torch.promote_types(dtype, torch.float32))  # folding is done in float32 at least
     problem = None
     try:
-        graph = _Tracer().trace(copied)
+        with torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
+            graph = _Tracer().trace(copied)
+            if not torch.equal(before, torch.get_rng_state()):
+                raise RuntimeError("its forward draws random numbers, which the graph would repeat")
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     else:
@@ -95,6 +99,7 @@ class FusedConv(nn.Module):
 
     def forward(self, x):
         layer = self.layer
+        x = x.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
         if getattr(layer, "noise_enabled", False):
             x = functional.add_noise(x, act="relu" if self.relu else None, **layer.noise_arguments(x))
         elif self.relu:
