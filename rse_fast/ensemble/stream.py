@@ -1,0 +1,170 @@
+"""Continuous batching: the places of images that are decided go to the next ones, so the packed batch stays full.
+
+An image's result depends on its own draws alone. They are judged one by one, so where it stops does not depend on how many draws a
+packed batch held, nor on which images shared it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rse_fast.ensemble import early_exit
+
+
+@dataclass
+class Tally:
+    """What the draws of some images add up to, one row an image.
+
+    index int64 [A]; used int64 [A], the draws counted; sums float64 [A, K] of softmax; votes int64 [A, K] of argmax; entropies float64
+    [A], the sum of the draws' entropies in nats.
+    """
+
+    index: torch.Tensor
+    used: torch.Tensor
+    sums: torch.Tensor
+    votes: torch.Tensor
+    entropies: torch.Tensor
+
+    @classmethod
+    def empty(cls, index: torch.Tensor, classes: int) -> "Tally":
+        def zeros(*shape, dtype):
+            return torch.zeros(len(index), *shape, dtype=dtype, device=index.device)
+
+        counts, real = torch.int64, torch.float64
+        return cls(index, zeros(dtype=counts), zeros(classes, dtype=real), zeros(classes, dtype=counts), zeros(dtype=real))
+
+    def add(self, log_p: torch.Tensor, counts: torch.Tensor | None = None) -> None:
+        """Counts draws given as float32 log-softmax [m, A, K]: all of them, or those where ``counts`` (bool [m, A])."""
+        p = log_p.exp()
+        entropy = -(p * log_p.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+        vote = torch.nn.functional.one_hot(log_p.argmax(-1), log_p.shape[-1])
+        if counts is not None:
+            p, entropy, vote = p * counts[..., None], entropy * counts, vote * counts[..., None]
+        self.used += len(log_p) if counts is None else counts.sum(0)
+        self.sums += p.sum(0, dtype=torch.float64)
+        self.votes += vote.sum(0)
+        self.entropies += entropy.sum(0, dtype=torch.float64)
+
+    def select(self, rows) -> "Tally":
+        """The tally of some images: ``rows`` is an index or a mask over A, or a slice."""
+        return Tally(*(t[rows] for t in vars(self).values()))
+
+    @staticmethod
+    def cat(tallies: list["Tally"]) -> "Tally":
+        return Tally(*(torch.cat(ts) for ts in zip(*(vars(t).values() for t in tallies), strict=True)))
+
+
+class Pool:
+    """The images under way and those that wait.
+
+    run: (x [A, ...], places int64 [A, 2], draws m) -> float32 logits [m, A, K], draws ``places[i, 1] ..`` of image ``places[i, 0]``.
+    draws: most draws an image; rows: rows of a full packed batch; criterion: of `early_exit`.
+    """
+
+    def __init__(self, run: Callable, classes: int, draws: int, rows: int, criterion, device: torch.device):
+        self.run, self.classes, self.draws, self.rows, self.criterion, self.device = run, classes, draws, rows, criterion, device
+        # With early exit, one draw each of many images: every image stops at the very draw that decides it, and no row is for nothing.
+        # Without, all images take the same draws, and an image's draws go together.
+        self.places = max(1, rows // draws) if criterion is None else rows
+        self.waiting: deque[tuple[int, torch.Tensor]] = deque()
+        self.x, self.tally, self.state = None, self.nothing(), None
+        self.rows_run = self.draws_counted = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting) or len(self.tally.index) > 0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the rows of the packed batches so far that counted as a draw of an image; nan before the first."""
+        return self.draws_counted / self.rows_run if self.rows_run else float("nan")
+
+    def nothing(self) -> Tally:
+        """The tally of no images."""
+        return Tally.empty(torch.zeros(0, dtype=torch.int64, device=self.device), self.classes)
+
+    def put(self, x: torch.Tensor, index0: int) -> None:
+        """Queues images x [B, ...] as number index0, index0 + 1, ..."""
+        self.waiting.extend((index0 + i, image) for i, image in enumerate(x))
+
+    def step(self) -> Tally:
+        """Runs one packed batch; the images that it finished."""
+        self._refill()
+        active, draws = len(self.tally.index), self._draws()
+        log_p = self.run(self.x, torch.stack([self.tally.index, self.tally.used], 1), draws).log_softmax(-1)
+        number = self.tally.used + torch.arange(1, draws + 1, device=self.device)[:, None]  # [m, A], of each draw
+        done = number >= self.draws
+        if self.criterion is not None:
+            self.state, decided = self.criterion.update(self.state, log_p.exp())
+            done |= decided
+        # A draw counts if none before it ended its image.
+        counts = torch.cat([torch.ones_like(done[:1]), done[:-1].cumsum(0) == 0])
+        self.tally.add(log_p, counts)
+        self.rows_run += max(self.rows, active * draws)
+        self.draws_counted += int(counts.sum())
+        done = done.any(0)
+        finished = self.tally.select(done)
+        if len(finished.index):
+            self._keep(~done)
+        return finished
+
+    def _keep(self, rows) -> None:
+        self.x, self.tally = self.x[rows], self.tally.select(rows)
+        self.state = None if self.criterion is None else self.state.select(rows)
+
+    def _draws(self) -> int:
+        """Draws of each image in the next batch: what fills it, but no more than any of the images is known to need."""
+        needed = self.draws - self.tally.used
+        if self.criterion is not None:
+            needed = torch.minimum(needed, self.criterion.needed(self.state))
+        return max(1, min(self.rows // len(needed), int(needed.max())))
+
+    def _refill(self) -> None:
+        free = min(self.places - len(self.tally.index), len(self.waiting))
+        if free <= 0:
+            return
+        arrived = [self.waiting.popleft() for _ in range(free)]
+        x = torch.stack([image for _, image in arrived])
+        index = torch.tensor([number for number, _ in arrived], device=self.device)
+        self.x = x if self.x is None else torch.cat([self.x, x])
+        self.tally = Tally.cat([self.tally, Tally.empty(index, self.classes)])
+        if self.criterion is not None:
+            state = self.criterion.start(free, self.device)
+            self.state = state if self.state is None else early_exit.cat([self.state, state])
+
+
+def in_order(batches: Iterator[torch.Tensor], pool: Pool, backlog: int) -> Iterator[Tally]:
+    """Yields one `Tally` a batch, in order, its rows in the batch's order.
+
+    The source is asked for more only while fewer than ``backlog`` images are held: waiting, under way, or finished before their turn
+    (a larger batch is taken whole). What the source raises comes out after the batches before it.
+    """
+    pending: deque[range] = deque()  # the images of each batch that is not yielded yet
+    finished: dict[int, Tally] = {}
+    failure, more, total, held = None, True, 0, 0
+    while more or pending:
+        while more and held < backlog:
+            try:
+                x = next(batches)
+            except StopIteration:
+                more = False
+            except Exception as error:
+                failure, more = error, False
+            else:
+                pool.put(x, total)
+                pending.append(range(total, total + len(x)))
+                total, held = total + len(x), held + len(x)
+                if not len(x):
+                    break  # an empty batch may be answered now
+        if pool.busy:
+            done = pool.step()
+            for row, index in enumerate(done.index.tolist()):
+                finished[index] = done.select(slice(row, row + 1))
+        while pending and all(index in finished for index in pending[0]):
+            rows = [finished.pop(index) for index in pending.popleft()]
+            held -= len(rows)
+            yield Tally.cat([pool.nothing(), *rows])
+    if failure is not None:
+        raise failure
