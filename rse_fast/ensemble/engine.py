@@ -1,10 +1,13 @@
 """The ensemble of n noisy passes as one module: draws packed into the batch, softmax averaged (Liu et al., ECCV 2018)."""
 
 import contextlib
-import secrets
+import itertools
+import math
+import os
 import threading
 import warnings
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +16,8 @@ from torch import nn
 from rse_fast import functional
 from rse_fast.convert import meta_copy
 from rse_fast.ensemble import fuse, plan
+from rse_fast.ensemble.early_exit import make as make_criterion
+from rse_fast.ensemble.stream import Pool, Tally, in_order
 from rse_fast.nn import Scope, noise_layers, number_layers
 
 DTYPES = {
@@ -55,13 +60,16 @@ class Ensemble(nn.Module):
         dtype: "auto" is bfloat16 where the hardware computes in it and float32 otherwise; or float32, bfloat16, float16.
         fuse: run an optimised snapshot of the model, renewed by itself when a parameter, buffer or noise switch has changed (`refresh`
             forces it). False runs the live model in its own dtype, under autocast for a lower one.
+        early_exit: None takes all draws of every image. "exact": an image stops when its remaining draws cannot change its label, which
+            is that of all draws, always. A number c in (0.5, 1): it stops when, at confidence c, its label is that of infinitely many
+            draws, and never later than ``draws``. `Prediction.draws_used` tells. For `predict` and `stream`; `forward` takes all draws.
         backend: of the noise, as in `rse_fast.functional.add_noise`.
 
     The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
     fewer draws are a prefix of more. One ensemble may be called from many threads. Raises ValueError or TypeError naming the argument.
     """
 
-    def __init__(self, model, draws=10, *, seed=None, chunk_rows=None, dtype="auto", fuse=True, backend="auto"):
+    def __init__(self, model, draws=10, *, seed=None, chunk_rows=None, dtype="auto", fuse=True, early_exit=None, backend="auto"):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -74,7 +82,8 @@ class Ensemble(nn.Module):
         self.draws = _count("draws", draws)
         self.seed = None if seed is None else _seed(seed)
         self.chunk_rows = None if chunk_rows is None else _count("chunk_rows", chunk_rows)
-        self.dtype, self.fuse, self.backend = dtype, bool(fuse), backend
+        make_criterion(early_exit, self.draws, 1)  # raises if it names none
+        self.dtype, self.fuse, self.early_exit, self.backend = dtype, bool(fuse), early_exit, backend
         number_layers(model)
         self.model = model
         self._lock = threading.Lock()
@@ -86,48 +95,38 @@ class Ensemble(nn.Module):
         x, seed = self._input(x), self._seed_tensor(self._call_seed(None), x)
         rows = []
         with self._model(x) as model:
-            for draw, logits in self._passes(model, x, seed, 0):
+            for _, draw, logits in self._passes(model, x, seed, 0):
                 part = logits.log_softmax(-1).logsumexp(0)  # [images, K] of [draws, images, K]
                 if draw.start == 0:
                     rows.append(part)
                 else:
                     rows[-1] = torch.logaddexp(rows[-1], part)
             empty = x.new_zeros((0, model.classes), dtype=torch.float32)
-        return torch.cat(rows) - float(torch.tensor(self.draws).log()) if rows else empty
+        return torch.cat(rows) - math.log(self.draws) if rows else empty
 
     @torch.no_grad()
     def predict(self, x: torch.Tensor, seed: int | None = None, image0: int = 0) -> Prediction:
         """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image0``, the index of the first image, address the noise:
         a data set predicted in parts, each with its own image0, gets the noise it would get as one batch."""
         x, seed, image0 = self._input(x), self._call_seed(seed), functional.integer("image0", image0)
-        sums, votes, entropies = [], [], []
-        with self._model(x) as model:
-            for draw, logits in self._passes(model, x, self._seed_tensor(seed, x), image0):
-                log_p = logits.log_softmax(-1)
-                p = log_p.exp()
-                part = p.sum(0, dtype=torch.float64)
-                vote = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
-                entropy = -(p * log_p.clamp_min(torch.finfo(torch.float32).min)).sum(-1).sum(0, dtype=torch.float64)
-                if draw.start == 0:
-                    sums.append(part), votes.append(vote), entropies.append(entropy)
-                else:
-                    sums[-1] += part
-                    votes[-1] += vote
-                    entropies[-1] += entropy
-            if not sums:
-                sums, entropies = [x.new_zeros((0, model.classes), dtype=torch.float64)], [x.new_zeros(0, dtype=torch.float64)]
-                votes = [x.new_zeros((0, model.classes), dtype=torch.int64)]
-        mean = torch.cat(sums) / self.draws
-        total = -torch.special.xlogy(mean, mean).sum(-1)
-        return Prediction(
-            labels=mean.argmax(-1) if mean.numel() else x.new_zeros(len(mean), dtype=torch.int64),
-            probs=mean.float(),
-            entropy=total.float(),
-            mutual_information=(total - torch.cat(entropies) / self.draws).clamp_min(0).float(),
-            votes=torch.cat(votes),
-            draws_used=torch.full((len(mean),), self.draws, dtype=torch.int64, device=x.device),
-            seed=seed,
-        )
+        if self.early_exit is None:
+            return self._prediction(self._all_draws(x, self._seed_tensor(seed, x), image0), seed)
+        pool = self._pool(x, seed, self.draws)
+        pool.put(x, image0)
+        finished = [pool.nothing()]
+        while pool.busy:
+            finished.append(pool.step())
+        tally = Tally.cat(finished)
+        return self._prediction(tally.select(tally.index.argsort()), seed)
+
+    def stream(self, batches: Iterable[torch.Tensor], draws: int | None = None) -> "Stream":
+        """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order.
+
+        With early exit, the places of decided images go to the next ones, so the packed batch stays full (`Stream.occupancy`). Image i of
+        the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image0=i``. At most a few packed
+        batches of images are held at a time. ``draws`` defaults to the ensemble's.
+        """
+        return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
     def refresh(self) -> None:
         """Takes a new snapshot of the model at the next call."""
@@ -159,27 +158,75 @@ class Ensemble(nn.Module):
     def _call_seed(self, seed):
         if seed is not None:
             return _seed(seed)
-        return secrets.randbits(64) if self.seed is None else self.seed
+        return int.from_bytes(os.urandom(8), "little") if self.seed is None else self.seed
 
     @staticmethod
     def _seed_tensor(seed, x):
         return functional.seed_tensor(seed, x.device)
 
+    def _rows(self, x):
+        return self.chunk_rows or plan.SWEET_SPOT.get(x.device.type, 256)
+
+    def _all_draws(self, x, seed, image0):
+        """The `Tally` of every draw of every image."""
+        with self._model(x) as model:
+            tallies = [Tally.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.classes)]
+            for image, draw, logits in self._passes(model, x, seed, image0):
+                if draw.start == 0:
+                    index = torch.arange(image0 + image.start, image0 + image.stop, device=x.device)
+                    tallies.append(Tally.empty(index, logits.shape[-1]))
+                tallies[-1].add(logits.log_softmax(-1))
+        return Tally.cat([t for t in tallies if len(t.index)] or tallies)
+
+    def _pool(self, x, seed, draws):
+        """A `Pool` for images like ``x``, which runs them through the model."""
+        seed = self._seed_tensor(seed, x)
+
+        def run(x, places, draws):
+            with self._model(x) as model:
+                return self._logits(model, x, Scope(seed, len(x), draws, backend=self.backend, places=places))
+
+        with self._model(x) as model:
+            classes = model.classes
+        criterion = make_criterion(self.early_exit, draws, max(classes, 1))
+        return Pool(run, classes, draws, self._rows(x), criterion, x.device)
+
+    @staticmethod
+    def _prediction(tally, seed):
+        used = tally.used.clamp_min(1)
+        mean = tally.sums / used[:, None]
+        total = -torch.special.xlogy(mean, mean).sum(-1)
+        return Prediction(
+            labels=mean.argmax(-1) if mean.shape[1] else tally.index,  # empty: there was no image to tell the number of classes
+            probs=mean.float(),
+            entropy=total.float(),
+            mutual_information=(total - tally.entropies / used).clamp_min(0).float(),
+            votes=tally.votes,
+            draws_used=tally.used,
+            seed=seed,
+        )
+
     def _passes(self, model, x, seed, image0):
-        """Yields (draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
-        rows = self.chunk_rows or plan.SWEET_SPOT.get(x.device.type, 256)
-        for image, draw in plan.chunks(x.shape[0], self.draws, rows):
+        """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
+        for image, draw in plan.chunks(x.shape[0], self.draws, self._rows(x)):
             images, draws = image.stop - image.start, draw.stop - draw.start
-            with Scope(seed, images, draws, image0 + image.start, draw.start, self.backend) as scope:
-                logits = model(x[image], images, draws)
-            if not scope.calls and model.noisy:
-                raise ValueError("model must call a noisy layer in its forward pass, got a pass without any")
-            if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] not in (images, images * draws):
-                got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
-                raise ValueError(f"model must return logits [N, K] for N = {images * draws} rows, got {got}")
-            if logits.shape[0] == images:  # one draw, or all noise is switched off
-                logits = logits.expand(draws, *logits.shape)
-            yield draw, logits.reshape(draws, images, -1).float()
+            scope = Scope(seed, images, draws, image0 + image.start, draw.start, self.backend)
+            yield image, draw, self._logits(model, x[image], scope)
+
+    @staticmethod
+    def _logits(model, x, scope):
+        """One packed batch: float32 logits [draws, images, K] of images ``x``."""
+        images, draws = scope.images, scope.draws
+        with scope:
+            logits = model(x, images, draws)
+        if not scope.calls and model.noisy:
+            raise ValueError("model must call a noisy layer in its forward pass, got a pass without any")
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] not in (images, images * draws):
+            got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise ValueError(f"model must return logits [N, K] for N = {images * draws} rows, got {got}")
+        if logits.shape[0] == images:  # one draw, or all noise is switched off
+            logits = logits.expand(draws, *logits.shape)
+        return logits.reshape(draws, images, -1).float()
 
     # -------------------------------------------------------------------------------------------------------------- preparation
     def _resolve_dtype(self, device):
@@ -220,6 +267,49 @@ class Ensemble(nn.Module):
         return _Runner(copied, dtype, x, dtype)
 
 
+class Stream:
+    """Iterator over the predictions of `Ensemble.stream`. Closing or dropping it lets go of everything it holds.
+
+    seed: the seed that reproduces the stream, in [0, 2^64).
+    """
+
+    BACKLOG = 4  # packed batches of images held at most
+
+    def __init__(self, ensemble: Ensemble, batches: Iterable[torch.Tensor], draws: int):
+        self.seed = ensemble._call_seed(None)
+        self._ensemble, self._draws, self._pool = ensemble, draws, None
+        self._predictions = self._run(iter(batches))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Prediction:
+        return next(self._predictions)
+
+    def close(self) -> None:
+        self._predictions.close()
+        self._pool = None
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the rows of the packed batches so far that counted as a draw of an image, in [0, 1]; nan before the first."""
+        return self._pool.occupancy if self._pool else math.nan
+
+    def _run(self, batches):
+        first = next(batches, None)
+        if first is None:
+            return
+        inputs = (self._ensemble._input(x) for x in itertools.chain([first], batches))
+        self._pool = self._ensemble._pool(self._ensemble._input(first), self.seed, self._draws)
+        tallies = in_order(inputs, self._pool, self.BACKLOG * self._pool.places)
+        while True:
+            with torch.no_grad():  # not around the yield: it would reach into the consumer's code
+                tally = next(tallies, None)
+            if tally is None:
+                return
+            yield self._ensemble._prediction(tally, self.seed)
+
+
 class _Runner:
     """A model in eval mode and ``dtype``, ready to run packed batches of one image shape, computing in ``compute``."""
 
@@ -228,7 +318,8 @@ class _Runner:
         self.noisy = any(layer.noise_enabled for layer in noise_layers(model).values())
         lazy = self._dry_run(x, packed=False)
         self.packs_input = lazy is None
-        self.classes = (lazy or self._dry_run(x, packed=True) or (0, 0))[1]
+        shape = lazy or self._dry_run(x, packed=True)
+        self.classes = shape[1] if shape else self._count_classes(x)
 
     def __call__(self, x, images, draws):
         packs = self.packs_input and self.noisy
@@ -240,6 +331,14 @@ class _Runner:
         low = self.compute != torch.float32
         with torch.autocast(x.device.type, self.compute if low else None, enabled=low):
             return self.model(x)
+
+    def _count_classes(self, x):
+        """For a model that does not run without data: what one image gives, or 0 if there is none."""
+        if not len(x):
+            return 0
+        with torch.no_grad(), Scope(torch.zeros((), dtype=torch.int64, device=x.device), 1):
+            logits = self(x[:1], 1, 1)
+        return logits.shape[-1] if isinstance(logits, torch.Tensor) and logits.dim() else 0
 
     def _dry_run(self, x, packed):
         """Shape of the result on the meta device for 3 images in 2 draws, None if that fails: a skip connection that bypasses the
