@@ -18,6 +18,7 @@ from triton.testing import do_bench
 
 from bench.peers import eager_noise
 from rse_fast import functional, ops, reference
+from rse_fast.kernels.triton import conv
 
 GIB = 2**30
 TARGET = 0.9  # of the copy's bandwidth, for add_noise in bfloat16 at 1 GiB
@@ -109,6 +110,41 @@ def other_cases() -> list[Row]:
     return rows
 
 
+CONVOLUTIONS = {  # shape class: images, Cin, size, Cout, kernel
+    "pointwise": (128, 64, 56, 256, 1),
+    "first": (1024, 3, 32, 64, 3),
+    "other": (1024, 64, 32, 64, 3),
+}
+
+
+def convolution_case(name: str) -> tuple[list[Row], str]:
+    """Noise in the kernel, in the producer's epilogue and apart, for one shape class; and the line that `conv.CHOICES` should have."""
+    images, c_in, size, c_out, kernel = CONVOLUTIONS[name]
+    last = dict(memory_format=torch.channels_last)
+    x = torch.randn(images, c_in, size, size, device="cuda", dtype=torch.bfloat16).contiguous(**last)
+    w = torch.randn(c_out, c_in, kernel, kernel, device="cuda", dtype=torch.bfloat16).contiguous(**last)
+    seed, sigma, each = torch.tensor(7, device="cuda"), torch.tensor(0.1, device="cuda"), torch.rand(c_out, device="cuda")
+    noise, pad = (sigma, seed, 0, images, 1, 0, 0), (kernel // 2, kernel // 2)
+    geometry = ((1, 1), pad, (1, 1))
+    plain = lambda x: torch.nn.functional.conv2d(x, w, padding=pad)  # noqa: E731
+    epilogue = lambda dtype: conv.conv_noise(narrow[dtype], weights[dtype], each, each, True, *noise, *geometry)  # noqa: E731
+    dtypes = [torch.bfloat16, *([torch.int8] if c_in % 32 == 0 else [])]
+    if torch.cuda.get_device_capability() >= (8, 9) and c_in % 32 == 0:
+        dtypes.append(torch.float8_e4m3fn)
+    narrow, weights = {d: x.to(d) for d in dtypes}, {d: w.to(d) for d in dtypes}
+    implementations = {
+        "vendor without noise": lambda: plain(x),
+        "separate": lambda: plain(ops.add_noise(x, *noise, None, None, False, "triton")),
+        "in_kernel": lambda: conv.noisy_conv(x, w, None, *noise, *geometry),
+        "vendor, then affine relu noise": lambda: ops.add_noise(plain(x), *noise, each, each, True, "triton"),
+        **{f"epilogue {str(d)[6:]}": lambda d=d: epilogue(d) for d in dtypes},
+    }
+    case = f"conv {name}: {images}x{c_in}x{size}x{size} to {c_out}, {kernel}x{kernel}"
+    rows = timed(case, implementations, (x.numel() + images * c_out * size**2) * 2 / 1e9)
+    best = min((r for r in rows if r.implementation in ("separate", "in_kernel")), key=lambda r: r.p50)
+    return rows, f'("{torch.cuda.get_device_name()}", "bfloat16", "{name}"): "{best.implementation}",'
+
+
 def environment() -> dict:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
@@ -126,7 +162,7 @@ def environment() -> dict:
     }
 
 
-def markdown(where: dict, rows: list[Row], held: bool) -> str:
+def markdown(where: dict, rows: list[Row], held: bool, choices: list[str]) -> str:
     lines = [
         f"# Kernels on {where['device']}",
         "",
@@ -141,6 +177,7 @@ def markdown(where: dict, rows: list[Row], held: bool) -> str:
     lines += [
         f"| {r.case} | {r.implementation} | {r.p50:.4f} | {r.p20:.4f} | {r.p80:.4f} | {r.bandwidth:.0f} | {r.of_copy:.2f} |" for r in rows
     ]
+    lines += ["", "Lines for `CHOICES` in `kernels/triton/conv.py`:", "", "```python", *choices, "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -169,6 +206,9 @@ def main() -> int:
             for size in (GIB, GIB // 64):
                 rows += noise_case(dtype, layout, size)
     rows += other_cases()
+    convolutions = [convolution_case(name) for name in CONVOLUTIONS]
+    rows += [row for found, _ in convolutions for row in found]
+    choices = [line for _, line in convolutions]
     held = all(
         r.of_copy >= TARGET
         for r in rows
@@ -176,10 +216,10 @@ def main() -> int:
     )
     where = environment()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": where, "rows": [asdict(r) for r in rows]}, indent=1)
+    text = json.dumps({"environment": where, "rows": [asdict(r) for r in rows], "choices": choices}, indent=1)
     arguments.out.joinpath("kernels.json").write_text(text + "\n")
-    arguments.out.joinpath("kernels.md").write_text(markdown(where, rows, held))
-    print(markdown(where, rows, held))
+    arguments.out.joinpath("kernels.md").write_text(markdown(where, rows, held, choices))
+    print(markdown(where, rows, held, choices))
     return 0
 
 

@@ -98,6 +98,12 @@ def _sum_draws(g, rows, images, draws):
 
 # ------------------------------------------------------------------------------------------------------- noisy_conv, noisy_linear
 def _noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend, places=None):
+    if backend == "auto":
+        backend = active_backend(x)
+    if backend == "triton" and triton.convolves(x, weight, groups):
+        sigma, bias = sigma.contiguous(), None if bias is None else bias.contiguous()
+        where = seed, stream, images, draws, image0, draw0
+        return triton.launcher("noisy_conv")(x, weight, bias, sigma, *where, stride, padding, dilation, places)
     y = add_noise(x, sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend, places)
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-__all__ = ["DTYPES", "available", "launcher", "runs_on"]
+__all__ = ["DTYPES", "available", "convolves", "launcher", "runs_on"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,3 +35,16 @@ def launcher(name: str):
     """The launcher "add_noise", "sigma_grad" or "noisy_conv", from the module of that name; the first call imports triton."""
     module = {"noisy_conv": "conv"}.get(name, name)
     return getattr(importlib.import_module(f".{module}", __name__), name)
+
+
+def convolves(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
+    """Whether a noisy convolution makes its noise in its own kernel: by the table of choices, for channels-last images."""
+    if x.dim() != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    choose = importlib.import_module(".conv", __name__).choose
+    return choose(_device_name(x.device), x.dtype, weight.shape, groups) == "in_kernel"
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import add_noise, sigma_grad
+from . import add_noise, conv, sigma_grad
 from .budgets import budget
 from .config import DEFAULT
 
@@ -110,6 +110,17 @@ def _sigma_case(name, dtype, flat, channels, width, per_channel, targets=tuple(T
     return Case(name, kernel, arguments, elements, 16, targets)
 
 
+def _conv_case(name, kind, channels, c_out, kernel, noise_in, targets=tuple(TARGETS)) -> Case:
+    itemsize = {"*i8": 1, "*fp8e4nv": 1, "*fp32": 4}.get(kind, 2)
+    arguments = dict(
+        x_ptr=kind, w_ptr=kind, y_ptr=kind, scale_ptr=None if noise_in else "*fp32", shift_ptr=kind if noise_in else "*fp32",
+        sigma_ptr="*fp32", seed_ptr="*i64", places_ptr=None, C=channels, KH=kernel, KW=kernel, NOISE_IN=noise_in, NOISE_OUT=not noise_in,
+        LAZY=False, SIGMA_VARIES=False, HAS_SCALE=not noise_in, HAS_SHIFT=True, RELU=not noise_in, PLACES=False, EVEN_N=True, OUT_UNIT=16,
+        PRECISION="tf32", FAST=True, **conv.tiles(c_out, channels, itemsize, noise_in),
+    )  # fmt: skip
+    return Case(name, conv._conv_kernel, arguments, targets=targets)
+
+
 def cases() -> list[Case]:
     """Each kernel in its main form on every target, other forms where their budget is."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
@@ -135,6 +146,13 @@ def cases() -> list[Case]:
         _sigma_case("sigma_grad flat f32", f32, True, 64, 1024, False, **also),
         _sigma_case("sigma_grad planar bf16 per channel", bf16, False, 64, 1024, True),
         _sigma_case("sigma_grad planar f32", f32, False, 64, 1024, False, **also),
+        _conv_case("conv bf16 1x1, noise in", "*bf16", 64, 256, 1, True),
+        _conv_case("conv bf16 1x1 to 256, noise in", "*bf16", 128, 256, 1, True, **also),
+        _conv_case("conv f16 first 3x3, noise in", "*fp16", 3, 64, 3, True, **also),
+        _conv_case("conv tf32 3x3, noise in", "*fp32", 64, 64, 3, True, **also),
+        _conv_case("conv bf16 3x3, noise out", "*bf16", 64, 128, 3, False),
+        _conv_case("conv int8 3x3, noise out", "*i8", 128, 128, 3, False, **also),
+        _conv_case("conv fp8 3x3, noise out", "*fp8e4nv", 128, 128, 3, False, **also),
         Case("sigma_grad total", sigma_grad._sigma_grad_total_kernel, dict(part_ptr="*fp32", out_ptr="*fp32", P_BLOCK=16, C_BLOCK=64)),
     ]
 

@@ -16,6 +16,14 @@ BY_CASE = {
     "add_noise flat bf16 affine relu": {"sm_90": {"instructions": 26, "registers": 64}},
     "add_noise planar bf16": {"sm_90": {"instructions": 23.5, "registers": 64}},
     "add_noise planar bf16 affine relu": {"sm_90": {"instructions": 26, "registers": 64}},
+    # Tensor cores in every precision.
+    "conv bf16 1x1, noise in": {"sm_80": {"tensor": "HMMA"}, "sm_90": {"tensor": "HGMMA"}, "sm_100": {"tensor": "UTCHMMA"}},
+    "conv bf16 1x1 to 256, noise in": {"sm_90": {"tensor": "HGMMA"}},
+    "conv f16 first 3x3, noise in": {"sm_90": {"tensor": "HGMMA"}},
+    "conv tf32 3x3, noise in": {"sm_90": {"tensor": "HGMMA"}},
+    "conv bf16 3x3, noise out": {"sm_80": {"tensor": "HMMA"}, "sm_90": {"tensor": "HGMMA"}, "sm_100": {"tensor": "UTCHMMA"}},
+    "conv int8 3x3, noise out": {"sm_90": {"tensor": "IGMMA"}},
+    "conv fp8 3x3, noise out": {"sm_90": {"tensor": "QGMMA"}},
 }
 
 

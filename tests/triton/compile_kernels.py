@@ -8,7 +8,7 @@ import torch
 import triton
 from conftest import kernels
 
-from rse_fast.kernels.triton import aot, launcher
+from rse_fast.kernels.triton import aot, conv, launcher
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +23,8 @@ def test_within_budget(results):
 def test_every_kernel_is_compiled_for_every_target(results):
     for name, kernel in kernels().items():
         cases = [case for case in aot.cases() if case.kernel is kernel]
-        assert {target for case in cases for target in case.targets} >= set(aot.TARGETS) - ABSENT.get(name, set()), name
+        assert {target for case in cases for target in case.targets} >= set(aot.TARGETS), name
     assert len(results) == sum(len(case.targets) for case in aot.cases())
-
-
-ABSENT = {}  # kernel: targets that lack what it is for
 
 
 def test_the_noise_kernels_move_16_bytes_at_a_time(results):
@@ -113,3 +110,17 @@ def test_launches_pass_what_their_kernels_take(compiled_launches):
         for per_channel in (False, True):
             launcher("sigma_grad")(x, flat, seed, 16, 4, 1, 0, 2, per_channel)
     assert len(compiled_launches) == 4 * (2 + 2 * 2)
+
+
+def test_convolutions_pass_what_their_kernel_takes(compiled_launches):
+    seed, one, pair = torch.tensor(3), torch.tensor(0.1), (1, 1)
+    for channels, c_out, kernel in ((3, 64, 3), (64, 20, 1)):
+        x = channels_last(torch.zeros(2, channels, 8, 8)).bfloat16()
+        weight, scale = torch.zeros(c_out, channels, kernel, kernel), torch.ones(c_out)
+        where = (seed, 2**32 - 1, 2, 2, 0, 2**31, pair, (0, 0), pair)
+        places = torch.zeros(2, 2, dtype=torch.int64)
+        conv.noisy_conv(x, weight.bfloat16(), scale.bfloat16(), torch.rand(channels), *where, places)
+        for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+            y = conv.conv_noise(x.to(dtype), weight.to(dtype), scale, scale, True, one, *where)
+            assert y.dtype == dtype and y.shape == (4, c_out, 9 - kernel, 9 - kernel)
+    assert len(compiled_launches) == 8

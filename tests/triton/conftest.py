@@ -3,8 +3,8 @@
 `tests/test_triton.py` runs ``kernel_*.py`` in the interpreter and ``compile_*.py`` ahead of time, `tests/test_gpu.py` runs ``kernel_*.py``
 and ``device_*.py`` on the device, which is then torch's default device.
 
-In an interpreting process (TRITON_INTERPRET=1) two faults of the interpreter are repaired: float32 becomes bfloat16 by rounding, not by
-truncation, and `tl.dot` takes bfloat16 operands as numbers, not as their bits. Every kernel that was launched is recorded.
+In an interpreting process (TRITON_INTERPRET=1) faults of the interpreter are repaired: float32 becomes bfloat16 and fp8 by rounding to
+nearest even, carries included, and `tl.dot` takes bfloat16 operands as numbers, not as their bits. Every launched kernel is recorded.
 """
 
 import inspect
@@ -52,9 +52,10 @@ def _repair_interpreter():
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounding_convert(data, source, target, mode):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            bits = torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16)
-            return bits.numpy().view(np.uint16)
+        narrow = {tl.bfloat16: (torch.bfloat16, torch.int16, np.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.int8, np.uint8)}
+        if source == tl.float32 and target in narrow:
+            dtype, bits, unsigned = narrow[target]
+            return torch.from_numpy(np.ascontiguousarray(data)).to(dtype).view(bits).numpy().view(unsigned)
         return convert(data, source, target, mode)
 
     def dot_of_numbers(self, a, b, d, *options):

@@ -1,0 +1,151 @@
+"""Convolution with noise at its input, and with the next layer's noise in its epilogue, against float64."""
+
+import math
+
+import pytest
+import torch
+from conftest import INTERPRETED
+
+from rse_fast import functional, reference
+from rse_fast.kernels.triton import conv
+
+# A product of operands has an 11-bit mantissa at least (tf32, float16), bfloat16's 8; the interpreter does not round to tf32.
+OPERAND = {torch.float32: 2.0**-11, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+# x, Cout, kernel, stride, padding, dilation, images, draws
+CASES = {
+    "first 3x3": ((2, 3, 9, 7), 16, (3, 3), (1, 1), (1, 1), (1, 1), 2, 2),
+    "5 channels, stride 2": ((2, 5, 9, 8), 7, (3, 3), (2, 2), (1, 0), (1, 1), 1, 2),
+    "pointwise": ((2, 64, 5, 5), 24, (1, 1), (1, 1), (0, 0), (1, 1), 2, 1),
+    "dilation": ((1, 16, 9, 9), 20, (3, 3), (1, 1), (2, 2), (2, 2), 1, 2),
+    "uneven kernel": ((2, 12, 7, 6), 5, (2, 3), (1, 2), (1, 1), (1, 1), 2, 2),
+    "more rows than a block": ((3, 4, 11, 11), 4, (1, 1), (1, 1), (0, 0), (1, 1), 3, 2),
+    "64 channels 3x3": ((1, 64, 4, 5), 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1),
+}
+
+
+def close(y, want, scale, dtype):
+    """Within the roundings of operands, each product's size taken whole, and of the result."""
+    assert y.shape == want.shape and y.isfinite().all()
+    return ((y.double() - want).abs() <= OPERAND[dtype] * scale + OPERAND[dtype] * want.abs() + 1e-4).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=lambda d: str(d)[6:])
+def test_noise_at_the_input(case, dtype, seed):
+    shape, c_out, kernel, stride, padding, dilation, images, draws = CASES[case]
+    x, w = channels_last(torch.randn(shape).to(dtype)), torch.randn(c_out, shape[1], *kernel).to(dtype)
+    bias = torch.randn(c_out).to(dtype) if dtype != torch.float16 else None
+    sigma = torch.rand(shape[1]) if dtype == torch.float32 else torch.tensor(0.5)
+    places = torch.tensor([[7 + i, 3] for i in range(images)]) if dtype == torch.float16 else None
+    where = (sigma, seed, 3, images, draws, 5, 9)
+    y = conv.noisy_conv(x, w, bias, *where, stride, padding, dilation, places)
+    noisy = reference.add_noise(x.double(), sigma.double(), *where[1:], places=places)
+    more = (stride, padding, dilation, False, (0, 0), 1)
+    want = torch.convolution(noisy, w.double(), None if bias is None else bias.double(), *more)
+    scale = torch.convolution(noisy.abs(), w.double().abs(), None, *more)
+    assert close(y, want, 3 * scale, dtype)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last) or y.shape[1] == 1
+    # The same numbers enter as in the two steps: with weights of one nonzero they come out alike.
+    if kernel == (1, 1) and bias is None:
+        one = torch.zeros_like(w)
+        one[0, 0] = 1
+        got = conv.noisy_conv(x, one, None, *where, stride, padding, dilation, places)[:, :1]
+        more = dict(seed=seed, stream=3, images=images, draws=draws, image0=5, draw0=9, places=places)
+        assert torch.equal(got, functional.add_noise(x, sigma, **more, backend="triton")[:, :1])
+
+
+def test_padding_has_no_noise(seed):
+    x, w = channels_last(torch.zeros(1, 4, 3, 3)), torch.ones(16, 4, 1, 1)
+    y = conv.noisy_conv(x, w, None, torch.tensor(1.0), seed, 0, 1, 1, 0, 0, (1, 1), (2, 2), (1, 1))
+    assert (y[..., :2, :] == 0).all() and (y[..., :, -2:] == 0).all() and (y[..., 2:5, 2:5] != 0).all()
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "rows" not in name])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
+def test_noise_in_the_epilogue(case, dtype, seed):
+    shape, c_out, kernel, stride, padding, dilation, images, draws = CASES[case]
+    x, w = channels_last(torch.randn(shape).to(dtype)), torch.randn(c_out, shape[1], *kernel).to(dtype)
+    scale, shift = torch.randn(c_out), torch.randn(c_out)
+    sigma = torch.rand(c_out) if dtype == torch.float32 else torch.tensor(0.5)
+    where = (seed, 3, images, draws, 5, 9)
+    y = conv.conv_noise(x, w, scale, shift, True, sigma, *where, stride, padding, dilation)
+    more = (stride, padding, dilation, False, (0, 0), 1)
+    clean = torch.convolution(x.double(), w.double(), None, *more)
+    size = torch.convolution(x.double().abs(), w.double().abs(), None, *more) * scale.abs().double().view(-1, 1, 1)
+    want = reference.add_noise(clean, sigma.double(), *where, scale.double(), shift.double(), True)
+    size = size.repeat(len(want) // len(size), 1, 1, 1)
+    assert close(y, want, 2 * size + 4e-4, dtype)
+
+
+def test_int8_rounds_once_with_the_noise_as_dither(seed):
+    shape, c_out = (2, 32, 5, 5), 20
+    x, w = channels_last(torch.randint(-100, 100, shape, dtype=torch.int8)), torch.randint(-100, 100, (c_out, 32, 3, 3), dtype=torch.int8)
+    scale, shift, sigma = torch.rand(c_out) * 1e-3, torch.randn(c_out), torch.tensor(5.0)
+    where = (seed, 3, 2, 2, 5, 9)
+    y = conv.conv_noise(x, w, scale, shift, True, sigma, *where, (1, 1), (1, 1), (1, 1))
+    exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
+    want = reference.add_noise(exact, sigma.double(), *where, scale.double(), shift.double(), True).clamp(-128, 127)
+    assert y.dtype == torch.int8 and len(y) == 4
+    off = (y.double() - want).abs()
+    assert off.max() <= 0.5 + 0.01 and (y.float().std() > 1)
+    saturated = conv.conv_noise(x, w, scale * 1000, shift, False, sigma, *where, (1, 1), (1, 1), (1, 1))
+    assert {saturated.min().item(), saturated.max().item()} == {-128, 127}
+
+
+def test_fp8_rounds_once_with_the_noise_as_dither(seed):
+    if not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs sm_89")
+    e4m3 = torch.float8_e4m3fn
+    x, w = channels_last(torch.randn(2, 32, 5, 5)).to(e4m3), torch.randn(20, 32, 3, 3).to(e4m3)
+    scale, shift, sigma = torch.rand(20), torch.randn(20), torch.tensor(0.5)
+    where = (seed, 3, 2, 2, 5, 9)
+    exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
+    want = reference.add_noise(exact, sigma.double(), *where, scale.double(), shift.double(), False)
+    in_float = conv.conv_noise(x, w, scale, shift, False, sigma, *where, (1, 1), (1, 1), (1, 1), dtype=torch.float32)
+    assert ((in_float.double() - want).abs() <= 1e-2 + want.abs() * 2.0**-12).all()
+    y = conv.conv_noise(x, w, scale, shift, False, sigma, *where, (1, 1), (1, 1), (1, 1))
+    assert y.dtype == e4m3 and ((y.double() - want).abs() <= want.abs() * (2.0**-4 + 2.0**-12) + 2.0**-10 + 1e-2).all()
+
+
+def test_the_choice_follows_the_table():
+    names = {
+        ("bfloat16", (64, 3, 3, 3), 1): "in_kernel",
+        ("bfloat16", (256, 512, 1, 1), 1): "in_kernel",
+        ("bfloat16", (512, 512, 1, 1), 1): "separate",
+        ("float16", (64, 64, 3, 3), 1): "separate",
+        ("bfloat16", (64, 1, 3, 3), 64): "separate",
+        ("float32", (64, 64, 1, 1), 1): "separate",
+        ("bfloat16", (64, 3, 3), 1): "separate",
+    }
+    for (dtype, weight, groups), want in names.items():
+        assert conv.choose("Some GPU", getattr(torch, dtype), torch.Size(weight), groups) == want, (dtype, weight)
+
+
+def test_through_the_op_with_gradients(seed):
+    """Where the table says in_kernel, where it says separate, and grouped: values and gradients of the two steps."""
+    for shape, c_out, kernel, groups in (
+        ((2, 3, 7, 6), 8, 3, 1),
+        ((2, 16, 5, 5), 12, 1, 1),
+        ((2, 8, 5, 5), 8, 3, 1),
+        ((2, 8, 5, 5), 8, 3, 4),
+    ):
+        x, w = (
+            channels_last(torch.randn(shape)).half().requires_grad_(),
+            torch.randn(c_out, shape[1] // groups, kernel, kernel).half().requires_grad_(),
+        )
+        bias, sigma = torch.randn(c_out).half().requires_grad_(), torch.tensor(0.3, requires_grad=True)
+        found = []
+        for backend in ("triton", "torch"):
+            y = functional.noisy_conv2d(
+                x, w, bias, sigma, seed=seed, images=2, draws=2, padding=kernel // 2, groups=groups, backend=backend
+            )
+            weight = torch.linspace(-1, 2, y.numel()).reshape(y.shape)
+            found.append([y.float(), *torch.autograd.grad((y.float() * weight).sum() / 64, (x, w, bias, sigma))])
+        for got, want in zip(*found, strict=True):
+            assert ((got - want).abs() <= 0.02 * want.abs() + 0.02 * math.sqrt(x[0].numel())).all(), (shape, groups)
