@@ -87,3 +87,12 @@ def rng():
     print(f"to repeat these inputs: RSE_FAST_TEST_ENTROPY={entropy}")
     torch.manual_seed(entropy)
     return np.random.default_rng(entropy)
+
+
+@pytest.fixture
+def one_thread():
+    """For tests of many small tensors: waking other threads would cost more than it brings, above all on busy machines."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

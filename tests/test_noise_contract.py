@@ -25,6 +25,7 @@ KATS = [
     for vector in json.loads(Path(__file__).with_name("kat_philox.json").read_text())["vectors"]
 ]
 TOP = 2**32
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------ expected values and their bound

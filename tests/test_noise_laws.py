@@ -9,6 +9,7 @@ import torch
 from rse_fast import functional, reference
 
 SHAPES = ((3, 17, 19), (5, 1031), (8, 7, 9), (64, 5, 5), (128,), (1, 2, 3, 5))  # below and above a tile of 256 quads
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
