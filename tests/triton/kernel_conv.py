@@ -149,3 +149,12 @@ def test_through_the_op_with_gradients(seed):
             found.append([y.float(), *torch.autograd.grad((y.float() * weight).sum() / 64, (x, w, bias, sigma))])
         for got, want in zip(*found, strict=True):
             assert ((got - want).abs() <= 0.02 * want.abs() + 0.02 * math.sqrt(x[0].numel())).all(), (shape, groups)
+
+
+def test_what_the_fake_promises(seed):
+    """Shape, dtype and strides, for each way a convolution is made."""
+    for shape, c_out, kernel in (((2, 3, 7, 6), 8, 3), ((2, 16, 5, 5), 12, 1), ((2, 8, 5, 5), 8, 3)):
+        for layout in (torch.clone, channels_last):
+            arguments = (layout(torch.randn(shape)).half(), torch.randn(c_out, shape[1], kernel, kernel).half(), None, torch.tensor(0.3))
+            more = (seed, 0, 2, 2, 0, 0, [1, 1], [1, 1], [1, 1], 1, "triton", None)
+            torch.library.opcheck(torch.ops.rse_fast.noisy_conv, (*arguments, *more), test_utils=("test_schema", "test_faketensor"))
