@@ -19,6 +19,7 @@ __all__ = ["add_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
 BACKENDS = ("auto", "triton", "cpu", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WORD = 2**32
+_MAX = torch.finfo(torch.float32).max
 
 
 def add_noise(
@@ -43,6 +44,7 @@ def add_noise(
     for its sign, which would synchronise the device.
     """
     _check_input("x", x, minimum=2)
+    channel_dim = integer("channel_dim", channel_dim)
     if not -x.dim() <= channel_dim < x.dim() or channel_dim % x.dim() == 0:
         raise ValueError(f"channel_dim must name a dimension of x other than 0, got {channel_dim} for x of shape {tuple(x.shape)}")
     if act not in (None, "relu"):
@@ -85,9 +87,13 @@ def noisy_conv(
         raise ValueError(f"weight must be a tensor [Cout, Cin / groups, *kernel] with 1 to 3 kernel dimensions, got {_describe(weight)}")
     spatial = weight.dim() - 2
     _check_input("x", x, minimum=2 + spatial, maximum=2 + spatial)
+    groups = integer("groups", groups)
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
     if x.shape[1] != weight.shape[1] * groups:
         raise ValueError(f"x must have weight.shape[1] * groups = {weight.shape[1] * groups} channels, got shape {tuple(x.shape)}")
     stride, dilation = _tuple("stride", stride, spatial, 1), _tuple("dilation", dilation, spatial, 1)
+    _check_bias(bias, weight.shape[0])
     x, weight, bias = _autocast(x, weight, bias)
     noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
     places = _places(places, *noise[3:5], x.device)
@@ -112,6 +118,7 @@ def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1
     _check_input("x", x, minimum=2)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be a tensor [out_features, {x.shape[-1]}], got {_describe(weight)}")
+    _check_bias(bias, weight.shape[0])
     x, weight, bias = _autocast(x, weight, bias)
     noise = _noise(x, x.shape[-1], sigma, seed, stream, images, draws, image0, draw0)
     places = _places(places, *noise[3:5], x.device)
@@ -137,11 +144,11 @@ def check_sigma(name: str, sigma) -> None:
         if torch.compiler.is_compiling() or sigma.device.type != "cpu":
             return
         values = sigma.detach()
-        if not bool(((values >= 0) & values.isfinite()).all()):
+        if not bool(((values >= 0) & values.float().isfinite()).all()):
             raise ValueError(f"{name} must be finite and not negative, got {values.tolist()}")
     elif isinstance(sigma, bool) or not isinstance(sigma, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(sigma).__name__}")
-    elif not (sigma >= 0 and math.isfinite(sigma)):
+    elif not 0 <= sigma <= _MAX:
         raise ValueError(f"{name} must be finite and not negative, got {sigma}")
 
 
@@ -216,6 +223,11 @@ def _check_input(name, x, minimum, maximum=None):
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(x.shape)}")
 
 
+def _check_bias(bias, channels):
+    if bias is not None and (not isinstance(bias, torch.Tensor) or tuple(bias.shape) != (channels,)):
+        raise ValueError(f"bias must be None or a tensor [{channels}], got {_describe(bias)}")
+
+
 def _check_backend(backend, x) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -237,10 +249,10 @@ def _check_backend(backend, x) -> str:
 
 
 def _autocast(x, weight, bias):
-    """The casts that autocast gives a plain convolution or linear layer; it does not look inside our ops."""
+    """The casts that autocast gives a plain convolution or linear layer; it does not look inside our ops. float64 it leaves alone."""
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
     return x, weight, bias
 
 
@@ -259,6 +271,7 @@ def _tuple(name, value, n, minimum):
     value = (value,) * n if not isinstance(value, (tuple, list)) else tuple(value)
     if len(value) == 1:
         value = value * n
+    value = tuple(integer(name, v) for v in value)
     if len(value) != n or any(v < minimum for v in value):
         raise ValueError(f"{name} must be an integer >= {minimum} or {n} of them, got {value}")
     return value
