@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as plain
@@ -53,14 +54,14 @@ BAD = [
     (ALL, {"sigma": torch.tensor(1e39, dtype=torch.float64)}, ValueError, "sigma must be finite and not negative, got 1e\\+39"),
     (ALL, {"sigma": torch.tensor(1)}, TypeError, r"sigma must be a floating-point tensor, got torch.int64 of shape \(\)"),
     ((add_noise, *CONVS), {"sigma": torch.tensor([0.1, math.nan, 0.1])}, ValueError, r"sigma must be finite .* got \[0\.1.*, nan, "),
-    ((add_noise, *CONVS), {"sigma": torch.ones(4)}, ValueError, r"sigma must be a scalar or one value for each of 3 channels, got shape \(4,\)"),
-    ((noisy_linear,), {"sigma": torch.ones(3)}, ValueError, r"sigma must be a scalar or one value for each of 7 channels, got shape \(3,\)"),
+    ((add_noise, *CONVS), {"sigma": torch.ones(4)}, ValueError, r"sigma must be a scalar or one value .* 3 channels, got shape \(4,\)"),
+    ((noisy_linear,), {"sigma": torch.ones(3)}, ValueError, r"sigma must be a scalar or one value .* 7 channels, got shape \(3,\)"),
     (ALL, {"sigma": torch.ones(1, 3)}, ValueError, r"sigma must be a scalar .* got shape \(1, 3\)"),
     (ALL, {"seed": 1.5}, TypeError, "seed must be an integer, got float"),
     (ALL, {"seed": None}, TypeError, "seed must be an integer, got NoneType"),
     (ALL, {"seed": True}, TypeError, "seed must be an integer, got bool"),
-    (ALL, {"seed": torch.tensor(1, dtype=torch.int32)}, TypeError, r"seed must be an int or an int64 tensor of one value, got torch.int32 of"),
-    (ALL, {"seed": torch.tensor([1, 2])}, TypeError, r"seed must be an int or an int64 tensor of one value, got torch.int64 of shape \(2,\)"),
+    (ALL, {"seed": torch.tensor(1, dtype=torch.int32)}, TypeError, "seed must be an int or an int64 tensor of one value, got torch.int32"),
+    (ALL, {"seed": torch.tensor([1, 2])}, TypeError, r"seed must be an int or an int64 tensor of one value, got .*\(2,\)"),
     (ALL, {"draws": 0}, ValueError, "draws must be at least 1, got 0"),
     (ALL, {"draws": -2}, ValueError, "draws must be at least 1, got -2"),
     (ALL, {"draws": 2.0}, TypeError, "draws must be an integer, got float"),
@@ -84,22 +85,22 @@ BAD = [
     (ALL, {"places": torch.tensor([[0, 2**32 - 1]] * 4), "draws": 2}, ValueError, "places must hold indices .* with 2 draws"),
     (ALL, {"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'cpu', 'torch', got 'cuda'"),
     (ALL, {"backend": None}, ValueError, "backend must be one of .* got None"),
-    ((add_noise,), {"channel_dim": 0}, ValueError, r"channel_dim must name a dimension of x other than 0, got 0 for x of shape \(4, 3, 5, 6\)"),
+    ((add_noise,), {"channel_dim": 0}, ValueError, r"channel_dim must name a dimension .* got 0 for x of shape \(4, 3, 5, 6\)"),
     ((add_noise,), {"channel_dim": -4}, ValueError, "channel_dim must name a dimension of x other than 0, got -4"),
     ((add_noise,), {"channel_dim": 4}, ValueError, "channel_dim must name a dimension of x other than 0, got 4"),
     ((add_noise,), {"channel_dim": "C"}, TypeError, "channel_dim must be an integer, got str"),
     ((add_noise,), {"act": "gelu"}, ValueError, "act must be None or 'relu', got 'gelu'"),
-    ((add_noise,), {"scale": torch.ones(2)}, ValueError, r"scale must be a float scalar or have one value for each of the 3 channels, got .*\(2,\)"),
-    ((add_noise,), {"shift": torch.ones(3, 1)}, ValueError, r"shift must be a float scalar or have one value .* got torch.float32 of shape \(3, 1\)"),
+    ((add_noise,), {"scale": torch.ones(2)}, ValueError, r"scale must be a float scalar or .* each of the 3 channels, got .*\(2,\)"),
+    ((add_noise,), {"shift": torch.ones(3, 1)}, ValueError, r"shift must be a float scalar or .* got torch.float32 of shape \(3, 1\)"),
     ((add_noise,), {"scale": torch.ones(3).int()}, ValueError, "scale must be a float scalar or .* got torch.int32"),
     ((add_noise,), {"shift": "1"}, TypeError, "shift must be None, a number or a tensor, got str"),
-    ((noisy_conv2d,), {"weight": WEIGHT[0]}, ValueError, r"weight must be a tensor \[Cout, Cin / groups, kh, kw\], got torch.float32 of shape"),
-    ((noisy_conv,), {"weight": WEIGHT[0, 0]}, ValueError, r"weight must be a tensor \[Cout, .* with 1 to 3 kernel dimensions, got .*\(3, 3\)"),
+    ((noisy_conv2d,), {"weight": WEIGHT[0]}, ValueError, r"weight must be a tensor \[Cout, Cin / groups, kh, kw\], got .*\(3, 3, 3\)"),
+    ((noisy_conv,), {"weight": WEIGHT[0, 0]}, ValueError, r"weight must be a tensor .* with 1 to 3 kernel dimensions, got .*\(3, 3\)"),
     (CONVS, {"weight": [1]}, ValueError, r"weight must be a tensor \[Cout, .* got list"),
-    ((noisy_linear,), {"weight": WEIGHT}, ValueError, r"weight must be a tensor \[out_features, 7\], got torch.float32 of shape \(2, 3, 3, 3\)"),
+    ((noisy_linear,), {"weight": WEIGHT}, ValueError, r"weight must be a tensor \[out_features, 7\], got .*\(2, 3, 3, 3\)"),
     ((noisy_linear,), {"weight": torch.ones(2, 6)}, ValueError, r"weight must be a tensor \[out_features, 7\], got .*\(2, 6\)"),
     ((*CONVS, noisy_linear), {"bias": 1.0}, ValueError, r"bias must be None or a tensor \[2\], got float"),
-    ((*CONVS, noisy_linear), {"bias": torch.zeros(3)}, ValueError, r"bias must be None or a tensor \[2\], got torch.float32 of shape \(3,\)"),
+    ((*CONVS, noisy_linear), {"bias": torch.zeros(3)}, ValueError, r"bias must be None or a tensor \[2\], got .*\(3,\)"),
     (CONVS, {"stride": 0}, ValueError, r"stride must be an integer >= 1 or 2 of them, got \(0, 0\)"),
     (CONVS, {"stride": (1, 1, 1)}, ValueError, r"stride must be an integer >= 1 or 2 of them, got \(1, 1, 1\)"),
     (CONVS, {"stride": 1.5}, TypeError, "stride must be an integer, got float"),
@@ -154,7 +155,8 @@ from rse_fast import functional
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
-        print(functional.add_noise(torch.zeros(2, 3), 0.5, seed=4).tolist() == functional.add_noise(torch.zeros(2, 3), 0.5, seed=4, backend="torch").tolist())
+        auto, named = (functional.add_noise(torch.zeros(2, 3), 0.5, seed=4, backend=name) for name in ("auto", "torch"))
+        print(torch.equal(auto, named))
 print(len(caught), caught[0].category.__name__, caught[0].message)
 try:
     functional.add_noise(torch.zeros(2, 3), 0.5, seed=4, backend="cpu")
@@ -180,16 +182,12 @@ def test_empty_batches_give_empty_results(backend, rng):
             assert y.shape == (shape[0] * draws, *shape[1:]) and y.dtype == x.dtype
             y.sum().backward()
             assert x.grad.shape == shape and torch.equal(sigma.grad, torch.zeros(shape[1]))
-        x, w, b = (
-            torch.zeros(0, 3, 8, 8, requires_grad=True),
-            torch.randn(5, 3, 3, 3, requires_grad=True),
-            torch.randn(5, requires_grad=True),
-        )
+        x, w, b = (torch.randn(shape, requires_grad=True) for shape in ((0, 3, 8, 8), (5, 3, 3, 3), (5,)))
         y = functional.noisy_conv2d(x, w, b, 0.1, seed=1, draws=draws, stride=2, backend=backend)
         assert y.shape == (0, 5, 3, 3)
         y.sum().backward()
         assert x.grad.shape == x.shape and not w.grad.any() and not b.grad.any()
-        x, w = torch.zeros(0, 4, 7, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+        x, w = (torch.randn(shape, requires_grad=True) for shape in ((0, 4, 7), (5, 7)))
         y = functional.noisy_linear(x, w, None, 0.1, seed=1, draws=draws, backend=backend)
         assert y.shape == (0, 4, 5)
         y.sum().backward()
@@ -199,17 +197,11 @@ def test_empty_batches_give_empty_results(backend, rng):
 def test_numbers_and_tensors_of_one_value_are_the_same_sigma(backend, rng):
     x = torch.randn(2, 3, 4)
     expected = functional.add_noise(x, 0.25, seed=1, backend=backend)
-    same = (
-        torch.tensor(0.25),
-        torch.tensor([0.25]),
-        torch.full((3,), 0.25),
-        torch.tensor(0.25, dtype=torch.float64),
-        torch.tensor(0.25).half(),
-    )
-    for sigma in same:
+    one = torch.tensor(0.25)
+    for sigma in (one, one.reshape(1), one.expand(3), one.double(), one.half(), np.float32(0.25), np.float64(0.25)):
         y = functional.add_noise(x, sigma, seed=1, backend=backend)
         # One sigma for all channels multiplies the radius, a vector the normal: a rounding apart.
-        assert torch.equal(y, expected) if sigma.numel() == 1 else (y - expected).abs().max() < 2.0**-21
+        assert torch.equal(y, expected) if np.size(sigma) == 1 else (y - expected).abs().max() < 2.0**-21
 
 
 def test_autocast_casts_as_for_the_plain_layers(rng):
