@@ -24,6 +24,8 @@ SEEDS = {
 VARIABLES = {
     loader.UNIT_VARIABLE: "forces the CPU library's unit: baseline, avx2, avx512 or avx512bf16",
     loader.LIBRARY_VARIABLE: "path of the CPU library to open instead of the installed one",
+    "RSE_FAST_AUTOTUNE": "1 lets the Triton kernels try their launch shapes on the device and keep the fastest; the noise stays the same",
+    "RSE_FAST_CACHE": "folder of what is kept between runs: decoded images, tuned launch shapes",
     "RSE_FAST_REQUIRE_LIBRARY": "read by the installation only: 1 makes a CPU library that cannot be built an error",
 }
 PREFIX = "RSE_FAST_"

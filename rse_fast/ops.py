@@ -97,7 +97,9 @@ def _sum_draws(g, rows, images, draws):
 
 
 # ------------------------------------------------------------------------------------------------------- noisy_conv, noisy_linear
-def _noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend, places=None):
+def _noisy_conv(
+    x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend, places=None
+):
     if backend == "auto":
         backend = active_backend(x)
     if backend == "triton" and triton.convolves(x, weight, groups):
@@ -108,7 +110,9 @@ def _noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, dra
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-def _noisy_conv_fake(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend, places=None):
+def _noisy_conv_fake(
+    x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend, places=None
+):
     y = reference.packed_like(x, images * draws)
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
