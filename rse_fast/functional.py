@@ -132,8 +132,10 @@ def seed_tensor(seed, device) -> torch.Tensor:
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed must be an int or an int64 tensor of one value, got {_describe(seed)}")
         return seed.reshape(()).to(device)
-    value = integer("seed", seed) % 2**64
-    return torch.tensor(value - 2**64 if value >= 2**63 else value, device=device)
+    value = integer("seed", seed)
+    if not -(2**63) <= value < 2**63:
+        value = (value + 2**63) % 2**64 - 2**63
+    return torch.tensor(value, device=device)
 
 
 def check_sigma(name: str, sigma) -> None:
@@ -279,7 +281,7 @@ def _tuple(name, value, n, minimum):
 
 def integer(name, value) -> int:
     """``value`` as an integer, symbolic ones under torch.compile included."""
-    if isinstance(value, torch.SymInt):
+    if type(value) is int or isinstance(value, torch.SymInt):  # operator.index would make a constant of a symbolic one
         return value
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got bool")

@@ -1,0 +1,361 @@
+"""The layers: construction, noise in both modes, seeds, sigma through every conversion, state, and the scope."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import rse_fast
+from rse_fast import functional
+from rse_fast.nn import GaussianNoise, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyLinear, Scope, number_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYERS = [  # class, plain class, arguments, options, shape of one sample
+    (NoisyConv1d, nn.Conv1d, (3, 4, 3), {"padding": 1}, (3, 9)),
+    (NoisyConv2d, nn.Conv2d, (3, 4, 3), {}, (3, 8, 7)),
+    (NoisyConv2d, nn.Conv2d, (4, 6, (3, 2)), {"stride": (2, 1), "dilation": (1, 2), "groups": 2, "bias": False}, (4, 9, 8)),
+    (NoisyConv2d, nn.Conv2d, (3, 4, (2, 3)), {"padding": "same"}, (3, 8, 7)),
+    (NoisyConv2d, nn.Conv2d, (3, 4, 3), {"padding": "valid"}, (3, 8, 7)),
+    (NoisyConv2d, nn.Conv2d, (3, 4, 3), {"padding": (1, 2), "padding_mode": "circular"}, (3, 8, 7)),
+    (NoisyConv2d, nn.Conv2d, (3, 4, 3), {"padding": 1, "padding_mode": "reflect"}, (3, 8, 7)),
+    (NoisyConv3d, nn.Conv3d, (2, 3, 2), {"padding": 1}, (2, 4, 5, 6)),
+    (NoisyLinear, nn.Linear, (7, 5), {}, (7,)),
+    (NoisyLinear, nn.Linear, (7, 5), {"bias": False}, (4, 7)),
+]
+IDS = [f"{cls.__name__} {args} {options}" for cls, _, args, options, _ in LAYERS]
+ignore = "ignore:Using padding='same' with even kernel"  # said by the plain layer
+every_layer = pytest.mark.parametrize(("cls", "plain_cls", "args", "options", "shape"), LAYERS, ids=IDS)
+
+
+def ambient_noise(x, sigma, channel_dim=1):
+    """The noisy input of a layer whose seed is the next that torch's generator gives."""
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+    return functional.add_noise(x, sigma, seed=seed, channel_dim=channel_dim)
+
+
+# ------------------------------------------------------------------------------------------------------------------- what they compute
+@pytest.mark.filterwarnings(ignore)
+@every_layer
+def test_a_layer_is_the_plain_one_of_a_noisy_input(cls, plain_cls, args, options, shape, rng):
+    layer, plain = cls(*args, sigma=0.3, **options), plain_cls(*args, **options)
+    assert isinstance(layer, plain_cls) and layer.sigma == torch.tensor(0.3)
+    assert {k: v.shape for k, v in layer.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(3, *shape)
+    for sigma in (0.3, torch.rand(args[0])):
+        layer.sigma = torch.as_tensor(sigma)
+        for mode in (layer.train, layer.eval):
+            mode()
+            torch.manual_seed(5)
+            y = layer(x)
+            torch.manual_seed(5)
+            assert torch.equal(y, plain(ambient_noise(x, sigma, layer.channel_dim)))
+            assert not torch.equal(layer(x), y)  # fresh noise at every call
+            torch.manual_seed(5)
+            assert torch.equal(layer(x), y)
+
+
+@pytest.mark.filterwarnings(ignore)
+@every_layer
+def test_the_switch_gives_the_plain_layer_bit_for_bit(cls, plain_cls, args, options, shape, rng):
+    layer, plain = cls(*args, sigma=0.3, **options), plain_cls(*args, **options)
+    layer.load_state_dict(plain.state_dict())
+    layer.noise_enabled = False
+    inputs = (torch.randn(3, *shape), torch.randn(shape), torch.randn(0, *shape))
+    state = torch.get_rng_state()
+    for x in inputs:
+        assert torch.equal(layer(x), plain(x))
+    assert torch.equal(torch.get_rng_state(), state)  # and no seed is drawn
+    layer.noise_enabled = True
+    assert not torch.equal(layer(inputs[0]), plain(inputs[0]))
+
+
+@every_layer
+def test_inputs_without_a_batch_and_empty_batches(cls, plain_cls, args, options, shape, rng):
+    layer, x = cls(*args, sigma=torch.rand(args[0]), **options), torch.randn(shape)
+    if len(shape) > 1 and cls is NoisyLinear:
+        return  # its first dimension is the batch, whatever it is
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(y, layer(x[None])[0])
+    assert layer(torch.randn(0, *shape)).shape == (0, *y.shape)
+
+
+def test_gaussian_noise(rng):
+    for channel_dim, channels in ((1, 5), (-1, 6), (2, 4)):
+        for sigma in (0.3, torch.rand(channels)):
+            layer = GaussianNoise(sigma, channel_dim=channel_dim)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                for x in (torch.randn(2, 5, 4, 6, dtype=dtype), torch.randn(2, 4, 6, 5, dtype=dtype).permute(0, 3, 1, 2)):
+                    y = layer.eval()(x)
+                    assert y.dtype == dtype and y.shape == x.shape
+                    assert y.stride() == x.stride() or channel_dim != 1
+                    assert (y != x).any()
+    assert not list(layer.parameters()) and not layer.state_dict()
+    layer.noise_enabled = False
+    assert layer(x) is x
+
+
+def test_representation_names_sigma(rng):
+    assert repr(NoisyConv2d(3, 4, 3, sigma=0.25)) == "NoisyConv2d(3, 4, kernel_size=(3, 3), stride=(1, 1), sigma=0.25)"
+    assert repr(NoisyLinear(2, 3, sigma=torch.tensor([0.25, 1.5]))).endswith("bias=True, sigma=[0.25 .. 1.5])")
+    assert repr(GaussianNoise(0.5)) == "GaussianNoise(sigma=0.5, channel_dim=1)"
+
+
+def test_bad_sigma_is_refused_at_construction():
+    for bad in (-0.1, float("nan"), torch.tensor([0.1, -1.0]), torch.tensor(1), "0.1", None, True):
+        for make in (lambda s: NoisyConv2d(2, 3, 3, sigma=s), lambda s: NoisyLinear(2, 3, sigma=s), GaussianNoise):
+            with pytest.raises((ValueError, TypeError), match="^sigma must be "):
+                make(bad)
+
+
+# ------------------------------------------------------------------------------------------------------------------- sigma and state
+SIGMA = 0.1234567  # not a bfloat16, nor a float16
+
+
+@pytest.mark.parametrize("learnable", (False, True))
+def test_sigma_stays_float32_through_every_conversion(learnable, rng):
+    layer = rse_fast.convert(nn.Conv2d(3, 4, 3), SIGMA, SIGMA, learnable=learnable)
+    expected = layer.current_sigma().detach().clone()
+    assert abs(expected - SIGMA) < 1e-7
+    x = torch.randn(2, 3, 8, 8)
+    for convert, dtype in (
+        (layer.half, torch.float16),
+        (layer.bfloat16, torch.bfloat16),
+        (layer.double, torch.float64),
+        (lambda: layer.to(torch.bfloat16), torch.bfloat16),
+        (lambda: layer.to("cpu", torch.float32), torch.float32),
+        (lambda: layer.to(memory_format=torch.channels_last), torch.float32),
+    ):
+        convert()
+        assert layer.weight.dtype == dtype
+        assert torch.equal(layer.current_sigma().detach(), expected) and layer.current_sigma().dtype == torch.float32
+        layer.zero_grad()
+        y = layer(x.to(dtype))
+        assert y.dtype == dtype
+        y.float().square().sum().backward()
+        assert layer.weight.grad.dtype == dtype
+        if learnable:
+            assert layer.sigma_raw.grad.dtype == torch.float32 and layer.sigma_raw.grad.isfinite()
+        layer.zero_grad()
+    if not learnable:
+        assert layer.to("meta").sigma.device.type == "meta"
+
+
+@pytest.mark.parametrize("learnable", (False, True))
+def test_copies_and_pickles(learnable, rng):
+    layer = rse_fast.convert(nn.Conv2d(3, 4, 3), 0.3, 0.3, learnable=learnable)
+    x = torch.randn(2, 3, 8, 8)
+
+    def run(module):
+        torch.manual_seed(3)
+        return module(x)
+
+    stream = io.BytesIO()
+    torch.save(layer, stream)
+    stream.seek(0)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(stream, weights_only=False)):
+        assert type(other) is type(layer) and torch.equal(run(other), run(layer))
+        assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in layer.parameters()}
+    state = pickle.loads(pickle.dumps(layer.state_dict()))
+    fresh = rse_fast.convert(nn.Conv2d(3, 4, 3), 0.3, 0.3, learnable=learnable)
+    fresh.load_state_dict(state)
+    assert torch.equal(run(fresh), run(layer))
+
+
+def test_state_dicts_go_both_ways(rng):
+    noisy, plain = NoisyConv2d(3, 4, 3, sigma=0.3), nn.Conv2d(3, 4, 3)
+    assert list(noisy.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(noisy.state_dict())
+    assert torch.equal(plain.weight, noisy.weight)
+    noisy.load_state_dict(nn.Conv2d(3, 4, 3).state_dict())
+    assert noisy.sigma == torch.tensor(0.3)
+    learnable = rse_fast.convert(nn.Conv2d(3, 4, 3), 0.3, 0.3, learnable=True)
+    assert set(learnable.state_dict()) == {"weight", "bias", "sigma_raw"}
+    before = learnable.current_sigma().detach().clone()
+    learnable.load_state_dict(plain.state_dict())  # strict: a plain checkpoint leaves sigma as it is
+    assert torch.equal(learnable.weight, plain.weight) and torch.equal(learnable.current_sigma(), before)
+    with pytest.raises(RuntimeError, match="Missing key.*weight"):
+        learnable.load_state_dict({"bias": plain.bias})
+    with pytest.raises(RuntimeError, match="Unexpected key.*sigma_raw"):
+        plain.load_state_dict(learnable.state_dict())
+
+
+def test_learnable_sigma_starts_where_asked_and_stays_positive(rng):
+    for sigma in (1e-6, 1e-3, 0.1, 1.0, 30.0):
+        layer = rse_fast.convert(nn.Conv2d(3, 4, 3), sigma, sigma, learnable=True)
+        # softplus of its inverse: each rounds once, and the inverse's rounding counts |raw| times
+        assert abs(layer.current_sigma().item() - sigma) <= sigma * 2.0**-23 * (2 + layer.sigma_raw.abs().item())
+    layer = rse_fast.convert(nn.Conv2d(3, 4, 3), 0.05, 0.05, learnable=True)
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for _ in range(20):
+        optimiser.zero_grad()
+        layer.current_sigma().backward()  # pushes sigma down only
+        optimiser.step()
+    assert 0 < layer.current_sigma() < 0.05
+    for bad in (0.0, -1.0):
+        with pytest.raises(ValueError, match="sigma"):
+            rse_fast.convert(nn.Conv2d(3, 4, 3), bad, bad, learnable=True)
+
+
+def test_gradient_of_learnable_sigma_against_finite_differences(rng):
+    layer = rse_fast.convert(nn.Conv2d(3, 4, 3), 0.2, 0.2, learnable=True).double()
+    x, seed = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor(5)
+
+    def loss():
+        with Scope(seed, images=2, draws=3):
+            return layer(x).sin().sum()
+
+    loss().backward()
+    raw, slopes = layer.sigma_raw.data.clone(), []
+    for step in (2.0**-8, 2.0**-9):
+        ends = []
+        for shift in (-step, step):
+            layer.sigma_raw.data = raw + shift
+            ends.append((loss().item(), layer.current_sigma().item()))  # the float32 sigma that the layer really used
+        (low, s_low), (high, s_high) = ends
+        slopes.append((high - low) / (s_high - s_low) * torch.sigmoid(raw).item())
+    # The error of a central difference falls with the square of the step: that of the second is a third of their difference.
+    error = abs(slopes[0] - slopes[1]) + 2.0**-22 * abs(slopes[1])  # sigmoid and the gradient are float32
+    assert abs(layer.sigma_raw.grad.item() - slopes[1]) <= error < 0.01 * abs(slopes[1]) + 0.01
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ training
+@pytest.mark.parametrize("reentrant", (True, False))
+@every_layer
+def test_activation_checkpointing_gives_the_same_gradients(cls, plain_cls, args, options, shape, reentrant, rng):
+    first, second = cls(*args, sigma=0.3, **options), GaussianNoise(0.2)
+    x = torch.randn(3, *shape, requires_grad=True)
+    leaves = (x, *first.parameters())
+
+    def gradients(run):
+        torch.manual_seed(9)
+        return torch.autograd.grad(run(x).sin().sum(), leaves) if not reentrant else backward(run)
+
+    def backward(run):  # the reentrant form knows .backward() only
+        for leaf in leaves:
+            leaf.grad = None
+        run(x).sin().sum().backward()
+        return [leaf.grad.clone() for leaf in leaves]
+
+    def model(x):
+        return second(first(x))
+
+    expected = gradients(model)
+    replayed = gradients(lambda x: checkpoint(model, x, use_reentrant=reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(expected, replayed, strict=True))
+
+
+def test_a_small_network_holds_what_the_plain_one_holds(rng):
+    def network(conv):
+        return nn.Sequential(
+            conv(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), conv(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.MaxPool2d(2), conv(16, 32, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 10),
+        )  # fmt: skip
+
+    def held(model, x):
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(x)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    x = torch.randn(8, 3, 16, 16)
+    assert held(network(NoisyConv2d), x) <= held(network(nn.Conv2d), x) + 3 * 12  # a sigma and a seed a layer
+
+
+# --------------------------------------------------------------------------------------------------------------------------------- Scope
+@pytest.fixture
+def model():
+    layers = nn.Sequential(NoisyConv2d(3, 4, 3, padding=1), nn.ReLU(), GaussianNoise(0.2), nn.Flatten(), NoisyLinear(4 * 25, 5))
+    number_layers(layers)
+    return layers
+
+
+def test_a_scope_gives_each_layer_its_stream(model, rng):
+    x, seed = torch.randn(2, 3, 5, 5), torch.tensor(77)
+    state = torch.get_rng_state()
+    with Scope(seed, images=2, draws=3, image0=4, draw0=5):
+        y = model(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    where = {"seed": 77, "images": 2, "draws": 3, "image0": 4, "draw0": 5}
+    conv, noise, linear = model[0], model[2], model[4]
+    h = functional.noisy_conv2d(x, conv.weight, conv.bias, conv.sigma, padding=1, stream=0, **where).relu()
+    h = functional.add_noise(h, noise.sigma, stream=1, **where).flatten(1)
+    assert torch.equal(y, functional.noisy_linear(h, linear.weight, linear.bias, linear.sigma, stream=2, **where))
+    assert [conv.stream, noise.stream, linear.stream] == [0, 1, 2] and y.shape == (6, 5)
+
+
+def test_a_scope_takes_places_and_a_backend(model, library, rng):
+    x, places = torch.randn(2, 3, 5, 5), torch.tensor([[9, 1], [3, 6]])
+    results = {}
+    for backend in ("cpu", "torch"):
+        with Scope(torch.tensor(77), images=2, draws=2, places=places, backend=backend):
+            results[backend] = model(x).detach()
+    for i, (image, draw) in enumerate(places.tolist()):
+        with Scope(torch.tensor(77), images=1, draws=2, image0=image, draw0=draw):
+            assert torch.allclose(model(x[i : i + 1]), results["cpu"][i::2], atol=1e-5)
+    assert torch.allclose(results["cpu"], results["torch"], atol=1e-5) and not torch.equal(results["cpu"], results["torch"])
+
+
+def test_a_layer_called_twice_in_a_scope_gets_other_noise(rng):
+    layer, x = GaussianNoise(1.0), torch.zeros(2, 3, 5)
+    with Scope(torch.tensor(1), images=2):
+        first, second = layer(x), layer(x)
+    with Scope(torch.tensor(1), images=2):
+        assert torch.equal(layer(x), first) and torch.equal(layer(x), second)
+    assert torch.equal(second, functional.add_noise(x, 1.0, seed=1, stream=1 << 16)) and not torch.equal(first, second)
+
+
+def test_scopes_nest_and_end_with_exceptions(rng):
+    layer, x = GaussianNoise(1.0), torch.zeros(2, 3, 5)
+    one, two = (functional.add_noise(x, 1.0, seed=seed) for seed in (1, 2))
+    with Scope(torch.tensor(1), images=2):
+        with pytest.raises(KeyError), Scope(torch.tensor(2), images=2):
+            assert torch.equal(layer(x), two)
+            raise KeyError
+        assert torch.equal(layer(x), one)
+    assert not torch.equal(layer(x), layer(x))  # the generator's seeds again
+
+
+def test_threads_do_not_disturb_each_other(model, rng):
+    x = torch.randn(2, 3, 5, 5)
+
+    def run(seed):
+        with torch.no_grad(), Scope(torch.tensor(seed), images=2, draws=2):
+            return model(x)
+
+    expected, barrier, wrong = [run(seed) for seed in range(4)], threading.Barrier(4), []
+
+    def work(seed):
+        torch.set_num_threads(1)  # a setting of the thread
+        barrier.wait()
+        wrong.extend(seed for _ in range(50) if not torch.equal(run(seed), expected[seed]))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_rows_that_are_no_batch_are_an_error(rng):
+    layer = GaussianNoise(1.0)
+    with Scope(torch.tensor(1), images=4, draws=3):
+        for rows in (4, 12):
+            assert layer(torch.zeros(rows, 3)).shape == (12, 3)
+        for rows in (1, 3, 8, 24):
+            with pytest.raises(ValueError, match=f"a noisy layer got {rows} rows where 4 images in 3 draws are under way"):
+                layer(torch.zeros(rows, 3))
