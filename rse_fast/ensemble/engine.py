@@ -257,14 +257,15 @@ class Ensemble(nn.Module):
     @torch.inference_mode(False)  # a snapshot taken under inference_mode serves calls that want a gradient as well
     def _prepare(self, x):
         dtype = self._resolve_dtype(x.device)
+        noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
         if not self.fuse:
             with _eval_mode(self.model):
                 parameter = next(self.model.parameters(), None)
-                return _Runner(self.model, dtype if parameter is None else parameter.dtype, x, dtype)
+                return _Runner(self.model, dtype if parameter is None else parameter.dtype, x, dtype, noisy)
         copied, problem = fuse.snapshot(self.model, dtype)
         if problem is not None:
             warnings.warn(f"rse-fast: the model cannot be traced and runs unfused ({problem})", RuntimeWarning, stacklevel=5)
-        return _Runner(copied, dtype, x, dtype)
+        return _Runner(copied, dtype, x, dtype, noisy)
 
 
 class Stream:
@@ -311,11 +312,13 @@ class Stream:
 
 
 class _Runner:
-    """A model in eval mode and ``dtype``, ready to run packed batches of one image shape, computing in ``compute``."""
+    """A model in eval mode and ``dtype``, ready to run packed batches of one image shape, computing in ``compute``.
 
-    def __init__(self, model, dtype, x, compute):
-        self.model, self.dtype, self.compute = model, dtype, compute
-        self.noisy = any(layer.noise_enabled for layer in noise_layers(model).values())
+    noisy: whether any noise is switched on. A graph has lost the layers that its model never calls, so it cannot tell.
+    """
+
+    def __init__(self, model, dtype, x, compute, noisy):
+        self.model, self.dtype, self.compute, self.noisy = model, dtype, compute, noisy
         lazy = self._dry_run(x, packed=False)
         self.packs_input = lazy is None
         shape = lazy or self._dry_run(x, packed=True)

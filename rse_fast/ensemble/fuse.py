@@ -107,6 +107,8 @@ class FusedConv(nn.Module):
         # The vendor's op for packed weights has no gradient; elsewhere than on the CPU it does not exist.
         if x.device.type != "cpu" or x.requires_grad or not torch.backends.mkldnn.is_available() or not x.numel():
             return layer._conv_forward(x, layer.weight, layer.bias)
+        if x.dim() != 4 or x.shape[1] != layer.in_channels:  # torch says what is wrong
+            return layer._conv_forward(x, layer.weight, layer.bias)
         geometry = layer.padding, layer.stride, layer.dilation, layer.groups
         if self.packed is None:  # by the first batch's shape, which is the usual one; other shapes are right too
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *geometry, list(x.shape))
