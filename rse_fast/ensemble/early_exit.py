@@ -73,10 +73,10 @@ class Exact:
       more than its logits do: with d = p_a - p_b >= 0 its derivatives add up in magnitude to
       p_a (1 - d) + p_b (1 + d) + (1 - p_a - p_b) d = 2 p_a (1 - d) <= (1 + d) (1 - d) <= 1. The default, 2^-4, is one unit in the last
       place of a bfloat16 logit in [8, 16) and lengthens the shortest run by 3 %; float32 logits that size differ by about 1e-5.
-    - 4 e n, where e = (2 K + 16) u bounds the error of one softmax value computed in float32 as exp(log_softmax): K u for the sum over
-      classes, the rest for the logarithm and the exponentials. Four values enter for each draw seen (two classes, two computations),
-      and a value of a remaining draw is at most 1 + e.
-    - 8 n^2 v for the float64 sums of both computations and the division by n, which may round two different sums to one mean.
+    - 4 e n, where e = (2 K + 32) u bounds the error of one softmax value computed in float32 as exp(log_softmax): K u for the sum over
+      classes, less than (K + 16) u for the logarithm and the exponentials. Four values enter for each draw seen (two classes, two
+      computations), and a value of a remaining draw is at most 1 + e. The remaining 16 u are for the float64 sums of both computations
+      and the division by n, which may round two different sums to one mean: no more than 8 n^2 v <= 64 n u for n <= 2^32.
     """
 
     draws: int
@@ -90,7 +90,7 @@ class Exact:
     def update(self, state: State, p: torch.Tensor) -> tuple[State, torch.Tensor]:
         sums = _running(state.sums, p)  # [1 + draws, images, K]
         used = state.used + torch.arange(1, len(p) + 1, device=p.device)[:, None]
-        decided = self._lead(sums[1:]) > (self.draws - used).clamp_min(0) + self._slack(used)
+        decided = self._lead(sums[1:]) > self.draws - used + self._slack(used)
         return State(sums[-1].clone(), state.used + len(p)), decided
 
     def needed(self, state: State) -> torch.Tensor:
@@ -99,8 +99,7 @@ class Exact:
         return (short / (2 - self.rounding)).nan_to_num(0, self.draws, 0).ceil().long().clamp_min(1)
 
     def _slack(self, used):
-        softmax_error = (2 * self.classes + 16) * 2**-24
-        return used * self.rounding + 4 * self.draws * softmax_error + 8 * self.draws**2 * 2**-53
+        return used * self.rounding + 4 * self.draws * (2 * self.classes + 32) * 2**-24
 
     def _lead(self, sums):
         """Of the largest sum over the next one, [...] of [..., K]; infinite for a single class."""
@@ -164,7 +163,8 @@ class Betting:
         bets = MAX_BET * 0.5 ** torch.arange(BETS, dtype=torch.float64, device=p.device)
         # Plain products: a capital that overflows stays infinite, long after its class was rejected; one that underflows stays 0, which
         # errs on the safe side.
-        capital = torch.cat([state.capital[None], 1 + bets[:, None] * gain[:, :, None]]).cumprod(0)  # [1 + draws, images, BETS, K]
+        factors = (bets[:, None] * gain[:, :, None]).add_(1)
+        capital = torch.cat([state.capital[None], factors]).cumprod_(0)  # [1 + draws, images, BETS, K]
         reached = capital[1:].sum(2) >= 1 / (1 - self.confidence)
         rejected = torch.cat([state.rejected[None], reached]).cumsum(0) > 0  # [1 + draws, images, K]
         top = torch.nn.functional.one_hot(sums[1:].argmax(-1), self.classes).bool()
