@@ -264,7 +264,7 @@ class Ensemble(nn.Module):
                 return _Runner(self.model, dtype if parameter is None else parameter.dtype, x, dtype, noisy)
         copied, problem = fuse.snapshot(self.model, dtype)
         if problem is not None:
-            warnings.warn(f"rse-fast: the model cannot be traced and runs unfused ({problem})", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"rse-fast: the model cannot be traced and runs unfused ({problem})", RuntimeWarning, stacklevel=8)
         return _Runner(copied, dtype, x, dtype, noisy)
 
 

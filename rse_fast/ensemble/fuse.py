@@ -6,6 +6,7 @@ library's own order, which it would otherwise bring them into at every call.
 """
 
 import copy
+import operator
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, NoisyConv1d, NoisyConv2d, NoisyConv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_FRESH = (operator.add, operator.sub, operator.mul, torch.add, torch.cat)  # calls whose result is new memory
 
 
 def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, str | None]:
@@ -97,9 +99,9 @@ class FusedConv(nn.Module):
         self.layer, self.relu = layer, relu
         self.packed = None
 
-    def forward(self, x):
+    def forward(self, input):  # the name that nn.Conv2d gives it
         layer = self.layer
-        x = x.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
+        x = input.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
         if getattr(layer, "noise_enabled", False):
             x = functional.add_noise(x, act="relu" if self.relu else None, **layer.noise_arguments(x))
         elif self.relu:
@@ -137,12 +139,20 @@ def merge_relu(model: torch.fx.GraphModule) -> None:
         layer = module_of(node, (NoisyConv2d,))
         return layer is not None and _is_simple(layer)
 
+    def is_private(node):
+        """Whether its one reader alone sees what it computes: whoever reads the memory of an in-place ReLU's source reads the ReLU's."""
+        if len(node.users) != 1:
+            return False
+        if node.target in _FRESH or module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None:
+            return True
+        views = node.args[:1] if node.target is operator.iadd else node.all_input_nodes  # what its result may be a view of
+        return node.op.startswith("call_") and all(map(is_private, views))
+
     for node in list(model.graph.nodes):
         if not is_relu(node) or not node.users or not node.args:
             continue
         source = node.args[0]
-        # Whoever else reads the source of an in-place ReLU reads the ReLU's result.
-        if len(source.users) != 1:
+        if not is_private(source):
             continue
         pools = [user for user in node.users if is_pool(user)]
         readers = [user for user in node.users if user not in pools] + [user for pool in pools for user in pool.users]
