@@ -1,0 +1,331 @@
+"""What an Ensemble does to its model (nothing), notices of it (every change), and is itself: copies, devices, threads, lifetime."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from module_state import assert_unchanged, fingerprint
+from small_nets import CLASSES, NETS, rounding, sequential
+from torch import nn
+
+import rse_fast
+from rse_fast import Ensemble
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FUSE = pytest.mark.parametrize("fuse", [True, False])
+
+
+@pytest.fixture
+def seed(rng):
+    return int(rng.integers(2**64, dtype=np.uint64))
+
+
+def images(rows=4):
+    return torch.rand(rows, 3, 10, 10)
+
+
+class Fragile(nn.Module):
+    """Fails once in its middle when told to."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.fails = model, False
+
+    def forward(self, x):
+        y = self.model(x)
+        if self.fails and x.device.type != "meta":
+            raise ArithmeticError("as told")
+        return y
+
+
+# ---------------------------------------------------------------------------------------------------------- the model stays as it is
+@FUSE
+@pytest.mark.parametrize("name", ["plain", "residual", "shared", "not traceable"])
+@pytest.mark.filterwarnings("ignore:rse-fast. the model cannot be traced:RuntimeWarning")
+def test_the_model_is_not_changed(name, fuse, seed):
+    model = NETS[name]().train()
+    next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).eval()  # a frozen BatchNorm in a model in training
+    before = fingerprint(model)
+    ensemble = Ensemble(model, 3, fuse=fuse)
+    ensemble.predict(images(), seed)
+    ensemble(images().requires_grad_()).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    assert_unchanged(model, before)
+
+
+@FUSE
+@pytest.mark.filterwarnings("ignore:rse-fast. the model cannot be traced:RuntimeWarning")
+def test_modes_come_back_when_a_pass_fails(fuse):
+    model = Fragile(NETS["plain"]()).train()
+    model.model[1].eval()
+    modes = [m.training for m in model.modules()]
+    ensemble = Ensemble(model, 3, fuse=fuse)
+    ensemble.predict(images())
+    model.fails = True
+    ensemble.refresh()
+    with pytest.raises(ArithmeticError):
+        ensemble.predict(images())
+    assert [m.training for m in model.modules()] == modes
+    model.fails = False
+    ensemble.refresh()
+    ensemble.predict(images())
+    assert [m.training for m in model.modules()] == modes
+
+
+@FUSE
+def test_a_model_in_training_predicts_as_in_evaluation(fuse, seed):
+    model, x = NETS["residual"](), images()
+    expected = Ensemble(model, 3, fuse=fuse).predict(x, seed).probs
+    ensemble = Ensemble(model.train(), 3, fuse=fuse).train()
+    assert torch.equal(ensemble.predict(x, seed).probs, expected)
+    assert all(m.training for m in model.modules())
+
+
+def test_a_model_that_cannot_be_traced_is_told_and_works(seed):
+    model, x = NETS["not traceable"](), images()
+    ensemble = Ensemble(model, 4, dtype="float32")
+    with pytest.warns(RuntimeWarning, match="cannot be traced and runs unfused.*control flow") as caught:
+        found = ensemble.predict(x, seed).probs
+        ensemble.refresh()
+        ensemble(x)
+    assert [warning.filename for warning in caught] == [__file__] * 2  # it points to the call
+    with torch.no_grad():
+        logits = sequential(model, x, 4, seed)
+    assert (found - logits.softmax(-1).mean(0)).abs().max() <= rounding(model, logits)
+
+
+class Random(nn.Module):
+    """Draws numbers of its own from torch's generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = rse_fast.nn.NoisyConv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) + torch.rand(4)
+
+
+def test_random_numbers_of_the_models_own_are_not_frozen(seed):
+    ensemble = Ensemble(Random(), 3)
+    state = torch.get_rng_state()
+    ensemble.model.conv.noise_enabled = False
+    with pytest.warns(RuntimeWarning, match="draws random numbers"):
+        first = ensemble.predict(images(), seed).probs
+    assert not torch.equal(first, ensemble.predict(images(), seed).probs)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+# -------------------------------------------------------------------------------------------------------------- changes are noticed
+def train_a_step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(images()).square().sum().backward()
+    optimizer.step()
+
+
+def load_another(model):
+    model.load_state_dict({k: v + 0.1 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+
+
+def assign_another(model):
+    model.load_state_dict({k: v + 0.1 if v.is_floating_point() else v for k, v in model.state_dict().items()}, assign=True)
+
+
+def replace_a_parameter(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+
+
+def change_a_buffer(model):
+    model[1].running_mean.add_(1)
+
+
+def change_sigma(model):
+    model[3].sigma.fill_(1.5)
+
+
+def replace_sigma(model):
+    model[3].init_noise(1.5)
+
+
+def switch_one_layer(model):
+    model[0].noise_enabled = False
+
+
+CHANGES = [train_a_step, load_another, assign_another, replace_a_parameter, change_a_buffer, change_sigma, replace_sigma, switch_one_layer]
+
+
+@FUSE
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_the_model_are_noticed(change, fuse, seed):
+    model, x = NETS["plain"](), images()
+    ensemble = Ensemble(model, 3, seed=seed, dtype="float32", fuse=fuse)
+    before = ensemble.predict(x).probs
+    assert torch.equal(ensemble.predict(x).probs, before)
+    change(model)
+    after = ensemble.predict(x).probs
+    assert not torch.equal(after, before)
+    assert torch.equal(after, Ensemble(model, 3, seed=seed, dtype="float32", fuse=fuse).predict(x).probs)
+
+
+@FUSE
+def test_noise_off_is_noticed_and_ends(fuse, seed):
+    model, x = NETS["residual"](), images()
+    ensemble = Ensemble(model, 3, seed=seed, dtype="float32", fuse=fuse)
+    before = ensemble.predict(x)
+    with rse_fast.noise_off(model):
+        off = ensemble.predict(x)
+        with torch.no_grad():
+            logits = model(x)
+        assert torch.equal(off.votes, 3 * nn.functional.one_hot(logits.argmax(-1), CLASSES))
+        assert (off.probs - logits.softmax(-1)).abs().max() <= rounding(model, logits)
+        assert (ensemble(x) - logits.log_softmax(-1)).abs().max() <= 2 * rounding(model, logits)
+    assert torch.equal(ensemble.predict(x).probs, before.probs)
+
+
+def test_refresh_takes_what_versions_do_not_show(seed):
+    model, x = NETS["plain"](), images()
+    ensemble = Ensemble(model, 3, seed=seed)
+    before = ensemble.predict(x).probs
+    model[0].weight.data.mul_(2)
+    ensemble.refresh()
+    after = ensemble.predict(x).probs
+    assert not torch.equal(after, before)
+    assert torch.equal(after, Ensemble(model, 3, seed=seed).predict(x).probs)
+
+
+@FUSE
+def test_a_model_whose_noise_was_reverted_is_refused(fuse):
+    model = NETS["plain"]()
+    ensemble = Ensemble(model, 3, fuse=fuse)
+    ensemble.predict(images())
+    rse_fast.revert(model)
+    with pytest.raises(ValueError, match="model must have noisy layers"):
+        ensemble.predict(images())
+
+
+@FUSE
+def test_another_image_size_is_another_dry_run(fuse, seed):
+    model = NETS["plain"]()
+    ensemble = Ensemble(model, 3, dtype="float32", fuse=fuse)
+    for size in (10, 14, 10, 11):
+        x = torch.rand(2, 3, size, size)
+        with torch.no_grad():
+            logits = sequential(model, x, 3, seed)
+        assert (ensemble.predict(x, seed).probs - logits.softmax(-1).mean(0)).abs().max() <= rounding(model, logits)
+
+
+# -------------------------------------------------------------------------------------------------------------- as an nn.Module
+def test_an_ensemble_is_a_module_around_its_model(seed):
+    model, x = NETS["plain"](), images()
+    ensemble = Ensemble(model, 3, seed=seed)
+    assert [id(p) for p in ensemble.parameters()] == [id(p) for p in model.parameters()]
+    ensemble.predict(x)  # a snapshot adds nothing
+    assert list(ensemble.state_dict()) == ["model." + key for key in model.state_dict()]
+    assert list(ensemble.children()) == [model]
+    other = Ensemble(NETS["plain"](), 3, seed=seed)
+    other.load_state_dict(ensemble.state_dict(), strict=True)
+    assert torch.equal(other.predict(x).probs, ensemble.predict(x).probs)
+    assert "draws=3" in repr(ensemble) and str(seed) in repr(ensemble)
+    assert ensemble.eval() is ensemble and not model.training and ensemble.train() is ensemble and model.training
+    assert "fresh at every call" in repr(Ensemble(model))
+
+
+@FUSE
+def test_casts_of_the_ensemble_are_noticed(fuse, seed):
+    ensemble, x = Ensemble(NETS["plain"](), 3, seed=seed, dtype="float32", fuse=fuse), images()
+    with torch.no_grad():
+        logits = sequential(ensemble.model, x, 3, seed)
+    before = ensemble.predict(x).probs
+    assert ensemble.to(torch.bfloat16) is ensemble and ensemble.model[0].weight.dtype == torch.bfloat16
+    after = ensemble.predict(x).probs
+    difference = (after - before).abs().max()
+    assert 0 < difference <= 2 * rounding(ensemble.model, logits, torch.bfloat16)  # weights and activations
+    assert ensemble.model[0].sigma.dtype == torch.float32
+
+
+@FUSE
+@pytest.mark.parametrize("warm", [True, False])
+def test_copies_and_pickles(fuse, warm, seed):
+    ensemble, x = Ensemble(NETS["residual"](), 3, seed=seed, chunk_rows=5, fuse=fuse), images()
+    if warm:
+        ensemble.predict(x)
+    file = io.BytesIO()
+    torch.save(ensemble, file)
+    file.seek(0)
+    for other in (copy.deepcopy(ensemble), copy.copy(ensemble), pickle.loads(pickle.dumps(ensemble)), torch.load(file, weights_only=False)):
+        assert (other.draws, other.seed, other.chunk_rows, other.fuse) == (3, seed, 5, fuse)
+        assert torch.equal(other.predict(x).probs, ensemble.predict(x).probs)
+        assert other._lock is not ensemble._lock
+        if other.model is not ensemble.model:
+            before = ensemble.predict(x).probs
+            load_another(other.model)
+            assert not torch.equal(other.predict(x).probs, before)
+            assert torch.equal(ensemble.predict(x).probs, before)
+
+
+@FUSE
+def test_a_model_is_let_go_with_its_ensembles(fuse):
+    model = NETS["plain"]()
+    ensembles = [Ensemble(model, 2, fuse=fuse) for _ in range(2)]
+    for ensemble in ensembles:
+        ensemble.predict(images())
+    model = weakref.ref(model)
+    del ensembles, ensemble
+    gc.collect()
+    assert model() is None
+
+
+# ------------------------------------------------------------------------------------------------------------------------ threads
+@FUSE
+def test_threads_get_what_they_would_get_alone(fuse, rng):
+    """Eight threads, two ensembles over one model in training, two image sizes, a seed for each call."""
+    model = NETS["residual"]().train()
+    model.get_submodule("1.bn1").eval()
+    modes, buffers = [m.training for m in model.modules()], [b.clone() for b in model.buffers()]
+    seeds = [int(s) for s in rng.integers(2**63, size=32)]
+    inputs = [torch.rand(2, 3, 10 + 2 * (i % 2), 10) for i in range(len(seeds))]
+
+    def ensembles():
+        return [Ensemble(model, draws, dtype="float32", fuse=fuse, chunk_rows=4) for draws in (3, 4)]
+
+    serial = [ensembles()[i % 2].predict(x, s).probs for i, (x, s) in enumerate(zip(inputs, seeds, strict=True))]
+    shared, start = ensembles(), threading.Barrier(8)
+
+    def work(thread):
+        torch.set_num_threads(1)
+        start.wait(60)
+        return [(i, shared[i % 2].predict(inputs[i], seeds[i]).probs) for i in range(thread, len(seeds), 8)]
+
+    with ThreadPoolExecutor(8) as pool:
+        results = dict(pair for pairs in pool.map(work, range(8)) for pair in pairs)
+    assert all(torch.equal(results[i], expected) for i, expected in enumerate(serial))
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+
+
+def test_a_scope_belongs_to_its_thread(seed):
+    """While one thread predicts with a fixed seed, another's own passes keep their ambient noise."""
+    model, x = NETS["plain"](), images(2)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(module, args):
+        if args[0].device.type != "meta" and threading.current_thread() is not threading.main_thread():
+            entered.set()
+            assert leave.wait(60)
+
+    model[-1].register_forward_pre_hook(hold)
+    ensemble = Ensemble(model, 2, seed=seed, fuse=False, dtype="float32")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ensemble.predict, x)
+        assert entered.wait(60)
+        with torch.no_grad():
+            assert model(x).shape == (2, CLASSES) and not torch.equal(model(x), model(x))
+        leave.set()
+        assert torch.equal(waiting.result(60).probs, ensemble.predict(x).probs)
