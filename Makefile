@@ -18,12 +18,14 @@ help:
 	@echo "make build  sdist and wheel into dist/"
 	@echo "make clean  remove .venv and everything built"
 
+# Passive waiting: on a machine whose cores others use too, threads that spin at barriers make small networks ten times slower.
+demo test: export OMP_WAIT_POLICY ?= passive
+
 demo: $(VENV)/installed-demo
 	$(BIN)/rse-fast demo $(ARGS)
 
-# Passive waiting: on a machine whose cores others use too, threads that spin at barriers make small tests ten times slower.
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
