@@ -158,6 +158,15 @@ def test_plain_convolutions_are_folded_too(seed):
     assert kinds(assert_same_function(model, seed)) == {"norms": 0, "relus": 0, "merged": 1}
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_computed_weight_with_a_history(norm, seed):
+    """After a step of training, the weight that hooks have computed belongs to a graph, and torch does not copy such a tensor."""
+    model = rse_fast.convert(nn.Sequential(norm(conv(3)), nn.BatchNorm2d(6), Head(6)))
+    model(torch.rand(PACKED)).sum().backward()
+    assert not model[0].weight.is_leaf
+    assert_same_function(model, seed)
+
+
 # -------------------------------------------------------------------------------------------------------------- ReLU and noise
 RELUS = {
     "module": (lambda: [conv(3), nn.ReLU(), conv(6)], 1),

@@ -249,7 +249,8 @@ class Ensemble(nn.Module):
         with self._lock:
             state = self._state(x)
             if self._prepared is None or self._prepared[0] != state:
-                self._prepared = state, self._prepare(x)
+                with torch.random.fork_rng(devices=[]):  # a forward that draws numbers of its own does so in dry runs, too
+                    self._prepared = state, self._prepare(x)
             prepared = self._prepared[1]
         with contextlib.nullcontext() if self.fuse else _eval_mode(self.model):
             yield prepared

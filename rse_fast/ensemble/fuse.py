@@ -35,11 +35,10 @@ def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, str | Non
     copied = nn.Sequential(copied).to(torch.promote_types(dtype, torch.float32))  # folding is done in float32 at least
     problem = None
     try:
-        with torch.random.fork_rng(devices=[]):
-            before = torch.get_rng_state()
-            graph = _Tracer().trace(copied)
-            if not torch.equal(before, torch.get_rng_state()):
-                raise RuntimeError("its forward draws random numbers, which the graph would repeat")
+        before = torch.get_rng_state()
+        graph = _Tracer().trace(copied)
+        if not torch.equal(before, torch.get_rng_state()):
+            raise RuntimeError("its forward draws random numbers, which the graph would repeat")
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     else:
