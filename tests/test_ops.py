@@ -119,7 +119,7 @@ def test_gradients_and_their_gradients_in_float64(per_channel, rng):
 
 
 # ------------------------------------------------------------------------------------------------- gradients in float32, all backends
-def compare(call, model, tensors, eps, what):
+def check_against_float64(call, model, tensors, eps, what):
     """Output and gradients of ``call(*tensors)`` in float32 against ``model(*tensors, eps)`` in float64.
 
     A sum of n products, in any order, is within n roundings of the sum of their absolute values: the same model on absolute values.
@@ -177,7 +177,7 @@ def test_gradients_of_noisy_conv(backend, case, rng):
         for layout in (torch.clone, channels_last):
             x, w, b = layout(torch.randn(rows, *shape)), torch.randn(weight), torch.randn(weight[0]) if bias else None
             sigma = torch.rand(shape[0]) + 0.1 if per_channel else torch.tensor(0.3)
-            compare(call, model, (x, w, b, sigma), eps_like(x, images, draws), (images, draws, rows, layout))
+            check_against_float64(call, model, (x, w, b, sigma), eps_like(x, images, draws), (images, draws, rows, layout))
 
 
 def test_gradients_of_noisy_linear(backend, rng):
@@ -189,7 +189,7 @@ def test_gradients_of_noisy_linear(backend, rng):
         for sigma in (torch.tensor(0.3), torch.rand(shape[-1]) + 0.1):
             x, w, b = torch.randn(rows, *shape), torch.randn(7, shape[-1]), torch.randn(7) if bias else None
             eps = eps_like(x.movedim(-1, 1), images, draws).movedim(1, -1)
-            compare(call, model, (x, w, b, sigma), eps, (shape, rows, bias, sigma))
+            check_against_float64(call, model, (x, w, b, sigma), eps, (shape, rows, bias, sigma))
 
 
 @pytest.mark.parametrize("act", (None, "relu"))
@@ -206,7 +206,7 @@ def test_gradients_of_add_noise(backend, act, rng):
             return functional.add_noise(x, s, scale=scale, shift=shift, act=act, backend=backend, **at)
 
         for sigma in (torch.tensor(0.3), torch.rand(shape[0]) + 0.1):
-            compare(call, model, (x, sigma, scale, shift), eps_like(x, images, draws), (shape, rows, layout, sigma))
+            check_against_float64(call, model, (x, sigma, scale, shift), eps_like(x, images, draws), (shape, rows, layout, sigma))
 
 
 def test_noise_alone_passes_the_gradient_through(backend, rng):
