@@ -25,6 +25,7 @@ class Scope:
     seed: int64 tensor of one value. A batch of ``images`` rows leaves the first noisy layer as ``draws * images`` rows (lazy packing);
     rows are draws ``draw0 ..`` of images ``image0 ..``, or of the (image, first draw) of each row of ``places``. A layer's stream is its
     index in the model, plus the number of its earlier calls within the scope in the high half of the word: one scope is one forward pass.
+    ``silent``: the stream of a layer whose first call adds no noise, because the caller has added it already.
     """
 
     seed: torch.Tensor
@@ -34,6 +35,7 @@ class Scope:
     draw0: int = 0
     backend: str = "auto"
     places: torch.Tensor | None = None
+    silent: int | None = None
     calls: dict = field(default_factory=dict, repr=False)
 
     def __enter__(self):
@@ -52,7 +54,9 @@ class Scope:
             )
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
+        sigma = layer.current_sigma()
         return {
+            "sigma": torch.zeros_like(sigma) if call == 0 and layer.stream == self.silent else sigma,
             "seed": self.seed, "stream": layer.stream + (call << 16), "images": self.images, "draws": self.draws,
             "image0": self.image0, "draw0": self.draw0, "backend": self.backend, "places": self.places,
         }  # fmt: skip
@@ -97,7 +101,7 @@ class NoiseLayer(nn.Module):
     def noise_arguments(self, x: torch.Tensor) -> dict:
         scope = getattr(_active, "scope", None)
         if scope is not None:
-            return {"sigma": self.current_sigma(), **scope.arguments(self, x.shape[0])}
+            return scope.arguments(self, x.shape[0])
         low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
         seed = torch.randint(low, high, (), dtype=torch.int64, device=x.device)
         return {"sigma": self.current_sigma(), "seed": seed, "stream": _rank()}

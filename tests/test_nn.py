@@ -359,3 +359,17 @@ def test_rows_that_are_no_batch_are_an_error(rng):
         for rows in (1, 3, 8, 24):
             with pytest.raises(ValueError, match=f"a noisy layer got {rows} rows where 4 images in 3 draws are under way"):
                 layer(torch.zeros(rows, 3))
+
+
+def test_a_scope_silences_the_first_call_of_one_layer(rng):
+    model = nn.Sequential(NoisyLinear(4, 4, sigma=0.3), NoisyLinear(4, 4, sigma=0.2))
+    number_layers(model)
+    x, seed = torch.randn(3, 4), torch.tensor(int(rng.integers(2**62)))
+    with Scope(seed, 3, silent=0):
+        y = model[0](x)
+        again, other = model[0](x), model[1](x)
+    assert torch.equal(y, nn.functional.linear(x, model[0].weight, model[0].bias))
+    with Scope(seed, 3):
+        model[0](x)
+        assert torch.equal(again, model[0](x)) and torch.equal(other, model[1](x))
+    assert not torch.equal(again, y)

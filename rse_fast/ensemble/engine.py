@@ -183,13 +183,18 @@ class Ensemble(nn.Module):
         seed = self._seed_tensor(seed, x)
 
         def run(x, places, draws):
-            with self._model(x) as model:
-                return self._logits(model, x, Scope(seed, len(x), draws, backend=self.backend, places=places))
+            return self.logits_at(x, places, draws, seed)
 
         with self._model(x) as model:
             classes = model.classes
         criterion = make_criterion(self.early_exit, draws, max(classes, 1))
         return Pool(run, classes, draws, self._rows(x), criterion, x.device)
+
+    def logits_at(self, x: torch.Tensor, places: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None) -> torch.Tensor:
+        """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``places[i, 1] ..`` of image ``places[i, 0]``
+        (places int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.Scope`."""
+        with self._model(x) as model:
+            return self._logits(model, x, Scope(seed, len(x), draws, backend=self.backend, places=places, silent=silent))
 
     @staticmethod
     def _prediction(tally, seed):
