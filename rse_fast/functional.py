@@ -14,7 +14,7 @@ import torch
 from rse_fast import ops
 from rse_fast.kernels import cpu, triton
 
-__all__ = ["add_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
+__all__ = ["activate_noise", "add_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,6 +58,30 @@ def add_noise(
     places = _places(places, *noise[3:5], x.device)
     y = ops.add_noise(x, *noise, scale, shift, act == "relu", backend, places).movedim(1, channel_dim)
     return y.contiguous() if dense else y  # copies only where the channels stand between other dimensions
+
+
+def activate_noise(
+    x, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, pool=False, backend="auto",
+    places=None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(noisy, clean) in one pass, for networks whose activation goes on with and without noise. For inference: it has no gradient.
+
+    clean = ``act(x * scale + shift)``, with ``pool`` the largest of each 2x2 window of it, rounded once to x's dtype: one row for each
+    row of x. noisy = the same value before its rounding, plus ``sigma * eps``, rounded once: ``draws * images`` rows.
+
+    x [images or draws * images, C, *spatial]; with pool [*, C, H, W], H and W at least 2. Everything else as in `add_noise`. Raises
+    RuntimeError where an input requires a gradient.
+    """
+    _check_input("x", x, minimum=4 if pool else 2, maximum=4 if pool else None)
+    if pool and min(x.shape[2:]) < 2:
+        raise ValueError(f"x must be at least 2 pixels high and wide to be pooled, got shape {tuple(x.shape)}")
+    if act not in (None, "relu"):
+        raise ValueError(f"act must be None or 'relu', got {act!r}")
+    backend = _check_backend(backend, x)
+    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
+    scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
+    places = _places(places, *noise[3:5], x.device)
+    return ops.activate_noise(x, *noise, scale, shift, act == "relu", bool(pool), backend, places)
 
 
 def noisy_conv2d(

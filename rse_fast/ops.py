@@ -15,6 +15,10 @@ _lib = torch.library.Library("rse_fast", "DEF")
 _NOISE = "Tensor sigma, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image0, SymInt draw0"
 _lib.define(f"add_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, Tensor? places=None) -> Tensor")
 _lib.define(
+    f"activate_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, bool pool, str backend, Tensor? places=None) "
+    "-> (Tensor noisy, Tensor clean)"
+)
+_lib.define(
     f"noisy_conv(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str backend, Tensor? places=None) -> Tensor"
 )
@@ -25,6 +29,7 @@ _lib.define(
 )
 
 add_noise = torch.ops.rse_fast.add_noise
+activate_noise = torch.ops.rse_fast.activate_noise
 noisy_conv = torch.ops.rse_fast.noisy_conv
 noisy_linear = torch.ops.rse_fast.noisy_linear
 sigma_grad = torch.ops.rse_fast.sigma_grad
@@ -94,6 +99,36 @@ def _add_noise_backward(ctx, g):
 def _sum_draws(g, rows, images, draws):
     """The gradient of lazy packing: one image was read by all its draws."""
     return g if g.shape[0] == rows else g.unflatten(0, (draws, images)).sum(0)
+
+
+# --------------------------------------------------------------------------------------------------------------- activate_noise
+def _activate_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None):
+    """clean = maxpool2x2?(act(x * scale + shift)), one row for each row of x; noisy = clean before its rounding + sigma * eps."""
+    if backend == "auto":
+        backend = active_backend(x)
+    if reference.layout(x) is None:
+        x = x.contiguous()
+    noisy, clean = reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0], pool)
+    where = seed, stream, images, draws, image0, draw0
+    if backend == "triton":
+        flat = reference.layout(x) == "flat"
+        sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
+        triton.launcher("add_noise")(x, noisy, flat, sigma, *where, scale, shift, relu, places, clean, pool)
+        return noisy, clean
+    value = reference.activate(x, scale, shift, relu, pool)
+    noisy.copy_(add_noise(value, sigma, *where, None, None, False, backend, places))
+    return noisy, clean.copy_(value)
+
+
+def _activate_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None):
+    return reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0], pool)
+
+
+def _refuse_gradient(ctx, inputs, output):
+    raise RuntimeError(
+        "this op is for inference and has no gradient, but one of its inputs requires one: call it under torch.no_grad(), or take "
+        "add_noise or noisy_conv, which have one"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- noisy_conv, noisy_linear
@@ -218,6 +253,7 @@ def _sigma_grad_backward(ctx, gg):
 # ----------------------------------------------------------------------------------------------------------------- registration
 for _name, _impl, _fake, _setup, _backward in (
     ("add_noise", _add_noise, _add_noise_fake, _add_noise_setup, _add_noise_backward),
+    ("activate_noise", _activate_noise, _activate_noise_fake, _refuse_gradient, None),
     ("noisy_conv", _noisy_conv, _noisy_conv_fake, _noisy_conv_setup, _noisy_conv_backward),
     ("noisy_linear", _noisy_linear, _noisy_linear_fake, _noisy_linear_setup, _noisy_linear_backward),
     ("sigma_grad", _sigma_grad, _sigma_grad_fake, _sigma_grad_setup, _sigma_grad_backward),

@@ -11,7 +11,7 @@ key = (seed low, seed high) and counter = (quad, image, draw, stream) gives the 
 import numpy as np
 import torch
 
-__all__ = ["add_noise", "gaussian", "layout", "noisy_conv", "noisy_linear", "normal", "philox", "sigma_grad", "uniforms"]
+__all__ = ["activate", "add_noise", "gaussian", "layout", "noisy_conv", "noisy_linear", "normal", "philox", "sigma_grad", "uniforms"]
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox4x32 multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key: golden ratio, sqrt(3) - 1
@@ -69,12 +69,15 @@ def layout(x: torch.Tensor) -> str | None:
     return "flat" if x.movedim(1, -1).is_contiguous() else None
 
 
-def packed_like(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """An uninitialised tensor of ``rows`` rows in the layout of ``x``; contiguous where ``x`` is in neither layout."""
-    shape = (rows, *x.shape[1:])
+def packed_like(x: torch.Tensor, rows: int, pool: bool = False) -> torch.Tensor:
+    """An uninitialised tensor of ``rows`` rows like those of ``x``, or of its 2x2 max-pool, in the layout of ``x``.
+
+    Contiguous where ``x`` is in neither layout.
+    """
+    spatial = [n // 2 for n in x.shape[2:]] if pool else x.shape[2:]
     if layout(x) != "flat":
-        return x.new_empty(shape)
-    return x.new_empty((rows, *x.shape[2:], x.shape[1])).movedim(-1, 1)
+        return x.new_empty((rows, x.shape[1], *spatial))
+    return x.new_empty((rows, *spatial, x.shape[1])).movedim(-1, 1)
 
 
 def _philox(counter, key):
@@ -131,13 +134,8 @@ def _per_channel(p, x):
     return p.reshape(-1, *[1] * (x.dim() - 2)) if p.dim() else p
 
 
-def add_noise(x, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=None, shift=None, relu=False, places=None):
-    """``relu(x * scale + shift) + sigma * eps``, computed in float32 (float64 for float64 input) and rounded once to x's dtype.
-
-    x: [images or draws * images, C, *spatial]; sigma: float32 0-dim or [C]; scale, shift: float32 [C] or None; seed: int64 0-dim.
-    Returns [draws * images, C, *spatial].
-    """
-    rows = images * draws
+def activate(x, scale, shift, relu, pool=False) -> torch.Tensor:
+    """``relu(x * scale + shift)`` in float32 (float64 for float64 input); with ``pool`` the largest of each 2x2 window of it."""
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(real)
     if scale is not None:
@@ -146,13 +144,24 @@ def add_noise(x, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=No
         y = y + _per_channel(shift.to(real), x)
     if relu:
         y = y.relu()
+    return torch.nn.functional.max_pool2d(y, 2) if pool else y
+
+
+def add_noise(x, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=None, shift=None, relu=False, places=None):
+    """``relu(x * scale + shift) + sigma * eps``, computed in float32 (float64 for float64 input) and rounded once to x's dtype.
+
+    x: [images or draws * images, C, *spatial]; sigma: float32 0-dim or [C]; scale, shift: float32 [C] or None; seed: int64 0-dim.
+    Returns [draws * images, C, *spatial].
+    """
+    rows = images * draws
+    y = activate(x, scale, shift, relu)
     out = packed_like(x, rows)
     if not out.numel():
         return out
     if x.shape[0] != rows:
         y = y.unsqueeze(0).expand(draws, *y.shape).reshape(rows, *x.shape[1:])
-    eps = _noise_like(x, rows, seed, stream, images, draws, image0, draw0, places).to(real)
-    return out.copy_(y + _per_channel(sigma.to(real), x) * eps)
+    eps = _noise_like(x, rows, seed, stream, images, draws, image0, draw0, places).to(y.dtype)
+    return out.copy_(y + _per_channel(sigma.to(y.dtype), x) * eps)
 
 
 def noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, places=None):

@@ -216,7 +216,7 @@ def add_noise(
     if not out.numel():
         return
     spatial = out[0, 0].numel()
-    plan = _plan_flat if flat or spatial == 1 else _plan_planar
+    plan = _plan_flat if flat or x[0, 0].numel() == 1 else _plan_planar
     lines, width = out.shape[-2:] if pool else (1, spatial)
     one_value = sigma.numel() == 1 and scale is None and shift is None
     arguments = dict(

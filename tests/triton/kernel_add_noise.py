@@ -105,7 +105,12 @@ def test_affine_parts_and_sigma_in_every_combination(layout, seed):
 
 @pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
 def test_pool_takes_the_largest_and_keys_noise_by_the_pooled_position(layout, seed):
-    for shape, dtype in (((2, 5, 9, 7), torch.float32), ((1, 32, 8, 8), torch.bfloat16), ((1, 3, 6, 70), torch.float16)):
+    for shape, dtype in (
+        ((2, 5, 9, 7), torch.float32),
+        ((1, 32, 8, 8), torch.bfloat16),
+        ((1, 3, 6, 70), torch.float16),
+        ((2, 6, 3, 2), torch.float32),  # to one position
+    ):
         x = layout(torch.randn(shape).to(dtype))
         more = dict(scale=torch.randn(shape[1]), shift=torch.randn(shape[1]), relu=True)
         check(x, torch.tensor(0.5), seed, images=shape[0], draws=2, pool=True, clean=True, **more)
@@ -194,6 +199,22 @@ def test_through_the_ops_with_gradients(rng):
             found.append([y, *torch.autograd.grad((y * weight).sum(), inputs)])
         for got, want in zip(*found, strict=True):
             assert torch.allclose(got, want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+def test_activation_and_noise_from_one_pass(layout, seed):
+    """The op on this backend: as its plain form, in every dtype; lazy and packed."""
+    each = torch.rand(6)
+    for dtype, pool, images in ((torch.float32, True, 2), (torch.bfloat16, True, 1), (torch.float16, False, 2)):
+        x = layout(torch.randn(2, 6, 5, 7).to(dtype))
+        more = dict(seed=seed, images=images, draws=2, scale=each, shift=-each, act="relu", pool=pool)
+        got, want = (functional.activate_noise(x, each, backend=backend, **more) for backend in ("triton", "torch"))
+        for a, b in zip(got, want, strict=True):
+            assert reference.layout(a) == reference.layout(b) and len(a) == len(b)
+            assert ((a.double() - b.double()).abs() <= 1e-3 + 2 * ROUNDING[dtype] * b.double().abs()).all()
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        at = (seed, 0, images, 2, 0, 0, each, each, True, pool, "triton", None)
+        torch.library.opcheck(torch.ops.rse_fast.activate_noise, (x, each, *at), test_utils=tests)
 
 
 def test_opcheck(seed):

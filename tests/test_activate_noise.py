@@ -1,0 +1,104 @@
+"""activate_noise: the activation with and without noise from one op, against float64, on every backend of the CPU."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from rse_fast import functional, ops, reference
+
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+WHERE = {"seed": -77, "stream": 3, "image0": 5, "draw0": 7}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def expected(x, sigma, images, draws, scale, shift, act, pool):
+    """(noisy, clean, bound on the float32 arithmetic) in float64."""
+    column = lambda p: p.double().reshape(-1, *[1] * (x.dim() - 2))  # noqa: E731
+    clean = x.double() * column(scale) + column(shift)
+    size = x.double().abs() * column(scale).abs() + column(shift).abs()
+    clean = clean.relu() if act else clean
+    if pool:
+        clean, size = (torch.nn.functional.max_pool2d(t, 2) for t in (clean, size))
+    rows, channels, *spatial = clean.shape
+    eps = reference.gaussian(-77, 3, images, draws, channels, math.prod(spatial), 5, 7)
+    eps = torch.from_numpy(eps).movedim(-1, 1).reshape(images * draws, channels, *spatial)
+    repeats = [images * draws // rows, *[1] * (x.dim() - 1)]
+    return clean.repeat(repeats) + column(sigma) * eps, clean, 4 * 2.0**-24 * size, repeats
+
+
+@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+@pytest.mark.parametrize("dtype", ROUNDING, ids=lambda d: str(d)[6:])
+def test_matches_float64(backend, layout, dtype, rng):
+    for (shape, images, draws), act, pool in itertools.product(
+        (((2, 3, 9, 7), 2, 3), ((4, 5, 3, 2), 2, 2), ((2, 8, 2, 3), 1, 2), ((3, 1, 6, 6), 3, 2)), (None, "relu"), (False, True)
+    ):
+        x, sigma = layout(torch.randn(shape).to(dtype)), torch.rand(shape[1])
+        scale, shift = torch.randn(shape[1]), torch.randn(shape[1])
+        noisy, clean = functional.activate_noise(
+            x, sigma, images=images, draws=draws, scale=scale, shift=shift, act=act, pool=pool, backend=backend, **WHERE
+        )
+        want_noisy, want_clean, arithmetic, repeats = expected(x, sigma, images, draws, scale, shift, act, pool)
+        for got, want, error in (
+            (clean, want_clean, arithmetic),
+            (noisy, want_noisy, arithmetic.repeat(repeats) + 2e-6 * sigma.max()),
+        ):
+            assert got.dtype == dtype and got.shape == want.shape
+            error = error + (ROUNDING[dtype] + 4 * 2.0**-24) * want.abs() + SMALLEST[dtype]
+            assert ((got.double() - want).abs() <= error).all(), (shape, act, pool)
+            assert reference.layout(got) in (reference.layout(x), "planar" if got[0, 0].numel() == 1 else None)
+
+
+def test_noise_is_that_of_add_noise(backend, rng):
+    """Without a pool the noisy output is add_noise's, and noise of a pooled activation is keyed by the pooled position."""
+    x = torch.randn(2, 6, 5, 4)
+    more = dict(images=2, draws=3, backend=backend, **WHERE)
+    noisy, clean = functional.activate_noise(x, 0.5, act="relu", **more)
+    assert torch.equal(noisy, functional.add_noise(x, 0.5, act="relu", **more)) and torch.equal(clean, x.relu())
+    noisy, clean = functional.activate_noise(x, 0.5, pool=True, **more)
+    assert torch.equal(noisy, functional.add_noise(clean, 0.5, **more))
+    places = torch.tensor([[9, 2], [4, 0]])
+    noisy, clean = functional.activate_noise(x, 0.5, pool=True, places=places, **more)
+    assert torch.equal(noisy, functional.add_noise(clean, 0.5, places=places, **more))
+
+
+def test_opcheck(rng):
+    at, places = (torch.tensor(3), 3, 2, 2, 1, 5), torch.tensor([[4, 0], [2**32 - 1, 7]])
+    transposed = torch.randn(2, 3, 4, 5).transpose(-1, -2)  # in neither layout
+    for x in (torch.randn(2, 3, 5, 4), channels_last(torch.randn(4, 3, 5, 4)).bfloat16(), transposed, torch.randn(2, 1, 2, 3).double()):
+        for backend, pool in (("auto", False), ("auto", True), ("torch", True)):
+            each = torch.rand(x.shape[1])
+            args = (x, each, *at, each, each, True, pool, backend, places if pool else None)
+            torch.library.opcheck(ops.activate_noise.default, args)
+    nothing = torch.empty(0, 3, 4, 4)
+    torch.library.opcheck(ops.activate_noise.default, (nothing, torch.rand(3), at[0], 0, 0, 2, 0, 0, None, None, False, True, "auto"))
+
+
+def test_a_gradient_is_refused():
+    leaf, at = torch.randn(2, 3, 4, 4).requires_grad_(), dict(images=2, backend="torch", **WHERE)
+    with pytest.raises(RuntimeError, match="has no gradient, but one of its inputs requires one"):
+        functional.activate_noise(leaf, 0.1, **at)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        functional.activate_noise(leaf.detach(), torch.tensor(0.1, requires_grad=True), **at)
+    with torch.no_grad():
+        functional.activate_noise(leaf, 0.1, **at)
+
+
+def test_bad_input_is_named():
+    x = torch.randn(2, 3, 4, 4)
+    for arguments, message in (
+        (dict(x=x[..., :1], pool=True), r"x must be at least 2 pixels high and wide to be pooled, got shape \(2, 3, 4, 1\)"),
+        (dict(x=x[0], pool=True), "x must have 4 dimensions"),
+        (dict(x=x, act="gelu"), "act must be None or 'relu', got 'gelu'"),
+        (dict(x=x, scale=torch.ones(4)), "scale must be a float scalar or have one value for each of the 3 channels"),
+        (dict(x=x, images=3), "images must equal the rows of the input"),
+        (dict(x=x, sigma=-1.0), "sigma must be finite and not negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            functional.activate_noise(**{"sigma": 0.1, "seed": 1, **arguments})
