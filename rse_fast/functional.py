@@ -14,7 +14,7 @@ import torch
 from rse_fast import ops
 from rse_fast.kernels import cpu, triton
 
-__all__ = ["activate_noise", "add_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
+__all__ = ["activate_noise", "add_noise", "add_noise_u8", "noisy_conv", "noisy_conv2d", "noisy_linear"]
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -82,6 +82,33 @@ def activate_noise(
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
     places = _places(places, *noise[3:5], x.device)
     return ops.activate_noise(x, *noise, scale, shift, act == "relu", bool(pool), backend, places)
+
+
+def add_noise_u8(
+    x, sigma, step, zero_point, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None,
+    backend="auto", places=None,
+) -> torch.Tensor:  # fmt: skip
+    """``saturate(zero_point + rint((act(x * scale + shift) + sigma * eps) / step))`` as uint8: the noise is the quantiser's dither.
+
+    x [images or draws * images, C, *spatial]: uint8 or int32, which ``scale`` and ``shift`` give their units, or float. step > 0: units of
+    one step of the result; zero_point in [0, 255]: the byte that means 0, so negative noise down to ``-step * zero_point`` fits.
+    Computed in float32 and rounded once, to nearest even. For inference: no gradient. Everything else as in `add_noise`; backend
+    "auto", "cpu" or "torch".
+    """
+    _check_input("x", x, minimum=2, dtypes=tuple(cpu.BYTE_DTYPES))
+    if isinstance(step, bool) or not isinstance(step, numbers.Real) or not 0 < step <= _MAX:
+        raise ValueError(f"step must be a positive finite number, got {step!r}")
+    if not 0 <= integer("zero_point", zero_point) <= 255:
+        raise ValueError(f"zero_point must be in [0, 255], got {zero_point}")
+    if act not in (None, "relu"):
+        raise ValueError(f"act must be None or 'relu', got {act!r}")
+    if backend == "triton":
+        raise ValueError("backend must be 'auto', 'cpu' or 'torch' for bytes, got 'triton'")
+    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
+    scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
+    places = _places(places, *noise[3:5], x.device)
+    backend = _check_backend(backend, x, cpu.BYTE_DTYPES)
+    return ops.add_noise_u8(x, float(step), integer("zero_point", zero_point), *noise, scale, shift, act == "relu", backend, places)
 
 
 def noisy_conv2d(
@@ -239,11 +266,11 @@ def _affine(name, value, channels, x):
     return value.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32).expand(channels)
 
 
-def _check_input(name, x, minimum, maximum=None):
+def _check_input(name, x, minimum, maximum=None, dtypes=FLOATS):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {_names(dtypes)}, got {x.dtype}")
     if x.dim() < minimum or (maximum is not None and x.dim() > maximum):
         wanted = f"{minimum} dimensions" if maximum == minimum else f"at least {minimum} dimensions"
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(x.shape)}")
@@ -254,14 +281,14 @@ def _check_bias(bias, channels):
         raise ValueError(f"bias must be None or a tensor [{channels}], got {_describe(bias)}")
 
 
-def _check_backend(backend, x) -> str:
+def _check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES)) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "cpu" and not torch.compiler.is_compiling():
         if x.device.type != "cpu":
             raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {x.device}")
-        if x.dtype not in cpu.DTYPES:
-            raise TypeError(f"backend 'cpu' takes float32, bfloat16 or float16, got {x.dtype}")
+        if x.dtype not in cpu_dtypes:
+            raise TypeError(f"backend 'cpu' takes {_names(cpu_dtypes)}, got {x.dtype}")
         if (problem := cpu.load().problem) is not None:
             raise RuntimeError(f"backend 'cpu' is not available: {problem}")
     if backend == "triton" and not torch.compiler.is_compiling():
@@ -313,6 +340,11 @@ def integer(name, value) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+
+
+def _names(dtypes) -> str:
+    *first, last = (str(dtype)[6:] for dtype in dtypes)
+    return f"{', '.join(first)} or {last}"
 
 
 def _describe(value) -> str:

@@ -19,6 +19,10 @@ _lib.define(
     "-> (Tensor noisy, Tensor clean)"
 )
 _lib.define(
+    f"add_noise_u8(Tensor x, float step, int zero_point, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, "
+    "Tensor? places=None) -> Tensor"
+)
+_lib.define(
     f"noisy_conv(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str backend, Tensor? places=None) -> Tensor"
 )
@@ -30,6 +34,7 @@ _lib.define(
 
 add_noise = torch.ops.rse_fast.add_noise
 activate_noise = torch.ops.rse_fast.activate_noise
+add_noise_u8 = torch.ops.rse_fast.add_noise_u8
 noisy_conv = torch.ops.rse_fast.noisy_conv
 noisy_linear = torch.ops.rse_fast.noisy_linear
 sigma_grad = torch.ops.rse_fast.sigma_grad
@@ -110,10 +115,13 @@ def _activate_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale,
         x = x.contiguous()
     noisy, clean = reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0], pool)
     where = seed, stream, images, draws, image0, draw0
-    if backend == "triton":
-        flat = reference.layout(x) == "flat"
+    if backend == "triton" or (backend == "cpu" and not (pool and scale is not None)):
+        if backend == "cpu" and pool:
+            x, pool = torch.nn.functional.max_pool2d(x, 2), False  # commutes with all but a negative scale
+        launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
         sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
-        triton.launcher("add_noise")(x, noisy, flat, sigma, *where, scale, shift, relu, places, clean, pool)
+        options = {"clean": clean, "pool": True} if pool else {"clean": clean}
+        launch(x, noisy, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, places, **options)
         return noisy, clean
     value = reference.activate(x, scale, shift, relu, pool)
     noisy.copy_(add_noise(value, sigma, *where, None, None, False, backend, places))
@@ -129,6 +137,29 @@ def _refuse_gradient(ctx, inputs, output):
         "this op is for inference and has no gradient, but one of its inputs requires one: call it under torch.no_grad(), or take "
         "add_noise or noisy_conv, which have one"
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------- add_noise_u8
+def _add_noise_u8(
+    x, step, zero_point, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None
+):
+    """For inference: a result in bytes has no gradient."""
+    where = seed, stream, images, draws, image0, draw0
+    if backend == "torch" or (backend == "auto" and not (x.device.type == "cpu" and cpu.load().handle is not None)):
+        return reference.add_noise_u8(x, step, zero_point, sigma, *where, scale, shift, relu, places)
+    if reference.layout(x) is None:
+        x = x.contiguous()
+    out = reference.packed_like(x, images * draws, dtype=torch.uint8)
+    # The kernel works in steps of the result: ReLU commutes with a positive factor, so the division costs nothing there.
+    steps = lambda p: (p.double() / step).float().contiguous()  # noqa: E731
+    scale = steps(sigma.new_ones(x.shape[1]) if scale is None else scale)
+    shift = None if shift is None else steps(shift)
+    cpu.add_noise(x, out, reference.layout(x) == "flat", steps(sigma), *where, scale, shift, relu, places, zero_point=zero_point)
+    return out
+
+
+def _add_noise_u8_fake(x, step, zero_point, sigma, seed, stream, images, draws, *_, **__):
+    return reference.packed_like(x, images * draws, dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------- noisy_conv, noisy_linear
@@ -261,3 +292,5 @@ for _name, _impl, _fake, _setup, _backward in (
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rse_fast::{_name}", _fake, lib=_lib)
     torch.library.register_autograd(f"rse_fast::{_name}", _backward, setup_context=_setup, lib=_lib)
+_lib.impl("add_noise_u8", _add_noise_u8, "CompositeExplicitAutograd")
+torch.library.register_fake("rse_fast::add_noise_u8", _add_noise_u8_fake, lib=_lib)

@@ -11,7 +11,10 @@ key = (seed low, seed high) and counter = (quad, image, draw, stream) gives the 
 import numpy as np
 import torch
 
-__all__ = ["activate", "add_noise", "gaussian", "layout", "noisy_conv", "noisy_linear", "normal", "philox", "sigma_grad", "uniforms"]
+__all__ = [
+    "activate", "add_noise", "add_noise_u8", "gaussian", "layout", "noisy_conv", "noisy_linear", "normal", "philox", "sigma_grad",
+    "uniforms",
+]  # fmt: skip
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox4x32 multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key: golden ratio, sqrt(3) - 1
@@ -69,15 +72,15 @@ def layout(x: torch.Tensor) -> str | None:
     return "flat" if x.movedim(1, -1).is_contiguous() else None
 
 
-def packed_like(x: torch.Tensor, rows: int, pool: bool = False) -> torch.Tensor:
-    """An uninitialised tensor of ``rows`` rows like those of ``x``, or of its 2x2 max-pool, in the layout of ``x``.
+def packed_like(x: torch.Tensor, rows: int, pool: bool = False, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised tensor of ``rows`` rows like those of ``x``, or of its 2x2 max-pool, in the layout of ``x`` and its dtype.
 
     Contiguous where ``x`` is in neither layout.
     """
     spatial = [n // 2 for n in x.shape[2:]] if pool else x.shape[2:]
     if layout(x) != "flat":
-        return x.new_empty((rows, x.shape[1], *spatial))
-    return x.new_empty((rows, *spatial, x.shape[1])).movedim(-1, 1)
+        return x.new_empty((rows, x.shape[1], *spatial), dtype=dtype)
+    return x.new_empty((rows, *spatial, x.shape[1]), dtype=dtype).movedim(-1, 1)
 
 
 def _philox(counter, key):
@@ -162,6 +165,17 @@ def add_noise(x, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=No
         y = y.unsqueeze(0).expand(draws, *y.shape).reshape(rows, *x.shape[1:])
     eps = _noise_like(x, rows, seed, stream, images, draws, image0, draw0, places).to(y.dtype)
     return out.copy_(y + _per_channel(sigma.to(y.dtype), x) * eps)
+
+
+def add_noise_u8(
+    x, step, zero_point, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=None, shift=None, relu=False, places=None
+):
+    """``saturate(zero_point + rint((relu(x * scale + shift) + sigma * eps) / step))`` as uint8, computed in float64; NaN gives 0.
+
+    x: as in `add_noise`, or uint8 or int32; rint to nearest even.
+    """
+    value = add_noise(x.double(), sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
+    return (value / step).round_().add_(zero_point).clamp_(0, 255).nan_to_num_(0).to(torch.uint8)
 
 
 def noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, places=None):

@@ -1,4 +1,4 @@
-// One unit of y = act(x * scale + shift) + sigma * eps: compiled once per instruction set, with RSE_UNIT naming the unit.
+// One unit of y = act(x * scale + shift) + sigma * eps, in floats or rounded to bytes: compiled once per instruction set, with RSE_UNIT naming the unit.
 #include "vec.h"
 
 #define RSE_CONCAT_(a, b) a##b
@@ -89,26 +89,36 @@ RSE_INLINE void normals(const Row& row, const Quads& q, vf gain, vf z[4]) {
 
 // ------------------------------------------------------------------------------------------------------------------ layouts
 template <Dtype D> using T = typename Element<D>::type;
+template <Dtype D, Dtype Y> constexpr bool kHasClean = D == Y && D != Dtype::u8;
 
-// act(a * scale + shift) + sigma * z. The same operations in the same order in every walk.
-template <bool kAffine, bool kRelu> RSE_INLINE vf combine(vf a, vf z, vf sigma, vf scale, vf shift) {
+// act(a * scale + shift). The same operations in the same order in every walk.
+template <bool kAffine, bool kRelu> RSE_INLINE vf activate(vf a, vf scale, vf shift) {
     if constexpr (kAffine) a = madd(a, scale, shift);
     if constexpr (kRelu) a = relu(a);
-    return madd(z, sigma, a);
+    return a;
 }
 
 // One sigma for all channels is folded into the radius, and the per-channel factor is then 1.
 template <bool kAffine> RSE_INLINE bool folds(const Task& t) { return !kAffine && !t.sigma_varies; }
 
+// What is where in one row: x, y, and the clean output or null.
+template <Dtype D, Dtype Y> struct Planes {
+    const T<D>* x;
+    T<Y>* y;
+    T<D>* clean;
+    RSE_INLINE Planes operator+(int64_t n) const { return {x + n, y + n, clean ? clean + n : nullptr}; }
+};
+
 // Elements in the order of their quads, as [S, C] lies in memory when C is a multiple of 4.
-template <Dtype D, bool kFold, bool kAffine, bool kRelu>
-void flat(const Task& t, const T<D>* x, T<D>* y, const Row& row, int64_t quad, int64_t count) {
+template <Dtype D, Dtype Y, bool kFold, bool kAffine, bool kRelu>
+void flat(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int64_t count) {
     constexpr int kBlock = 4 * kLanes;
     const int64_t channels = 4 * groups(t);
     const vf one = splat(1.0f), gain = kFold ? splat(t.sigma[0]) : one;
+    const Sink<Y> sink(t.zero_point);
     Quads quads(quad, 1, flat_quad);
     int64_t channel = 4 * quad % channels;
-    const auto block = [&](const T<D>* in, T<D>* out) {
+    const auto block = [&](Planes<D, Y> at) {
         vf z[4];
         normals(row, quads, gain, z);
         transpose(z);
@@ -117,32 +127,37 @@ void flat(const Task& t, const T<D>* x, T<D>* y, const Row& row, int64_t quad, i
             const int64_t c = channel + j * kLanes;
             const vf sigma = kFold ? one : read<vf>(t.sigma + c);
             const vf scale = kAffine ? read<vf>(t.scale + c) : one, shift = kAffine ? read<vf>(t.shift + c) : one;
-            z[j] = combine<kAffine, kRelu>(load<D>(in + j * kLanes), z[j], sigma, scale, shift);
+            const vf a = activate<kAffine, kRelu>(load<D>(at.x + j * kLanes), scale, shift);
+            if constexpr (kHasClean<D, Y>)
+                if (at.clean) store_exact<D>(at.clean + j * kLanes, a);
+            z[j] = madd(z[j], sigma, a);
         }
-        store_pair<D>(out, z[0], z[1]);
-        store_pair<D>(out + 2 * kLanes, z[2], z[3]);
+        sink.four(at.y, z);
     };
     int64_t n = 4 * count;
-    for (; n >= kBlock; n -= kBlock, x += kBlock, y += kBlock) {
-        block(x, y);
+    for (; n >= kBlock; n -= kBlock, p = p + kBlock) {
+        block(p);
         quads.advance(kLanes);
         channel += kBlock;
         if (channel >= channels) channel %= channels;
     }
     if (n) {
-        T<D> in[kBlock] = {}, out[kBlock];
-        std::memcpy(in, x, n * sizeof(T<D>));
-        block(in, out);
-        std::memcpy(y, out, n * sizeof(T<D>));
+        T<D> in[kBlock] = {}, clean[kBlock];
+        T<Y> out[kBlock];
+        std::memcpy(in, p.x, n * sizeof(T<D>));
+        block({in, out, p.clean ? clean : nullptr});
+        std::memcpy(p.y, out, n * sizeof(T<Y>));
+        if (p.clean) std::memcpy(p.clean, clean, n * sizeof(T<D>));
     }
 }
 
 // [C, S] in memory: vectors run along S, the four words of a quad go to four planes.
-template <Dtype D, bool kAffine, bool kRelu>
-void planar(const Task& t, const T<D>* x, T<D>* y, const Row& row, int64_t group, int64_t first, int64_t count) {
+template <Dtype D, Dtype Y, bool kAffine, bool kRelu>
+void planar(const Task& t, Planes<D, Y> p, const Row& row, int64_t group, int64_t first, int64_t count) {
     const int64_t step = groups(t), planes = min(4, t.channels - 4 * group);
     const bool fold = folds<kAffine>(t);
     const vf one = splat(1.0f), gain = fold ? splat(t.sigma[0]) : one;
+    const Sink<Y> sink(t.zero_point);
     Quads quads(first * step + group, step, [](int lane) { return lane; });
     const auto block = [&](int64_t s, int64_t n) {
         vf z[4];
@@ -150,14 +165,21 @@ void planar(const Task& t, const T<D>* x, T<D>* y, const Row& row, int64_t group
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
             if (j >= planes) break;
-            const int64_t c = 4 * group + j, at = c * t.spatial + s;
+            const int64_t c = 4 * group + j;
+            const Planes<D, Y> at = p + (c * t.spatial + s);
             const bool whole = n == kLanes;
-            T<D> edge[kLanes] = {};
-            if (!whole) std::memcpy(edge, x + at, n * sizeof(T<D>));
+            T<D> in[kLanes] = {}, clean[kLanes];
+            T<Y> out[kLanes];
+            if (!whole) std::memcpy(in, at.x, n * sizeof(T<D>));
             const vf sigma = fold ? one : splat(t.sigma[c]);
             const vf scale = kAffine ? splat(t.scale[c]) : one, shift = kAffine ? splat(t.shift[c]) : one;
-            store<D>(whole ? y + at : edge, combine<kAffine, kRelu>(load<D>(whole ? x + at : edge), z[j], sigma, scale, shift));
-            if (!whole) std::memcpy(y + at, edge, n * sizeof(T<D>));
+            const vf a = activate<kAffine, kRelu>(load<D>(whole ? at.x : in), scale, shift);
+            if constexpr (kHasClean<D, Y>)
+                if (at.clean) store_exact<D>(whole ? at.clean : clean, a);
+            sink.one(whole ? at.y : out, madd(z[j], sigma, a));
+            if (whole) continue;
+            std::memcpy(at.y, out, n * sizeof(T<Y>));
+            if (at.clean) std::memcpy(at.clean, clean, n * sizeof(T<D>));
         }
     };
     int64_t s = first;
@@ -167,11 +189,12 @@ void planar(const Task& t, const T<D>* x, T<D>* y, const Row& row, int64_t group
 }
 
 // Anything else: gathered into quad order, then as `flat`. Lanes beyond the last channel are computed and dropped.
-template <Dtype D, bool kFold, bool kAffine, bool kRelu>
-void scattered(const Task& t, const T<D>* x, T<D>* y, const Row& row, int64_t quad, int64_t count) {
+template <Dtype D, Dtype Y, bool kFold, bool kAffine, bool kRelu>
+void scattered(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int64_t count) {
     const bool is_flat = t.layout == Layout::flat;
     const int64_t per_position = groups(t), stride_s = is_flat ? t.channels : 1, stride_c = is_flat ? 1 : t.spatial;
-    T<D> buffer[4 * kTile] = {};
+    T<D> in[4 * kTile] = {}, clean[4 * kTile];
+    T<Y> out[4 * kTile];
     const auto each = [&](auto&& visit) {
         int64_t s = quad / per_position, group = quad % per_position;
         for (int64_t q = 0; q < count; ++q) {
@@ -180,40 +203,54 @@ void scattered(const Task& t, const T<D>* x, T<D>* y, const Row& row, int64_t qu
             if (++group == per_position) group = 0, ++s;
         }
     };
-    each([&](int64_t i, int64_t at) { buffer[i] = x[at]; });
-    flat<D, kFold, kAffine, kRelu>(t, buffer, buffer, row, quad, count);
-    each([&](int64_t i, int64_t at) { y[at] = buffer[i]; });
+    each([&](int64_t i, int64_t at) { in[i] = p.x[at]; });
+    flat<D, Y, kFold, kAffine, kRelu>(t, {in, out, p.clean ? clean : nullptr}, row, quad, count);
+    each([&](int64_t i, int64_t at) { p.y[at] = out[i]; });
+    if (p.clean) each([&](int64_t i, int64_t at) { p.clean[at] = clean[i]; });
 }
 
 // -------------------------------------------------------------------------------------------------------------------- tiles
-template <Dtype D, bool kAffine, bool kRelu> void run(const Task& t, int64_t begin, int64_t end) {
+template <Dtype D, Dtype Y, bool kAffine, bool kRelu> void run(const Task& t, int64_t begin, int64_t end) {
     const int64_t elements = t.channels * t.spatial, quads = groups(t) * t.spatial;
     const int64_t tiles = tiles_per_row(t), tiles_per_group = ceil_div(t.spatial, kTile);
     for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t r = tile / tiles, part = tile % tiles;
-        const T<D>* x = static_cast<const T<D>*>(t.x) + (t.rows == t.images ? r % t.images : r) * elements;
-        T<D>* y = static_cast<T<D>*>(t.y) + r * elements;
+        const int64_t r = tile / tiles, part = tile % tiles, source = t.rows == t.images ? r % t.images : r;
+        const bool first_draw = r == source;  // of a lazily packed row: the others would write the same clean values again
+        const Planes<D, Y> p = {
+            static_cast<const T<D>*>(t.x) + source * elements, static_cast<T<Y>*>(t.y) + r * elements,
+            t.clean && first_draw ? static_cast<T<D>*>(t.clean) + r * elements : nullptr,
+        };
         const Row row = make_row(t, r);
         if (walk(t) == Walk::planar) {
             const int64_t first = part % tiles_per_group * kTile;
-            planar<D, kAffine, kRelu>(t, x, y, row, part / tiles_per_group, first, min(kTile, t.spatial - first));
+            planar<D, Y, kAffine, kRelu>(t, p, row, part / tiles_per_group, first, min(kTile, t.spatial - first));
             continue;
         }
         const int64_t quad = part * kTile, count = min(kTile, quads - quad);
-        const bool fold = folds<kAffine>(t);
+        if constexpr (!kAffine)
+            if (folds<kAffine>(t)) {
+                if (walk(t) == Walk::scattered)
+                    scattered<D, Y, true, kAffine, kRelu>(t, p, row, quad, count);
+                else
+                    flat<D, Y, true, kAffine, kRelu>(t, p + 4 * quad, row, quad, count);
+                continue;
+            }
         if (walk(t) == Walk::scattered)
-            fold ? scattered<D, true, kAffine, kRelu>(t, x, y, row, quad, count) : scattered<D, false, kAffine, kRelu>(t, x, y, row, quad, count);
+            scattered<D, Y, false, kAffine, kRelu>(t, p, row, quad, count);
         else
-            fold ? flat<D, true, kAffine, kRelu>(t, x + 4 * quad, y + 4 * quad, row, quad, count)
-                 : flat<D, false, kAffine, kRelu>(t, x + 4 * quad, y + 4 * quad, row, quad, count);
+            flat<D, Y, false, kAffine, kRelu>(t, p + 4 * quad, row, quad, count);
     }
 }
 
-template <Dtype D> void run_typed(const Task& t, int64_t begin, int64_t end) {
+template <Dtype D> void run_floats(const Task& t, int64_t begin, int64_t end) {
     if (t.affine)
-        t.relu ? run<D, true, true>(t, begin, end) : run<D, true, false>(t, begin, end);
+        t.relu ? run<D, D, true, true>(t, begin, end) : run<D, D, true, false>(t, begin, end);
     else
-        t.relu ? run<D, false, true>(t, begin, end) : run<D, false, false>(t, begin, end);
+        t.relu ? run<D, D, false, true>(t, begin, end) : run<D, D, false, false>(t, begin, end);
+}
+
+template <Dtype D> void run_bytes(const Task& t, int64_t begin, int64_t end) {
+    t.relu ? run<D, Dtype::u8, true, true>(t, begin, end) : run<D, Dtype::u8, true, false>(t, begin, end);
 }
 
 template <typename V> RSE_INLINE void put(void* p, V v) { std::memcpy(p, &v, sizeof v); }
@@ -238,10 +275,19 @@ void RSE_CONCAT(sample_, RSE_UNIT)(const Sample& s) {
 }
 
 void RSE_CONCAT(add_noise_, RSE_UNIT)(const Task& t, int64_t begin, int64_t end) {
+    if (t.y_dtype == Dtype::u8) {
+        switch (t.dtype) {
+            case Dtype::f32: return run_bytes<Dtype::f32>(t, begin, end);
+            case Dtype::bf16: return run_bytes<Dtype::bf16>(t, begin, end);
+            case Dtype::f16: return run_bytes<Dtype::f16>(t, begin, end);
+            case Dtype::u8: return run_bytes<Dtype::u8>(t, begin, end);
+            case Dtype::s32: return run_bytes<Dtype::s32>(t, begin, end);
+        }
+    }
     switch (t.dtype) {
-        case Dtype::f32: return run_typed<Dtype::f32>(t, begin, end);
-        case Dtype::bf16: return run_typed<Dtype::bf16>(t, begin, end);
-        case Dtype::f16: return run_typed<Dtype::f16>(t, begin, end);
+        case Dtype::f32: return run_floats<Dtype::f32>(t, begin, end);
+        case Dtype::bf16: return run_floats<Dtype::bf16>(t, begin, end);
+        default: return run_floats<Dtype::f16>(t, begin, end);
     }
 }
 

@@ -1,17 +1,19 @@
-// y = act(x * scale + shift) + sigma * eps on the CPU: what dispatch.cpp and the units (one per instruction set) share.
+// y = act(x * scale + shift) + sigma * eps on the CPU, in floats or requantised to bytes: what dispatch.cpp and the units (one per instruction set) share.
 #pragma once
 #include <cstdint>
 
 namespace rse {
 
-enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, s32 = 4 };
 enum class Layout : int32_t { planar = 0, flat = 1 };  // a sample is [C, S] or [S, C] in memory
 
 // One call. Rows of y are r = d * images + i; x has `rows` rows, either `images` (each read `draws` times) or images * draws.
+// y has x's dtype, or is u8: then scale, shift and sigma are given in steps of y, and y = saturate(zero_point + rint(value)).
 struct Task {
     const void* x;
-    void* y;
-    Dtype dtype;
+    void *y, *clean;  // clean: null, or act(x * scale + shift) in x's dtype (a float), one row for each row of x
+    Dtype dtype, y_dtype;
+    int32_t zero_point;
     Layout layout;
     int64_t rows, images, draws, channels, spatial;
     uint32_t key0, key1, stream, image0, draw0;

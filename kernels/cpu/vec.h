@@ -34,6 +34,7 @@ typedef int32_t vi __attribute__((vector_size(4 * kLanes)));    // kLanes signed
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));   // kLanes words
 typedef uint64_t vq __attribute__((vector_size(4 * kLanes)));   // kLanes / 2 double words
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));   // kLanes half words, as stored
+typedef uint8_t vb __attribute__((vector_size(kLanes)));        // kLanes bytes, as stored
 
 RSE_INLINE vf splat(float a) { return vf{} + a; }
 RSE_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
@@ -214,6 +215,8 @@ RSE_INLINE void transpose(vf z[4]) {
 // ----------------------------------------------------------------------------------------------------------- load, store
 template <Dtype> struct Element { using type = uint16_t; };
 template <> struct Element<Dtype::f32> { using type = float; };
+template <> struct Element<Dtype::u8> { using type = uint8_t; };
+template <> struct Element<Dtype::s32> { using type = int32_t; };
 
 template <typename T> RSE_INLINE T read(const void* p) {
     T v;
@@ -231,9 +234,23 @@ RSE_INLINE vu widen(const void* p) {
 #endif
 }
 
+RSE_INLINE vi widen_bytes(const void* p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32(read<__m128i>(p));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<int64_t>(p)));
+#else
+    return __builtin_convertvector(read<vb>(p), vi);
+#endif
+}
+
 template <Dtype D> RSE_INLINE vf load(const typename Element<D>::type* p) {
     if constexpr (D == Dtype::f32) {
         return read<vf>(p);
+    } else if constexpr (D == Dtype::s32) {
+        return __builtin_convertvector(read<vi>(p), vf);
+    } else if constexpr (D == Dtype::u8) {
+        return __builtin_convertvector(widen_bytes(p), vf);
     } else if constexpr (D == Dtype::bf16) {
         return (vf)(widen(p) << 16);
     } else {
@@ -250,13 +267,18 @@ template <Dtype D> RSE_INLINE vf load(const typename Element<D>::type* p) {
     }
 }
 
+RSE_INLINE vh to_bf16_exact(vf y) {
+    const vu bits = (vu)y, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const vu quiet = bits >> 16 | 0x40u, nan = (vu)(y != y);
+    return __builtin_convertvector((rounded & ~nan) | (quiet & nan), vh);
+}
+
+// The hardware's conversion flushes subnormals to zero.
 RSE_INLINE vh to_bf16(vf y) {
 #if defined(__AVX512BF16__)
     return (vh)_mm512_cvtneps_pbh((__m512)y);
 #else
-    const vu bits = (vu)y, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    const vu quiet = bits >> 16 | 0x40u, nan = (vu)(y != y);
-    return __builtin_convertvector((rounded & ~nan) | (quiet & nan), vh);
+    return to_bf16_exact(y);
 #endif
 }
 
@@ -284,6 +306,16 @@ template <Dtype D> RSE_INLINE void store(typename Element<D>::type* p, vf y) {
     }
 }
 
+// `store` with subnormals kept in every unit.
+template <Dtype D> RSE_INLINE void store_exact(typename Element<D>::type* p, vf y) {
+    if constexpr (D == Dtype::bf16) {
+        const vh h = to_bf16_exact(y);
+        std::memcpy(p, &h, sizeof h);
+    } else {
+        store<D>(p, y);
+    }
+}
+
 // Two vectors that follow each other in memory: the widest conversion of the unit.
 template <Dtype D> RSE_INLINE void store_pair(typename Element<D>::type* p, vf first, vf second) {
 #if defined(__AVX512BF16__)
@@ -296,6 +328,69 @@ template <Dtype D> RSE_INLINE void store_pair(typename Element<D>::type* p, vf f
     store<D>(p, first);
     store<D>(p + kLanes, second);
 }
+
+// How results go to memory: a float type, or bytes with a zero point.
+template <Dtype D> struct Sink {
+    using T = typename Element<D>::type;
+    RSE_INLINE explicit Sink(int32_t) {}
+    RSE_INLINE void one(T* p, vf y) const { store<D>(p, y); }
+    RSE_INLINE void four(T* p, const vf y[4]) const {  // four vectors that follow each other
+        store_pair<D>(p, y[0], y[1]);
+        store_pair<D>(p + 2 * kLanes, y[2], y[3]);
+    }
+};
+
+// saturate(zero_point + rint(y)), rint to nearest even; NaN gives 0.
+template <> struct Sink<Dtype::u8> {
+    vi zero_point;
+    vf most;  // what gives 255
+
+    RSE_INLINE explicit Sink(int32_t zero) : zero_point(vi{} + zero), most(splat(float(255 - zero))) {}
+
+    // Saturated above only. What is too low to be converted, and NaN, converts to -2^31.
+    RSE_INLINE vi round(vf y) const {
+#if defined(__AVX512F__)
+        return (vi)_mm512_cvtps_epi32(_mm512_min_ps((__m512)most, (__m512)y)) + zero_point;
+#elif defined(__AVX2__)
+        return (vi)_mm256_cvtps_epi32(_mm256_min_ps((__m256)most, (__m256)y)) + zero_point;
+#elif defined(__SSE2__)
+        return (vi)_mm_cvtps_epi32(_mm_min_ps((__m128)most, (__m128)y)) + zero_point;
+#else
+        vi r;
+        for (int i = 0; i < kLanes; ++i) r[i] = y[i] >= most[i] ? int32_t(most[i]) : y[i] > -512 ? int32_t(__builtin_rintf(y[i])) : -512;
+        return r + zero_point;
+#endif
+    }
+
+    RSE_INLINE void one(uint8_t* p, vf y) const {
+        const vi r = round(y);
+        const vb bytes = __builtin_convertvector(r & ~(r < 0), vb);
+        std::memcpy(p, &bytes, sizeof bytes);
+    }
+
+    RSE_INLINE void four(uint8_t* p, const vf y[4]) const {
+        // Both packings saturate, and work within 128-bit lanes: word k of lane L is then word L of vector k.
+#if defined(__AVX512F__)
+        const __m512i ab = _mm512_packs_epi32((__m512i)round(y[0]), (__m512i)round(y[1]));
+        const __m512i cd = _mm512_packs_epi32((__m512i)round(y[2]), (__m512i)round(y[3]));
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd));
+        std::memcpy(p, &bytes, sizeof bytes);
+#elif defined(__AVX2__)
+        const __m256i ab = _mm256_packs_epi32((__m256i)round(y[0]), (__m256i)round(y[1]));
+        const __m256i cd = _mm256_packs_epi32((__m256i)round(y[2]), (__m256i)round(y[3]));
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(ab, cd), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        std::memcpy(p, &bytes, sizeof bytes);
+#elif defined(__SSE2__)
+        const __m128i ab = _mm_packs_epi32((__m128i)round(y[0]), (__m128i)round(y[1]));
+        const __m128i cd = _mm_packs_epi32((__m128i)round(y[2]), (__m128i)round(y[3]));
+        const __m128i bytes = _mm_packus_epi16(ab, cd);
+        std::memcpy(p, &bytes, sizeof bytes);
+#else
+        for (int j = 0; j < 4; ++j) one(p + j * kLanes, y[j]);
+#endif
+    }
+};
 
 }  // namespace
 }  // namespace rse
