@@ -1,0 +1,276 @@
+"""Certification: the bounds, coverage, early stop, radii against a closed form and against the procedure of Cohen et al."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from small_nets import NETS, sequential
+from torch import nn
+
+import rse_fast
+from rse_fast import Ensemble, functional
+from rse_fast.certify import _votes, clopper_pearson, estimate, grid_step, largest_bound, looks
+from rse_fast.nn import GaussianNoise, number_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIGMA = 0.25
+
+
+def most(trials, probability):
+    """What a binomial count exceeds once in a million runs."""
+    return scipy.stats.binom.isf(1e-6, trials, probability)
+
+
+# --------------------------------------------------------------------------------------------------------------------- statistics
+def test_bounds_are_those_of_their_definition(rng):
+    for n in (1, 2, 17, 1000):
+        k = np.unique(rng.integers(0, n + 1, 6).tolist() + [0, n])
+        alpha = float(rng.uniform(1e-4, 0.2))
+        lower, upper = clopper_pearson(k, n, alpha)
+        # Clopper & Pearson: the lower bound is the p with P(X >= k) = alpha, the upper one that with P(X <= k) = alpha.
+        inner = k > 0
+        assert np.allclose(scipy.stats.binom.sf(k[inner] - 1, n, lower[inner]), alpha, rtol=1e-8) and lower[0] == 0
+        inner = k < n
+        assert np.allclose(scipy.stats.binom.cdf(k[inner], n, upper[inner]), alpha, rtol=1e-8) and upper[-1] == 1
+
+
+def test_largest_bounds_are_the_known_ones():
+    # radius / sigma at alpha = 0.001 when all draws agree
+    for n, ratio in ((10, 0.003), (100, 1.50), (1000, 2.46), (100_000, 3.81)):
+        assert abs(scipy.stats.norm.ppf(largest_bound(n, 1e-3, False)) - ratio) < 0.006
+        assert clopper_pearson(n, n, 1e-3)[0] == pytest.approx(largest_bound(n, 1e-3, False), rel=1e-12)
+
+
+def simulate(p, images, n, alpha, goals, rng):
+    p = np.broadcast_to(p, images)
+    return estimate(lambda active, start, stop: rng.binomial(stop - start, p[active]), images, n, alpha, goals)
+
+
+@pytest.mark.parametrize("n", (60, 1000))
+def test_bounds_hold_with_the_stated_probability_whenever_it_stops(n, rng):
+    images, alpha = 4000, 0.05
+    for p in (0.3, 0.5, 0.84, 0.97):
+        for goals in ((), (p,), (p - 0.05, 0.5), (min(p + 0.02, 0.99),), (0.999, p)):
+            bound, draws = simulate(p, images, n, alpha, goals, rng)
+            wrong = (bound > p).sum()
+            assert wrong <= most(images, alpha), (p, goals, wrong)
+            assert set(draws.tolist()) <= set(looks(n, bool(goals)))
+            if not goals:  # no slack but that of a discrete count
+                exact = scipy.stats.binom.pmf(np.arange(n + 1), n, p)[clopper_pearson(np.arange(n + 1), n, alpha)[0] > p].sum()
+                assert abs(wrong - images * exact) <= 5 * math.sqrt(images * exact) + 1
+
+
+def test_the_simulation_would_find_looks_without_spending(rng, monkeypatch):
+    """The same looks, each at the full alpha: wrong more often than alpha."""
+    images, alpha, n, p = 4000, 0.05, 1000, 0.84
+    bound, _ = simulate(p, images, n, len(looks(n, True)) * alpha, (p + 0.02,), rng)
+    assert (bound > p).sum() > most(images, alpha)
+
+
+def test_early_stop_decides_and_saves(rng):
+    n, alpha, goal = 10_000, 1e-3, 0.84
+    for p, share in ((1.0, 0.01), (0.999, 0.02), (0.1, 0.01), (0.5, 0.05), (0.9, 0.2)):
+        bound, draws = simulate(p, 1000, n, alpha, (goal,), rng)
+        assert ((bound >= goal) == (p > goal)).mean() > 0.99
+        assert draws.mean() < share * n, (p, draws.mean())
+    bound, draws = simulate(0.9999, 1000, n, alpha, (0.99999,), rng)  # out of reach, which shows before the end
+    assert (draws < n).mean() > 0.5 and (bound < 0.99999).all()
+    # An image between two goals must decide both.
+    bound, draws = simulate(0.9, 1000, n, alpha, (0.6, 0.97), rng)
+    assert ((bound >= 0.6) & (bound < 0.97)).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- closed form
+class Linear(nn.Module):
+    """Two classes, ``w x + b`` against 0 for x [N, d]; with inner noise ``tau`` on the score."""
+
+    def __init__(self, d, sigma, tau=0.0):
+        super().__init__()
+        self.input, self.linear, self.score = GaussianNoise(sigma), nn.Linear(d, 1), GaussianNoise(tau)
+        self.tau = tau
+
+    def forward(self, x):
+        score = self.score(self.linear(self.input(x)))
+        return torch.cat([-score, score], 1)
+
+    def truth(self, x):
+        """Of images x: the label, its share of the votes, and the distance to the boundary of the smoothed classifier."""
+        w = self.linear.weight.double()[0]
+        score = x.double() @ w + self.linear.bias.double()
+        spread = torch.sqrt((self.input.sigma.double() * w.norm()) ** 2 + self.tau**2)
+        return (score > 0).long(), torch.special.ndtr(score.abs() / spread), score.abs() / w.norm()
+
+
+@pytest.mark.parametrize("tau", (0.0, 0.4), ids=("no inner noise", "inner noise"))
+@pytest.mark.parametrize("radii", (None, [0.1, 0.3]), ids=("fixed", "early stop"))
+def test_a_linear_classifier_is_certified_within_its_exact_radius(tau, radii, rng):
+    model = Linear(12, SIGMA, tau)
+    with torch.no_grad():
+        model.linear.weight.copy_(torch.randn(1, 12))
+        model.linear.bias.copy_(-model.linear.weight.sum(1) / 2)
+        x = torch.rand(200, 12)
+        label, share, exact = model.truth(x)
+    n, alpha = 400, 0.05
+    out = rse_fast.certify(Ensemble(model, chunk_rows=8192), x, n0=30, n=n, alpha=alpha, radii=radii)
+    assert out.votes.sum(1).tolist() == out.draws.tolist() and (out.draws <= n).all()
+    known = out.labels >= 0
+    wrong = (known & ((out.labels != label) | (out.p_lower > share))).sum()  # then the radius is too large as well: see below
+    assert wrong <= most(200, alpha)
+    assert ((out.radius > exact) & (out.p_lower <= share) & known & (out.labels == label)).sum() == 0
+    if radii is None and not tau:  # and no weaker than five standard deviations of a share and of its bound
+        share = share.clamp(1e-3, 1 - 1e-3)
+        weakest = share - 2 * 5 * (share * (1 - share) / n).sqrt() - 5 / n
+        assert (out.p_lower >= weakest)[out.labels == label].all()
+
+
+# ------------------------------------------------------------------------------------- the procedure of Cohen et al. on the same votes
+def cohen(selection, estimation, sigma, alpha):
+    """CERTIFY of Cohen, Rosenfeld, Kolter (ICML 2019), from its description: guess the class from n0 votes, bound its probability from
+    n fresh ones, and return it with radius sigma * Phi^-1(bound) if the bound exceeds 1/2."""
+    top = int(np.argmax(selection))
+    count, n = int(estimation[top]), int(sum(estimation))
+    bound = scipy.stats.beta.ppf(alpha, count, n - count + 1) if count else 0.0
+    return (-1, 0.0) if bound < 0.5 else (top, sigma * scipy.stats.norm.ppf(bound))
+
+
+@pytest.mark.parametrize("fuse", (True, False))
+def test_votes_are_the_ensembles_and_the_result_is_that_of_cohen_et_al(fuse, rng):
+    model = NETS["residual"]()
+    ensemble = Ensemble(model, draws=150, dtype="float32", fuse=fuse)
+    x, seed = torch.rand(5, 3, 10, 10), int(rng.integers(2**63))
+    out = rse_fast.certify(ensemble, x, n0=40, n=110, alpha=0.01, seed=seed, image0=3)
+    logits = sequential(model, x, 150, seed, image0=3)  # draw by draw, with the layer's own noise
+    tops = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
+    selection, estimation = tops[:40].sum(0), tops[40:].sum(0)
+    # Where the two highest logits are closer than rounding, a vote may go either way.
+    assert (out.votes - estimation).abs().sum(1).max() <= 4
+    assert (ensemble.predict(x, seed=seed, image0=3).votes - selection - out.votes).abs().sum(1).max() <= 4
+    sigma = out.sigma
+    assert sigma == pytest.approx(float(model[0].sigma), rel=0) and out.seed == seed
+    for i in range(5):
+        label, radius = cohen(selection[i].tolist(), out.votes[i].tolist(), sigma, 0.01)
+        assert out.labels[i] == label and radius - out.radius[i] <= math.sqrt(300) * grid_step(sigma) + 1e-12
+        assert out.radius[i] <= radius
+
+
+# ------------------------------------------------------------------------------------------------------------------ draws and seeds
+def test_selection_and_estimation_use_disjoint_draws_and_parts_make_the_whole(rng):
+    model = NETS["plain"]()
+    x, seed = torch.rand(4, 3, 10, 10), 5
+    ensemble = Ensemble(model, dtype="float32", chunk_rows=37)
+    whole = rse_fast.certify(ensemble, x, n0=20, n=50, seed=seed)
+    for i in range(4):
+        part = rse_fast.certify(ensemble, x[i : i + 1], n0=20, n=50, seed=seed, image0=i)
+        assert torch.equal(part.votes[0], whole.votes[i]) and part.radius[0] == whole.radius[i]
+    shifted = rse_fast.certify(ensemble, x, n0=10, n=60, seed=seed)  # draws 10 .. 69: those of 10 .. 19 on top
+    between = shifted.votes - whole.votes
+    assert (between >= 0).all() and (between.sum(1) == 10).all()
+    assert not torch.equal(rse_fast.certify(ensemble, x, n0=20, n=50).votes, whole.votes)  # fresh entropy
+
+
+def test_early_stop_takes_the_first_draws_of_the_full_run(rng):
+    ensemble = Ensemble(NETS["plain"](), dtype="float32")
+    x = torch.rand(6, 3, 10, 10)
+    out = rse_fast.certify(ensemble, x, n=400, seed=9, radii=0.1)
+    for count in set(out.draws.tolist()):
+        whole = rse_fast.certify(ensemble, x, n=count, seed=9)
+        assert torch.equal(out.votes[out.draws == count], whole.votes[out.draws == count])
+
+
+def test_the_input_noise_is_a_fixed_grid_away_from_the_image(rng):
+    """The law of (what the network sees) - (the rounded image) must not depend on the image: the very same numbers for every image."""
+    seen = []
+
+    class Look(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.noise = GaussianNoise(0.3)
+
+        def forward(self, x):
+            seen.append(self.noise(x).double())
+            return x[:, :2].flatten(1)[:, :2] * 0 + seen[-1].flatten(1)[:, :2].float()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not to be certified: it reads the image beside the noise
+        model = Look()
+        number_layers(model)
+        ensemble, step = Ensemble(model, fuse=False, dtype="float32"), grid_step(float(model.noise.sigma))
+        images = torch.cat([torch.rand(2, 3, 4, 4), torch.full((1, 3, 4, 4), 1e-9), torch.randn(1, 3, 4, 4) * 100])
+        noises = []
+        for image in images:
+            seen.clear()
+            _votes(ensemble, model.noise, image[None], torch.tensor([0]), 0, 5, 3)
+            noisy = torch.cat([s for s in seen if len(s) > 1 and s.device.type == "cpu"])
+            clean = (image.double() / step).round() * step
+            noises.append((noisy[:5] - clean) / step)
+    expected = functional.add_noise(torch.zeros(1, 3, 4, 4), model.noise.sigma, seed=3, images=1, draws=5).double() / step
+    for noise in noises[:3]:  # below 16 steps of 2^-24 a float32 holds the exact sum
+        assert torch.equal(noise, expected.round())
+    assert (noises[3] - expected.round()).abs().max() <= 500 * 2.0**-24 / step  # the one rounding of the sum
+
+
+def test_low_precision_is_part_of_the_network(rng):
+    model = Linear(8, SIGMA)
+    x = torch.rand(50, 8)
+    with torch.no_grad():
+        label, share, exact = model.truth(x)
+    out = rse_fast.certify(Ensemble(model, dtype="bfloat16", chunk_rows=8192), x, n=300, alpha=0.01)
+    known = out.labels >= 0
+    # A bfloat16 classifier is another one: its boundary is off by the rounding of 8 products and a bias, relative to |w|.
+    slack = (8 + 1) * 2.0**-8 * (1 + 4 * SIGMA) * (model.linear.weight.abs().sum() + 1) / model.linear.weight.norm()
+    assert (out.radius[known] <= exact[known] + slack).float().mean() > 0.9
+
+
+# ------------------------------------------------------------------------------------------------------------------- what is refused
+def test_hopeless_numbers_warn():
+    ensemble = Ensemble(Linear(3, SIGMA))
+    x = torch.rand(1, 3)
+    with pytest.warns(RuntimeWarning, match="n=9 draws can never decide at alpha=0.001") as caught:
+        assert rse_fast.certify(ensemble, x, n=9).labels.tolist() == [-1]
+    assert caught[0].filename == __file__
+    with pytest.warns(RuntimeWarning, match=r"radii \[0.9\] can never be certified with n=100 draws"):
+        rse_fast.certify(ensemble, x, n=100, radii=[0.1, 0.9])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rse_fast.certify(ensemble, x, n=10)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"ensemble": nn.Linear(3, 2)}, TypeError, "ensemble must be an rse_fast.Ensemble, got Linear"),
+        ({"x": torch.zeros(2, 3, dtype=torch.uint8)}, TypeError, "x must be a floating-point tensor"),
+        ({"x": torch.tensor([[0.0, math.nan, 1.0]])}, ValueError, "x must be finite"),
+        ({"n0": 0}, ValueError, "n0 must be at least 1, got 0"),
+        ({"n": 1.5}, TypeError, "n must be an integer"),
+        ({"n": 2**32}, ValueError, "n0 \\+ n must be at most 2\\^32"),
+        ({"alpha": 1.0}, ValueError, r"alpha must be in \(0, 1\), got 1.0"),
+        ({"alpha": math.nan}, ValueError, "alpha must be in"),
+        ({"radii": [0.1, -1]}, ValueError, "radii must be finite and not negative"),
+        ({"image0": -1}, ValueError, "image0 must be in"),
+        ({"seed": "x"}, TypeError, "seed must be an integer"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        rse_fast.certify(**{"ensemble": Ensemble(Linear(3, SIGMA)), "x": torch.rand(1, 3), **arguments})
+
+
+def test_no_images(rng):
+    out = rse_fast.certify(Ensemble(Linear(3, SIGMA)), torch.rand(0, 3))
+    assert out.labels.shape == out.radius.shape == out.p_lower.shape == (0,) and out.votes.shape == (0, 2)
+
+
+def test_function_and_module_have_one_name(run_python):
+    code = """
+import sys, rse_fast, importlib
+assert callable(rse_fast.certify) and "scipy" not in sys.modules
+module = importlib.import_module("rse_fast.certify")
+assert module.certify is rse_fast.certify and callable(rse_fast.certify)
+print("fine")
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "fine", done.stderr
