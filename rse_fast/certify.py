@@ -1,10 +1,319 @@
-import torch, copy
-from bench import ensemble, networks, peers
-from bench.measure import *
-w=torch.device("cpu")
-for kind,b,n in (("VGG16",1,10),("VGG16",8,10),("SmallNet",8,1),("SmallNet",8,10),("ResNeXt29",2,10),("ResNet-50",1,4)):
-    plain=networks.plain(kind,w); x=networks.images(b,networks.KINDS[kind][1],w)
-    r=ensemble.Reference(plain,x,n); print(kind,b,n,"chance",float(r.chance),"rounding",float(r.rounding), "calm dist", float(ensemble.distance(r.calm,r.mean)))
-    for s in (1,2,.5):
-        e=peers.eager_rse(plain,.2*s,.1*s)
-        res=peers.packed(e,x,n); print("   sigma x",s, float(ensemble.distance(res,r.mean)))
+"""Certified L2 robustness by randomised smoothing (Cohen, Rosenfeld, Kolter, ICML 2019), from the votes of an ensemble's packed draws.
+
+What a certificate covers is said in `COVERS`, for reports. Three points of the construction:
+
+*Inner noise.* Let f(z, w) be the class that the network gives to the noisy image z with inner noise w. The smoothed score of class c at x,
+G_c(x) = E[F_c(x + sigma * eps)] with F_c(z) = P_w(f(z, w) = c), is a Gaussian average of a function with values in [0, 1]. That is all that
+the certificate needs: Phi^-1(G_c) is Lipschitz with constant 1 / sigma (Salman et al., NeurIPS 2019, Lemma 2). A vote is one draw of
+(eps, w) together, a Bernoulli variable of mean G_c(x).
+
+*Floating point.* x + sigma * eps in floating-point arithmetic rounds by a grid that depends on x, which a network could tell apart, and so
+break certificates (Voracek & Hein, ICLR 2023). Their remedy is taken: image and noise are rounded to multiples of one fixed step, each by
+itself, and added exactly. The sum is then the Gaussian around the rounded image, rounded; whatever follows, a cast to bfloat16 included, is
+part of the network. Rounding moves two images apart by at most sqrt(d) steps of 2^-20 sigma or less, and the radius is that much shorter.
+So the input's noise is added here, with the very eps of the layer, which is silent meanwhile.
+
+*Early stop.* Looking at the votes at m numbers of draws, each with a Clopper-Pearson bound at level alpha / m, gives bounds that hold all
+together with probability 1 - alpha (union bound), so the best of them holds whenever one stops, for any rule of stopping (adaptive sampling
+as in Horvath et al., ICLR 2022).
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rse_fast import functional, ops
+from rse_fast.convert import tensor_attributes
+from rse_fast.ensemble import Ensemble, plan
+from rse_fast.nn import NoiseLayer, Scope, noise_layers
+
+COVERS = """\
+An image with label c and radius R is certified in this sense: the classifier that returns the class with the most votes of infinitely many
+draws of this network, inner noise included, returns c for every image within L2 distance R (in the units of the pixels) of it. The inner
+noise is covered because the smoothed score is a Gaussian average of a function with values in [0, 1] (Salman et al. 2019, Lemma 2). Each
+image's statement is wrong with probability at most alpha over the draws, so of many images some may be wrong. It says nothing about other
+norms, about larger radii, or about the mean softmax of a few draws, which may give another label than the vote. Input noise is added
+exactly, on a grid (Voracek & Hein 2023), so rounding cannot break the certificate; what remains assumed is that the generator's normals,
+made of 32-bit words, are independent and normal. It holds for the number format and the weights it was made with, and for no others."""
+
+SMALLEST_LOOK = 50  # draws at the first look of an early stop
+GRID = 20  # the step of the grid is the power of two below sigma, times 2^-GRID
+
+_aten = torch.ops.aten
+_REARRANGE = {  # what may stand between the image and its noise: the same numbers, in another shape or order of memory
+    _aten.view, _aten._unsafe_view, _aten._reshape_alias, _aten.permute, _aten.transpose, _aten.t, _aten.unsqueeze, _aten.squeeze,
+    _aten.clone, _aten.detach, _aten.alias, _aten._to_copy,
+}  # fmt: skip
+_NOISE = {ops.add_noise, ops.noisy_conv, ops.noisy_linear}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `certify` says of B images and K classes; tensors on the CPU.
+
+    labels: int64 [B], the class of the majority of draws, or -1: abstains.
+    radius: float64 [B], L2 radius in the units of the image, 0 where it abstains.
+    p_lower: float64 [B], lower bound of the class's share of votes, at confidence 1 - alpha.
+    votes: int64 [B, K], of the estimation draws.
+    draws: int64 [B], estimation draws taken, n or fewer; the n0 for the selection come on top.
+    sigma: standard deviation of the noise at the input. alpha: probability that one image's statement is wrong.
+    seed: the seed that reproduces this certificate, in [0, 2^64).
+    """
+
+    labels: torch.Tensor
+    radius: torch.Tensor
+    p_lower: torch.Tensor
+    votes: torch.Tensor
+    draws: torch.Tensor
+    sigma: float
+    alpha: float
+    seed: int
+
+
+def certify(
+    ensemble: Ensemble,
+    x: torch.Tensor,
+    *,
+    n0: int = 100,
+    n: int = 10_000,
+    alpha: float = 1e-3,
+    seed: int | None = None,
+    radii: float | Sequence[float] | None = None,
+    image0: int = 0,
+) -> Certificate:
+    """Certifies images x [B, ...]: label and L2 radius that hold with probability 1 - alpha each. See the module for what that covers.
+
+    The class is selected by the votes of draws 0 .. n0 - 1 and its share estimated from draws n0 .. n0 + n - 1, so the two are disjoint.
+    The radius is ``sigma * Phi^-1(p_lower)``, p_lower the Clopper-Pearson bound and sigma that of the noise at the input, less the width
+    of the grid (5e-5 sigma for 32x32 photos at most). It abstains where p_lower < 1/2.
+
+    Args:
+        ensemble: of a model whose first noise stands at the input: the image reaches one noisy layer unchanged (reshaped at most) and is
+            read by nothing else. Its number format and backend are used, its ``draws`` and ``early_exit`` are not.
+        n0, n: draws for selection and estimation, >= 1. alpha: in (0, 1).
+        seed: None takes the ensemble's, or fresh entropy if it has none.
+        radii: None takes all n draws. One or several radii >= 0: an image stops as soon as "radius >= r" is decided for each of them.
+            The guarantee is the same; radius and p_lower are what was proven by then.
+        image0: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
+
+    Warns (RuntimeWarning) where n and alpha can never decide. Raises ValueError or TypeError naming the argument, also if the noise is not
+    at the input, switched off, zero, per channel, or learnable (``requires_grad_(False)`` on ``sigma_raw`` freezes it).
+    """
+    if not isinstance(ensemble, Ensemble):
+        raise TypeError(f"ensemble must be an rse_fast.Ensemble, got {type(ensemble).__name__}")
+    n0, n, image0 = (functional.integer(*pair) for pair in (("n0", n0), ("n", n), ("image0", image0)))
+    for name, value in (("n0", n0), ("n", n)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if n0 + n > 2**32:
+        raise ValueError(f"n0 + n must be at most 2^32, got {n0 + n}")
+    if not isinstance(alpha, (int, float)) or not 0 < alpha < 1:
+        raise ValueError(f"alpha must be in (0, 1), got {alpha!r}")
+    radii = [] if radii is None else [float(r) for r in np.atleast_1d(radii)]
+    if not all(0 <= r < math.inf for r in radii):
+        raise ValueError(f"radii must be finite and not negative, got {radii}")
+    x, seed = ensemble._input(x), ensemble._call_seed(seed)
+    if not bool(x.isfinite().all()):
+        raise ValueError("x must be finite, got infinite or NaN values")
+    if image0 < 0 or image0 + len(x) > 2**32:
+        raise ValueError(f"image0 must be in [0, 2^32 - {len(x)}], got {image0}")
+
+    from scipy.special import ndtr, ndtri
+
+    layer = input_noise(ensemble.model, x)
+    sigma = float(layer.current_sigma())
+    width = math.sqrt(x[0].numel() if len(x) else 0) * grid_step(sigma)
+    reach = sigma * float(ndtri(largest_bound(n, alpha, bool(radii)))) - width
+    if reach <= 0:
+        warnings.warn(f"n={n} draws can never decide at alpha={alpha}: every image will abstain", RuntimeWarning, stacklevel=2)
+    elif beyond := [r for r in radii if r > reach]:
+        text = f"radii {beyond} can never be certified with n={n} draws at alpha={alpha}: the largest radius is {reach:.4g}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    index = torch.arange(image0, image0 + len(x), device=x.device)
+    selected = _votes(ensemble, layer, x, index, 0, n0, seed)
+    top, votes = selected.argmax(-1) if len(x) else index, torch.zeros_like(selected)
+
+    def successes(active, start, stop):
+        active = torch.as_tensor(active, device=x.device)
+        more = _votes(ensemble, layer, x[active], index[active], n0 + start, n0 + stop, seed)
+        votes[active] += more
+        return more.gather(1, top[active, None])[:, 0].cpu().numpy()
+
+    p_lower, draws = estimate(successes, len(x), n, alpha, [float(ndtr((r + width) / sigma)) for r in radii])
+    abstains = torch.from_numpy(p_lower < 0.5)
+    radius = torch.from_numpy(sigma * ndtri(np.maximum(p_lower, 0.5)) - width).clamp_min(0)
+    return Certificate(
+        labels=top.cpu().masked_fill(abstains, -1),
+        radius=radius.masked_fill(abstains, 0),
+        p_lower=torch.from_numpy(p_lower),
+        votes=votes.cpu(),
+        draws=torch.from_numpy(draws),
+        sigma=sigma,
+        alpha=float(alpha),
+        seed=seed,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- statistics
+def clopper_pearson(successes, trials: int, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper bound of a probability, each wrong with probability at most alpha (Clopper & Pearson 1934). successes: array."""
+    from scipy.special import betaincinv
+
+    k = np.asarray(successes, dtype=np.float64)
+    lower = np.where(k > 0, betaincinv(np.maximum(k, 1), trials - k + 1, alpha), 0.0)
+    upper = np.where(k < trials, betaincinv(k + 1, np.maximum(trials - k, 1), 1 - alpha), 1.0)
+    return lower, upper
+
+
+def looks(n: int, early_stop: bool) -> list[int]:
+    """The numbers of draws at which `estimate` looks, in order: n alone, or n, n/2, n/4, ... down to `SMALLEST_LOOK`."""
+    numbers = [n]
+    while early_stop and numbers[0] >= 2 * SMALLEST_LOOK:
+        numbers.insert(0, math.ceil(numbers[0] / 2))
+    return numbers
+
+
+def largest_bound(n: int, alpha: float, early_stop: bool) -> float:
+    """The lower bound that n votes out of n give: no image can do better."""
+    return (alpha / len(looks(n, early_stop))) ** (1 / n)
+
+
+def estimate(
+    successes: Callable[[np.ndarray, int, int], np.ndarray], images: int, n: int, alpha: float, goals: Sequence[float] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lower bounds float64 [images] of the images' probabilities, each right with probability 1 - alpha; int64 [images] draws taken.
+
+    successes: (images int64 [A], start, stop) -> successes int64 [A] among their draws start .. stop - 1.
+    goals: probabilities. An image stops when each goal is decided: reached by the lower bound, or above an upper bound (of the same level),
+        or out of reach of the draws that remain. Without goals, all n draws are taken and there is one look.
+    """
+    numbers, goals = looks(n, len(goals) > 0), np.asarray(goals, dtype=np.float64)
+    level = alpha / len(numbers)
+    count, taken, best = np.zeros(images, np.int64), np.zeros(images, np.int64), np.zeros(images)
+    active, start = np.arange(images), 0
+    for stop in numbers:
+        if not len(active):
+            break
+        count[active] += successes(active, start, stop)
+        taken[active] = stop
+        lower, upper = clopper_pearson(count[active], stop, level)
+        best[active] = np.maximum(best[active], lower)
+        within_reach, _ = clopper_pearson(count[active] + n - stop, n, level)
+        never = np.minimum(upper, np.maximum(within_reach, best[active]))[:, None] < goals
+        active, start = active[~((best[active][:, None] >= goals) | never).all(1)], stop
+    return best, taken
+
+
+# ------------------------------------------------------------------------------------------------------------------------ votes
+def grid_step(sigma: float) -> float:
+    """The step of the grid on which image and noise are added; a power of two, so that multiples of it are exact."""
+    return 2.0 ** (math.floor(math.log2(sigma)) - GRID)
+
+
+@torch.inference_mode()
+def _votes(ensemble, layer, x, index, start, stop, seed):
+    """Votes int64 [A, K] of draws start .. stop - 1 of images x [A, ...], whose indices are ``index`` int64 [A]."""
+    with ensemble._model(x) as model:
+        votes = torch.zeros(len(x), model.classes, dtype=torch.int64, device=x.device)
+    seed, sigma = functional.seed_tensor(seed, x.device), layer.current_sigma()
+    step = grid_step(float(sigma))
+
+    def grid(t):
+        return t.double().div_(step).round_()
+
+    for image, draw in plan.chunks(len(x), stop - start, ensemble._rows(x)):
+        first = torch.tensor(start + draw.start, device=x.device)
+        images, draws = image.stop - image.start, draw.stop - draw.start
+        places = torch.stack([index[image], first.expand(images)], 1)
+        noise = functional.add_noise(
+            torch.zeros(x[image].shape, device=x.device), sigma, seed=seed, stream=layer.stream, draws=draws, places=places,
+            channel_dim=getattr(layer, "channel_dim", 1), backend=ensemble.backend,
+        )  # fmt: skip
+        noisy = grid(noise).unflatten(0, (draws, images)).add_(grid(x[image])).mul_(step).float().flatten(0, 1)
+        # Every row is an image of its own here, with one draw: that of the inner noise.
+        places = places.repeat(draws, 1)
+        places[:, 1] += torch.arange(draws, device=x.device).repeat_interleave(images)
+        logits = ensemble.logits_at(noisy, places, 1, seed, silent=layer.stream)
+        tops = logits.argmax(-1).view(draws, images)
+        votes[image] += torch.nn.functional.one_hot(tops, votes.shape[1]).sum(0)
+    return votes
+
+
+# ------------------------------------------------------------------------------------------------------------- where the noise is
+class _Readers(TorchDispatchMode):
+    """Follows an image through a forward pass. ``noisy``: the streams of the noise that reads it; ``others``: other ops that do."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.image, self.noisy, self.others = [x], [], []
+
+    def _is_image(self, value):
+        return any(value is t for t in self.image)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = torch.utils._pytree.tree_leaves((args, kwargs))
+        if not any(map(self._is_image, tensors)):
+            return result
+        packet = func.overloadpacket
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+        if packet in _NOISE and named.get("scale") is None and named.get("shift") is None and not named.get("relu"):
+            self.noisy.append(named["stream"])
+        elif packet in _REARRANGE and result.dtype in (args[0].dtype, torch.float32, torch.float64):
+            self.image.append(result)
+        else:
+            self.others.append(str(packet))
+        return result
+
+
+def input_noise(model: torch.nn.Module, x: torch.Tensor) -> NoiseLayer:
+    """The noisy layer at the input of ``model``, found by a run on the first of images x [B, ...] that watches every op which reads it.
+
+    Raises ValueError where a certificate would not hold: the image is changed before the noise or read beside it, or the noise is
+    switched off, zero, per channel, or learnable. No image: the first noisy layer, unchecked but for its sigma.
+    """
+    layers = noise_layers(model)
+    name, layer = next(iter(layers.items()))
+    if len(x):
+        name, layer = _first_noise(model, layers, x)
+    where = f"the noise at the input ({name or 'the model itself'})"
+    if not layer.noise_enabled:
+        raise ValueError(f"model must have its input noise on to be certified, got {where} switched off")
+    raw = layer._parameters.get("sigma_raw")
+    sigma = layer.current_sigma()
+    if sigma.numel() != 1:
+        raise ValueError(f"model must have one sigma at its input to be certified, got {where} with {sigma.numel()}, one a channel")
+    if raw is not None and raw.requires_grad:
+        raise ValueError(
+            f"model must have a fixed sigma at its input to be certified, got {where} with a learnable one, which nothing bounds; "
+            "sigma_raw.requires_grad_(False) fixes it"
+        )
+    if not float(sigma) > 0:
+        raise ValueError(f"model must have noise at its input to be certified, got {where} with sigma 0")
+    return layer
+
+
+def _first_noise(model, layers, x):
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
+    copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
+    for layer in noise_layers(copied).values():
+        layer.noise_enabled = True
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        image = x[:1].to(next(model.parameters(), x).dtype, copy=True)
+        with Scope(torch.zeros((), dtype=torch.int64, device=x.device), 1), _Readers(image) as readers:
+            copied(image)
+    rule = "model must pass the image unchanged to the noise of one layer, and to nothing else, to be certified"
+    if readers.others:
+        raise ValueError(f"{rule}; got {', '.join(dict.fromkeys(readers.others))} reading it")
+    found = [(name, layer) for name, layer in layers.items() if layer.stream in {stream & 0xFFFF for stream in readers.noisy}]
+    if len(readers.noisy) != 1 or len(found) != 1:
+        names = ", ".join(name or "the model itself" for name, _ in found) or "none"
+        raise ValueError(f"{rule}; got {len(readers.noisy)} noisy calls reading it ({names})")
+    return found[0]
