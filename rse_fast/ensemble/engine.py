@@ -1,6 +1,7 @@
 """The ensemble of n noisy passes as one module: draws packed into the batch, softmax averaged (Liu et al., ECCV 2018)."""
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -15,7 +16,7 @@ from torch import nn
 
 from rse_fast import functional
 from rse_fast.convert import meta_copy
-from rse_fast.ensemble import fuse, plan
+from rse_fast.ensemble import fuse, gradient, plan
 from rse_fast.ensemble.early_exit import make as make_criterion
 from rse_fast.ensemble.stream import Pool, Tally, in_order
 from rse_fast.nn import Scope, noise_layers, number_layers
@@ -91,7 +92,8 @@ class Ensemble(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------------------ public
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Log of the mean softmax, float32 [B, K]; differentiable in ``x``, so a gradient is the gradient of the whole ensemble."""
+        """Log of the mean softmax, float32 [B, K]; differentiable in ``x``, so a gradient is the gradient of the whole ensemble,
+        exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`)."""
         x, seed = self._input(x), self._seed_tensor(self._call_seed(None), x)
         rows = []
         with self._model(x) as model:
@@ -213,10 +215,15 @@ class Ensemble(nn.Module):
 
     def _passes(self, model, x, seed, image0):
         """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
-        for image, draw in plan.chunks(x.shape[0], self.draws, self._rows(x)):
-            images, draws = image.stop - image.start, draw.stop - draw.start
-            scope = Scope(seed, images, draws, image0 + image.start, draw.start, self.backend)
-            yield image, draw, self._logits(model, x[image], scope)
+        for number, (image, draw) in enumerate(plan.chunks(x.shape[0], self.draws, self._rows(x))):
+            batch = functools.partial(self._chunk, model, seed, image0 + image.start, draw)
+            yield image, draw, gradient.run(batch, x[image], number)
+
+    def _chunk(self, model, seed, image0, draw, x):
+        """`_logits` with the noise of given images and draws; backward may call it again, outside `_model`'s context."""
+        scope = Scope(seed, len(x), draw.stop - draw.start, image0, draw.start, self.backend)
+        with self._mode():
+            return self._logits(model, x, scope)
 
     @staticmethod
     def _logits(model, x, scope):
@@ -257,8 +264,12 @@ class Ensemble(nn.Module):
                 with torch.random.fork_rng(devices=[]):  # a forward that draws numbers of its own does so in dry runs, too
                     self._prepared = state, self._prepare(x)
             prepared = self._prepared[1]
-        with contextlib.nullcontext() if self.fuse else _eval_mode(self.model):
+        with self._mode():
             yield prepared
+
+    def _mode(self):
+        """A snapshot is in eval mode for good, a live model within this context."""
+        return contextlib.nullcontext() if self.fuse else _eval_mode(self.model)
 
     @torch.inference_mode(False)  # a snapshot taken under inference_mode serves calls that want a gradient as well
     def _prepare(self, x):
