@@ -8,6 +8,7 @@ from importlib.metadata import version
 # name: (module, extra that brings what it imports, one line of help)
 COMMANDS = {
     "demo": ("rse_fast.demo", "demo", "train a small network and its RSE version on real images, attack both, write a report"),
+    "train": ("rse_fast.train.command", "train", "train a network, plain or defended, with checkpoints that lose nothing"),
     "doctor": ("rse_fast.doctor", None, "print versions, devices, the CPU library, the active backends and where seeds come from"),
 }
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from rse_fast import functional, ops
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
 
-__all__ = ["Description", "LayerDescription", "convert", "describe", "noise_off", "revert"]
+__all__ = ["Description", "LayerDescription", "convert", "describe", "noise_off", "revert", "set_sigma"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NOISE_NAMES = {"channel_dim", "plain", "sigma", "sigma_raw", *(name for name in vars(NoiseLayer) if not hasattr(nn.Module, name))}
@@ -31,7 +31,8 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
         include: which layers get noise: types and name globs ("layer1.*"), one or several; default all convolutions
             (`nn.Conv1d/2d/3d` and their subclasses). `nn.Linear` can be asked for. A shared layer is converted once.
         exclude: types and name globs of layers that stay plain.
-        learnable: make each sigma a parameter (sigmas must then be positive); convert before the optimiser is made.
+        learnable: make each sigma a parameter (sigmas must then be positive); convert before the optimiser is made. True or "layer": one
+            a layer; "channel": one for each input channel. `set_sigma` changes fixed and learnable ones later on.
 
     Exact ``nn.ConvNd`` become `NoisyConvNd`, whose backward holds no more than the plain layer's; a subclass keeps its own forward
     behind the noise. Noise is on in train() and eval() alike; only `noise_off` switches it off. Raises TypeError or ValueError,
@@ -39,12 +40,9 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    for name, sigma in (("init_sigma", init_sigma), ("inner_sigma", inner_sigma)):
-        functional.check_sigma(name, sigma)
-        if isinstance(sigma, torch.Tensor) and sigma.numel() != 1:
-            raise ValueError(f"{name} must be one number, got shape {tuple(sigma.shape)}")
-        if learnable and not sigma > 0:
-            raise ValueError(f"{name} must be positive to be learnable, got {sigma}")
+    if learnable not in (True, False, "layer", "channel"):
+        raise ValueError(f"learnable must be True, False, 'layer' or 'channel', got {learnable!r}")
+    _check_sigmas(init_sigma, inner_sigma, learnable)
     if noisy := list(noise_layers(model)):
         raise ValueError(f"model must not have noise yet, got noisy layers {_listing(noisy)}; revert(model) first to convert it anew")
     included, excluded = _selector("include", include), _selector("exclude", exclude)
@@ -70,9 +68,37 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
     classes = [noisy_class(module) for module in layers.values()]
     for module, noisy in zip(layers.values(), classes, strict=True):
         module.__class__ = noisy
-        module.init_noise(init_sigma if module is first else inner_sigma, learnable)
+        sigma = init_sigma if module is first else inner_sigma
+        if learnable == "channel":
+            sigma = torch.full((module.in_features if isinstance(module, nn.Linear) else module.in_channels,), float(sigma))
+        module.init_noise(sigma, bool(learnable))
     number_layers(model)
     return model
+
+
+def set_sigma(model, init_sigma=0.2, inner_sigma=0.1) -> nn.Module:
+    """Changes the noise of a converted model in place, and returns it: sigma of the layer that is executed first, and of all others.
+
+    So a model may be tested with another sigma than it was trained with. A learnable sigma gets the value too, and stays learnable; sigmas
+    per channel all get it. Raises ValueError or TypeError, before anything is changed, as `convert` does.
+    """
+    layers = [layer for layer in noise_layers(model).values() if isinstance(layer, NoisyInput)]
+    if not layers:
+        raise ValueError("model must have noisy convolutions or linear layers, got none; convert(model) first")
+    _check_sigmas(init_sigma, inner_sigma, any("sigma_raw" in layer._parameters for layer in layers))
+    first = first_executed(model, layers)
+    for layer in layers:
+        layer.set_sigma(float(init_sigma if layer is first else inner_sigma))
+    return model
+
+
+def _check_sigmas(init_sigma, inner_sigma, learnable):
+    for name, sigma in (("init_sigma", init_sigma), ("inner_sigma", inner_sigma)):
+        functional.check_sigma(name, sigma)
+        if isinstance(sigma, torch.Tensor) and sigma.numel() != 1:
+            raise ValueError(f"{name} must be one number, got shape {tuple(sigma.shape)}")
+        if learnable and not sigma > 0:
+            raise ValueError(f"{name} must be positive to be learnable, got {sigma}")
 
 
 def revert(model: nn.Module) -> nn.Module:

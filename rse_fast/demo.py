@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import rse_fast
 from rse_fast import data, demo_report
 from rse_fast.models import SmallNet
+from rse_fast.train import Config, Ranks, Trainer
 
 _PACKAGES = {"foolbox": "foolbox", "matplotlib": "matplotlib", "PIL": "pillow", "rich": "rich", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 _DRAW_COUNTS = (1, 2, 3, 5, 10, 20, 50)
@@ -226,11 +227,9 @@ def _measure(args: argparse.Namespace, splits: data.Splits, stage: Callable[[str
     """Fills ``results`` step by step. What is in it is a finished measurement, also when an interrupt ends this early."""
     stage("training the plain network")
     results["training"] = {}
-    plain = _new_net(args, splits)
-    results["training"]["plain"] = _train(plain, splits, args, "plain")
+    plain, results["training"]["plain"] = _train(splits, args, "plain", "plain")
     stage("training the RSE network")
-    noisy = rse_fast.convert(_new_net(args, splits), init_sigma=args.init_sigma, inner_sigma=args.inner_sigma)
-    results["training"]["rse"] = _train(noisy, splits, args, "RSE")
+    noisy, results["training"]["rse"] = _train(splits, args, "rse", "RSE")
     ensemble = rse_fast.Ensemble(noisy, draws=args.draws).eval()
 
     stage("measuring accuracy")
@@ -263,57 +262,39 @@ def _measure(args: argparse.Namespace, splits: data.Splits, stage: Callable[[str
 
 
 def _new_net(args: argparse.Namespace, splits: data.Splits) -> nn.Module:
-    torch.manual_seed(args.seed)
     net = SmallNet(len(splits.classes), in_channels=splits.train.images.shape[1])
     return net.to(args.device, memory_format=torch.channels_last)  # on CPUs 1.3 to 4 times as fast as NCHW here
 
 
-def _train(net: nn.Module, splits: data.Splits, args: argparse.Namespace, name: str) -> dict:
-    """SGD with Nesterov momentum, one-cycle rate; for an RSE network this is noisy SGD, one fresh draw per step. The last epoch is kept."""
+def _train(splits: data.Splits, args: argparse.Namespace, defence: str, name: str) -> tuple[nn.Module, dict]:
+    """A network of the last epoch in eval mode, and the record of its training. For an RSE network this is noisy SGD."""
     from tqdm import tqdm
 
-    generator = torch.Generator().manual_seed(args.seed)
     batch_size = min(64 if len(splits.train) < 10_000 else 256, len(splits.train))
-    steps = args.epochs * (len(splits.train) // batch_size)
-    rate = 0.1 * batch_size / 64
-    optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    config = Config(
+        defence=defence, init_sigma=args.init_sigma, inner_sigma=args.inner_sigma, epochs=args.epochs, batch_size=batch_size,
+        lr=0.1 * batch_size / 64, bf16=args.bf16, seed=args.seed,
+    )  # fmt: skip
+    trainer = Trainer(config, splits, Ranks(0, 1, torch.device(args.device)))
     history = []
     start = time.perf_counter()
-    with tqdm(total=steps, desc=f"training {name}", unit="step", disable=None) as bar:
-        for epoch in range(1, args.epochs + 1):
-            net.train()
-            losses = []
-            stream = data.batches(
-                splits.train, batch_size, generator=generator, pad=splits.pad, flip=splits.flip, drop_last=True, device=args.device
-            )
-            for images, labels in stream:
-                with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-                    loss = nn.functional.cross_entropy(net(images), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.detach())
-                bar.update()
-            net.eval()
-            correct = sum(
-                (_plain_labels(net, x) == y).sum().item() for x, y in data.batches(splits.val, _INFERENCE_ROWS, device=args.device)
-            )
-            row = {"epoch": epoch, "loss": torch.stack(losses).mean().item(), "val_accuracy": correct / len(splits.val)}
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"training of the {name} network diverged (loss {row['loss']} in epoch {epoch}); try a smaller sigma"
-                )
-            history.append(row)
-            bar.set_postfix(epoch=f"{epoch}/{args.epochs}", loss=f"{row['loss']:.3f}", val=f"{row['val_accuracy']:.1%}")
-    net.requires_grad_(False)  # the attacks need gradients of the images only
+    with tqdm(total=trainer.total_steps, desc=f"training {name}", unit="step", disable=None) as bar:
+        while not trainer.complete:
+            try:
+                row = trainer.advance()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{name} network: {error}") from error
+            bar.update(trainer.step - bar.n)
+            if row is not None and row["event"] == "epoch":
+                history.append(row)
+                bar.set_postfix(epoch=f"{trainer.epoch}/{args.epochs}", loss=f"{row['loss']:.3f}", val=f"{row['val_accuracy']:.1%}")
     seconds = time.perf_counter() - start
     print(
         f"{name}: {args.epochs} epochs in {seconds:.0f} s, loss {row['loss']:.3f}, validation accuracy {row['val_accuracy']:.1%}",
         flush=True,
     )
-    return {"seconds": seconds, "batch_size": batch_size, "peak_rate": rate, "epochs": history}
+    net = trainer.model.eval().requires_grad_(False)  # the attacks need gradients of the images only
+    return net, {"seconds": seconds, "batch_size": batch_size, "peak_rate": config.lr, "epochs": history}
 
 
 def _plain_labels(net: nn.Module, images: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ first convolution). All can be traced by ``torch.fx``.
 Parameter counts are those of the default arguments (BatchNorm's running statistics not counted).
 """
 
+import importlib
+
 import torch
 from torch import Tensor, nn
 
@@ -152,3 +154,26 @@ class SmallNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+
+
+MODELS = {"small": SmallNet, "vgg16": VGG16, "resnext29": ResNeXt29, "model-a": ModelA}
+
+
+def make(name: str, num_classes: int, in_channels: int) -> nn.Module:
+    """The network called ``name``: a key of `MODELS`, or "package.module:function", called with num_classes and in_channels as keywords.
+
+    Raises ValueError for another name, for what cannot be imported, and for a function that does not return an nn.Module.
+    """
+    if name in MODELS:
+        return MODELS[name](num_classes=num_classes, in_channels=in_channels)
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)} or package.module:function, got {name!r}")
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"model: cannot import {name!r}: {error}") from error
+    model = factory(num_classes=num_classes, in_channels=in_channels)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected {name!r} to return an nn.Module, got {type(model).__name__}")
+    return model

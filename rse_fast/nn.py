@@ -73,7 +73,7 @@ class NoiseLayer(nn.Module):
 
     sigma: standard deviation of the noise, in the units of the input. Fixed: a float32 buffer outside the state dict, so keys stay
     those of the plain layer. Learnable: ``softplus(sigma_raw)`` of the float32 parameter ``sigma_raw``, positive whatever the optimiser
-    does (in the spirit of PNI, He et al., CVPR 2019); a state dict without it loads, and leaves it as it is.
+    does (in the spirit of PNI, He et al., CVPR 2019); a state dict without it loads, and leaves it as it is. `set_sigma` changes either.
     stream: index of the layer in its model (set by `number_layers`), addresses the noise within a Scope.
     """
 
@@ -86,12 +86,24 @@ class NoiseLayer(nn.Module):
         value = torch.as_tensor(sigma, dtype=torch.float32).detach().clone()
         like = next(self.parameters(recurse=False), None)
         value = value if like is None else value.to(like.device)
-        if not learnable:
-            self.register_buffer("sigma", value, persistent=False)
-        elif not bool((value > 0).all()):
-            raise ValueError(f"sigma must be positive to be learnable, got {sigma}")
+        if learnable:
+            self.sigma_raw = nn.Parameter(_raw(value))
         else:
-            self.sigma_raw = nn.Parameter(value + torch.log(-torch.expm1(-value)))  # the inverse of softplus
+            self.register_buffer("sigma", value, persistent=False)
+
+    @torch.no_grad()
+    def set_sigma(self, sigma) -> None:
+        """Gives the layer another sigma in place: a number or a tensor of sigma's shape, >= 0; > 0 if learnable.
+
+        The tensor stays the same one, so compiled and captured graphs, ensembles and optimisers see the change.
+        """
+        functional.check_sigma("sigma", sigma)
+        kept = self._parameters.get("sigma_raw")
+        target = self.sigma if kept is None else kept
+        value = torch.as_tensor(sigma, dtype=torch.float32, device=target.device)
+        if value.dim() and value.shape != target.shape:
+            raise ValueError(f"sigma must be a number or have shape {tuple(target.shape)}, got shape {tuple(value.shape)}")
+        target.copy_(value if kept is None else _raw(value))
 
     def current_sigma(self) -> torch.Tensor:
         """sigma as a float32 tensor; attached to ``sigma_raw`` where it is learnable."""
@@ -128,6 +140,13 @@ class NoiseLayer(nn.Module):
         text = f"sigma={sigma.item():.4g}" if sigma.numel() == 1 else f"sigma=[{sigma.min():.4g} .. {sigma.max():.4g}]"
         text += ", learnable" if "sigma_raw" in self._parameters else ""
         return f"{plain}, {text}" if plain else text
+
+
+def _raw(sigma: torch.Tensor) -> torch.Tensor:
+    """The parameter of a learnable sigma: the inverse of softplus."""
+    if not bool((sigma > 0).all()):
+        raise ValueError(f"sigma must be positive to be learnable, got {sigma.tolist()}")
+    return sigma + torch.log(-torch.expm1(-sigma))
 
 
 class GaussianNoise(NoiseLayer):

@@ -1,6 +1,8 @@
 """Data sets: splits, decoding and its cache, errors that name the file, seeded batches, atomic files. Images are made here with Pillow."""
 
 import os
+import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -396,24 +398,60 @@ def test_batches_in_order_without_generator():
     assert torch.equal(torch.cat([labels for _, labels in found]), part.labels)
 
 
-def test_batches_are_reproduced_by_the_generator_and_shuffled():
-    part = random_part(200)
+def test_batches_of_several_ranks_cover_everything_once():
+    part = random_part()
+    found = [torch.cat([labels for _, labels in data.batches(part, 4, rank=rank, ranks=3)]) for rank in range(3)]
+    assert sorted(torch.cat(found).tolist()) == list(range(23))
+    assert [len(labels) for labels in found] == [8, 8, 7]
+    tiny = data.Part(part.images[:1], part.labels[:1])
+    assert [len(list(data.batches(tiny, 4, rank=rank, ranks=2))) for rank in range(2)] == [1, 0]
 
-    def run(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        found = list(data.batches(part, 64, generator=torch.Generator().manual_seed(seed), pad=1, flip=True))
-        return torch.cat([images for images, _ in found]), torch.cat([labels for _, labels in found])
 
-    (images, labels), (again, labels_again), (_, other_labels) = run(1), run(1), run(2)
+def shuffled(part: data.Part, batch_size: int = 64, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batches of an epoch, one behind the other."""
+    found = list(data.shuffled(part, batch_size, **({"seed": 1, "epoch": 0, "pad": 1, "flip": True} | options)))
+    return torch.cat([images for images, _ in found]), torch.cat([labels for _, labels in found])
+
+
+def test_shuffled_is_a_function_of_seed_and_epoch():
+    part = random_part(192)
+    images, labels = shuffled(part)
+    again, labels_again = shuffled(part)
     assert torch.equal(images, again) and torch.equal(labels, labels_again)
-    assert sorted(labels.tolist()) == list(range(200))
-    assert labels.tolist() != sorted(labels.tolist()) and not torch.equal(labels, other_labels)
+    assert images.dtype == torch.float32 and images.min() >= 0 and images.max() == 1
+    assert sorted(labels.tolist()) == list(range(192)) and labels.tolist() != list(range(192))
+    for other in ({"seed": 2}, {"epoch": 1}):
+        other_images, other_labels = shuffled(part, **other)
+        assert not torch.equal(other_labels, labels)
+        rows = labels.argsort(), other_labels.argsort()  # the same image is cropped in another way, too
+        assert not torch.equal(images[rows[0]], other_images[rows[1]])
 
 
-def test_drop_last():
-    part = random_part(23)
-    assert [len(labels) for _, labels in data.batches(part, 10, drop_last=True)] == [10, 10]
-    assert [len(labels) for _, labels in data.batches(part, 50, drop_last=True)] == [23]
-    assert [len(labels) for _, labels in data.batches(part, 23, drop_last=True)] == [23]
+def test_shuffled_can_be_entered_at_any_batch():
+    part = random_part(100)
+    images, labels = shuffled(part, 16)
+    assert len(labels) == 96  # the last batch would not be full
+    for start in range(7):
+        rest = list(data.shuffled(part, 16, seed=1, epoch=0, start=start, pad=1, flip=True))
+        assert len(rest) == 6 - start
+        for i, (some, names) in enumerate(rest, start):
+            assert torch.equal(some, images[16 * i : 16 * i + 16]) and torch.equal(names, labels[16 * i : 16 * i + 16])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_batches_of_one(ranks):
+    part = random_part(50)
+    whole = list(data.shuffled(part, 12, seed=3, epoch=2, pad=2, flip=True))
+    shares = [data.shuffled(part, 12, seed=3, epoch=2, pad=2, flip=True, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for (images, labels), *parts in zip(whole, *shares, strict=True):
+        assert torch.equal(images, torch.cat([some for some, _ in parts]))
+        assert torch.equal(labels, torch.cat([names for _, names in parts]))
+
+
+def test_derived_seeds_are_distinct():
+    seeds = {data.derived_seed(seed, stream, step) for seed in range(5) for stream in range(5) for step in range(100)}
+    assert len(seeds) == 2500
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize(("pad", "flip"), [(0, False), (0, True), (2, False), (2, True)])
@@ -444,14 +482,222 @@ def test_batches_bad_arguments():
     part = random_part()
     with pytest.raises(ValueError, match="^batch_size: "):
         data.batches(part, 0)
-    with pytest.raises(ValueError, match="^generator: "):
-        data.batches(part, 4, flip=True)
+    for options in ({"batch_size": 0}, {"batch_size": 24}, {"batch_size": 9, "ranks": 2}):
+        with pytest.raises(ValueError, match="^batch_size: "):
+            data.shuffled(part, **options, seed=0, epoch=0)
     with pytest.raises(ValueError, match="^images: .*uint8"):
         data.Part(torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="^labels: "):
         data.Part(part.images, part.labels[:-1])
     empty = data.Part(part.images[:0], part.labels[:0])
     assert list(data.batches(empty, 4)) == []
+
+
+# Folders that are decoded batch by batch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lazy_folder_gives_what_the_decoded_one_gives(tmp_path, workers):
+    make_folder(tmp_path)
+    decoded = data.image_folder(tmp_path, resize=6)
+    lazy = data.image_folder(tmp_path, resize=6, lazy=True, workers=workers)
+    assert lazy.train.shape == decoded.train.shape == (3, 6, 6) and (lazy.pad, lazy.flip) == (decoded.pad, decoded.flip)
+    state = torch.get_rng_state()
+    for name in ("val", "test"):
+        for (images, labels), (others, names) in zip(
+            data.batches(getattr(lazy, name), 3), data.batches(getattr(decoded, name), 3), strict=True
+        ):
+            assert torch.equal(images, others) and torch.equal(labels, names)
+    for a, b in zip(shuffled(lazy.train, 4), shuffled(decoded.train, 4), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_lazy_folder_needs_a_size_and_leaves_no_cache(tmp_path):
+    make_folder(tmp_path)
+    with pytest.raises(ValueError, match="^resize: .*lazy"):
+        data.image_folder(tmp_path, lazy=True)
+    data.image_folder(tmp_path, resize=6, lazy=True)
+    assert cached_files(tmp_path) == []
+
+
+# Releases
+
+
+def cifar_batches(count: int = 20) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images uint8 [N, 3, 32, 32] and labels of six batches: all classes in each."""
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    return {name: (rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), np.arange(count) % 10) for name in names}
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings, as in the published files."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, value):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+
+    dispatch[bytes] = save_bytes
+
+
+def write_cifar(folder: Path, batches: dict, kind: str) -> None:
+    for name, (images, labels) in batches.items():
+        if kind == "binary":
+            records = np.concatenate([labels[:, None].astype(np.uint8), images.reshape(len(images), -1)], axis=1)
+            (folder / f"{name}.bin").write_bytes(records.tobytes())
+            continue
+        content = {b"batch_label": name.encode(), b"labels": labels.tolist(), b"data": images.reshape(len(images), -1)}
+        with open(folder / name, "wb") as file:
+            if kind == "python 2":
+                Python2Pickler(file, protocol=2).dump(content)
+            else:
+                pickle.dump({key.decode(): value for key, value in content.items()}, file, protocol=int(kind))
+
+
+@pytest.mark.parametrize("kind", ["binary", "python 2", "2", "4"])
+def test_cifar10_releases(tmp_path, kind):
+    batches = cifar_batches()
+    write_cifar(tmp_path, batches, kind)
+    splits = data.load(tmp_path)
+    assert splits.name == "CIFAR-10" and splits.classes[3] == "cat"
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (90, 10, 20)
+    images, labels = batches.pop("test_batch")
+    assert np.array_equal(splits.test.images, images) and np.array_equal(splits.test.labels, labels)
+    by_pixels = {image.tobytes(): label for images, labels in batches.values() for image, label in zip(images, labels, strict=True)}
+    assert rows_of(splits.train) | rows_of(splits.val) == by_pixels.keys()
+    for part in (splits.train, splits.val):
+        assert [by_pixels[image.numpy().tobytes()] for image in part.images] == part.labels.tolist()
+
+
+def test_pickled_cifar10_is_not_run(tmp_path):
+    write_cifar(tmp_path, cifar_batches(), "python 2")
+    for payload in (Unpickled(tmp_path / "run"), {b"data": Unpickled(tmp_path / "run"), b"labels": [1]}, {b"data": np.float64}):
+        with open(tmp_path / "data_batch_3", "wb") as file:
+            pickle.dump(payload, file)
+        with pytest.raises(ValueError, match=r"data_batch_3.* not a batch .*not allowed"):
+            data.cifar10(tmp_path)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "other type", "few labels", "label 10"])
+@pytest.mark.parametrize("kind", ["binary", "python 2"])
+def test_damaged_cifar10_is_named(tmp_path, damage, kind):
+    batches = cifar_batches()
+    write_cifar(tmp_path, batches, kind)
+    victim = tmp_path / ("data_batch_2" + ".bin" * (kind == "binary"))
+    images, labels = batches["data_batch_2"]
+    content = victim.read_bytes()
+    if damage in ("other type", "few labels"):
+        if kind == "binary":
+            pytest.skip("the binary release has neither")
+        flat = images.reshape(len(images), -1)
+        changed = {b"data": flat.astype(np.int64) if damage == "other type" else flat, b"labels": labels.tolist()[:-1]}
+        with open(victim, "wb") as file:
+            Python2Pickler(file, protocol=2).dump(changed)
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "label 10":
+        write_cifar(tmp_path, {"data_batch_2": (images, labels + 1)}, kind)
+    else:
+        victim.write_bytes(content[: len(content) // 2 if damage == "cut" else 0])
+    with pytest.raises(ValueError, match=r"^path: .*data_batch_2"):
+        data.cifar10(tmp_path)
+
+
+def write_stl(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    made = {name: (rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8), np.arange(count) % 10) for name, count in
+            (("train", 20), ("test", 10))}  # fmt: skip
+    for name, (images, labels) in made.items():
+        (folder / f"{name}_X.bin").write_bytes(images.transpose(0, 1, 3, 2).tobytes())  # column by column
+        (folder / f"{name}_y.bin").write_bytes((labels + 1).astype(np.uint8).tobytes())
+    return made
+
+
+def test_stl10(tmp_path):
+    made = write_stl(tmp_path)
+    splits = data.load(tmp_path)
+    assert splits.name == "STL-10" and (len(splits.train), len(splits.val)) == (10, 10)
+    assert np.array_equal(splits.test.images, made["test"][0]) and np.array_equal(splits.test.labels, made["test"][1])
+    assert rows_of(splits.train) | rows_of(splits.val) == {image.tobytes() for image in made["train"][0]}
+    (tmp_path / "train_y.bin").write_bytes(bytes(20))
+    with pytest.raises(ValueError, match=r"^path: expected labels 1 \.\. 10 .*train_y"):
+        data.stl10(tmp_path)
+    (tmp_path / "train_y.bin").write_bytes(bytes([1] * 19))
+    with pytest.raises(ValueError, match="^path: 20 images but 19 labels"):
+        data.stl10(tmp_path)
+    (tmp_path / "test_X.bin").unlink()
+    write_stl(tmp_path)
+    (tmp_path / "test_X.bin").write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match="^path: .*test_X.bin"):
+        data.stl10(tmp_path)
+
+
+def some_arrays(channels: int = 1) -> dict[str, np.ndarray]:
+    return {
+        "train_images": rng.integers(0, 256, (30, channels, 5, 4), dtype=np.uint8), "train_labels": np.arange(30, dtype=np.int32) % 3,
+        "test_images": rng.integers(0, 256, (6, channels, 5, 4), dtype=np.uint8), "test_labels": np.arange(6, dtype=np.uint8) % 3,
+    }  # fmt: skip
+
+
+def write_arrays(path: Path, stored: dict[str, np.ndarray]) -> Path:
+    if path.suffix == ".npz":
+        np.savez(path, **stored)
+    else:
+        pytest.importorskip("safetensors.numpy").save_file(stored, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_arrays(tmp_path, suffix):
+    stored = some_arrays()
+    path = write_arrays(tmp_path / f"mine{suffix}", stored)
+    splits = data.load(path, val_fraction=0.3)
+    assert (splits.name, splits.classes) == ("mine", ("0", "1", "2"))
+    assert (len(splits.train), len(splits.val)) == (21, 9)
+    assert np.array_equal(splits.test.images, stored["test_images"]) and splits.test.labels.dtype == torch.int64
+    assert rows_of(splits.train) | rows_of(splits.val) == {image.tobytes() for image in stored["train_images"]}
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"x" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"^path: .*mine{suffix}"):
+            data.load(path)
+    for change, words in (
+        ({"train_images": stored["train_images"].astype(np.float32)}, "train_images as uint8"),
+        ({"test_images": stored["test_images"][:, 0]}, "test_images as uint8"),
+        ({"test_labels": stored["test_labels"].astype(np.float32)}, "test_labels as 6 integers"),
+        ({"train_labels": stored["train_labels"] - 1}, "train_labels as 30 integers >= 0"),
+        ({"train_labels": stored["train_labels"][:-1]}, "train_labels as 30 integers"),
+    ):
+        with pytest.raises(ValueError, match=f"^path: expected {words}"):
+            data.arrays(write_arrays(path, stored | change))
+    stored.pop("train_labels")
+    with pytest.raises(ValueError, match="^path: cannot read .*train_labels"):
+        data.arrays(write_arrays(path, stored))
+
+
+def test_arrays_hold_no_pickle(tmp_path):
+    np.savez(tmp_path / "bad.npz", **some_arrays() | {"train_labels": np.array([Unpickled(tmp_path / "run")] * 30, dtype=object)})
+    with pytest.raises(ValueError, match="^path: cannot read"):
+        data.load(tmp_path / "bad.npz")
+    assert not (tmp_path / "run").exists()
+
+
+def test_load_tells_the_kinds_apart_and_refuses_what_one_does_not_take(tmp_path):
+    make_folder(tmp_path / "folder")
+    assert data.load(tmp_path / "folder", resize=4).train.shape == (3, 4, 4)
+    assert isinstance(data.load(tmp_path / "folder", resize=4, lazy=True, workers=0).train, data.FilePart)
+    path = write_arrays(tmp_path / "a.npz", some_arrays())
+    with pytest.raises(ValueError, match="^resize: only an image folder"):
+        data.load(path, resize=4)
+    with pytest.raises(ValueError, match="^lazy: only an image folder"):
+        data.load(path, lazy=True)
+    with pytest.raises(ValueError, match="^val_fraction: "):
+        data.load(path, val_fraction=1.0)
+    with pytest.raises(ValueError, match="^path: .*must end with"):
+        data.load(write_arrays(tmp_path / "a.npz", some_arrays()).rename(tmp_path / "a.bin"))
+    with pytest.raises(ValueError, match="^path: .*not there"):
+        data.load(tmp_path / "nowhere")
 
 
 # Atomic files

@@ -1,76 +1,25 @@
-"""Small image data sets as uint8 tensors in memory: handwritten digits, image folders (decoded once, then cached), seeded batches.
-
-Images stay uint8 until a batch is made; a batch is float32 in [0, 1] and is *not* normalised (see ``rse_fast.models``). Only torch and
-numpy are needed to import this module; scikit-learn (``digits``), Pillow (``image_folder``) and tqdm (its progress bar) are imported when
-called.
-"""
+"""Image folders, decoded once into one cached uint8 array, or file by file in worker processes where that would be too large."""
 
 import hashlib
 import json
 import os
-import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rse_fast.data.files import write_atomically
+from rse_fast.data.parts import Part, Splits, split
+
 _IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _DECODABLE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa"})
 _FILES_PER_TASK = 64
 _THREADS_PAY_FROM_BYTES = 128 * 128 * 3  # below, Pillow holds the interpreter lock most of the time and threads only contend for it
-
-
-@dataclass(frozen=True)
-class Part:
-    """Images uint8 [N, C, H, W] and labels int64 [N]."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
-            raise ValueError(f"images: expected uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}")
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(f"labels: expected int64 [{len(self.images)}], got {self.labels.dtype} {list(self.labels.shape)}")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Splits:
-    """A data set: disjoint train, val and test parts, class names, and the augmentation that keeps its labels true."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: Part
-    val: Part
-    test: Part
-    pad: int  # random crop: pixels of zero padding on each side
-    flip: bool  # random horizontal flip
-
-
-def digits() -> Splits:
-    """scikit-learn's bundled handwritten digits: 1797 grey images of 8x8 pixels with 17 levels, 10 classes, scaled to 0..255.
-
-    Source: test part of "Optical Recognition of Handwritten Digits", UCI (Alpaydin & Kaynak 1998). Split 60/10/30 within each class, the
-    same on every machine; writers are not known, so one writer's digits may be in several parts. Augmentation: shifts by one pixel, no
-    flip (a mirrored digit is another sign or none).
-    """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[:, None]
-    labels = bunch.target.astype(np.int64)
-    rows = _split([str(i) for i in range(len(labels))], labels, val_fraction=0.1, test_fraction=0.3)
-    parts = [Part(images[r], torch.from_numpy(labels[r])) for r in rows]
-    return Splits("handwritten digits (8x8)", tuple("0123456789"), *parts, pad=1, flip=False)
 
 
 def image_folder(
@@ -82,6 +31,7 @@ def image_folder(
     test_fraction: float = 0.2,
     workers: int | None = None,
     progress: bool = False,
+    lazy: bool = False,
 ) -> Splits:
     """Images in folders named by class: ``train/CLASS/*.jpg`` with ``test/CLASS/*.jpg``, or plain ``CLASS/*.jpg``.
 
@@ -97,6 +47,8 @@ def image_folder(
     test_fraction: share of each class set aside as ``test`` where there is no ``test/`` folder; in (0, 1).
     workers: decoding threads; None: one per CPU (at most 8), or one in all for small images, which threads only slow down.
     progress: show a tqdm bar while decoding, where stderr is a terminal.
+    lazy: for folders that do not fit in memory (ImageNet): nothing is decoded now or cached; the parts are `FilePart`, whose ``workers``
+        (processes; None: one per CPU, at most 8; 0: none) decode batches ahead of time. Needs ``resize``.
 
     The split depends on the file names alone. Raises ValueError for an unknown layout, classes that differ between train and test, too few
     images to split, images of mixed sizes, and for files that cannot be decoded (it names the file).
@@ -108,8 +60,10 @@ def image_folder(
     for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 < fraction < 1:
             raise ValueError(f"{name}: expected a number in (0, 1), got {fraction!r}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers: expected at least 1, got {workers!r}")
+    if workers is not None and workers < (0 if lazy else 1):
+        raise ValueError(f"workers: expected at least {0 if lazy else 1}, got {workers!r}")
+    if lazy and height_width is None:
+        raise ValueError("resize: expected a size where lazy=True, got None")
     if not root.is_dir():
         raise ValueError(f"path: expected a folder of images, got {str(root)!r}, which is {'a file' if root.exists() else 'not there'}")
 
@@ -122,96 +76,46 @@ def image_folder(
             raise ValueError(f"path: classes of train/ and test/ differ in {str(root)!r}: {sorted(set(classes) ^ set(test_classes))}")
         files, labels = files + test_files, np.concatenate([labels, test_labels])
 
-    images = torch.from_numpy(_load_cached(root, files, height_width, channels, workers, progress))
     keys = [file.relative_to(root).as_posix() for file in files]
-    rows = _split(keys[:train_count], labels[:train_count], val_fraction, None if has_test else test_fraction)
+    rows = split(keys[:train_count], labels[:train_count], val_fraction, None if has_test else test_fraction)
     if has_test:
         rows[2] = np.arange(train_count, len(files))
-    parts = [Part(images[r], torch.from_numpy(labels[r])) for r in rows]
+    if lazy:
+        workers = min(8, os.cpu_count() or 1) if workers is None else workers
+        parts = [FilePart(tuple(files[i] for i in r), torch.from_numpy(labels[r]), (channels, *height_width), workers) for r in rows]
+    else:
+        images = torch.from_numpy(_load_cached(root, files, height_width, channels, workers, progress))
+        parts = [Part(images[r], torch.from_numpy(labels[r])) for r in rows]
     # The paper's recipe pads 32x32 images by 4; keep that proportion, so that small images do not lose their motif.
     all_jpeg = all(file.suffix.lower() in (".jpg", ".jpeg") for file in files)
     name = root.resolve().name + (" (JPEG)" if all_jpeg else "")  # lossy copies of a known data set are not that data set
-    return Splits(name, classes, *parts, pad=max(1, images.shape[-1] // 8), flip=True)
+    return Splits(name, classes, *parts, pad=max(1, parts[0].shape[-1] // 8), flip=True)
 
 
-def augment(images: Tensor, generator: torch.Generator, *, pad: int, flip: bool) -> Tensor:
-    """Random crop after zero padding, and random horizontal flip, one draw per image, as tensor operations on the images' device.
+@dataclass(frozen=True)
+class FilePart:
+    """Image files with labels int64 [N], decoded to uint8 [C, H, W] of one ``shape`` when a batch is fetched, by ``workers`` processes."""
 
-    images: [B, C, H, W], any dtype. generator: a CPU generator, so that every device sees the same crops. Returns the same shape and dtype.
-    """
-    count, _, height, width = images.shape
-    if pad:
-        offsets = torch.randint(2 * pad + 1, (2, count), generator=generator).to(images.device)
-        padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, 2 * pad + 1, 2 * pad + 1, H, W], a view
-        images = windows[torch.arange(count, device=images.device), :, offsets[0], offsets[1]]
-    if flip:
-        mirrored = torch.rand(count, generator=generator).to(images.device) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    return images
+    files: tuple[Path, ...]
+    labels: Tensor
+    shape: tuple[int, int, int]
+    workers: int
 
+    def __len__(self) -> int:
+        return len(self.files)
 
-def batches(
-    part: Part,
-    batch_size: int,
-    *,
-    generator: torch.Generator | None = None,
-    pad: int = 0,
-    flip: bool = False,
-    drop_last: bool = False,
-    device: torch.device | str = "cpu",
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (images float32 [B, C, H, W] in [0, 1], labels int64 [B]) on ``device``.
+    def __getitem__(self, row: int) -> Tensor:
+        channels, *height_width = self.shape
+        return torch.from_numpy(np.ascontiguousarray(_decode(self.files[row], tuple(height_width), channels)))
 
-    generator: a CPU generator for order and augmentation; None: in order, and then ``pad`` and ``flip`` must be off.
-    drop_last: leave out a last batch that is not full (unless it is the only one).
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
-    if generator is None and (pad or flip):
-        raise ValueError(f"generator: augmentation (pad={pad!r}, flip={flip!r}) needs one, got None")
-    return _batches(part, batch_size, generator, pad, flip, drop_last, device)
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Calls ``write(file)`` on a temporary file beside ``path``, flushes it to disk and renames it: readers see the old or the new file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _batches(part, batch_size, generator, pad, flip, drop_last, device) -> Iterator[tuple[Tensor, Tensor]]:
-    count = len(part)
-    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-    stop = count - count % batch_size if drop_last and count > batch_size else count
-    for start in range(0, stop, batch_size):
-        rows = order[start : min(start + batch_size, stop)]
-        images = part.images[rows].to(device)
-        if generator is not None:
-            images = augment(images, generator, pad=pad, flip=flip)
-        yield images.float().div_(255), part.labels[rows].to(device)
-
-
-def _split(keys: Sequence[str], labels: np.ndarray, val_fraction: float, test_fraction: float | None) -> list[np.ndarray]:
-    """Row numbers of train, val and test: within each class by a hash of the key, so no random generator and no order of listing enters."""
-    parts: list[list[int]] = [[], [], []]
-    for label in np.unique(labels):
-        rows = sorted(np.flatnonzero(labels == label).tolist(), key=lambda i: hashlib.sha256(keys[i].encode()).digest())
-        val = max(1, round(val_fraction * len(rows)))
-        test = 0 if test_fraction is None else max(1, round(test_fraction * len(rows)))
-        if val + test >= len(rows):
-            raise ValueError(f"path: a class has only {len(rows)} images, of which {val} are for validation and {test} for testing")
-        for part, chosen in zip(parts, (rows[val + test :], rows[:val], rows[val : val + test]), strict=True):
-            part.extend(chosen)
-    return [np.array(sorted(part), dtype=np.int64) for part in parts]
+    def fetch(self, selections: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yields the images uint8 [B, C, H, W] of each selection of rows (int64 [B])."""
+        rows = [selection.tolist() for selection in selections]
+        generator = torch.Generator()  # of the workers' seeds, which nothing reads: the default generator is left alone
+        pinned = torch.cuda.is_available()
+        return iter(
+            torch.utils.data.DataLoader(self, batch_sampler=rows, num_workers=self.workers, generator=generator, pin_memory=pinned)
+        )
 
 
 def _check_resize(resize: tuple[int, int] | int | None) -> tuple[int, int] | None:

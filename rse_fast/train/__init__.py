@@ -1,0 +1,9 @@
+"""Training of plain and defended networks, with checkpoints, on one or many devices: ``rse-fast train`` and what it is made of."""
+
+from rse_fast.train.checkpoint import CheckpointError
+from rse_fast.train.config import Config
+from rse_fast.train.distributed import Ranks
+from rse_fast.train.run import load_data, load_model, train
+from rse_fast.train.trainer import Trainer
+
+__all__ = ["CheckpointError", "Config", "Ranks", "Trainer", "load_data", "load_model", "train"]

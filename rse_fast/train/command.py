@@ -1,0 +1,86 @@
+"""``rse-fast train``: a flag for each field of `Config`, a run folder, resuming."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from rse_fast.train.checkpoint import CheckpointError
+from rse_fast.train.config import Config
+from rse_fast.train.run import train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 at the end and after SIGTERM; 130 after Ctrl-C, saved as well; 1 when training diverges or the disk is
+    full; 2 for bad input."""
+    args = _parser().parse_args(argv)
+    try:
+        given = {f.name: value for f in dataclasses.fields(Config) if (value := getattr(args, f.name)) is not None}
+        if args.resume is not None and (args.out or args.config):
+            raise ValueError("--resume: names the run, its folder and its configuration; leave --out and --config out")
+        if args.from_step is not None and args.resume is None:
+            raise ValueError("--from-step: needs --resume")
+        out = args.resume or args.out or Path("runs") / f"{given.get('model', 'small').replace(':', '.')}-{given.get('defence', 'rse')}"
+        source = args.resume / "config.json" if args.resume else args.config
+        config = Config.load(source) if source else Config()
+        config = dataclasses.replace(config, **_implied(config, given), **given)
+        if ":" in config.model:
+            sys.path.insert(0, os.getcwd())  # where a user's own module is
+        row = train(config, out, resume=args.resume is not None, from_step=args.from_step)
+    except CheckpointError as error:
+        print(f"rse-fast train: {error}", file=sys.stderr)
+        if "is whole" in str(error):
+            print(f"To continue from that: rse-fast train --resume {shlex.quote(str(out))} --from-step STEP", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError) as error:
+        print(f"rse-fast train: {error}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"rse-fast train: {error}; what was saved before is in {out}", file=sys.stderr)
+        return 1
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(_summary(row, out))
+    return 130 if row.get("signal") == "SIGINT" else 0
+
+
+def _implied(config: Config, given: dict) -> dict:
+    """Another defence than the configuration's brings its own temperature."""
+    return {"temperature": None} if given.get("defence", config.defence) != config.defence and "temperature" not in given else {}
+
+
+def _summary(row, out):
+    if row["event"] == "stop":
+        return f"stopped at step {row['step']} and saved; to continue: rse-fast train --resume {shlex.quote(str(out))}"
+    ensemble = f", {row['test_ensemble_accuracy']:.2%} with {row['draws']} draws" if "draws" in row else ""
+    best = f"best epoch {row['best_epoch']} ({row['best_score']:.2%} in validation)"
+    return f"{out}: {best}; test accuracy {row['test_accuracy']:.2%}{ensemble}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rse-fast train", description="Trains a network, plain or defended, in a run folder.", argument_default=argparse.SUPPRESS,
+        epilog="On several GPUs: torchrun --nproc-per-node N -m rse_fast.cli train ...",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="run folder, new (default: runs/MODEL-DEFENCE)")
+    parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="config.json of another run; flags change its fields")
+    parser.add_argument("--resume", type=Path, default=None, metavar="DIR", help="continue the run in DIR from its newest checkpoint")
+    parser.add_argument("--from-step", type=int, default=None, metavar="STEP", help="... or from the checkpoint of this step")
+    for f in dataclasses.fields(Config):
+        rule, flag = f.metadata, "--" + f.name.replace("_", "-")
+        text = rule["text"] + ("" if f.default is None else f" (default: {f.default})")
+        if rule["kind"] is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            kind = _number if rule["kind"] is float else rule["kind"]
+            parser.add_argument(flag, type=kind, choices=rule["choices"], default=None, help=text, metavar=None if rule["choices"] else "X")
+    return parser
+
+
+def _number(text: str) -> float:
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(numerator)
+    except ZeroDivisionError:
+        raise argparse.ArgumentTypeError(f"expected a number or a fraction, got {text}") from None

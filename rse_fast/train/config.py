@@ -1,0 +1,132 @@
+"""What a training run is asked to do: one flat, checked, JSON-serialisable record, from which the command line is made as well."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rse_fast.data import write_atomically
+
+DEFENCES = ("plain", "rse", "adversarial", "distillation", "brelu", "rse+adversarial")
+
+
+def _option(default, kind, text, *, low=-math.inf, high=math.inf, above=-math.inf, choices=None):
+    """A field of ``kind`` with its help text; numbers must be in [low, high] and greater than ``above``. A default of None allows None."""
+    checks = {"kind": kind, "text": text, "low": low, "high": high, "above": above, "choices": choices, "optional": default is None}
+    return field(default=default, metadata=checks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run. Raises ValueError or TypeError naming the field; what is left None is filled in where another field implies it."""
+
+    # Data and network
+    data: str = _option("digits", str, "data set: a folder of images, of CIFAR-10 or of STL-10, a .npz or .safetensors file, or digits")
+    resize: int | None = _option(None, int, "height and width of the images of a folder", low=1)
+    val_fraction: float = _option(0.1, float, "share of the training images set aside for validation", above=0, high=0.9)
+    lazy: bool = _option(False, bool, "decode the images of a folder anew at each use, in worker processes (ImageNet)")
+    workers: int | None = _option(None, int, "processes (lazy) or threads that decode images", low=0)
+    model: str = _option("small", str, "small, vgg16, resnext29, model-a, or package.module:function")
+    # Defence
+    defence: str = _option("rse", str, "what the network is trained to withstand attacks with", choices=DEFENCES)
+    init_sigma: float = _option(0.2, float, "noise before the first convolution, in pixel units", low=0)
+    inner_sigma: float = _option(0.1, float, "noise before the other convolutions", low=0)
+    test_init_sigma: float | None = _option(None, float, "the same for validation and use, where it differs", low=0)
+    test_inner_sigma: float | None = _option(None, float, "the same for validation and use, where it differs", low=0)
+    sigma_warmup: float = _option(0.0, float, "epochs in which the noise grows from 0 to its full strength", low=0)
+    learnable_sigma: str | None = _option(None, str, "learn sigma, one a layer or one a channel", choices=("layer", "channel"))
+    sigma_regulariser: float = _option(0.0, float, "weight of -mean(sqrt(sigma)) in the loss: keeps learnable sigmas from shrinking", low=0)
+    draws: int = _option(1, int, "noise draws per image in a batch", low=1)
+    attack: str = _option("pgd", str, "attack of adversarial training", choices=("fgsm", "pgd"))
+    eps: float = _option(8 / 255, float, "its L-infinity radius, pixels in [0, 1]; fractions are fine", above=0, high=1)
+    attack_steps: int = _option(7, int, "steps of pgd", low=1)
+    attack_draws: int = _option(1, int, "noise draws behind each gradient of the attack", low=1)
+    temperature: float | None = _option(None, float, "of the softmax in training (distillation: 100, else 1)", above=0)
+    augment_sigma: float = _option(0.05, float, "brelu: Gaussian noise added to the training images", low=0)
+    # Optimisation
+    epochs: int = _option(16, int, "passes over the training images", low=1)
+    batch_size: int = _option(128, int, "images in a batch, over all processes", low=1)
+    lr: float = _option(0.1, float, "learning rate (one-cycle: its peak)", above=0)
+    schedule: str = _option("one-cycle", str, "one-cycle, or step: a tenth after 40, 70 and 90 %% of it", choices=("one-cycle", "step"))
+    momentum: float = _option(0.9, float, "of SGD", low=0, high=1)
+    nesterov: bool = _option(True, bool, "Nesterov's momentum")
+    weight_decay: float = _option(5e-4, float, "L2 penalty, not on sigmas", low=0)
+    label_smoothing: float = _option(0.0, float, "probability spread over all classes", low=0, high=1)
+    ema: float = _option(0.0, float, "decay of the moving average of the weights that is validated and kept (0: none)", low=0, high=1)
+    clip: float | None = _option(None, float, "largest norm of the gradient", above=0)
+    # Machine
+    device: str = _option("auto", str, "torch device")
+    bf16: bool = _option(False, bool, "bfloat16 autocast")
+    channels_last: bool = _option(True, bool, "memory layout of weights and activations")
+    compile: bool = _option(False, bool, "torch.compile")
+    seed: int = _option(0, int, "of weights, order, augmentation and noise", low=0)
+    # Bookkeeping
+    keep: int = _option(3, int, "checkpoints that are kept", low=1)
+    save_steps: int | None = _option(None, int, "steps between checkpoints, besides one at the end of each epoch", low=1)
+    log_steps: int = _option(50, int, "steps between rows of the log, besides one at the end of each epoch", low=1)
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", 100.0 if self.defence == "distillation" else 1.0)
+        if self.learnable_sigma and (self.sigma_warmup or self.test_init_sigma is not None or self.test_inner_sigma is not None):
+            raise ValueError("learnable_sigma: a learned sigma has no warm-up and no other value for tests; leave those out")
+        if self.sigma_regulariser and not self.learnable_sigma:
+            raise ValueError(f"sigma_regulariser: needs learnable_sigma, got {self.sigma_regulariser} for a fixed sigma")
+        if self.sigma_warmup > self.epochs:
+            raise ValueError(f"sigma_warmup: expected at most the {self.epochs} epochs of the run, got {self.sigma_warmup}")
+
+    @property
+    def noisy(self) -> bool:
+        return self.defence in ("rse", "rse+adversarial")
+
+    @property
+    def adversarial(self) -> bool:
+        return self.defence in ("adversarial", "rse+adversarial")
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies what is computed: equal for configurations that differ in device, compilation and bookkeeping only."""
+        where = ("device", "workers", "compile", "keep", "save_steps", "log_steps")
+        what = {name: value for name, value in dataclasses.asdict(self).items() if name not in where}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """Reads what `save` wrote. Raises ValueError for a file that cannot be read or holds other fields."""
+        try:
+            found = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"config: cannot read {str(path)!r}: {error}") from error
+        names = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(found, dict) or not found.keys() <= names:
+            unknown = sorted(found.keys() - names) if isinstance(found, dict) else type(found).__name__
+            raise ValueError(f"config: expected the fields of a training run in {str(path)!r}, got {unknown}")
+        return cls(**found)
+
+
+def _checked(f, value):
+    """The value of a field, an integer made a float where one is expected."""
+    rule = f.metadata
+    if value is None and rule["optional"]:
+        return None
+    kind = rule["kind"]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{f.name}: expected {kind.__name__}, got {value!r}")
+    if rule["choices"] and value not in rule["choices"]:
+        raise ValueError(f"{f.name}: expected one of {', '.join(rule['choices'])}, got {value!r}")
+    if kind in (int, float):
+        low, high, above = rule["low"], rule["high"], rule["above"]
+        if not (low <= value <= high and value > above and math.isfinite(value)):
+            bounds = f"above {above}" if above > -math.inf else f"at least {low}"
+            raise ValueError(f"{f.name}: expected a number {bounds}{f' and at most {high}' if high < math.inf else ''}, got {value!r}")
+    return value

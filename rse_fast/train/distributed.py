@@ -1,0 +1,65 @@
+"""The processes of one run, as torchrun starts them; without torchrun there is one."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank, of ``size`` processes; the torch device of this one."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over all processes, in each of them."""
+        if self.size > 1:
+            values = values.clone()
+            distributed.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds in any process: so that all of them stop at the same step."""
+        if self.size == 1:
+            return flag
+        return bool(self.total(torch.tensor(float(flag), device=self.device)))
+
+
+@contextlib.contextmanager
+def connect(device: str = "auto"):
+    """Yields the `Ranks` of this process, connected to the others for the time of the ``with``: NCCL on GPUs, Gloo on CPUs.
+
+    device: a torch device, "auto" for a GPU where there is one. With several processes each takes the GPU of its local rank. Raises
+    ValueError for a device that cannot be used.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if size > 1 and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        chosen = torch.empty(1, device=name).device
+        torch.zeros(1, device=chosen).item()
+    except Exception as error:  # torch raises RuntimeError, AssertionError and NotImplementedError for devices it does not have
+        raise ValueError(f"device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
+    if size == 1:
+        yield Ranks(0, 1, chosen)
+        return
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    owner = not distributed.is_initialized()
+    if owner:
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size(), chosen)
+    finally:
+        if owner:
+            distributed.destroy_process_group()

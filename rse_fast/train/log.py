@@ -1,0 +1,72 @@
+"""The log of a run: one JSON object a line, always; TensorBoard as well where it is installed; a picture of the curves at the end."""
+
+import json
+from pathlib import Path
+
+from rse_fast.data import write_atomically
+
+
+class Log:
+    """Appends rows to ``folder/log.jsonl``. ``step``: the run continues there, and rows of later steps are dropped (None: a new run)."""
+
+    def __init__(self, folder: Path, step: int | None = None, epoch: int = 0):
+        self.path = folder / "log.jsonl"
+        if step is not None:
+            kept = [row for row in read(self.path) if row.get("step", 0) <= step and not (row["event"] == "epoch" and row["epoch"] > epoch)]
+            write_atomically(self.path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
+        self._board = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=None if step is None else step + 1)
+
+    def write(self, row: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{row['event']}/{name}", value, row["step"])
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a log. A last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw_curves(rows: list[dict], path: Path) -> None:
+    """Draws loss, accuracy, learning rate and sigma over the epochs as a PNG. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    names = {
+        "loss": {"loss": "training", "val_loss": "validation"},
+        "accuracy": {"accuracy": "training", "val_accuracy": "validation", "val_attacked_accuracy": "validation, attacked"},
+        "learning rate": {"lr": "learning rate"},
+        "mean sigma": {"sigma": "sigma"},
+    }
+    epochs = [row for row in rows if row["event"] == "epoch"]
+    steps = [row for row in rows if row["event"] == "step"]
+    panels = {title: lines for title, lines in names.items() if any(name in row for row in epochs for name in lines)}
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, label in lines.items():
+            source = steps if title in ("learning rate", "mean sigma") and steps else epochs
+            points = [(row["epoch"], row[name]) for row in source if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, marker="." if source is epochs else None)
+        axes.set(xlabel="epoch", title=title)
+        if len(lines) > 1:
+            axes.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -1,0 +1,235 @@
+"""The training loop in memory. It knows no files: what keeps a run is `rse_fast.train.run`."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from rse_fast import models
+from rse_fast.data import Splits, batches, derived_seed, shuffled
+from rse_fast.nn import noise_layers
+from rse_fast.train import defences
+from rse_fast.train.config import Config
+from rse_fast.train.distributed import Ranks
+
+_TRAINING, _VALIDATION = 2, 3  # 0 and 1 are order and augmentation (rse_fast.data)
+_STEP_MILESTONES = (0.4, 0.7, 0.9)  # the paper's 80 + 60 + 40 + 20 epochs
+
+
+class Trainer:
+    """A run that `advance` takes one batch further at a time.
+
+    All randomness of a step follows from (seed, step, rank): before each, torch's generators are seeded with it, as order and augmentation
+    are. So a run that continues from `state_dict` and the weights does bit for bit what it would have done without the break.
+
+    Args:
+        splits: trained on ``train``, validated on ``val``; ``test`` is not looked at.
+        ranks: this process among those of the run; default: it is alone, on the CPU.
+        teacher: the model that a distillation imitates.
+
+    Raises ValueError for a batch size that does not fit, and for a model or defence that cannot be built.
+    """
+
+    def __init__(self, config: Config, splits: Splits, ranks: Ranks | None = None, teacher: nn.Module | None = None):
+        self.config, self.splits = config, splits
+        self.ranks = ranks or Ranks(0, 1, torch.device("cpu"))
+        device = self.ranks.device
+        if config.defence == "distillation" and teacher is None:
+            raise ValueError("teacher: distillation needs one, got None")
+        self.teacher = teacher and teacher.to(device).eval()
+        self.steps_per_epoch = len(splits.train) // config.batch_size
+        shuffled(splits.train, config.batch_size, seed=config.seed, epoch=0, ranks=self.ranks.size)  # raises for a bad batch size
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.step = self.epoch = 0
+
+        torch.manual_seed(config.seed)
+        model = defences.protect(models.make(config.model, len(splits.classes), splits.train.shape[0]), config)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(device, memory_format=layout)
+        if self.ranks.size > 1 and device.type == "cuda":  # statistics of the whole batch; torch has this for GPUs only
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self._layers = list(noise_layers(self.model).values())
+        self._train_sigmas = self._sigmas()
+        defences.use_test_sigma(self.model, config)
+        self._test_sigmas = self._sigmas()
+        self._set_sigmas(self._train_sigmas)
+
+        learned = [p for name, p in self.model.named_parameters() if name.endswith("sigma_raw")]
+        others = [p for name, p in self.model.named_parameters() if not name.endswith("sigma_raw")]
+        groups = [{"params": others}, {"params": learned, "weight_decay": 0.0}]  # decay would pull sigma to softplus(0) = 0.69
+        self.optimizer = torch.optim.SGD(
+            [group for group in groups if group["params"]], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+            nesterov=config.nesterov and config.momentum > 0,
+        )  # fmt: skip
+        if config.schedule == "one-cycle":
+            self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, config.lr, self.total_steps, cycle_momentum=False)
+        else:
+            milestones = [round(share * self.total_steps) for share in _STEP_MILESTONES]
+            self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
+        self.average = None
+        if config.ema:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        if config.compile:
+            self.model.compile()
+        self._forward = self.model
+        if self.ranks.size > 1:
+            self._forward = nn.parallel.DistributedDataParallel(self.model, [device] if device.type == "cuda" else None)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch's steps: loss, accuracy, their number
+        self._batches: Iterator | None = None
+        self._validation: Iterator | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.epoch == self.config.epochs
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is validated and kept: the moving average if there is one. Its sigmas are those of training."""
+        return self.model if self.average is None else self.average.module
+
+    def advance(self) -> dict | None:
+        """Trains on one batch, or validates on one after the last of an epoch. Returns a row for the log when there is one.
+
+        A row has "event" "step" (every ``log_steps`` steps) or "epoch". Losses are means over all processes. Raises FloatingPointError
+        when a row's loss is not finite.
+        """
+        if self.step < (self.epoch + 1) * self.steps_per_epoch:
+            return self._train_step()
+        if self._validation is None:
+            self._validation = self._validate()
+        row = next(self._validation)
+        if row is not None:
+            self._validation = None
+            self._sums.zero_()
+            self.epoch += 1
+        return row
+
+    def state_dict(self) -> dict:
+        """Everything but the weights: where the run is, the sums of the epoch, optimiser, schedule."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "sums": self.ranks.total(self._sums).cpu(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "averaged": 0 if self.average is None else int(self.average.n_averaged),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues where ``state`` was taken; the weights are loaded into ``model`` and ``average.module`` by the caller."""
+        self.step, self.epoch = state["step"], state["epoch"]
+        self._sums = (state["sums"] * self.ranks.main).to(self.ranks.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.average is not None:
+            self.average.n_averaged.fill_(state["averaged"])
+        self._batches = self._validation = None
+        self._warm_up(self.step - 1)
+
+    # ------------------------------------------------------------------------------------------------------------------ training
+    def _train_step(self):
+        config = self.config
+        if self._batches is None:
+            self._batches = shuffled(
+                self.splits.train, config.batch_size, seed=config.seed, epoch=self.epoch, start=self.step % self.steps_per_epoch,
+                rank=self.ranks.rank, ranks=self.ranks.size, pad=self.splits.pad, flip=self.splits.flip, device=self.ranks.device,
+            )  # fmt: skip
+        images, labels = next(self._batches)
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        torch.manual_seed(derived_seed(config.seed, _TRAINING, self.step, self.ranks.rank))
+        self._warm_up(self.step)
+        self.model.train()
+        with self._autocast():
+            loss, accuracy = defences.batch_loss(config, self.model, self._forward, images, labels, self.teacher)
+        self._sums += torch.stack([loss.detach().double(), accuracy.double(), torch.ones_like(self._sums[0])])
+        if config.sigma_regulariser:  # as in Learn2Perturb (Jeddi et al., CVPR 2020), without its schedule
+            loss = loss - config.sigma_regulariser * torch.stack([layer.current_sigma().sqrt().mean() for layer in self._layers]).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        if config.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        rate = self.scheduler.get_last_lr()[0]
+        self.step += 1
+        if self.step < self.total_steps:
+            self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        if self.step % self.steps_per_epoch == 0:
+            self._batches = None
+        if self.step % config.log_steps:
+            return None
+        mean = (self.ranks.total(loss.detach()) / self.ranks.size).item()
+        return self._row("step", loss=mean, lr=rate)
+
+    def _row(self, event, **values):
+        for name, value in values.items():
+            if "loss" in name and not math.isfinite(value):
+                raise FloatingPointError(f"training diverged: {name} is {value} at step {self.step}; try a smaller lr or sigma")
+        row = {"event": event, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values}
+        if self._layers:
+            row["sigma"] = torch.stack([layer.current_sigma().detach().mean() for layer in self._layers]).mean().item()
+        return row
+
+    # ---------------------------------------------------------------------------------------------------------------- validation
+    def _validate(self):
+        """Yields None after each batch, and then the row of the epoch."""
+        config, model, device = self.config, self.evaluated, self.ranks.device
+        loss, accuracy, steps = self.ranks.total(self._sums).tolist()
+        row = self._row("epoch", loss=loss / steps, accuracy=accuracy / steps, lr=self.optimizer.param_groups[0]["lr"])
+        row["epoch"] = self.epoch + 1
+        self._set_sigmas(self._test_sigmas, model=model)
+        torch.manual_seed(derived_seed(config.seed, _VALIDATION, self.epoch, self.ranks.rank))
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, correct under attack
+        share = math.ceil(len(self.splits.val) / self.ranks.size)
+        stream = batches(self.splits.val, config.batch_size, rank=self.ranks.rank, ranks=self.ranks.size, device=device)
+        for _ in range(math.ceil(share / config.batch_size)):  # as often in each process: what follows a yield may be collective
+            for images, labels in itertools.islice(stream, 1):
+                with self._autocast():
+                    sums += self._validated(model, images, labels)
+            yield None
+        self._set_sigmas(self._train_sigmas, model=model)
+        loss, correct, robust = (self.ranks.total(sums) / len(self.splits.val)).tolist()
+        row |= {"val_loss": loss, "val_accuracy": correct}
+        if config.adversarial:
+            row["val_attacked_accuracy"] = robust
+        yield row
+
+    def _validated(self, model, images, labels):
+        """Float64 [3] of a batch: sum of its losses, number of right labels, and of those under attack."""
+        with torch.no_grad():
+            logits = model(images).float()
+        sums = [F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()]
+        if self.config.adversarial:
+            attacked = defences.attack(model, images, labels, self.config)
+            with torch.no_grad():
+                sums.append((model(attacked).argmax(-1) == labels).sum())
+        else:
+            sums.append(torch.zeros_like(sums[1]))
+        return torch.stack([value.double() for value in sums])
+
+    def _autocast(self):
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.bf16)
+
+    # --------------------------------------------------------------------------------------------------------------------- sigma
+    def _sigmas(self):
+        return [layer.current_sigma().detach().clone() for layer in self._layers]
+
+    def _warm_up(self, step):
+        """Sets the fixed sigmas of a step: they grow linearly until ``sigma_warmup`` epochs are over."""
+        steps = self.config.sigma_warmup * self.steps_per_epoch
+        if step <= steps:
+            self._set_sigmas(self._train_sigmas, min(1.0, (step + 1) / (steps + 1)))
+
+    def _set_sigmas(self, sigmas, factor=1.0, model=None):
+        """Writes fixed sigmas; learned ones are the optimiser's."""
+        if not self.config.learnable_sigma:
+            layers = self._layers if model is None else noise_layers(model).values()
+            for layer, sigma in zip(layers, sigmas, strict=True):
+                layer.set_sigma(sigma * factor)
