@@ -60,7 +60,7 @@ class Certificate:
     labels: int64 [B], the class of the majority of draws, or -1: abstains.
     radius: float64 [B], L2 radius in the units of the image, 0 where it abstains.
     p_lower: float64 [B], lower bound of the class's share of votes, at confidence 1 - alpha.
-    votes: int64 [B, K], of the estimation draws.
+    votes: int64 [B, K], of the estimation draws. selected: int64 [B], the class that the first n0 draws chose, abstained or not.
     draws: int64 [B], estimation draws taken, n or fewer; the n0 for the selection come on top.
     sigma: standard deviation of the noise at the input. alpha: probability that one image's statement is wrong.
     seed: the seed that reproduces this certificate, in [0, 2^64).
@@ -70,6 +70,7 @@ class Certificate:
     radius: torch.Tensor
     p_lower: torch.Tensor
     votes: torch.Tensor
+    selected: torch.Tensor
     draws: torch.Tensor
     sigma: float
     alpha: float
@@ -154,6 +155,7 @@ def certify(
         radius=radius.masked_fill(abstains, 0),
         p_lower=torch.from_numpy(p_lower),
         votes=votes.cpu(),
+        selected=top.cpu(),
         draws=torch.from_numpy(draws),
         sigma=sigma,
         alpha=float(alpha),

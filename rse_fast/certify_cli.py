@@ -1,0 +1,291 @@
+"""``rse-fast certify``: certified L2 radius of every image of a test set, in a folder that a killed run continues.
+
+The folder: ``certify.json`` (what is certified, and how), ``certified.tsv`` (a line an image, flushed as it is done), and at the end
+``summary.json``, ``summary.md`` and ``certified.png``, certified accuracy against radius. An image's line depends on the settings and its
+index alone, so a run that was killed and continued gives the table of one that was not, times apart.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import secrets
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from rse_fast import data
+from rse_fast.certify import COVERS, certify, clopper_pearson, input_noise
+from rse_fast.ensemble import Ensemble
+
+RADII = (0, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)  # of the summary, up to the largest that was certified
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. predicted is -1 and radius 0 where it abstains; votes are those of the selected class among ``draws``."""
+
+    index: int
+    label: int
+    predicted: int
+    radius: float
+    correct: int
+    p_lower: float
+    votes: int
+    draws: int
+    seconds: float
+
+
+COLUMNS = [f.name for f in fields(Row)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        model, part, source = _source(args)
+        ensemble = Ensemble(model, dtype=args.dtype, chunk_rows=args.chunk_rows)
+        rows = range(0, len(part), args.every)[: args.images]
+        if not len(rows):
+            raise ValueError(f"--part: {args.part} of the data set has no images")
+        sigma = float(input_noise(model, _images(part, rows[:1], args.device)).current_sigma())
+        settings = source | {
+            "part": args.part, "every": args.every, "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha,
+            "radii": args.radius, "dtype": str(ensemble._resolve_dtype(torch.device(args.device)))[6:],
+        }  # fmt: skip
+        settings = _open(args.out, settings, args.seed)
+        _run(args, ensemble, part, rows, settings)
+    except (ValueError, TypeError) as error:
+        print(f"rse-fast certify: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"rse-fast certify: {error}; what was certified before is in {args.out}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command continues in {args.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="rse-fast certify", description=__doc__.partition("\n\n")[0].replace("``", ""))
+    parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:FUNCTION", help="returns a converted model with its weights")
+    parser.add_argument("--data", metavar="DIR", help="image folder; default: digits")
+    parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th image (default: %(default)s)")
+    parser.add_argument("--images", type=int, metavar="N", help="at most N images")
+    parser.add_argument("--n0", type=int, default=100, help="draws that select the class (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=10_000, help="draws that estimate its share (default: %(default)s)")
+    parser.add_argument("--alpha", type=float, default=1e-3, help="probability that an image's statement is wrong (default: %(default)s)")
+    parser.add_argument("--radius", type=float, nargs="+", metavar="R", help="stop an image when 'radius >= R' is decided for each R")
+    parser.add_argument("--seed", type=int, help="of the noise (default: fresh, kept in the folder)")
+    parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
+    parser.add_argument("--chunk-rows", type=int, metavar="ROWS", help="most rows of a packed batch")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("certified"), metavar="DIR", help="new, or to continue (default: %(default)s)")
+    return parser
+
+
+def _source(args):
+    """The model, the part of the data set, and what names them."""
+    for name in ("every", "images", "chunk_rows"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    module, _, function = args.model.partition(":")
+    sys.path.insert(0, os.getcwd())  # where a user's own module is
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--model: expected package.module:function, got {args.model!r} ({error})") from error
+    splits = data.digits() if args.data in (None, "digits") else data.image_folder(args.data, progress=True)
+    model = model.to(args.device).eval()
+    source = {"model": args.model, "weights": _digest(model.state_dict()), "data": splits.name}
+    part = getattr(splits, args.part)
+    return model, part, source | {"labels": _digest({"labels": part.labels})}
+
+
+def _digest(tensors) -> str:
+    """SHA-256 of names, types and values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _images(part, rows, device):
+    """Images of the rows (a range) as float32 in [0, 1]."""
+    return part.images[torch.tensor(rows)].to(device).float().div_(255)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the folder
+def _open(out: Path, settings: dict, seed: int | None) -> dict:
+    """Makes the folder, or checks that it is one of these settings; returns them with the seed."""
+    path = out / "certify.json"
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        settings = settings | {"seed": secrets.randbits(63) if seed is None else seed}
+        data.write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+        return settings
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--out: cannot read {str(path)!r}: {error}") from error
+    wanted = settings | {"seed": found.get("seed") if seed is None else seed}
+    differing = [f"{name} {found.get(name)!r} there, {value!r} here" for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        raise ValueError(f"--out: {str(out)!r} holds certificates of something else ({'; '.join(differing)}); name another folder")
+    return found
+
+
+def read_table(path: Path) -> list[Row]:
+    """The whole lines of a table; a last one that was cut off is not there. Raises ValueError for another file."""
+    text = path.read_text() if path.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    if lines and lines[0].split("\t") != COLUMNS:
+        raise ValueError(f"--out: expected the columns {' '.join(COLUMNS)} in {str(path)!r}, got {lines[0]!r}")
+    try:
+        return [Row(*(f.type(value) for f, value in zip(fields(Row), line, strict=True))) for line in csv.reader(lines[1:], delimiter="\t")]
+    except ValueError as error:
+        raise ValueError(f"--out: {str(path)!r} is damaged ({error})") from error
+
+
+def _run(args, ensemble, part, rows, settings):
+    path = args.out / "certified.tsv"
+    table = read_table(path)
+    done = {row.index for row in table}
+    with open(path, "a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut off
+        if not file.tell():
+            file.write(("\t".join(COLUMNS) + "\n").encode())
+        # As many neighbours at once as the selection's draws leave room for, so that a large device is not idle.
+        x = _images(part, rows[:1], args.device)
+        size = max(1, ensemble._rows(x) // args.n0) if args.every == 1 else 1
+        waiting = [i for i in rows if i not in done]
+        with tqdm(total=len(rows), initial=len(rows) - len(waiting), unit="image", disable=None) as bar:
+            for group in _groups(waiting, size):
+                for row in _certify(args, ensemble, part, group, settings):
+                    table.append(row)
+                    file.write(("\t".join(map(str, asdict(row).values())) + "\n").encode())
+                    file.flush()
+                bar.update(len(group))
+                bar.set_postfix_str(f"certified {sum(r.correct for r in table) / len(table):.1%}")
+    wanted = set(rows)
+    table = sorted((row for row in table if row.index in wanted), key=lambda row: row.index)
+    summary = summarise(table, settings)
+    data.write_atomically(args.out / "summary.json", lambda file: file.write(json.dumps(summary, indent=1).encode()))
+    data.write_atomically(args.out / "summary.md", lambda file: file.write(markdown(summary).encode()))
+    data.write_atomically(args.out / "certified.png", lambda file: draw(table, settings, file))
+    print(markdown(summary).partition("\n\n## ")[0])
+
+
+def _groups(indices, size):
+    """Cuts indices into runs of neighbours, at most ``size`` of them."""
+    start = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or i - start == size or indices[i] != indices[i - 1] + 1:
+            yield range(indices[start], indices[i - 1] + 1)
+            start = i
+
+
+def _certify(args, ensemble, part, group, settings):
+    begin = time.perf_counter()
+    out = certify(
+        ensemble, _images(part, group, args.device), n0=args.n0, n=args.n, alpha=args.alpha, seed=settings["seed"], radii=args.radius,
+        image0=group[0],
+    )  # fmt: skip
+    seconds = (time.perf_counter() - begin) / len(group)
+    for i, index in enumerate(group):
+        label, predicted = int(part.labels[index]), int(out.labels[i])
+        yield Row(
+            index=index, label=label, predicted=predicted, radius=float(out.radius[i]), correct=int(predicted == label),
+            p_lower=float(out.p_lower[i]), votes=int(out.votes[i, out.selected[i]]), draws=int(out.draws[i]), seconds=round(seconds, 4),
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------------ the summary
+def certified_accuracy(table: list[Row], radius: float) -> tuple[float, float, float]:
+    """Share of images whose label is right and certified to this radius, and its 95 % interval (Clopper & Pearson)."""
+    count = sum(row.correct and row.radius >= radius for row in table)
+    low, high = clopper_pearson(count, len(table), 0.025)
+    return count / len(table), float(low), float(high)
+
+
+def summarise(table: list[Row], settings: dict) -> dict:
+    """Everything that `markdown` says, JSON-serialisable: settings, one entry a radius, costs, versions and what a certificate covers."""
+    largest = max(row.radius for row in table)
+    radii = settings["radii"] or [r for r in RADII if r <= largest or r == 0]
+    keys = ("accuracy", "low", "high")
+    return {
+        "settings": settings,
+        "images": len(table),
+        "certified": [{"radius": r} | dict(zip(keys, certified_accuracy(table, r), strict=True)) for r in radii],
+        "abstained": sum(row.predicted < 0 for row in table) / len(table),
+        "wrong": sum(row.predicted >= 0 and not row.correct for row in table) / len(table),
+        "mean_radius": sum(row.radius * row.correct for row in table) / len(table),
+        "draws_per_image": settings["n0"] + sum(row.draws for row in table) / len(table),
+        "seconds_per_image": sum(row.seconds for row in table) / len(table),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "covers": COVERS,
+    }
+
+
+def markdown(summary: dict) -> str:
+    """The summary as a section of a report; pictures and tables lie beside it."""
+    s = summary["settings"]
+    early = f", stopping when the radii {', '.join(map(str, s['radii']))} are decided" if s["radii"] else ""
+    rows = [
+        f"| {c['radius']:g} | {100 * c['accuracy']:.1f} | {100 * c['low']:.1f} .. {100 * c['high']:.1f} |" for c in summary["certified"]
+    ]
+    return "\n".join(
+        [
+            "# Certified accuracy (L2)",
+            "",
+            f"{summary['images']} images ({s['data']}, {s['part']}, every {s['every']}), model {s['model']} in {s['dtype']}, noise at the "
+            f"input {s['sigma']:.4g}, n0 = {s['n0']}, n = {s['n']}, alpha = {s['alpha']:g}, seed {s['seed']}{early}.",
+            "",
+            "| radius | certified accuracy % | 95 % interval |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"Abstained: {summary['abstained']:.1%}; certified with a wrong label: {summary['wrong']:.1%}; mean radius, 0 where "
+            f"wrong: {summary['mean_radius']:.3f}. Cost: {summary['draws_per_image']:.0f} draws and {summary['seconds_per_image']:.3g} s an image.",
+            "",
+            "![certified accuracy against radius](certified.png)",
+            "",
+            "## What a certificate covers",
+            "",
+            summary["covers"],
+            "",
+        ]
+    )
+
+
+def draw(table: list[Row], settings: dict, file) -> None:
+    """Certified accuracy against radius, a step at each image's radius, with its 95 % interval, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = sorted({0.0} | {row.radius for row in table if row.correct})
+    points = [certified_accuracy(table, r) for r in steps]
+    steps, points = [*steps, 1.05 * steps[-1] or settings["sigma"]], [*points, (0.0, 0.0, certified_accuracy(table, math.inf)[2])]
+    accuracy, low, high = zip(*[[100 * v for v in point] for point in points], strict=True)
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.fill_between(steps, low, high, step="pre", alpha=0.2, linewidth=0)
+    axes.step(steps, accuracy, where="pre")
+    axes.set(xlabel="L2 radius (pixels in 0..1)", ylabel="certified accuracy (%)", xlim=(0, None), ylim=(0, 100))
+    axes.set_title(f"sigma {settings['sigma']:.3g}, n = {settings['n']}, alpha = {settings['alpha']:g}, {len(table)} images", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,144 @@
+"""`rse-fast certify`: the table, resuming after a kill, the summary and the picture."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import certify_model
+import pytest
+import torch
+
+import rse_fast
+from rse_fast import certify_cli, cli, data
+from rse_fast.certify import COVERS, clopper_pearson
+from rse_fast.certify_cli import Row, read_table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BASE = ["--model", "certify_model:make", "--n0", "20", "--n", "120", "--alpha", "0.01", "--dtype", "float32"]
+
+
+def run(out, *more):
+    return cli.main(["certify", *BASE, "--out", str(out), *map(str, more)])
+
+
+def facts(table):
+    return [(r.index, r.label, r.predicted, r.radius, r.correct, r.p_lower, r.votes, r.draws) for r in table]
+
+
+def test_the_table_is_what_certify_says(tmp_path, capsys):
+    assert run(tmp_path, "--images", 12, "--seed", 5) == 0
+    digits = data.digits().test
+    x, labels = digits.images[:12].float() / 255, digits.labels[:12]
+    out = rse_fast.certify(rse_fast.Ensemble(certify_model.make(), dtype="float32"), x, n0=20, n=120, alpha=0.01, seed=5)
+    table = read_table(tmp_path / "certified.tsv")
+    assert [r.index for r in table] == list(range(12)) and [r.label for r in table] == labels.tolist()
+    assert [r.predicted for r in table] == out.labels.tolist() and [r.radius for r in table] == out.radius.tolist()
+    assert [r.p_lower for r in table] == out.p_lower.tolist() and all(r.draws == 120 for r in table)
+    assert [r.votes for r in table] == out.votes.gather(1, out.selected[:, None])[:, 0].tolist()
+    assert [bool(r.correct) for r in table] == (out.labels == labels).tolist()
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    right = (out.labels == labels) & (out.radius >= 0.1)
+    at = next(c for c in summary["certified"] if c["radius"] == 0.1)
+    assert at["accuracy"] == right.double().mean() and summary["settings"]["seed"] == 5
+    assert [at["low"], at["high"]] == pytest.approx([float(b) for b in clopper_pearson(int(right.sum()), 12, 0.025)])
+    assert summary["covers"] == COVERS and COVERS in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "certified.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 0.1 |" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(whole, "--images", 9, "--every", 3, "--seed", 8, "--radius", 0.05, 0.2) == 0
+    expected = facts(read_table(whole / "certified.tsv"))
+    assert [row[0] for row in expected] == list(range(0, 27, 3)) and len({row[-1] for row in expected}) > 1
+    more = ["--images", 9, "--every", 3, "--radius", 0.05, 0.2]
+    assert run(parts, *more, "--seed", 8) == 0
+    text = (parts / "certified.tsv").read_bytes()
+    lines = text.splitlines(keepends=True)
+    for kept in (b"", lines[0], b"".join(lines[:4]) + lines[4][:7], b"".join(lines[:6]), b"".join([lines[0], *lines[5:]])):
+        (parts / "certified.tsv").write_bytes(kept)
+        assert run(parts, *more) == 0  # the seed is the folder's
+        assert sorted(facts(read_table(parts / "certified.tsv"))) == expected
+    before = (parts / "certified.tsv").read_bytes()
+    assert run(parts, *more) == 0 and (parts / "certified.tsv").read_bytes() == before
+
+
+def test_a_killed_run_loses_no_line_that_was_written(tmp_path):
+    more = ["--n", "4000", "--images", "60", "--seed", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "rse_fast.cli", "certify", *BASE, *more]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    table, end = tmp_path / "certified.tsv", time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None and (not table.exists() or table.read_bytes().count(b"\n") < 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # before it was done
+    seen = facts(read_table(table))
+    assert 2 <= len(seen) < 60
+    assert run(tmp_path, "--n", 4000, "--images", len(seen) + 2, "--seed", 2) == 0
+    assert facts(read_table(table))[: len(seen)] == seen and len(read_table(table)) == len(seen) + 2
+
+
+@pytest.mark.parametrize(
+    "changed", (["--n", 130], ["--seed", 6], ["--alpha", 0.02], ["--radius", 0.1], ["--dtype", "bfloat16"], ["--part", "val"])
+)
+def test_a_folder_of_other_settings_is_refused(changed, tmp_path, capsys):
+    assert run(tmp_path, "--images", 1, "--seed", 5) == 0
+    before = (tmp_path / "certified.tsv").read_bytes()
+    assert run(tmp_path, "--images", 1, *changed) == 2
+    assert changed[0][2:].replace("radius", "radii") in capsys.readouterr().err
+    assert (tmp_path / "certified.tsv").read_bytes() == before
+
+
+def test_other_weights_are_other_settings(tmp_path, capsys, monkeypatch):
+    assert run(tmp_path, "--images", 1, "--seed", 5) == 0
+    made = certify_model.make()
+    with torch.no_grad():
+        made.head.bias[0] += 1e-3
+    monkeypatch.setattr(certify_model, "make", lambda: made)
+    assert run(tmp_path, "--images", 1, "--seed", 5) == 2
+    assert "weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--model", "certify_model:plain"], "model must have noisy layers"),
+        (["--model", "certify_model:nothing"], "--model: expected package.module:function"),
+        (["--model", "certify_model"], "--model: expected package.module:function"),
+        (["--every", 0], "--every: expected at least 1, got 0"),
+        (["--images", 0], "--images: expected at least 1, got 0"),
+        (["--alpha", 2], "alpha must be in"),
+        (["--dtype", "int7"], "dtype must be"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(more, message, tmp_path, capsys):
+    assert run(tmp_path / "out", "--images", 1, *more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rse-fast certify: ") and message in error and error.count("\n") == 1
+
+
+def test_a_damaged_table_is_refused(tmp_path, capsys):
+    assert run(tmp_path, "--images", 2) == 0
+    table = tmp_path / "certified.tsv"
+    whole = table.read_text()
+    for damaged in (whole.replace("radius", "radios"), whole + "x\ty\n", whole.replace("\t", " ")):
+        table.write_text(damaged)
+        assert run(tmp_path, "--images", 3) == 2 and "--out" in capsys.readouterr().err
+        assert table.read_text() == damaged
+
+
+def test_the_curve_counts_what_is_right_and_certified():
+    rows = [(0, 0, 0.5), (1, 2, 0.9), (1, -1, 0.0), (3, 3, 0.2)]
+    table = [Row(i, label, p, r, int(label == p), 0.6, 3, 5, 0.1) for i, (label, p, r) in enumerate(rows)]
+    assert [certify_cli.certified_accuracy(table, r)[0] for r in (0, 0.2, 0.3, 0.5, 0.6)] == [0.5, 0.5, 0.25, 0.25, 0.0]
+    settings = {"n0": 1, "radii": None, "n": 5}
+    summary = certify_cli.summarise(table, settings)
+    assert (summary["abstained"], summary["wrong"], summary["mean_radius"]) == (0.25, 0.25, pytest.approx(0.175))
+    assert summary["draws_per_image"] == 6 and [c["radius"] for c in summary["certified"]] == [0, 0.1, 0.25, 0.5, 0.75]
