@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rse_fast import data
+from rse_fast import data, train
 from rse_fast.certify import COVERS, certify, clopper_pearson, input_noise
 from rse_fast.ensemble import Ensemble
 
@@ -77,8 +77,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser():
     parser = argparse.ArgumentParser(prog="rse-fast certify", description=__doc__.partition("\n\n")[0].replace("``", ""))
-    parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:FUNCTION", help="returns a converted model with its weights")
-    parser.add_argument("--data", metavar="DIR", help="image folder; default: digits")
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder of rse-fast train")
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="in place of RUN: returns a converted model with its weights")
+    parser.add_argument("--data", help="data set, as in rse-fast train (default: the run's, or digits)")
     parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th image (default: %(default)s)")
     parser.add_argument("--images", type=int, metavar="N", help="at most N images")
@@ -96,18 +97,25 @@ def _parser():
 
 def _source(args):
     """The model, the part of the data set, and what names them."""
-    for name in ("every", "images", "chunk_rows"):
+    if (args.run is None) == (args.model is None):
+        raise ValueError("RUN, --model: expected one of the two")
+    for name in ("every", "images"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-    module, _, function = args.model.partition(":")
+            raise ValueError(f"--{name}: expected at least 1, got {value}")
     sys.path.insert(0, os.getcwd())  # where a user's own module is
-    try:
-        model = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--model: expected package.module:function, got {args.model!r} ({error})") from error
-    splits = data.digits() if args.data in (None, "digits") else data.image_folder(args.data, progress=True)
+    if args.run is not None:
+        config = train.Config.load(args.run / "config.json")
+        model = train.load_model(args.run)
+        splits = data.load(args.data, progress=True) if args.data else train.load_data(config)
+    else:
+        module, _, function = args.model.partition(":")
+        try:
+            model = getattr(importlib.import_module(module), function)()
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"--model: expected package.module:function, got {args.model!r} ({error})") from error
+        splits = data.load(args.data or "digits", progress=True)
     model = model.to(args.device).eval()
-    source = {"model": args.model, "weights": _digest(model.state_dict()), "data": splits.name}
+    source = {"model": args.model or str(args.run), "weights": _digest(model.state_dict()), "data": splits.name}
     part = getattr(splits, args.part)
     return model, part, source | {"labels": _digest({"labels": part.labels})}
 
@@ -123,7 +131,8 @@ def _digest(tensors) -> str:
 
 def _images(part, rows, device):
     """Images of the rows (a range) as float32 in [0, 1]."""
-    return part.images[torch.tensor(rows)].to(device).float().div_(255)
+    (images,) = part.fetch([torch.tensor(rows)])
+    return images.to(device).float().div_(255)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the folder
@@ -258,7 +267,8 @@ def markdown(summary: dict) -> str:
             *rows,
             "",
             f"Abstained: {summary['abstained']:.1%}; certified with a wrong label: {summary['wrong']:.1%}; mean radius, 0 where "
-            f"wrong: {summary['mean_radius']:.3f}. Cost: {summary['draws_per_image']:.0f} draws and {summary['seconds_per_image']:.3g} s an image.",
+            f"wrong: {summary['mean_radius']:.3f}. Cost of an image: {summary['draws_per_image']:.0f} draws, "
+            f"{summary['seconds_per_image']:.3g} s.",
             "",
             "![certified accuracy against radius](certified.png)",
             "",

@@ -1,5 +1,6 @@
 """`rse-fast certify`: the table, resuming after a kill, the summary and the picture."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import rse_fast
-from rse_fast import certify_cli, cli, data
+from rse_fast import certify_cli, cli, data, train
 from rse_fast.certify import COVERS, clopper_pearson
 from rse_fast.certify_cli import Row, read_table
 
@@ -84,6 +85,21 @@ def test_a_killed_run_loses_no_line_that_was_written(tmp_path):
     assert facts(read_table(table))[: len(seen)] == seen and len(read_table(table)) == len(seen) + 2
 
 
+def test_a_training_run_is_certified_with_its_data(tmp_path, capsys):
+    config = train.Config(defence="rse", model="small", epochs=1, batch_size=512, init_sigma=0.25, seed=3)
+    train.train(config, tmp_path / "run")
+    out = tmp_path / "out"
+    assert cli.main(["certify", str(tmp_path / "run"), "--n", "50", "--images", "2", "--seed", "4", "--out", str(out)]) == 0
+    settings = json.loads((out / "certify.json").read_text())
+    assert settings["sigma"] == 0.25 and settings["data"] == data.digits().name
+    x = data.digits().test.images[:2].float() / 255
+    expected = rse_fast.certify(rse_fast.Ensemble(train.load_model(tmp_path / "run")), x, n=50, seed=4)
+    assert [row.radius for row in read_table(out / "certified.tsv")] == expected.radius.tolist()
+    train.train(dataclasses.replace(config, defence="plain"), tmp_path / "plain")
+    assert cli.main(["certify", str(tmp_path / "plain"), "--out", str(out)]) == 2
+    assert "model must have noisy layers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "changed", (["--n", 130], ["--seed", 6], ["--alpha", 0.02], ["--radius", 0.1], ["--dtype", "bfloat16"], ["--part", "val"])
 )
@@ -111,6 +127,7 @@ def test_other_weights_are_other_settings(tmp_path, capsys, monkeypatch):
         (["--model", "certify_model:plain"], "model must have noisy layers"),
         (["--model", "certify_model:nothing"], "--model: expected package.module:function"),
         (["--model", "certify_model"], "--model: expected package.module:function"),
+        (["some-run"], "RUN, --model: expected one of the two"),
         (["--every", 0], "--every: expected at least 1, got 0"),
         (["--images", 0], "--images: expected at least 1, got 0"),
         (["--alpha", 2], "alpha must be in"),
