@@ -14,12 +14,12 @@ help:
 	@echo "make demo   train, attack and report on real images (a few minutes)"
 	@echo "make test   all tests"
 	@echo "make check  ruff"
-	@echo "make bench  benchmarks"
+	@echo "make bench  benchmarks beside the peers, which it installs"
 	@echo "make build  sdist and wheel into dist/"
 	@echo "make clean  remove .venv and everything built"
 
 # Passive waiting: on a machine whose cores others use too, threads that spin at barriers make small networks ten times slower.
-demo test: export OMP_WAIT_POLICY ?= passive
+bench demo test: export OMP_WAIT_POLICY ?= passive
 
 demo: $(VENV)/installed-demo
 	$(BIN)/rse-fast demo $(ARGS)
@@ -30,8 +30,9 @@ test: $(VENV)/installed-test
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
 
-bench: $(VENV)/installed-bench
-	$(BIN)/python -m bench $(ARGS)
+bench: $(VENV)/installed-bench $(VENV)/installed-peers
+	$(PIP) install -q --no-deps -c constraints.txt baal
+	$(BIN)/rse-fast bench $(ARGS)
 
 # The sdist first, then the wheel from the sdist: so the sdist is known to be complete.
 build: $(VENV)/installed-test

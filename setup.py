@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: `kernels/` becomes `rse_fast.kernels`, and the CPU library is built into the package.
+"""What pyproject.toml cannot say: `kernels/` becomes `rse_fast.kernels`, `bench/` `rse_fast.bench`, and the CPU library is built in.
 
 Needs setuptools and ninja, neither torch nor numpy. Without a working compiler the installation still succeeds, as a pure-Python
 wheel that says why it holds no library; with RSE_FAST_REQUIRE_LIBRARY=1 that is an error instead.
@@ -101,12 +101,12 @@ class BdistWheel(bdist_wheel):
 
 def packages():
     inner = [f"rse_fast.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))]
-    return [*find_packages(str(ROOT), include=["rse_fast", "rse_fast.*"]), "rse_fast.kernels", *inner]
+    return [*find_packages(str(ROOT), include=["rse_fast", "rse_fast.*"]), "rse_fast.bench", "rse_fast.kernels", *inner]
 
 
 setup(
     packages=packages(),
-    package_dir={"rse_fast": "rse_fast", "rse_fast.kernels": "kernels"},
+    package_dir={"rse_fast": "rse_fast", "rse_fast.bench": "bench", "rse_fast.kernels": "kernels"},
     distclass=LibraryDistribution,
     cmdclass={"build": Build, "build_library": BuildLibrary, "bdist_wheel": BdistWheel},
 )

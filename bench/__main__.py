@@ -1,44 +1,127 @@
-"""``python -m bench [--suite noise ensemble] [--out FILE]``: measures, prints tables with ratios, writes JSON."""
+"""``rse-fast bench``: measures rse-fast beside its peers and limits, prints tables with ratios, merges the results into a file.
+
+One suite, or one case, can be measured at a time: what FILE holds of the same machine is kept, and measured cases replace their old
+figures. ``--compare`` and ``--compare-ref`` look for regressions; ``--report`` and ``--readme`` measure nothing.
+"""
 
 import argparse
-from itertools import groupby
+import fnmatch
+import importlib
+import sys
+import warnings
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from . import measure, report, results
 
-from bench import ensemble, measure, noise
-
-SUITES = {"noise": noise.run, "ensemble": ensemble.run}
+# name: the module that holds the suite
+SUITES = ("noise", "ensemble", "early_exit", "int8", "train", "attack", "certify", "startup", "growth", "gpu")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--out", type=Path, default=Path("bench-results.json"), help="default: %(default)s")
-    arguments = parser.parse_args()
-    rows, targets, console = [], [], Console(width=110)
-    for suite in arguments.suite:
-        measured, wanted = SUITES[suite]()
-        rows, targets = rows + measured, targets + wanted
-        show(console, measured, wanted)
-        measure.write(arguments.out, rows, targets)  # after each suite: an interrupted run keeps what it has
-    console.print(f"written to {arguments.out}")
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0; 1 when a comparison finds a regression or a result was refused; 2 for bad arguments."""
+    arguments = parse(argv)
+    try:
+        return run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"rse-fast bench: {error}", file=sys.stderr)
+        return 2
 
 
-def show(console, rows, targets) -> None:
-    for (suite, case), group in groupby(rows, lambda r: (r.suite, r.case)):
-        group = list(group)
-        table = Table("implementation", *(f"{p} {group[0].unit}" for p in ("p20", "p50", "p80")), "rse_fast / it", title=f"{suite}: {case}")
-        for row in group:
-            ratio = group[0].p50 / row.p50
-            table.add_row(row.implementation, f"{row.p20:.3g}", f"{row.p50:.3g}", f"{row.p80:.3g}", f"{ratio:.2f}")
-        console.print(table)
-    table = Table("case", "what", "measured", "target", "holds", title="targets")
-    for t in targets:
-        table.add_row(t["case"], t["what"], f"{t['value']:.3g} {t['unit']}", f">= {t['target']:g}", "yes" if t["holds"] else "NO")
-    console.print(table)
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="rse-fast bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=None, help="default: all that this machine can run")
+    parser.add_argument("--case", default="*", metavar="GLOB", help="only cases whose name matches, such as '*B=16*'")
+    parser.add_argument("--list", action="store_true", help="print the names of suites and cases, measure nothing")
+    parser.add_argument("--out", type=Path, default=Path("bench-results.json"), metavar="FILE", help="JSON; CSV beside it (%(default)s)")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="compare with the results of OLD.json; exit 1 on a regression")
+    parser.add_argument("--compare-ref", metavar="GITREF", help="compare that commit and this checkout, measured in turns in one run")
+    parser.add_argument("--tolerance", type=float, default=1.1, metavar="RATIO", help="times worse that are a regression (%(default)s)")
+    parser.add_argument("--report", action="store_true", help="tables and pictures of what FILE holds; measures nothing")
+    parser.add_argument("--readme", nargs="+", type=Path, metavar="FILE", help="write README.md and bench/SCALING.md from these results")
+    parser.add_argument("--only", default="", help=argparse.SUPPRESS)  # implementations whose name begins so; for --compare-ref
+    arguments = parser.parse_args(argv)
+    if not arguments.tolerance >= 1:
+        parser.error(f"--tolerance must be at least 1, got {arguments.tolerance}")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.readme:
+        from . import scaling
+
+        report.write_readme(Path("README.md"), arguments.readme)
+        scaling.write(Path("bench/SCALING.md"), arguments.readme)
+        return 0
+    if arguments.compare_ref:
+        from . import reference_run
+
+        return verdict(*reference_run.measure(arguments.compare_ref, arguments.suite, arguments.case), arguments.tolerance)
+    if not arguments.report:
+        chosen = cases(arguments.suite, arguments.case)
+        if arguments.list:
+            print("\n".join(f"{suite}: {name}" for suite, name in chosen))
+            return 0
+        old = results.load(arguments.compare) if arguments.compare else None  # before it is overwritten, if it is the same file
+        new = measure_cases(chosen, arguments.out, arguments.only)
+        return verdict(old, new, arguments.tolerance) if arguments.compare else 0
+    return show_report(arguments.out)
+
+
+def cases(suites: list[str] | None, pattern: str) -> dict:
+    """{(suite, case): function that measures it}. Raises ValueError where nothing matches."""
+    found = {}
+    for suite in suites or SUITES:
+        try:
+            module = importlib.import_module(f".{suite}", __package__)
+            pieces = module.cases() if hasattr(module, "cases") else {"all": module.run}
+        except Exception as error:  # a suite that cannot run here is no reason not to run the others
+            if suites:
+                raise ValueError(f"suite {suite} cannot run here: {type(error).__name__}: {error}") from error
+            continue
+        found.update({(suite, name): piece for name, piece in pieces.items() if name == "all" or fnmatch.fnmatch(name, pattern)})
+    if not found:
+        raise ValueError(f"--case {pattern!r} matches no case; --list prints their names")
+    return found
+
+
+def measure_cases(chosen: dict, out: Path, only: str) -> dict:
+    """Measures, prints and merges into ``out`` case by case, so an interrupted run keeps what it has. Returns what was measured."""
+    measure.only = (only,)
+    results.load(out)  # a file that is something else is an error now, not after minutes
+    new = {"rows": [], "targets": []}
+    for (_, _), piece in chosen.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of peers; what goes wrong with them is in the table
+            rows, targets = piece()
+        where = results.environment()
+        results.save(out, results.merge(results.load(out), rows, targets, where))
+        found = results.merge({"rows": [], "targets": []}, rows, targets, where)
+        report.show(found)
+        new = {key: new[key] + found[key] for key in new}
+    report.show_promises(results.load(out))
+    report.console.print(f"merged into {out}")
+    return new
+
+
+def show_report(path: Path) -> int:
+    from . import pictures
+
+    found = results.load(path)
+    if not found["rows"]:
+        raise ValueError(f"{path} holds no results")
+    report.show(found)
+    report.show_promises(found)
+    made = pictures.draw(found, path.with_suffix(""))
+    report.console.print(f"{len(made)} pictures in {path.with_suffix('')}")
+    return 0
+
+
+def verdict(old: dict, new: dict, tolerance: float) -> int:
+    """Prints the comparison; 1 if a figure of rse-fast got worse by more than ``tolerance``."""
+    found = results.slowdowns(old, new)
+    report.show_comparison(found, tolerance)
+    return int(any(item["worse"] > tolerance for item in found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,63 +1,157 @@
-"""Suite "ensemble": images/s of n noisy passes of VGG16 at 32x32 against the eager loop and the deterministic network."""
+"""Suite "ensemble": images/s of n noisy passes against every peer and against the deterministic network, over batches and draws."""
 
 import copy
+import functools
 
 import torch
 
 import rse_fast
-from bench import peers
-from bench.measure import Row, interleaved, target
-from rse_fast.models import VGG16
+from rse_fast.ensemble.engine import has_bfloat16
 
-SIGMAS = (0.2, 0.1)
+from . import networks, peers
+from .measure import Refused, Row, compare, device, ratio, target
+from .networks import SIGMAS
+
+# (network, batch, draws) with every peer, and then with the few that show how throughput grows.
+FULL = {
+    "cpu": (("VGG16", 16, 10), ("VGG16", 1, 10), ("ResNeXt29", 4, 10), ("ResNet-50", 1, 10)),
+    "cuda": (("VGG16", 1024, 10), ("VGG16", 1, 10), ("VGG16", 8, 10), ("ResNeXt29", 256, 10), ("ResNet-50", 128, 10), ("ResNet-50", 1, 10)),
+}
+SWEEP = {
+    "cpu": (("VGG16", 4, 10), ("VGG16", 64, 10), ("VGG16", 4, 1), ("VGG16", 4, 50), ("VGG16", 4, 100)),
+    "cuda": (("VGG16", 64, 10), ("VGG16", 256, 10), ("VGG16", 64, 1), ("VGG16", 64, 50), ("VGG16", 64, 100), ("ResNet-50", 8, 10)),
+}
+CHUNK = {"cpu": 80, "cuda": 1024}  # rows: where the plain network's own throughput peaks
 
 
-def check(ensemble, model, x) -> None:
-    """Raises unless the packed ensemble is the mean of sequential passes with the same noise."""
+class Reference:
+    """Softmax of single draws of the eager float32 network, which every implementation's mean over ``draws`` has to agree with."""
+
+    def __init__(self, plain, x, draws, resamples=200):
+        eager = peers.eager_rse(plain, *SIGMAS)
+        count = min(32, max(8, 512 // len(x)))
+        with torch.no_grad():
+            drawn = torch.stack([eager(x).softmax(-1) for _ in range(count)])
+            self.calm = plain(x).softmax(-1)
+            low = peers.deterministic(plain, torch.bfloat16)(x.bfloat16()).float().softmax(-1) if has_bfloat16(x.device) else self.calm
+        self.mean, self.rounding = drawn.mean(0), 1e-4 + 4 * (low - self.calm).abs().max()
+        pick = lambda n: drawn[torch.randint(count, (n,))].mean(0)  # noqa: E731
+        self.chance = max(distance(pick(draws), pick(count)) for _ in range(resamples))
+
+    def check(self, name: str, probs: torch.Tensor, again: torch.Tensor) -> None:
+        """Raises unless ``probs`` [B, K] is no further from the reference than twice what chance does at most in bootstrap samples of the
+        reference, plus four times what bfloat16 does to the network, and unless a second call gave other noise."""
+        calm = name.endswith("(limit)")
+        want, allowed = (self.calm, self.rounding) if calm else (self.mean, 2 * self.chance + self.rounding)
+        if probs.shape != want.shape or not (off := distance(probs, want)) <= allowed:
+            raise Refused(f"its mean softmax is off by {off:.3g}, where chance and rounding allow {allowed:.3g}")
+        if not calm and torch.equal(probs, again):
+            raise Refused("two calls gave the same noise")
+
+
+def distance(probs: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Mean over images of the total variation distance."""
+    return (probs.float() - want).abs().sum(-1).mean() / 2
+
+
+def check_exact(ensemble, model, x, rounding) -> None:
+    """Raises unless the packed ensemble is the mean of sequential passes with the same noise, made by the plain-torch backend."""
     want = 0
     with torch.no_grad():
         for d in range(ensemble.draws):
-            with rse_fast.nn.Scope(torch.tensor(3), len(x), 1, 0, d):
+            with rse_fast.nn.Scope(torch.tensor(3, device=x.device), len(x), 1, 0, d, "torch"):
                 want = want + model.eval()(x).softmax(-1) / ensemble.draws
-    got = ensemble.predict(x, seed=3).probs
-    # bfloat16 logits are off by about eps of their own size at every layer; float32 far less
-    logits_error = 16 * torch.finfo(torch.bfloat16).eps
-    if not (got - want).abs().max() <= logits_error:
-        raise AssertionError(f"the ensemble is wrong by {(got - want).abs().max():.3g}: not timed")
+    error = (ensemble.predict(x, seed=3).probs - want).abs().max()
+    if not error <= rounding:
+        raise Refused(f"the ensemble is off by {error:.3g} from sequential passes with the same noise")
 
 
-def measure(plain, noisy, batch, draws) -> tuple[list[Row], list[dict]]:
-    """One case: rows for every implementation, and the targets it is held to."""
-    x = torch.rand(batch, 3, 32, 32)
-    eager = peers.eager_rse(plain, *SIGMAS)
-    ours, ours32 = rse_fast.Ensemble(noisy, draws), rse_fast.Ensemble(noisy, draws, dtype="float32")
-    check(ours, noisy, x)
-    check(ours32, noisy, x)
-    limits = {d: (peers.deterministic(plain, d), x.to(d, memory_format=torch.channels_last)) for d in (torch.bfloat16, torch.float32)}
-
-    def eager_bfloat16():
-        with torch.autocast("cpu", torch.bfloat16):
-            return peers.loop(eager, x, draws)
-
-    implementations = {
-        "rse_fast (dtype auto)": lambda: ours.predict(x),
-        "rse_fast float32": lambda: ours32.predict(x),
-        "eager loop float32": lambda: peers.loop(eager, x, draws),
-        "eager loop bfloat16 autocast": eager_bfloat16,
-        "eager packed float32": lambda: peers.packed(eager, x, draws),
-        "no noise, packed bfloat16 (limit)": lambda: peers.packed(*limits[torch.bfloat16], draws),
-        "no noise, packed float32 (limit)": lambda: peers.packed(*limits[torch.float32], draws),
-    }
-    case = f"VGG16 32x32 B={batch} n={draws}"
-    rates = interleaved(implementations, batch, seconds=4, rounds=15)
-    rows = [Row("ensemble", case, name, "images", "images/s", *r) for name, r in rates.items()]
-    ratio = rates["rse_fast (dtype auto)"][1] / rates["eager loop float32"][1]
-    return rows, [target("ensemble", case, "against the eager loop", ratio, 2, "x")]
-
-
-def run() -> tuple[list[Row], list[dict]]:
-    torch.manual_seed(0)
-    plain = VGG16().eval()
+def measure(kind: str, batch: int, draws: int, every_peer: bool) -> tuple[list[Row], list[dict]]:
+    """One case: rows for every implementation, and the targets it is held to. The images are the same at every call: weights and
+    activations, hundreds of times larger, are what goes through the cache."""
+    where, side = device(), networks.KINDS[kind][1]
+    plain = networks.plain(kind, where)
     noisy = rse_fast.convert(copy.deepcopy(plain), *SIGMAS)
-    cases = [measure(plain, noisy, batch, draws) for batch, draws in ((16, 10), (1, 10))]
-    return [row for rows, _ in cases for row in rows], [t for _, targets in cases for t in targets]
+    eager = peers.eager_rse(plain, *SIGMAS)
+    x = networks.images(batch, side, where)
+    reference = Reference(plain, x, draws)
+    low, last = has_bfloat16(where), dict(memory_format=torch.channels_last)
+
+    def ours(dtype):
+        check_exact(rse_fast.Ensemble(noisy, min(draws, 4), dtype=dtype), noisy, x[:4], reference.rounding)
+        ensemble = rse_fast.Ensemble(noisy, draws, dtype=dtype)
+        return lambda: ensemble.predict(x).probs
+
+    def limit(dtype, chunk):
+        model, cast = peers.deterministic(plain, dtype), x.to(dtype, **last)
+        return lambda: peers.chunked(model, cast, draws, CHUNK[where.type] if chunk else batch * draws)
+
+    def autocast():
+        def run():
+            with torch.autocast(where.type, torch.bfloat16):
+                return peers.loop(eager, x, draws)
+
+        return run
+
+    def bound(build, *arguments, **options):
+        run = build(*arguments, **options)
+        return lambda: run(x, draws)
+
+    dtypes = {"float32": torch.float32, **({"bfloat16": torch.bfloat16} if low else {})}
+    builders = {"rse_fast": lambda: ours("auto")}
+    if every_peer and low:
+        builders["rse_fast float32"] = lambda: ours("float32")
+    builders["eager loop"] = lambda: lambda: peers.loop(eager, x, draws)
+    builders["eager packed"] = lambda: lambda: peers.packed(eager, x, draws)
+    if every_peer:
+        if low:
+            builders["eager loop, bfloat16 autocast"] = autocast
+        builders["torch.compile loop"] = lambda: bound(peers.compiled, eager, packs=False)
+        builders["torch.compile packed"] = lambda: bound(peers.compiled, eager, packs=True)
+        if where.type == "cuda":
+            builders["torch.compile max-autotune loop"] = lambda: bound(peers.compiled, eager, packs=False, mode="max-autotune")
+            builders["torch.compile max-autotune packed"] = lambda: bound(peers.compiled, eager, packs=True, mode="max-autotune")
+        builders["torch.vmap"] = lambda: lambda: peers.vmap(eager, x, draws)
+        builders["pytorch-rse in a loop"] = lambda: bound(peers.pytorch_rse, plain, *SIGMAS)
+        builders["baal ModelWrapper"] = lambda: bound(peers.baal, eager)
+    for name, dtype in dtypes.items():
+        builders[f"plain network, packed {name} (limit)"] = functools.partial(limit, dtype, False)
+        if every_peer:
+            builders[f"plain network, packed {name} in chunks (limit)"] = functools.partial(limit, dtype, True)
+    case = case_name(kind, batch, draws)
+    rows, rates = compare("ensemble", case, "images", "images/s", batch, builders, reference.check, seconds=2.5, rounds=15, least=3)
+    return rows, targets(where, kind, batch, draws, case, rates) if every_peer else []
+
+
+def targets(where, kind, batch, draws, case, rates) -> list[dict]:
+    ours, loop = rates["rse_fast"], rates["eager loop"]
+    bounds = [rate for name, rate in rates.items() if name.endswith("(limit)") and rate is not None]
+    cost = ratio(max(bounds, default=None), ours)
+    compiled = [rate for name, rate in rates.items() if name.startswith("torch.compile") and rate is not None]
+    if where.type == "cpu" and kind == "VGG16":
+        if batch == 1:
+            return [target("ensemble", case, "rate", ours, 90, "images/s")]
+        return [
+            target("ensemble", case, "rate", ours, 110, "images/s"),
+            target("ensemble", case, "cost over the plain network's packed forward", cost, 1.05, "x", at_most=True),
+        ]
+    if where.type == "cuda" and kind in ("VGG16", "ResNet-50"):
+        if batch <= 8:
+            return [target("ensemble", case, "against the eager loop", ratio(ours, loop), 10, "x")]
+        return [
+            target("ensemble", case, "cost over the plain network's packed forward", cost, 1.03, "x", at_most=True),
+            target("ensemble", case, "against torch.compile", ratio(ours, max(compiled, default=None)), 1.3, "x"),
+            target("ensemble", case, "against the eager loop", ratio(ours, loop), 3, "x"),
+        ]
+    return []
+
+
+def case_name(kind: str, batch: int, draws: int) -> str:
+    side = networks.KINDS[kind][1]
+    return f"{kind} {side}x{side} B={batch} n={draws}"
+
+
+def cases() -> dict:
+    where = device().type
+    chosen = [(*case, True) for case in FULL[where]] + [(*case, False) for case in SWEEP[where]]
+    return {case_name(*case[:3]): functools.partial(measure, *case) for case in chosen}

@@ -1,55 +1,145 @@
-"""Suite "noise": ``x + sigma * eps`` against eager torch, torch.compile and a copy."""
+"""Suite "noise": ``x + sigma * eps`` against eager torch, torch.compile, a copy and bare Philox; from cache-sized inputs to gigabytes."""
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
 
-from bench.measure import Row, interleaved, target
-from bench.peers import eager_noise
 from rse_fast import functional, reference
 from rse_fast.kernels import cpu
+from rse_fast.kernels.cpu import build
 
-SHAPE = (64, 64, 32, 32)  # 4M elements
+from . import peers
+from .measure import Inputs, Refused, Row, compare, device, ratio, target
+
+SIGMA = 0.1
+SIZES = {"cpu": {"64K": 1, "4M": 64, "64M": 1024}, "cuda": {"4M": 64, "64M": 1024, "512M": 8192}}  # images [n, 64, 32, 32]
+FULL = {"cpu": "4M", "cuda": "512M"}  # the size that is measured in every dtype and layout
 
 
-def check(dtype, layout) -> None:
-    """Raises unless the op is right: what is timed is what is tested."""
-    x = torch.randn(3, 8, 9, 7).to(dtype).contiguous(memory_format=layout)
-    got = functional.add_noise(x, 0.1, seed=5).double()
-    want = reference.add_noise(x.double(), torch.tensor(0.1), torch.tensor(5), 0, 3, 1)
-    step = want.abs().max() * torch.finfo(dtype).eps + 1e-6
+def check_reference(where: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Raises unless the op equals the float64 reference on a small input: what is timed is what is tested."""
+    x = torch.randn(3, 8, 9, 7, device=where).to(dtype).contiguous(memory_format=layout)
+    got = functional.add_noise(x, SIGMA, seed=5).double().cpu()
+    want = reference.add_noise(x.double().cpu(), torch.tensor(SIGMA), torch.tensor(5), 0, 3, 1)
+    step = want.abs().max() * torch.finfo(dtype).eps + (1e-6 if where.type == "cpu" else 1e-3)
     if not (got - want).abs().max() <= step:
-        raise AssertionError(f"add_noise is wrong for {dtype}, {layout}: not timed")
+        raise Refused(f"add_noise differs from the reference by {(got - want).abs().max():.3g}")
 
 
-def measure(dtype, layout) -> tuple[list[Row], list[dict]]:
+def check_moments(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Raises unless ``(y - x) / SIGMA`` has mean 0 and variance 1 within six standard errors, plus rounding to x's dtype."""
+    if y.dtype != x.dtype or y.shape != x.shape:
+        raise Refused(f"the result is {y.dtype} {list(y.shape)}, not {x.dtype} {list(x.shape)}")
+    z = (y.float() - x.float()) / SIGMA
+    variance, mean = torch.var_mean(z)
+    n, rounding = z.numel(), (torch.finfo(x.dtype).eps / SIGMA) ** 2
+    if not (abs(mean) <= 6 * n**-0.5 and abs(variance - 1) <= 6 * (2 / n) ** 0.5 + rounding):
+        raise Refused(f"its noise over sigma has mean {mean:.3g} and variance {variance:.4g}")
+
+
+@functools.cache
+def philox_words() -> ctypes.CDLL:
+    """`philox_words.cpp` compiled for the unit in use. Raises build.BuildError without a compiler or the kernel's sources."""
+    unit, sources = cpu.load().unit, Path(cpu.__file__).parent
+    if unit is None or not (sources / "add_noise.cpp").exists():
+        raise build.BuildError("needs the sources of the CPU kernel (a checkout)")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "philox_words.so"
+        source = str(Path(__file__).parent / "philox_words.cpp")
+        flags = (*build.UNITS[unit], *build.COMMON, "-Wno-unused-function", build.OPENMP, f"-I{sources}")
+        subprocess.run([*build.find_compiler(), *flags, "-shared", source, "-o", str(out)], check=True, capture_output=True)
+        return ctypes.CDLL(str(out))
+
+
+def measure(dtype: torch.dtype, layout: torch.memory_format, label: str) -> tuple[list[Row], list[dict]]:
     """One case: rows for every implementation, and the targets it is held to."""
-    check(dtype, layout)
-    x = torch.randn(SHAPE).to(dtype).contiguous(memory_format=layout)
-    out, sigma, seed = torch.empty_like(x), torch.tensor(0.1), torch.tensor(7)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: eager_noise(x, 0.1))
-    flat = layout is torch.channels_last
-    implementations = {
-        "rse_fast": lambda: functional.add_noise(x, sigma, seed=seed),
-        "eager": lambda: eager_noise(x, 0.1),
-        "torch.compile": lambda: compiled(x),
-        "copy": lambda: out.copy_(x),
+    where = device()
+    images = SIZES[where.type][label]
+    shape, elements, flat = (images, 64, 32, 32), images * 2**16, layout is torch.channels_last
+    case = f"{str(dtype)[6:]} {'channels_last' if flat else 'contiguous'} {label}"
+    make = lambda: torch.randn(shape, device=where).to(dtype).contiguous(memory_format=layout)  # noqa: E731
+    # The smallest size stays in the cache: that is how a layer of a network meets it.
+    inputs = Inputs(make, cached=label == "64K")
+    out = torch.empty(shape, device=where, dtype=dtype, memory_format=layout)
+    sigma, seed = torch.tensor(SIGMA, device=where), torch.tensor(7, device=where)
+
+    def ours():
+        check_reference(where, dtype, layout)
+        return lambda: functional.add_noise(next(inputs), sigma, seed=seed)
+
+    def kernel():  # alone, into memory that is already mapped
+        if where.type == "cuda":
+            raise NotImplementedError("on a GPU the caching allocator maps nothing: see the row above")
+        if cpu.load().handle is None:
+            raise RuntimeError(cpu.load().problem)
+
+        def run():
+            cpu.add_noise(next(inputs), out, flat, sigma, seed, 0, images, 1, 0, 0, None, None, False)
+            return out
+
+        return run
+
+    def words():
+        if where.type == "cuda":
+            raise NotImplementedError("measured on the CPU only")
+        library = philox_words()
+        return lambda: library.philox_words(ctypes.c_int64(images), ctypes.c_int64(2**14), torch.get_num_threads())
+
+    def compiled(**options):
+        torch._dynamo.reset()
+        run = torch.compile(lambda x: peers.eager_noise(x, SIGMA), **options)
+        return lambda: run(next(inputs))
+
+    builders = {
+        "rse_fast": ours,
+        "rse_fast kernel, no allocation": kernel,
+        "eager": lambda: lambda: peers.eager_noise(next(inputs), SIGMA),
+        "eager, in place": lambda: lambda: out.normal_().mul_(SIGMA).add_(next(inputs)),
+        "torch.compile": compiled,
+        "pytorch-rse layer": lambda: peers.pytorch_rse_layer(SIGMA, inputs),
+        "copy (limit)": lambda: lambda: out.copy_(next(inputs)),
+        "Philox words alone (limit)": words,
     }
-    if cpu.load().handle is not None:  # the kernel alone, into memory that is already mapped
-        arguments = (x, out, flat, sigma, seed, 0, SHAPE[0], 1, 0, 0, None, None, False)
-        implementations["rse_fast kernel, no allocation"] = lambda: cpu.add_noise(*arguments)
-    case = f"{str(dtype)[6:]} {'channels_last' if flat else 'contiguous'} 4M"
-    rates = interleaved(implementations, x.numel() / 1e9)
-    rows = [Row("noise", case, name, "normals", "G/s", *r) for name, r in rates.items()]
-    ours, eager, inductor = rates["rse_fast"][1], rates["eager"][1], rates["torch.compile"][1]
-    targets = [target("noise", case, "rate, fresh memory for the result", ours, 2, "G/s")]
-    if (kernel := rates.get("rse_fast kernel, no allocation")) is not None:
-        targets.append(target("noise", case, "rate, memory already mapped", kernel[1], 2, "G/s"))
+    if where.type == "cuda":
+        builders["torch.compile max-autotune"] = lambda: compiled(mode="max-autotune-no-cudagraphs")
+
+    def check(name, y, _):
+        if not name.endswith("(limit)"):
+            check_moments(inputs.current, y)
+
+    rows, rates = compare("noise", case, "normals", "G/s", elements / 1e9, builders, check, least=3)
+    return rows, targets(where, dtype, case, label, rates)
+
+
+def targets(where, dtype, case, label, rates) -> list[dict]:
+    ours, kernel = rates["rse_fast"], rates["rse_fast kernel, no allocation"]
+    if where.type == "cuda":
+        share = ratio(ours, rates["copy (limit)"])
+        return [target("noise", case, "of the copy's bandwidth", share, 0.9, "")] if dtype == torch.bfloat16 and label == "512M" else []
+    if label != "4M":
+        return []
+    found = [
+        target("noise", case, "rate, fresh memory for the result", ours, 2, "G/s"),
+        target("noise", case, "rate, memory already mapped", kernel, 2, "G/s"),
+    ]
     if dtype == torch.float32:
-        targets.append(target("noise", case, "against eager", ours / eager, 6, "x"))
-        targets.append(target("noise", case, "against torch.compile", ours / inductor, 30, "x"))
-    return rows, targets
+        found.append(target("noise", case, "against eager", ratio(ours, rates["eager"]), 6, "x"))
+        found.append(target("noise", case, "against torch.compile", ratio(ours, rates["torch.compile"]), 30, "x"))
+    return found
 
 
-def run() -> tuple[list[Row], list[dict]]:
-    cases = [measure(d, f) for d in (torch.float32, torch.bfloat16) for f in (torch.contiguous_format, torch.channels_last)]
-    return [row for rows, _ in cases for row in rows], [t for _, targets in cases for t in targets]
+def cases() -> dict:
+    found = {}
+    for label in SIZES[device().type]:
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                flat = layout is torch.channels_last
+                if label != FULL[device().type] and flat != (dtype == torch.bfloat16):
+                    continue  # elsewhere the two combinations that are used
+                name = f"{str(dtype)[6:]} {'channels_last' if flat else 'contiguous'} {label}"
+                found[name] = functools.partial(measure, dtype, layout, label)
+    return found

@@ -29,7 +29,7 @@ def checkout(tmp_path):
     """A copy of the sources without anything built."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib", "*.dll", build.PROBLEM_FILE)
     folder = tmp_path / "a checkout"
-    for name in ("rse_fast", "kernels"):
+    for name in ("rse_fast", "kernels", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "DESIGN.md", "constraints.txt", "Makefile"):
         shutil.copy(ROOT / name, folder)
@@ -54,8 +54,8 @@ def make(checkout, blocked, run_python, tmp_path):
 
 def python_modules():
     """Every module of the project, by its place in a wheel."""
-    modules = [path.relative_to(ROOT) for folder in ("rse_fast", "kernels") for path in (ROOT / folder).rglob("*.py")]
-    return {(Path("rse_fast") / path if path.parts[0] == "kernels" else path).as_posix() for path in modules}
+    modules = [path.relative_to(ROOT) for folder in ("rse_fast", "kernels", "bench") for path in (ROOT / folder).rglob("*.py")]
+    return {(Path("rse_fast") / path if path.parts[0] != "rse_fast" else path).as_posix() for path in modules}
 
 
 def unpack(wheel):
@@ -76,6 +76,9 @@ def test_wheel_holds_the_library_and_works_from_anywhere(compiler, make, run_pyt
     assert LIBRARY in names and PROBLEM not in names
     strays = [name for name in names if not name.startswith(("rse_fast/", "rse_fast-0.1.0.dist-info/")) or name.endswith((".cpp", ".h"))]
     assert strays == []
+
+    done = run_python("-m", "rse_fast.cli", "bench", "--help", cwd=tmp_path, PYTHONPATH=str(folder))
+    assert done.returncode == 0 and "--compare-ref" in done.stdout, done.stderr
 
     code = "from rse_fast.kernels.cpu import load; found = load(); print(found.path); print(found.unit)"
     done = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(folder))
@@ -146,7 +149,8 @@ def test_sdist_is_complete(make):
     sdist, output = make("sdist")
     assert sdist is not None, output
     names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
-    sources = [path for folder in ("rse_fast", "kernels") for end in ("*.py", "*.cpp", "*.h") for path in (ROOT / folder).rglob(end)]
+    folders = [ROOT / name for name in ("rse_fast", "kernels", "bench")]
+    sources = [path for folder in folders for end in ("*.py", "*.cpp", "*.h") for path in folder.rglob(end)]
     assert {path.relative_to(ROOT).as_posix() for path in sources} <= names
     assert {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "DESIGN.md", "README.md", "Makefile"} <= names
     assert not [name for name in names if name.endswith((".so", ".dylib", ".dll", build.PROBLEM_FILE))]

@@ -1,0 +1,77 @@
+"""Suite "certify": certified images/s at n votes against the sampling loop of randomized smoothing and adversarial-robustness-toolbox."""
+
+import copy
+import functools
+import math
+
+import torch
+
+import rse_fast
+
+from . import networks, peers
+from .measure import Refused, Row, compare, device
+from .networks import SIGMAS
+
+N0, ALPHA = 100, 1e-3
+# (network, images, n)
+CASES = {
+    "cpu": (("SmallNet", 2, 1000), ("SmallNet", 1, 10_000)),
+    "cuda": (("SmallNet", 16, 10_000), ("VGG16", 16, 1000), ("VGG16", 16, 10_000), ("ResNet-50", 2, 1000)),
+}
+
+
+def measure(kind: str, count: int, n: int) -> tuple[list[Row], list[dict]]:
+    where, side = device(), networks.KINDS[kind][1]
+    plain = networks.plain(kind, where)
+    noisy = rse_fast.convert(copy.deepcopy(plain), *SIGMAS)
+    base = peers.eager_rse(plain, 0, SIGMAS[1])  # smoothing brings the noise at the input
+    x = networks.images(count, side, where)
+    classes = plain(x[:1]).shape[1]
+    loop = peers.smoothing_loop(base, SIGMAS[0], classes)
+    want = [loop(image, N0, n, ALPHA) for image in x]
+
+    def ours():
+        ensemble = rse_fast.Ensemble(noisy)
+
+        def run():
+            found = rse_fast.certify(ensemble, x, n0=N0, n=n, alpha=ALPHA)
+            return list(zip(found.labels.tolist(), found.radius.tolist(), strict=True))
+
+        return run
+
+    def toolbox():
+        smoothed = peers.art_smoothing(base, SIGMAS[0], classes, tuple(x.shape[1:]), N0, ALPHA)
+        images = x.cpu().numpy()
+        return lambda: list(zip(*(part.tolist() for part in smoothed.certify(images, n, batch_size=400)), strict=True))
+
+    def packed():  # the plain network on as many rows, no noise and no votes
+        model = peers.deterministic(plain, torch.float32)
+        cast = x.to(memory_format=torch.channels_last)
+        return lambda: peers.chunked(model, cast, n + N0, 400)
+
+    def check(name, found, _):
+        if not name.endswith("(limit)"):
+            check_certificates(found, want, n)
+
+    builders = {
+        "rse_fast": ours,
+        "smoothing loop (Cohen et al.), 400 rows": lambda: lambda: [loop(image, N0, n, ALPHA) for image in x],
+        "adversarial-robustness-toolbox, 400 rows": toolbox,
+        "plain network, packed float32 (limit)": packed,
+    }
+    case = f"{kind} n={n}"
+    rows, _ = compare("certify", case, "images", "images/s", count, builders, check, seconds=4, least=3)
+    return rows, []
+
+
+def check_certificates(found: list, want: list, n: int) -> None:
+    """Raises unless labels agree, and the lower bounds of the vote share differ by at most six standard errors of two counts of n."""
+    for (label, radius), (other, wanted) in zip(found, want, strict=True):
+        low, high = (torch.special.ndtr(torch.tensor(r / SIGMAS[0], dtype=torch.float64)).item() for r in (radius, wanted))
+        allowed = 6 * math.sqrt(2 * max(high * (1 - high), 1 / n) / n)
+        if abs(low - high) > allowed or (label != other and -1 not in (label, other)):
+            raise Refused(f"it certifies class {label} with a vote share above {low:.4g}, the sampling loop class {other} above {high:.4g}")
+
+
+def cases() -> dict:
+    return {f"{kind} n={n}": functools.partial(measure, kind, count, n) for kind, count, n in CASES[device().type]}

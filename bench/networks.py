@@ -1,0 +1,83 @@
+"""The networks that are measured: those of the paper, ResNet-50, and a chain of any depth."""
+
+import torch
+from torch import nn
+
+from rse_fast.models import VGG16, ResNeXt29, SmallNet
+
+SIGMAS = (0.2, 0.1)  # init_sigma, inner_sigma
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.relu, self.downsample = nn.ReLU(inplace=True), None
+        if stride != 1 or channels != 4 * width:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * width, 1, stride=stride, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(y)))))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 for 224x224 images (He et al. 2016), stride in the 3x3 convolution; 25,557,032 parameters, 4.1 G multiply-adds."""
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        )
+        blocks, channels = [], 64
+        for stage, (width, count) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+            for i in range(count):
+                blocks.append(_Bottleneck(channels, width, 2 if stage and not i else 1))
+                channels = 4 * width
+        self.blocks, self.pool, self.classifier = nn.Sequential(*blocks), nn.AdaptiveAvgPool2d(1), nn.Linear(channels, num_classes)
+
+    def forward(self, x):
+        return self.classifier(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
+
+
+class Chain(nn.Sequential):
+    """``depth`` 3x3 convolutions of 64 channels with BatchNorm and ReLU, then a mean and a Linear: time should be linear in depth."""
+
+    def __init__(self, depth: int, channels: int = 64) -> None:
+        layers = []
+        for i in range(depth):
+            layers += [nn.Conv2d(channels if i else 3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+KINDS = {"VGG16": (VGG16, 32), "ResNeXt29": (ResNeXt29, 32), "ResNet-50": (ResNet50, 224), "SmallNet": (SmallNet, 32)}  # class, image side
+
+
+def plain(kind: str, where: torch.device) -> nn.Module:
+    """A network of random weights in eval mode whose output depends on its input as a trained one's does (`settle`)."""
+    network, side = KINDS[kind]
+    torch.manual_seed(0)
+    return settle(network().to(where), images(4, side, where))
+
+
+@torch.no_grad()
+def settle(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Sets BatchNorm's statistics by one batch, and scales the last layer so that logits have standard deviation 1 over classes."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # a plain average, so one batch replaces what was there
+    model.train()(x)
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    spread = model.eval()(x).std(-1).mean()
+    head.weight.mul_(1 / spread)
+    head.bias.mul_(1 / spread)
+    return model
+
+
+def images(count: int, side: int, where: torch.device) -> torch.Tensor:
+    """[count, 3, side, side] in [0, 1]: coarse random patches, which differ from each other more than white noise does."""
+    coarse = torch.rand(count, 3, 4, 4, device=where)
+    return nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")

@@ -1,0 +1,181 @@
+"""Results as tables: in the terminal, and as Markdown in README.md between its bench markers."""
+
+import re
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from . import promises, results
+from .measure import COSTS, role
+
+console = Console(width=120)
+KEY = ("suite", "case", "metric")
+
+
+def tables(found: dict) -> list[list[dict]]:
+    """The rows of each (suite, case, metric), in the order in which they were first measured."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in found["rows"]:
+        groups.setdefault(tuple(row[name] for name in KEY), []).append(row)
+    return list(groups.values())
+
+
+def advantage(ours: dict | None, other: dict | None) -> float | None:
+    """How many times better ``ours`` is than ``other``; below 1 it is worse."""
+    if ours is None or other is None or not ours["p50"] or not other["p50"]:
+        return None
+    return other["p50"] / ours["p50"] if ours["unit"] in COSTS else ours["p50"] / other["p50"]
+
+
+def best(rows: list[dict], kind: str) -> dict | None:
+    """The best measured row of one role."""
+    rows = [row for row in rows if role(row["implementation"]) == kind and row["p50"] is not None]
+    pick = min if rows and rows[0]["unit"] in COSTS else max
+    return pick(rows, key=lambda row: row["p50"], default=None)
+
+
+def headline(rows: list[dict]) -> str:
+    """rse-fast against the best peer and against the limit, in one line."""
+    ours = next((row for row in rows if role(row["implementation"]) == "rse_fast" and row["p50"] is not None), None)
+    peer = best(rows, "peer")
+    others = [(peer, "the best peer, ")] * bool(peer) + [(row, "") for row in rows if role(row["implementation"]) == "limit"]
+    return "; ".join(f"{times:.3g}x {words}{row['implementation']}" for row, words in others if (times := advantage(ours, row)) is not None)
+
+
+def show(found: dict) -> None:
+    for rows in tables(found):
+        first = rows[0]
+        ours = next((row for row in rows if role(row["implementation"]) == "rse_fast" and row["p50"] is not None), None)
+        title = f"{first['suite']}: {first['case']}, {first['metric']}"
+        table = Table("implementation", *(f"{p} {first['unit']}" for p in ("p20", "p50", "p80")), "rse_fast / it, or why not", title=title)
+        table.caption = headline(rows)
+        for row in rows:
+            if row["p50"] is None:
+                table.add_row(row["implementation"], "", "", "", row["error"])
+                continue
+            times = advantage(ours, row)
+            figures = (f"{row[p]:.3g}" for p in ("p20", "p50", "p80"))
+            table.add_row(row["implementation"], *figures, "" if times is None else f"{times:.2f}")
+        console.print(table)
+    if found["targets"]:
+        table = Table("suite", "case", "what", "measured", "target", "holds", title="targets")
+        for t in found["targets"]:
+            table.add_row(t["suite"], t["case"], t["what"], measured(t), wanted(t), verdict(t))
+        console.print(table)
+
+
+def show_promises(found: dict) -> None:
+    table = Table("on", "task", "measured", "target", "holds", title="every target, judged on what was measured")
+    for promise, t in promises.judge(found["targets"]):
+        table.add_row(promise.hardware, promise.task, measured(t), wanted(t), verdict(t))
+    console.print(table)
+
+
+def measured(t: dict) -> str:
+    return "not measured here" if t["value"] is None else f"{t['value']:.3g} {t['unit']}".strip()
+
+
+def wanted(t: dict) -> str:
+    return f"{'<=' if t['at_most'] else '>='} {t['target']:g} {t['unit']}".strip()
+
+
+def verdict(t: dict) -> str:
+    return {True: "yes", False: "NO", None: f"needs {t['needs']}" if t["needs"] else "not measured"}[t["holds"]]
+
+
+def show_comparison(found: list[dict], tolerance: float) -> None:
+    title = f"regressions: more than {tolerance:g} times worse"
+    table = Table("suite", "case", "implementation", "old", "new", "unit", "times worse", title=title)
+    for item in found:
+        mark = "REGRESSION " if item["worse"] > tolerance else ""
+        table.add_row(
+            *(item[name] for name in ("suite", "case", "implementation")), f"{item['old']:.3g}", f"{item['new']:.3g}", item["unit"],
+            f"{mark}{item['worse']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- Markdown
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+COMMAND = "rse-fast bench --readme"
+# What the suites' tables say above them in README.md; suites that are not here are not in it.
+HEADINGS = {
+    "noise": "`x + sigma * eps` on 4M elements",
+    "ensemble": "The ensemble of n draws",
+    "early_exit": "Early exit, on a network trained for a minute on scikit-learn's digits (easy images, so many leave early)",
+    "int8": "8-bit ensembles",
+    "train": "Training",
+    "attack": "Attacks",
+    "certify": "Certification",
+    "startup": "Startup",
+}
+
+
+def markdown(found: dict, name: str) -> str:
+    """One machine's results: its name, a table for each suite, the targets."""
+    rows = found["rows"]
+    commits = ", ".join(sorted({row["commit"][:9] + row["commit"][40:] for row in rows}))
+    date = min(row["date"] for row in rows)[:10]
+    about = f"{rows[0]['versions']}; measured {date} at {commits}; medians, each case timed in turns ([all figures]({name}))."
+    lines = [f"### {results.machine(rows[0])}", "", about]
+    for suite, heading in HEADINGS.items():
+        for (metric, unit), table in _pivots(rows, suite).items():
+            label = ", ".join(part for part in (metric, unit) if part)
+            lines += ["", f"{heading}: {label}", "", *table]
+    here = "CPU" if rows[0]["device"] == "cpu" else "GPU"
+    meant = "two cores with AVX-512 BF16" if here == "CPU" else "an H200"
+    lines += ["", f"Targets, set for {meant}:", "", "| task | measured | target | holds |", "|---|---|---|---|"]
+    judged = promises.judge(found["targets"])
+    lines += [f"| {p.task} | {measured(t)} | {wanted(t)} | {verdict(t)} |" for p, t in judged if p.hardware == here]
+    return "\n".join(lines)
+
+
+def _pivots(rows: list[dict], suite: str) -> dict[tuple, list[str]]:
+    """{(metric, unit): lines of a table} with implementations down and cases across; below it the errors of those that did not run."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["suite"] == suite and _in_readme(row, rows):
+            found.setdefault((row["metric"], row["unit"]), []).append(row)
+    return {key: _pivot(part) for key, part in found.items()}
+
+
+def _in_readme(row: dict, rows: list[dict]) -> bool:
+    if row["suite"] == "noise":
+        return row["case"].endswith(" 4M") or row["device"] != "cpu"
+    if row["suite"] == "ensemble":  # the cases with every peer
+        return len([r for r in rows if r["suite"] == "ensemble" and r["case"] == row["case"]]) > 5
+    return True
+
+
+def _pivot(rows: list[dict]) -> list[str]:
+    cases, names = list(dict.fromkeys(r["case"] for r in rows)), list(dict.fromkeys(r["implementation"] for r in rows))
+    cells = {(r["implementation"], r["case"]): r for r in rows}
+    lines = ["| | " + " | ".join(cases) + " |", "|---" * (len(cases) + 1) + "|"]
+    for name in names:
+        lines.append(f"| {name} | " + " | ".join(_cell(cells.get((name, case))) for case in cases) + " |")
+    errors = dict.fromkeys((r["implementation"], r["error"]) for r in rows if r["error"])
+    return lines + ([""] if errors else []) + [f"{name}, not timed: {error}" + "  " for name, error in errors]
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    return "-" if row["p50"] is None else f"{row['p50']:.3g}"
+
+
+def write_readme(readme: Path, paths: list[Path]) -> None:
+    """Writes the tables of these results files between the bench markers of ``readme``. Raises ValueError without the markers."""
+    text = readme.read_text()
+    if len(re.findall(re.escape(BEGIN), text)) != 1 or text.find(END) < text.find(BEGIN):
+        raise ValueError(f"{readme} must hold {BEGIN} once and {END} after it")
+    parts = []
+    for path in paths:
+        found = results.load(path)
+        if not found["rows"]:
+            raise ValueError(f"{path} holds no results")
+        parts.append(markdown(found, str(path)))
+    command = f"{COMMAND} {' '.join(map(str, paths))}"
+    before, rest = text.split(BEGIN)
+    body = "\n\n".join([f"Written by `{command}` from results of `rse-fast bench`.", *parts])
+    results.write_whole(readme, f"{before}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}")
