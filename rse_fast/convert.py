@@ -64,6 +64,13 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
             used = f"{', '.join(taken)} in {_listing([name])}"
             raise ValueError(f"model must leave the names of a noisy layer's attributes free, got {used}; exclude that layer")
 
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and module.out_proj in layers.values():
+            raise ValueError(
+                "model must call the layers that get noise, but nn.MultiheadAttention reads the weight of its out_proj without calling it, "
+                f"got {_listing([f'{name}.out_proj'.lstrip('.')])}; exclude='*out_proj' leaves it plain"
+            )
+
     first = first_executed(model, list(layers.values()))
     classes = [noisy_class(module) for module in layers.values()]
     for module, noisy in zip(layers.values(), classes, strict=True):
@@ -72,6 +79,13 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
         if learnable == "channel":
             sigma = torch.full((module.in_features if isinstance(module, nn.Linear) else module.in_channels,), float(sigma))
         module.init_noise(sigma, bool(learnable))
+    for encoder in model.modules():
+        inside = [layer for layer in encoder.modules() if layer in layers.values()]
+        if isinstance(encoder, nn.TransformerEncoderLayer):
+            for layer in inside:
+                layer.register_forward_pre_hook(_wants_its_call)
+        elif isinstance(encoder, nn.TransformerEncoder) and inside:  # nested tensors know the fast path only
+            encoder.use_nested_tensor, encoder.use_nested_tensor_without_noise = False, encoder.use_nested_tensor
     number_layers(model)
     return model
 
@@ -115,8 +129,18 @@ def revert(model: nn.Module) -> nn.Module:
         layer._parameters.pop("sigma_raw", None)
         for attribute in ("stream", "noise_enabled"):
             layer.__dict__.pop(attribute, None)
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _wants_its_call]:
+            del layer._forward_pre_hooks[key]
         layer.__class__ = plain_class(type(layer))
+    for module in model.modules():
+        if "use_nested_tensor_without_noise" in vars(module):
+            module.use_nested_tensor = vars(module).pop("use_nested_tensor_without_noise")
     return model
+
+
+def _wants_its_call(module, args) -> None:
+    """Hook of a noisy layer in an `nn.TransformerEncoderLayer`, which in eval mode would read the weights and not call their layers: it
+    does call them when one has a hook."""
 
 
 @contextlib.contextmanager

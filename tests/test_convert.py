@@ -497,3 +497,24 @@ def test_describe_shows_sigmas_per_channel():
     first, second = rse_fast.describe(model).layers
     assert first.sigma == pytest.approx([0.1, 0.25, 0.2]) and (second.type, second.sigma) == ("GaussianNoise", 0.5)
     assert "0.1 .. 0.25 (3 channels)" in str(rse_fast.describe(model))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_transformers_fast_path_does_not_skip_the_noise(rng):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    before = fingerprint(model)
+    x, padded = torch.randn(3, 5, 8), torch.arange(5) >= torch.tensor([[3], [5], [4]])
+    with torch.no_grad():
+        plain = [model(x), model(x, src_key_padding_mask=padded)]
+        with pytest.raises(ValueError, match=r"its out_proj without calling it, got 'layers.0.self_attn.out_proj'"):
+            rse_fast.convert(model, 0.3, 0.3, include=nn.Linear)
+        assert_unchanged(model, before)
+        rse_fast.convert(model, 0.3, 0.3, include=nn.Linear, exclude="*out_proj")
+        for kwargs in ({}, {"src_key_padding_mask": padded}):
+            y = model(x, **kwargs)
+            assert not torch.equal(y, model(x, **kwargs)) and y.shape == x.shape
+            twin = copy.deepcopy(model)
+            assert not torch.equal(twin(x, **kwargs), twin(x, **kwargs))
+        rse_fast.revert(model)
+        assert all(torch.equal(a, b) for a, b in zip(plain, [model(x), model(x, src_key_padding_mask=padded)], strict=True))
+    assert_unchanged(model, before)
