@@ -5,6 +5,7 @@ Where the noise's seed comes from: by default from torch's generator of the devi
 given, and every value of the noise is a function of (seed, layer, draw, image, position) alone.
 """
 
+import sys
 import threading
 from dataclasses import dataclass, field
 
@@ -26,6 +27,8 @@ class Scope:
     rows are draws ``draw0 ..`` of images ``image0 ..``, or of the (image, first draw) of each row of ``places``. A layer's stream is its
     index in the model, plus the number of its earlier calls within the scope in the high half of the word: one scope is one forward pass.
     ``silent``: the stream of a layer whose first call adds no noise, because the caller has added it already.
+
+    Activation checkpointing goes around a scope: one inside would run again in backward, where no scope is left, and is refused.
     """
 
     seed: torch.Tensor
@@ -41,17 +44,21 @@ class Scope:
     def __enter__(self):
         self._outer = getattr(_active, "scope", None)
         _active.scope = self
+        self._frame = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else id(sys._getframe(1))
         return self
 
     def __exit__(self, *error):
         _active.scope = self._outer
 
-    def arguments(self, layer: "NoiseLayer", rows: int) -> dict:
+    def arguments(self, layer: "NoiseLayer", x: torch.Tensor) -> dict:
+        rows = x.shape[0]
         if rows not in (self.images, self.images * self.draws):
             raise ValueError(
                 f"a noisy layer got {rows} rows where {self.images} images in {self.draws} draws are under way: the model must keep "
                 "the batch as its first dimension, one row an image"
             )
+        if self._frame is not None and (x.requires_grad or any(p.requires_grad for p in layer.parameters(recurse=False))):
+            self._refuse_checkpointing()
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
         sigma = layer.current_sigma()
@@ -60,6 +67,16 @@ class Scope:
             "seed": self.seed, "stream": layer.stream + (call << 16), "images": self.images, "draws": self.draws,
             "image0": self.image0, "draw0": self.draw0, "backend": self.backend, "places": self.places,
         }  # fmt: skip
+
+    def _refuse_checkpointing(self):
+        frame = sys._getframe(1)
+        while frame is not None and id(frame) != self._frame:
+            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                raise ValueError(
+                    "the model must not checkpoint activations inside an ensemble, whose noise backward could not repeat; switch it off in "
+                    "the model (an Ensemble bounds the memory of its gradient by itself, see chunk_rows)"
+                )
+            frame = frame.f_back
 
 
 def _rank() -> int:
@@ -113,7 +130,7 @@ class NoiseLayer(nn.Module):
     def noise_arguments(self, x: torch.Tensor) -> dict:
         scope = getattr(_active, "scope", None)
         if scope is not None:
-            return scope.arguments(self, x.shape[0])
+            return scope.arguments(self, x)
         low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
         seed = torch.randint(low, high, (), dtype=torch.int64, device=x.device)
         return {"sigma": self.current_sigma(), "seed": seed, "stream": _rank()}

@@ -373,3 +373,29 @@ def test_a_scope_silences_the_first_call_of_one_layer(rng):
         model[0](x)
         assert torch.equal(again, model[0](x)) and torch.equal(other, model[1](x))
     assert not torch.equal(again, y)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_checkpointing_inside_a_scope_is_refused_and_around_it_works(model, reentrant, rng):
+    x, seed = torch.randn(2, 3, 5, 5), torch.tensor(4)
+
+    def run(x, inside=False):
+        with Scope(seed, 2):
+            return checkpoint(model, x, use_reentrant=reentrant) if inside else model(x)
+
+    leaves = (x.requires_grad_(), *model.parameters())
+    expected = run(x)
+    expected.sum().backward()
+    gradients = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    y = checkpoint(run, x, use_reentrant=reentrant)
+    y.sum().backward()
+    assert torch.equal(y, expected) and all(torch.equal(leaf.grad, g) for leaf, g in zip(leaves, gradients, strict=True))
+    with pytest.raises(ValueError, match="must not checkpoint activations inside an ensemble"):
+        run(x, inside=True)
+    with torch.no_grad():
+        assert torch.equal(run(x, inside=True), expected)
+    model.requires_grad_(False)
+    assert torch.equal(run(x.detach(), inside=True), expected)  # no gradient is wanted
