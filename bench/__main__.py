@@ -40,6 +40,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--readme", nargs="+", type=Path, metavar="FILE", help="write README.md and bench/SCALING.md from these results")
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)  # implementations whose name begins so; for --compare-ref
     arguments = parser.parse_args(argv)
+    if arguments.compare and not arguments.compare.exists():
+        parser.error(f"--compare: {arguments.compare} does not exist")
     if not arguments.tolerance >= 1:
         parser.error(f"--tolerance must be at least 1, got {arguments.tolerance}")
     return arguments

@@ -7,21 +7,23 @@ import math
 import torch
 
 import rse_fast
+from rse_fast.ensemble.engine import has_bfloat16
 
 from . import networks, peers
+from .ensemble import CHUNK
 from .measure import Refused, Row, compare, device
 from .networks import SIGMAS
 
 N0, ALPHA = 100, 1e-3
-# (network, images, n)
+# (network, image side, images, n)
 CASES = {
-    "cpu": (("SmallNet", 2, 1000), ("SmallNet", 1, 10_000)),
-    "cuda": (("SmallNet", 16, 10_000), ("VGG16", 16, 1000), ("VGG16", 16, 10_000), ("ResNet-50", 2, 1000)),
+    "cpu": (("SmallNet", 16, 4, 1000), ("SmallNet", 16, 1, 10_000)),
+    "cuda": (("SmallNet", 32, 16, 10_000), ("VGG16", 32, 16, 1000), ("VGG16", 32, 16, 10_000), ("ResNet-50", 224, 2, 1000)),
 }
 
 
-def measure(kind: str, count: int, n: int) -> tuple[list[Row], list[dict]]:
-    where, side = device(), networks.KINDS[kind][1]
+def measure(kind: str, side: int, count: int, n: int) -> tuple[list[Row], list[dict]]:
+    where = device()
     plain = networks.plain(kind, where)
     noisy = rse_fast.convert(copy.deepcopy(plain), *SIGMAS)
     base = peers.eager_rse(plain, 0, SIGMAS[1])  # smoothing brings the noise at the input
@@ -45,9 +47,9 @@ def measure(kind: str, count: int, n: int) -> tuple[list[Row], list[dict]]:
         return lambda: list(zip(*(part.tolist() for part in smoothed.certify(images, n, batch_size=400)), strict=True))
 
     def packed():  # the plain network on as many rows, no noise and no votes
-        model = peers.deterministic(plain, torch.float32)
-        cast = x.to(memory_format=torch.channels_last)
-        return lambda: peers.chunked(model, cast, n + N0, 400)
+        dtype = torch.bfloat16 if has_bfloat16(where) else torch.float32
+        model, rows = peers.deterministic(plain, dtype), x.repeat(n + N0, 1, 1, 1).to(dtype, memory_format=torch.channels_last)
+        return torch.no_grad()(lambda: [model(part) for part in rows.split(CHUNK[where.type])])
 
     def check(name, found, _):
         if not name.endswith("(limit)"):
@@ -57,11 +59,14 @@ def measure(kind: str, count: int, n: int) -> tuple[list[Row], list[dict]]:
         "rse_fast": ours,
         "smoothing loop (Cohen et al.), 400 rows": lambda: lambda: [loop(image, N0, n, ALPHA) for image in x],
         "adversarial-robustness-toolbox, 400 rows": toolbox,
-        "plain network, packed float32 (limit)": packed,
+        "plain network, packed (limit)": packed,
     }
-    case = f"{kind} n={n}"
-    rows, _ = compare("certify", case, "images", "images/s", count, builders, check, seconds=4, least=3)
+    rows, _ = compare("certify", case_name(kind, side, n), "images", "images/s", count, builders, check, seconds=4, least=2)
     return rows, []
+
+
+def case_name(kind: str, side: int, n: int) -> str:
+    return f"{kind} {side}x{side} n={n}"
 
 
 def check_certificates(found: list, want: list, n: int) -> None:
@@ -74,4 +79,4 @@ def check_certificates(found: list, want: list, n: int) -> None:
 
 
 def cases() -> dict:
-    return {f"{kind} n={n}": functools.partial(measure, kind, count, n) for kind, count, n in CASES[device().type]}
+    return {case_name(kind, side, n): functools.partial(measure, kind, side, count, n) for kind, side, count, n in CASES[device().type]}

@@ -1,6 +1,14 @@
 // The limit "Philox without Box-Muller": the kernel's own vector code makes the words of `rows` x `quads` quads and drops them.
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
 #define RSE_UNIT bench
+namespace {  // so that nothing of the kernel is compiled but what is used here
 #include "add_noise.cpp"
+}
 
 extern "C" __attribute__((visibility("default"))) uint32_t philox_words(int64_t rows, int64_t quads, int32_t threads) {
     using namespace rse;

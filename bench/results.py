@@ -82,18 +82,14 @@ def load(path: Path) -> dict:
 
 
 def merge(old: dict, rows: list[Row], targets: list[dict], where: dict[str, str]) -> dict:
-    """``old`` with what was measured now in place of what it had of the same case. Raises ValueError if it is of another machine."""
+    """``old`` with what was measured now in place of what it had of the same cases. Raises ValueError if it is of another machine."""
     for row in old["rows"]:
         if any(row[name] != where[name] for name in MACHINE):
             raise ValueError(f"results of another machine are not merged: the file's are of {machine(row)}, these of {machine(where)}")
-    new = [{**asdict(row), **where} for row in rows]
-    replaced = {tuple(row[name] for name in KEY) for row in new}
-    judged = {(t["suite"], t["case"], t["what"]) for t in targets}
-    return {
-        "rows": [row for row in old["rows"] if tuple(row[name] for name in KEY) not in replaced] + new,
-        "targets": [t for t in old["targets"] if (t["suite"], t["case"], t["what"]) not in judged]
-        + [{**t, **{name: where[name] for name in (*MACHINE, "commit", "date")}} for t in targets],
-    }
+    about = {name: where[name] for name in (*MACHINE, "commit", "date")}
+    new = {"rows": [{**asdict(row), **where} for row in rows], "targets": [{**t, **about} for t in targets]}
+    again = {(item["suite"], item["case"]) for items in new.values() for item in items}
+    return {key: [item for item in old[key] if (item["suite"], item["case"]) not in again] + new[key] for key in new}
 
 
 def save(path: Path, found: dict) -> None:
