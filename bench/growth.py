@@ -11,7 +11,7 @@ from .networks import SIGMAS, Chain, images, settle
 # What one case varies, over which values; the others stay at BASE.
 BASE = {"draws": 10, "batch": 8, "side": 32, "depth": 6}
 VALUES = {
-    "cpu": {"draws": (1, 5, 10, 20, 40), "batch": (1, 4, 8, 16, 32), "side": (16, 32, 48, 64), "depth": (2, 6, 12, 18)},
+    "cpu": {"draws": (1, 5, 10, 20, 40), "batch": (1, 4, 8, 16, 32), "side": (16, 32, 48), "depth": (2, 6, 12)},
     "cuda": {"draws": (1, 10, 50, 100, 400), "batch": (1, 8, 64, 256, 1024), "side": (16, 32, 64, 128), "depth": (2, 6, 12, 24)},
 }
 

@@ -60,7 +60,7 @@ def imports() -> tuple[list[Row], list[dict]]:
         _run(code)
         return time.perf_counter() - start
 
-    rows = _rows("import", "process start to imported", IMPORTS, seconds, rounds=5)
+    rows = _rows("import", "process start to imported", IMPORTS, seconds, rounds=3)
     medians = {row.implementation: row.p50 for row in rows}
     ours, torch_alone = medians.get("rse_fast"), medians.get("torch alone (limit)")
     extra = None if ours is None or torch_alone is None else (ours - torch_alone) * 1e3

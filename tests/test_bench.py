@@ -64,7 +64,7 @@ def test_noise_of_another_size_or_type_is_refused(rng):
 
 
 def test_an_ensemble_of_other_noise_is_refused(rng):
-    plain, x = networks.plain("SmallNet", CPU), networks.images(4, 32, CPU)
+    plain, x = networks.plain("SmallNet", CPU), networks.images(4, 16, CPU)
     known = ensemble.Reference(plain, x, 16)
     right, calm = (lambda: peers.packed(peers.eager_rse(plain, *networks.SIGMAS), x, 16)), peers.packed(plain, x, 1)
     known.check("peer", right(), right())
