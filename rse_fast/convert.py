@@ -162,13 +162,16 @@ def noise_off(model: nn.Module):
 # ------------------------------------------------------------------------------------------------------------------- describe
 @dataclass(frozen=True)
 class LayerDescription:
-    """One noisy layer: module path, class name, sigma (a float, or a list per channel), stream, and the backend that runs it."""
+    """One noisy layer: module path, class name, sigma (a float, or a list per channel), stream, the backend that runs it, and where
+    its noise is made: "in_kernel" of the convolution (for channels-last images) or "separate", by the table of `kernels.triton.choices`.
+    """
 
     name: str
     type: str
     sigma: float | list[float]
     stream: int
     backend: str
+    noise: str = "separate"
 
 
 @dataclass(frozen=True)
@@ -182,18 +185,21 @@ class Description:
             return f"{sigma:.4g}" if isinstance(sigma, float) else f"{min(sigma):.4g} .. {max(sigma):.4g} ({len(sigma)} channels)"
 
         rows = [("stream", "name", "type", "sigma", "backend")]
-        rows += [(str(d.stream), d.name or "(model)", d.type, text(d.sigma), d.backend) for d in self.layers]
+        backend = lambda d: f"triton, {d.noise}" if d.backend == "triton" else d.backend  # noqa: E731 - others have no choice
+        rows += [(str(d.stream), d.name or "(model)", d.type, text(d.sigma), backend(d)) for d in self.layers]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def describe(model: nn.Module) -> Description:
-    """The noisy layers of ``model``: name, type, sigma, stream and the backend that runs them where their parameters are now."""
+    """The noisy layers of ``model``: name, type, sigma, stream, and what runs them where their parameters are now."""
     layers = []
     for name, layer in noise_layers(model).items():
         like = next((p for n, p in layer.named_parameters(recurse=False) if n != "sigma_raw"), layer.current_sigma())
         sigma = layer.current_sigma().tolist()
-        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, ops.active_backend(like)))
+        own = isinstance(layer, (NoisyConv1d, NoisyConv2d, NoisyConv3d))  # others add noise, then run a forward of their own
+        noise = ops.noise_choice(layer.weight, layer.groups) if own else "separate"
+        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, ops.active_backend(like), noise))
     return Description(tuple(layers))
 
 

@@ -14,7 +14,7 @@ import torch
 from rse_fast import ops
 from rse_fast.kernels import cpu, triton
 
-__all__ = ["activate_noise", "add_noise", "add_noise_u8", "noisy_conv", "noisy_conv2d", "noisy_linear"]
+__all__ = ["activate_noise", "add_noise", "add_noise_u8", "conv_activate_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -134,31 +134,60 @@ def noisy_conv(
     stride=1, padding=0, dilation=1, groups=1, backend="auto", places=None,
 ) -> torch.Tensor:  # fmt: skip
     """`noisy_conv2d` for one, two or three spatial dimensions, as many as ``weight`` [Cout, Cin / groups, *kernel] has."""
-    if not isinstance(weight, torch.Tensor) or not 3 <= weight.dim() <= 5:
-        raise ValueError(f"weight must be a tensor [Cout, Cin / groups, *kernel] with 1 to 3 kernel dimensions, got {_describe(weight)}")
-    spatial = weight.dim() - 2
-    _check_input("x", x, minimum=2 + spatial, maximum=2 + spatial)
-    groups = integer("groups", groups)
-    if groups < 1:
-        raise ValueError(f"groups must be at least 1, got {groups}")
-    if x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(f"x must have weight.shape[1] * groups = {weight.shape[1] * groups} channels, got shape {tuple(x.shape)}")
-    stride, dilation = _tuple("stride", stride, spatial, 1), _tuple("dilation", dilation, spatial, 1)
+    stride, dilation, groups = _convolution(x, weight, stride, dilation, groups)
+    spatial = len(stride)
     _check_bias(bias, weight.shape[0])
     x, weight, bias = _autocast(x, weight, bias)
     noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
     places = _places(places, *noise[3:5], x.device)
     backend = _check_backend(backend, x)
-    if isinstance(padding, str):
-        padding = _string_padding(padding, weight.shape[2:], stride, dilation)
-        if any(left != right for left, right in padding):
-            # Zeros go around the noisy input, so noise has to come first here.
-            y = ops.add_noise(x, *noise, None, None, False, backend, places)
-            y = torch.nn.functional.pad(y, [side for pair in reversed(padding) for side in pair])
-            return torch.convolution(y, weight, bias, stride, (0,) * spatial, dilation, False, (0,) * spatial, groups)
-        padding = tuple(left for left, _ in padding)
-    padding = _tuple("padding", padding, spatial, 0)
+    padding = _padding(padding, weight, stride, dilation)
+    if isinstance(padding, list):
+        # Zeros go around the noisy input, so noise has to come first here.
+        y = ops.add_noise(x, *noise, None, None, False, backend, places)
+        y = torch.nn.functional.pad(y, [side for pair in reversed(padding) for side in pair])
+        return torch.convolution(y, weight, bias, stride, (0,) * spatial, dilation, False, (0,) * spatial, groups)
     return ops.noisy_conv(x, weight, bias, *noise, stride, padding, dilation, groups, backend, places)
+
+
+def conv_activate_noise(
+    x, weight, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None,
+    stride=1, padding=0, dilation=1, groups=1, dtype=None, backend="auto", places=None,
+) -> torch.Tensor:  # fmt: skip
+    """``act(conv(x, weight) * scale + shift) + sigma * eps``: a convolution with what follows it up to the next layer's noise.
+
+    For inference: it has no gradient. The noise is that of the result [draws * images, Cout, *spatial], which is channels last in
+    memory; sigma, scale and shift are scalars or [Cout]. Where `kernels.triton.choices` says so the noise is added in the convolution's
+    epilogue, before the one rounding; elsewhere by `add_noise` behind the vendor's convolution.
+
+    x [images or draws * images, Cin, *spatial] and weight [Cout, Cin / groups, *kernel] are both float, or both int8, or both fp8
+    (float8_e4m3fn or float8_e4m3fnuz). dtype: of the result, default x's; int8 and fp8 saturate, and the noise acts as dither. In low
+    precision ``scale`` also undoes the steps of x and weight and divides by the result's, and so do shift and sigma. Everything else as
+    in `noisy_conv` (padding is symmetric) and `activate_noise`.
+    """
+    stride, dilation, groups = _convolution(x, weight, stride, dilation, groups, (*FLOATS, *triton.LOW_PRECISION))
+    if x.dtype in triton.LOW_PRECISION and weight.dtype != x.dtype:
+        raise TypeError(f"weight must be {x.dtype} as x is, got {weight.dtype}")
+    dtypes = (*FLOATS, *triton.LOW_PRECISION)
+    if dtype is not None and dtype not in dtypes:
+        raise TypeError(f"dtype must be None, {_names(dtypes)}, got {dtype}")
+    if act not in (None, "relu"):
+        raise ValueError(f"act must be None or 'relu', got {act!r}")
+    if x.dtype not in triton.LOW_PRECISION:
+        x, weight, _ = _autocast(x, weight, None)
+    padding = _padding(padding, weight, stride, dilation)
+    if not isinstance(padding, tuple):
+        raise ValueError(f"padding must be symmetric, which 'same' is not for a kernel of {tuple(weight.shape[2:])}")
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    sizes = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(x.shape[2:], padding, reach, stride, strict=True)]
+    if min(sizes) < 1:
+        raise ValueError(f"x must be as large as the kernel's reach {reach} without its padding {padding}, got shape {tuple(x.shape)}")
+    backend = _check_backend(backend, x, (*cpu.DTYPES, *triton.LOW_PRECISION), (*triton.DTYPES, *triton.LOW_PRECISION))
+    noise = _noise(x, weight.shape[0], sigma, seed, stream, images, draws, image0, draw0, math.prod(sizes))
+    scale, shift = _affine("scale", scale, weight.shape[0], x), _affine("shift", shift, weight.shape[0], x)
+    places = _places(places, *noise[3:5], x.device)
+    more = scale, shift, act == "relu", stride, padding, dilation, groups, dtype, backend, places
+    return ops.conv_activate_noise(x, weight, *noise, *more)
 
 
 def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, backend="auto", places=None):
@@ -205,8 +234,11 @@ def check_sigma(name: str, sigma) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {sigma}")
 
 
-def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0) -> tuple:
-    """The arguments that all ops share, checked: (sigma, seed, stream, images, draws, image0, draw0)."""
+def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0, positions=None) -> tuple:
+    """The arguments that all ops share, checked: (sigma, seed, stream, images, draws, image0, draw0).
+
+    The noise is on ``channels`` channels at ``positions`` positions a row, those of x by default.
+    """
     draws, stream = integer("draws", draws), integer("stream", stream)
     image0, draw0 = integer("image0", image0), integer("draw0", draw0)
     images = x.shape[0] if images is None else integer("images", images)
@@ -217,7 +249,7 @@ def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0) -> tu
             f"images must equal the rows of the input, or the rows divided by draws: got images={images}, draws={draws} "
             f"for an input of {x.shape[0]} rows"
         )
-    positions = math.prod(x.shape[1:]) // max(channels, 1)
+    positions = math.prod(x.shape[1:]) // max(channels, 1) if positions is None else positions
     for name, last in (
         ("stream", stream + 1),
         ("image0 + images", image0 + images),
@@ -281,7 +313,7 @@ def _check_bias(bias, channels):
         raise ValueError(f"bias must be None or a tensor [{channels}], got {_describe(bias)}")
 
 
-def _check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES)) -> str:
+def _check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES), triton_dtypes=triton.DTYPES) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "cpu" and not torch.compiler.is_compiling():
@@ -292,8 +324,8 @@ def _check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES)) -> str:
         if (problem := cpu.load().problem) is not None:
             raise RuntimeError(f"backend 'cpu' is not available: {problem}")
     if backend == "triton" and not torch.compiler.is_compiling():
-        if x.dtype not in triton.DTYPES:
-            raise TypeError(f"backend 'triton' takes float32, bfloat16 or float16, got {x.dtype}")
+        if x.dtype not in triton_dtypes:
+            raise TypeError(f"backend 'triton' takes {_names(triton_dtypes)}, got {x.dtype}")
         if not triton.runs_on(x):
             raise ValueError(f"backend 'triton' needs tensors on a CUDA device from sm_80 on or a ROCm device, got {x.device}")
         if not triton.available():
@@ -307,6 +339,28 @@ def _autocast(x, weight, bias):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
     return x, weight, bias
+
+
+def _convolution(x, weight, stride, dilation, groups, dtypes=FLOATS):
+    """(stride, dilation, groups) of a convolution, checked against its operands."""
+    if not isinstance(weight, torch.Tensor) or not 3 <= weight.dim() <= 5:
+        raise ValueError(f"weight must be a tensor [Cout, Cin / groups, *kernel] with 1 to 3 kernel dimensions, got {_describe(weight)}")
+    spatial = weight.dim() - 2
+    _check_input("x", x, minimum=2 + spatial, maximum=2 + spatial, dtypes=dtypes)
+    groups = integer("groups", groups)
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(f"x must have weight.shape[1] * groups = {weight.shape[1] * groups} channels, got shape {tuple(x.shape)}")
+    return _tuple("stride", stride, spatial, 1), _tuple("dilation", dilation, spatial, 1), groups
+
+
+def _padding(padding, weight, stride, dilation):
+    """Zeros at either side of each dimension as a tuple; where the sides differ a list of pairs."""
+    if not isinstance(padding, str):
+        return _tuple("padding", padding, len(stride), 0)
+    pairs = _string_padding(padding, weight.shape[2:], stride, dilation)
+    return pairs if any(left != right for left, right in pairs) else tuple(left for left, _ in pairs)
 
 
 def _string_padding(padding, kernel, stride, dilation):

@@ -2,8 +2,12 @@
 
 ``seed`` is an int64 tensor on the device of ``x`` and ``sigma`` a float32 tensor (0-dim or [C]), so neither recompiles a graph when it
 changes. ``places`` (int64 [images, 2], on the same device, or None) gives each image its own (image, draw0) instead of
-``(image0 + i, draw0)``. Nothing here validates: that is `functional`. Gradients regenerate eps from the seed; no noise is ever stored.
+``(image0 + i, draw0)``. Nothing here validates: that is `functional`, which also applies autocast's casts. Gradients regenerate eps
+from the seed; no noise is ever stored.
 """
+
+import functools
+import inspect
 
 import torch
 
@@ -23,6 +27,10 @@ _lib.define(
     "Tensor? places=None) -> Tensor"
 )
 _lib.define(
+    f"conv_activate_noise(Tensor x, Tensor weight, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, ScalarType? dtype, str backend, Tensor? places=None) -> Tensor"
+)
+_lib.define(
     f"noisy_conv(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str backend, Tensor? places=None) -> Tensor"
 )
@@ -35,24 +43,43 @@ _lib.define(
 add_noise = torch.ops.rse_fast.add_noise
 activate_noise = torch.ops.rse_fast.activate_noise
 add_noise_u8 = torch.ops.rse_fast.add_noise_u8
+conv_activate_noise = torch.ops.rse_fast.conv_activate_noise
 noisy_conv = torch.ops.rse_fast.noisy_conv
 noisy_linear = torch.ops.rse_fast.noisy_linear
 sigma_grad = torch.ops.rse_fast.sigma_grad
 
 
+def _cuda_backend(x):
+    return "triton" if triton.runs_on(x) and triton.available() else "torch"
+
+
+def _cpu_backend(x):
+    real = torch.float32 if x.dtype in triton.LOW_PRECISION else x.dtype  # what the noise on a convolution of such tensors is
+    return "cpu" if real in cpu.DTYPES and cpu.load().handle is not None else "torch"
+
+
+def _any_backend(x):
+    return "torch"
+
+
+# Dispatch keys, and what ``backend="auto"`` is under each.
+_KEYS = {"CPU": _cpu_backend, "CUDA": _cuda_backend, "CompositeExplicitAutograd": _any_backend}
+
+
 def active_backend(x: torch.Tensor) -> str:
     """What ``backend="auto"`` runs for a tensor like ``x``: "triton" (CUDA, ROCm), "cpu" (the C++ library) or "torch"."""
-    if x.is_cuda and triton.runs_on(x) and triton.available():
-        return "triton"
-    if x.device.type == "cpu" and x.dtype in cpu.DTYPES and cpu.load().handle is not None:
-        return "cpu"
-    return "torch"
+    return _KEYS.get(x.device.type.upper(), _any_backend)(x)
+
+
+def noise_choice(weight: torch.Tensor, groups: int) -> str:
+    """Where a noisy convolution of ``weight`` and channels-last images like it makes its noise: "in_kernel" or "separate"."""
+    if weight.dim() != 4 or active_backend(weight) != "triton":
+        return "separate"
+    return triton.noise_choice("input", weight, weight, groups)
 
 
 # -------------------------------------------------------------------------------------------------------------------- add_noise
 def _add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None):
-    if backend == "auto":
-        backend = active_backend(x)
     if backend == "torch":
         return reference.add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
     if reference.layout(x) is None:
@@ -109,8 +136,6 @@ def _sum_draws(g, rows, images, draws):
 # --------------------------------------------------------------------------------------------------------------- activate_noise
 def _activate_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None):
     """clean = maxpool2x2?(act(x * scale + shift)), one row for each row of x; noisy = clean before its rounding + sigma * eps."""
-    if backend == "auto":
-        backend = active_backend(x)
     if reference.layout(x) is None:
         x = x.contiguous()
     noisy, clean = reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0], pool)
@@ -162,13 +187,43 @@ def _add_noise_u8_fake(x, step, zero_point, sigma, seed, stream, images, draws, 
     return reference.packed_like(x, images * draws, dtype=torch.uint8)
 
 
+# ---------------------------------------------------------------------------------------------------------- conv_activate_noise
+def _conv_activate_noise(
+    x, weight, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, stride, padding, dilation, groups, dtype, backend,
+    places=None,
+):  # fmt: skip
+    """act(conv(x) * scale + shift) + sigma * eps, rounded to dtype: in the convolution's epilogue, or by add_noise behind the vendor's."""
+    where = seed, stream, images, draws, image0, draw0
+    if backend == "triton" and triton.convolves("output", x, weight, groups):
+        x = x.contiguous(memory_format=torch.channels_last)
+        sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
+        more = scale, shift, relu, stride, padding, dilation, dtype, places
+        return triton.launcher("conv_activate_noise")(x, weight, sigma, *where, *more)
+    low = x.dtype in triton.LOW_PRECISION
+    with torch.autocast(x.device.type, enabled=False):  # casts are `functional`'s; a cast of integers would lose some
+        y = torch.convolution(
+            *((x.float(), weight.float()) if low else (x, weight)), None, stride, padding, dilation, False, [0] * len(stride), groups
+        )
+    dtype = dtype or x.dtype
+    y = y if dtype == y.dtype else y.float()  # so that add_noise does not round
+    y = add_noise(y.movedim(1, -1).contiguous().movedim(-1, 1), sigma, *where, scale, shift, relu, backend, places)
+    return reference.narrow(y, dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _conv_activate_noise_fake(
+    x, weight, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, stride, padding, dilation, groups, dtype, backend,
+    places=None,
+):  # fmt: skip
+    y = torch.convolution(x.float(), weight.float(), None, stride, padding, dilation, False, [0] * len(stride), groups)
+    return x.new_empty((images * draws, *y.shape[2:], weight.shape[0]), dtype=dtype or x.dtype).movedim(-1, 1)
+
+
 # ------------------------------------------------------------------------------------------------------- noisy_conv, noisy_linear
 def _noisy_conv(
     x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend, places=None
 ):
-    if backend == "auto":
-        backend = active_backend(x)
-    if backend == "triton" and triton.convolves(x, weight, groups):
+    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if backend == "triton" and channels_last and triton.convolves("input", x, weight, groups):
         sigma, bias = sigma.contiguous(), None if bias is None else bias.contiguous()
         where = seed, stream, images, draws, image0, draw0
         return triton.launcher("noisy_conv")(x, weight, bias, sigma, *where, stride, padding, dilation, places)
@@ -195,7 +250,7 @@ def _noisy_conv_backward(ctx, g):
     stream, images, draws, image0, draw0 = ctx.where
     needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
     noisy = x
-    if needs_w:
+    if needs_w:  # one transient buffer and the vendor's gradient: `kernels.triton.choices` says why
         noisy = add_noise(x, sigma, seed, *ctx.where, None, None, False, ctx.backend, places)
     elif x.shape[0] != images * draws:
         noisy = x.expand(draws, *x.shape).flatten(0, 1)  # only its shape is read
@@ -241,8 +296,6 @@ def _noisy_linear_backward(ctx, g):
 
 # ------------------------------------------------------------------------------------------------------------------- sigma_grad
 def _sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, backend, places=None):
-    if backend == "auto":
-        backend = active_backend(g)
     if backend == "torch":
         return reference.sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, places)
     if backend == "triton":
@@ -282,14 +335,29 @@ def _sigma_grad_backward(ctx, gg):
 
 
 # ----------------------------------------------------------------------------------------------------------------- registration
+def _under(key, function):
+    """``function`` as the implementation under a dispatch key: what "auto" means is settled there."""
+    index = list(inspect.signature(function).parameters).index("backend")
+
+    @functools.wraps(function)
+    def run(*args):
+        if args[index] == "auto":
+            args = (*args[:index], _KEYS[key](args[0]), *args[index + 1 :])
+        return function(*args)
+
+    return run
+
+
 for _name, _impl, _fake, _setup, _backward in (
     ("add_noise", _add_noise, _add_noise_fake, _add_noise_setup, _add_noise_backward),
     ("activate_noise", _activate_noise, _activate_noise_fake, _refuse_gradient, None),
+    ("conv_activate_noise", _conv_activate_noise, _conv_activate_noise_fake, _refuse_gradient, None),
     ("noisy_conv", _noisy_conv, _noisy_conv_fake, _noisy_conv_setup, _noisy_conv_backward),
     ("noisy_linear", _noisy_linear, _noisy_linear_fake, _noisy_linear_setup, _noisy_linear_backward),
     ("sigma_grad", _sigma_grad, _sigma_grad_fake, _sigma_grad_setup, _sigma_grad_backward),
 ):
-    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    for _key in _KEYS:
+        _lib.impl(_name, _under(_key, _impl), _key)
     torch.library.register_fake(f"rse_fast::{_name}", _fake, lib=_lib)
     torch.library.register_autograd(f"rse_fast::{_name}", _backward, setup_context=_setup, lib=_lib)
 _lib.impl("add_noise_u8", _add_noise_u8, "CompositeExplicitAutograd")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 __all__ = [
-    "activate", "add_noise", "add_noise_u8", "gaussian", "layout", "noisy_conv", "noisy_linear", "normal", "philox", "sigma_grad",
+    "activate", "add_noise", "add_noise_u8", "gaussian", "layout", "narrow", "noisy_conv", "noisy_linear", "normal", "philox", "sigma_grad",
     "uniforms",
 ]  # fmt: skip
 
@@ -176,6 +176,16 @@ def add_noise_u8(
     """
     value = add_noise(x.double(), sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
     return (value / step).round_().add_(zero_point).clamp_(0, 255).nan_to_num_(0).to(torch.uint8)
+
+
+def narrow(y, dtype) -> torch.Tensor:
+    """``y`` rounded to nearest even to ``dtype``; int8 and fp8 saturate."""
+    if dtype == torch.int8:
+        return y.round().clamp(-128, 127).to(dtype)
+    if dtype.itemsize == 1:
+        limit = torch.finfo(dtype).max
+        y = y.clamp(-limit, limit)
+    return y.to(dtype)
 
 
 def noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, places=None):

@@ -21,14 +21,14 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def proof(run_python, tmp_path_factory):
-    """Runs the test files of one kind in a fresh process; returns (finished process, names of the kernels launched)."""
+    """Runs the test files of one kind in a fresh process; returns (finished process, forms of the kernels launched)."""
 
     def run(kind, **env):
         record = tmp_path_factory.mktemp(kind) / "launched"
         files = sorted(HERE.glob(f"{kind}_*.py"))
         assert files
-        done = run_python("-m", "pytest", "-q", "-x", *files, RSE_FAST_TEST_LAUNCHED=str(record), **env)
-        return done, set(record.read_text().split()) if record.exists() else set()
+        done = run_python("-m", "pytest", "-q", "-x", *files, RSE_FAST_TEST_LAUNCHED=str(record), OMP_NUM_THREADS="1", **env)
+        return done, set(record.read_text().splitlines()) if record.exists() else set()
 
     return run
 
@@ -65,14 +65,20 @@ def test_ahead_of_time(compiled):
 
 
 @needs_triton
-def test_every_kernel_is_interpreted_and_compiled(interpreted, run_python):
-    """A kernel without both proofs fails here, whoever adds it."""
+def test_every_kernel_and_form_is_interpreted_and_compiled(interpreted, run_python):
+    """A kernel, a dtype of its operand or an option that lacks one of the proofs fails here, whoever adds it.
+
+    That each has a row for every target is in tests/triton/compile_kernels.py.
+    """
     kernels = kernels_in_the_sources()
     assert len(kernels) >= 5
+    code = "from conftest import forms; from rse_fast.kernels.triton import aot;"
+    code += "print(*sorted({form for case in aot.cases() for form in forms(case.kernel.__name__, case.arguments)}), sep='\\n')"
+    listed = run_python("-c", code, cwd=HERE)
+    compiled = set(listed.stdout.splitlines())
+    assert kernels - compiled == set(), f"no case in aot.py {listed.stderr}"
     assert kernels - interpreted[1] == set(), "never launched in the interpreter"
-    names = "from rse_fast.kernels.triton import aot; print(*{case.kernel.__name__ for case in aot.cases()})"
-    listed = run_python("-c", names)
-    assert kernels - set(listed.stdout.split()) == set(), f"no case in aot.py {listed.stderr}"
+    assert compiled == {form for form in interpreted[1] if form.split()[0] in kernels}, "in one proof only"
 
 
 def test_launched_functions_are_called_kernels():

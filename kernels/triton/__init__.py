@@ -7,9 +7,14 @@ import os
 
 import torch
 
-__all__ = ["DTYPES", "available", "convolves", "launcher", "runs_on"]
+from . import choices
+
+__all__ = ["DTYPES", "LOW_PRECISION", "available", "convolves", "launcher", "noise_choice", "runs_on"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)  # operands of convolutions only
+
+_MODULES = {"noisy_conv": "conv", "conv_activate_noise": "conv"}
 
 
 @functools.cache
@@ -19,32 +24,42 @@ def available() -> bool:
 
 
 def runs_on(x: torch.Tensor) -> bool:
-    """Whether the kernels take tensors like ``x``: a CUDA device from sm_80 on, a ROCm device, or any under Triton's interpreter."""
-    if x.dtype not in DTYPES:
-        return False
-    return _runs_on_device(x.device) if x.is_cuda else os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether the kernels take tensors like ``x``: a CUDA device from sm_80 on, a ROCm device, or any under Triton's interpreter.
+
+    fp8 needs sm_89, and is the flavour that the device multiplies: e4m3fnuz on AMD's gfx942, e4m3fn elsewhere.
+    """
+    if not x.is_cuda:
+        return x.dtype in (*DTYPES, *LOW_PRECISION) and os.environ.get("TRITON_INTERPRET") == "1"
+    return x.dtype in _device_dtypes(x.device)
 
 
 @functools.cache
-def _runs_on_device(device: torch.device) -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+def _device_dtypes(device: torch.device) -> tuple:
+    if torch.version.hip is not None:
+        fnuz = torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
+        return (*DTYPES, torch.int8, torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return ()
+    return (*DTYPES, torch.int8, torch.float8_e4m3fn) if capability >= (8, 9) else (*DTYPES, torch.int8)
 
 
 @functools.cache
 def launcher(name: str):
-    """The launcher "add_noise", "sigma_grad" or "noisy_conv", from the module of that name; the first call imports triton."""
-    module = {"noisy_conv": "conv"}.get(name, name)
-    return getattr(importlib.import_module(f".{module}", __name__), name)
+    """The launcher "add_noise", "sigma_grad", "noisy_conv" or "conv_activate_noise"; the first call imports triton."""
+    return getattr(importlib.import_module(f".{_MODULES.get(name, name)}", __name__), name)
 
 
-def convolves(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
-    """Whether a noisy convolution makes its noise in its own kernel: by the table of choices, for channels-last images."""
-    if x.dim() != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return False
-    choose = importlib.import_module(".conv", __name__).choose
-    return choose(_device_name(x.device), x.dtype, weight.shape, groups) == "in_kernel"
+def convolves(question: str, x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
+    """Whether our own kernel makes a convolution and the noise at its "input" or "output", by the table, for images [N, C, H, W]."""
+    return x.dim() == 4 and runs_on(x) and noise_choice(question, x, weight, groups) != "separate"
+
+
+def noise_choice(question: str, x: torch.Tensor, weight: torch.Tensor, groups: int) -> str:
+    """`choices.look_up` for tensors like ``x``."""
+    return choices.look_up(_device_name(x.device), x.dtype, question, weight.shape, groups)
 
 
 @functools.cache
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

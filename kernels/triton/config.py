@@ -76,27 +76,43 @@ def register_limit(registers: int) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------------ autotuning
+_found = {}  # (file, key): what the file said, so that a launch does not read it again
+
+
 def tuned(x: torch.Tensor, key: str, default, candidates: list, run):
     """`default`, or with RSE_FAST_AUTOTUNE=1 the fastest of `candidates` for `run(candidate)`, measured once and kept on disk.
 
-    `key` names kernel, dtype and shape class. `run` launches the kernel and may do so any number of times. Nothing is measured
-    while a CUDA graph is captured.
+    `key` names kernel, dtype and shape class; default and candidates are one dataclass. `run` launches the kernel and may do so any
+    number of times. Nothing is measured while a CUDA graph is captured.
     """
     if os.environ.get(AUTOTUNE_VARIABLE) != "1" or not x.is_cuda:
         return default
     key = f"{torch.cuda.get_device_name(x.device)} | triton {triton.__version__} | {key}"
-    known = _read_cache()
-    if key in known:
-        return type(default)(**known[key])
-    if torch.cuda.is_current_stream_capturing():
-        return default
+    measure = None if torch.cuda.is_current_stream_capturing() else triton.testing.do_bench
+    return searched(key, default, candidates, run, measure)
+
+
+def searched(key: str, default, candidates: list, run, measure):
+    """What the file says for `key`; else the candidate of least ``measure(lambda: run(candidate), warmup, rep)``, written to the file.
+
+    A candidate that asks for more than the device has is passed over. With `measure` None an unknown key gives `default`.
+    """
+    place = cache_file(), key
+    if place in _found:
+        return _found[place]
+    try:
+        _found[place] = type(default)(**_read_cache()[key])
+        return _found[place]
+    except (KeyError, TypeError):  # not there, or written by a version whose launches were described otherwise
+        if measure is None:
+            return default
     times = {}
-    for candidate in candidates:
+    for candidate in dict.fromkeys([default, *candidates]):
         try:
-            times[candidate] = triton.testing.do_bench(lambda c=candidate: run(c), warmup=5, rep=20)
-        except triton.runtime.errors.OutOfResources:
+            times[candidate] = measure(lambda c=candidate: run(c), warmup=5, rep=20)
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             continue
-    best = min(times, key=times.get, default=default)
+    _found[place] = best = min(times, key=times.get, default=default)
     _write_cache({**_read_cache(), key: asdict(best)})
     return best
 
@@ -119,4 +135,6 @@ def _write_cache(known: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(known, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(file.name, path)  # whole or not at all, whoever else writes

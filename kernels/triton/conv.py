@@ -1,62 +1,36 @@
-"""Implicit-GEMM convolution of channels-last images, with noise at its input or behind its epilogue; one kernel, its launchers, the choice.
+"""Implicit-GEMM convolution of channels-last images, with noise at its input or behind its epilogue; one kernel and its launchers.
 
 - Noise in: ``conv(x + sigma * eps) + bias``. eps is keyed by the input pixel, so every tap and tile sees the same; padding has none.
 - Noise out: ``act(conv(x) * scale + shift) + sigma * eps``: affine map, ReLU and the *next* layer's noise while the result is in
   registers, which saves that layer's pass over memory. Also in int8 and fp8: noise is added before the one rounding, so it dithers.
 
-The weight gradient of a noisy convolution is not here: in its kernel each value of the noise would be made again for every tile of
-output channels and every tap, so `rse_fast.ops` makes one transient noisy input and leaves the gradient to the vendor.
+Which of them is taken for a convolution, and why its weight gradient has no kernel: `choices`.
 """
 
-import fnmatch
+import itertools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import fast_math, on_device, warps, word
+from .config import fast_math, on_device, tuned, warps, word
 from .philox import channels_last, key_words, normals, place
 
-__all__ = ["choose", "conv_noise", "noisy_conv"]
-
-# (device name, dtype, shape class): where the noise of a noisy convolution is made; patterns, the first match holds. Rows of a device
-# go above the default, from `bench.gpu` on that device. "epilogue" is for whoever knows the producer of x: `conv_noise`.
-CHOICES = {
-    ("*", "*", "grouped"): "separate",
-    ("*", "float32", "*"): "separate",
-    # Predicted: noise costs k * k * ceil(Cout / 256) times what a separate pass takes, which only these undercut (12-26 %, 10 %).
-    ("*", "*", "pointwise"): "in_kernel",
-    ("*", "*", "first"): "in_kernel",
-    ("*", "*", "other"): "separate",
-}
-
-
-def shape_class(weight: torch.Size, groups: int) -> str:
-    """ "grouped", "first" (at most 4 input channels), "pointwise" (1x1 to at most 256 channels) or "other"."""
-    c_out, c_in, *kernel = weight
-    if groups != 1 or len(kernel) != 2:
-        return "grouped"
-    if c_in <= 4:
-        return "first"
-    return "pointwise" if kernel == [1, 1] and c_out <= 256 else "other"
-
-
-def choose(device: str, dtype: torch.dtype, weight: torch.Size, groups: int) -> str:
-    """ "in_kernel" or "separate" (add_noise, then the vendor's convolution) by `CHOICES`."""
-    wanted = (device, str(dtype)[6:], shape_class(weight, groups))
-    return next(c for key, c in CHOICES.items() if all(map(fnmatch.fnmatchcase, wanted, key)))
-
+__all__ = ["conv_activate_noise", "noisy_conv"]
 
 # ----------------------------------------------------------------------------------------------------------------------- device
 @triton.jit
 def _narrow(y, dtype: tl.constexpr):
-    """float32 to the output's dtype, rounded to nearest even; int8 and fp8 saturate."""
+    """float32 to the output's dtype, rounded to nearest even; int8 and fp8 saturate, fp8 keeps NaN."""
     if dtype == tl.int8:
         y = tl.minimum(tl.maximum(y, -128.0), 127.0)
         # Adding 1.5 * 2^23 leaves no bits for a fraction: the sum rounds.
         return ((y + 12582912.0) - 12582912.0).to(tl.int8)
-    elif dtype == tl.float8e4nv:
-        return tl.minimum(tl.maximum(y, -448.0), 448.0).to(tl.float8e4nv)
+    elif dtype == tl.float8e4nv or dtype == tl.float8e4b8:
+        largest: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 240.0
+        y = tl.maximum(y, -largest, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(y, largest, propagate_nan=tl.PropagateNan.ALL).to(dtype)
     else:
         return y.to(dtype)
 
@@ -192,15 +166,16 @@ def noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw
     )  # fmt: skip
 
 
-def conv_noise(
-    x, weight, scale, shift, relu, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, places=None, dtype=None
+def conv_activate_noise(
+    x, weight, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, stride, padding, dilation, dtype=None, places=None
 ) -> torch.Tensor:
     """``act(conv2d(x, weight) * scale + shift) + sigma * eps`` [draws * images, Cout, OH, OW], channels last, rounded once to `dtype`.
 
     x [images or draws * images, Cin, H, W] channels last and weight [Cout, Cin, KH, KW]: both float32, bfloat16 or float16, or both
-    int8 (summed in int32), or both float8_e4m3fn (sm_89 and up). scale, shift: float32 [Cout] or None. In low precision scale also
-    undoes the steps of x and weight and divides by the result's step, and so do shift and sigma: y then comes out in steps of `dtype`
-    (default: x's), saturated. sigma float32 of 1 or Cout values; stream, images, draws, ... address the noise of y, as in add_noise.
+    int8 (summed in int32), or both float8_e4m3fn (sm_89 and up) or float8_e4m3fnuz (gfx942). scale, shift:
+    float32 [Cout] or None. In low precision scale also undoes the steps of x and weight and divides by the result's step, and so do shift
+    and sigma: y then comes out in steps of `dtype` (default: x's), saturated. sigma float32 of 1 or Cout values; stream, images, draws, ...
+    address the noise of y, as in add_noise.
     """
     return _launch(
         x, weight, dtype or x.dtype, (sigma, seed, stream, images, draws, image0, draw0, places), stride, padding, dilation,
@@ -220,20 +195,41 @@ def _launch(x, weight, dtype, noise, stride, padding, dilation, *, NOISE_IN, NOI
         return y.movedim(-1, 1)
     rows = images * draws if NOISE_IN else rows_in
     out_unit = min(c_out & -c_out, 16)
-    shape = tiles(c_out, channels, x.element_size(), NOISE_IN)
-    programs = triton.cdiv(rows * sizes[0] * sizes[1], shape["BLOCK_M"]) * triton.cdiv(c_out, shape["BLOCK_N"])
+    pixels = rows * sizes[0] * sizes[1]
+    arguments = dict(
+        x_ptr=x, w_ptr=packed_weight(weight), y_ptr=y, scale_ptr=scale, shift_ptr=shift, sigma_ptr=sigma, seed_ptr=seed,
+        places_ptr=places, layer_stream=word(stream), images=images, image0=word(image0), draw0=word(draw0),
+        repeats=images * draws // rows, M=pixels, c_out=c_out // out_unit, H=height, W=width, OH=sizes[0], OW=sizes[1],
+        stride_h=stride[0], stride_w=stride[1], pad_h=padding[0], pad_w=padding[1], dilation_h=dilation[0], dilation_w=dilation[1],
+        C=channels, KH=KH, KW=KW, NOISE_IN=NOISE_IN, NOISE_OUT=NOISE_OUT, LAZY=NOISE_IN and rows_in != rows,
+        SIGMA_VARIES=sigma.numel() > 1, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, RELU=relu, PLACES=places is not None,
+        OUT_UNIT=out_unit, PRECISION="tf32", FAST=fast_math(),
+    )  # fmt: skip
+
+    def run(tile: Tile):
+        programs = triton.cdiv(pixels, tile.pixels) * triton.cdiv(c_out, tile.channels)
+        _conv_kernel[(programs,)](**arguments, EVEN_N=c_out % tile.channels == 0, **tile.arguments())
+
+    default = default_tile(c_out, channels, x.element_size(), NOISE_IN)
     with on_device(x):
-        _conv_kernel[(programs,)](
-            x_ptr=x, w_ptr=packed_weight(weight), y_ptr=y, scale_ptr=scale, shift_ptr=shift, sigma_ptr=sigma, seed_ptr=seed,
-            places_ptr=places, layer_stream=word(stream), images=images, image0=word(image0), draw0=word(draw0),
-            repeats=images * draws // rows, M=rows * sizes[0] * sizes[1], c_out=c_out // out_unit,
-            H=height, W=width, OH=sizes[0], OW=sizes[1],
-            stride_h=stride[0], stride_w=stride[1], pad_h=padding[0], pad_w=padding[1], dilation_h=dilation[0], dilation_w=dilation[1],
-            C=channels, KH=KH, KW=KW, NOISE_IN=NOISE_IN, NOISE_OUT=NOISE_OUT, LAZY=NOISE_IN and rows_in != rows,
-            SIGMA_VARIES=sigma.numel() > 1, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, RELU=relu, PLACES=places is not None,
-            EVEN_N=c_out % shape["BLOCK_N"] == 0, OUT_UNIT=out_unit, PRECISION="tf32", FAST=fast_math(), **shape,
-        )  # fmt: skip
+        key = f"conv noise_in{NOISE_IN:d} {x.dtype} {dtype} {channels}-{c_out} {KH}x{KW} {pixels.bit_length()}"
+        run(tuned(x, key, default, candidates(default), run))
     return y.movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Output pixels and channels of one program, input values of one step of its sum, threads, and steps under way at once."""
+
+    pixels: int
+    channels: int
+    depth: int
+    threads: int
+    stages: int = 3
+
+    def arguments(self) -> dict:
+        blocks = {"BLOCK_M": self.pixels, "BLOCK_N": self.channels, "BLOCK_K": self.depth}
+        return {**blocks, "num_warps": warps(self.threads), "num_stages": self.stages}
 
 
 # (noise at the input, output channels of a tile): (pixels of a tile, threads). As large as registers without spills allow.
@@ -243,8 +239,8 @@ TILES = {
 }  # fmt: skip
 
 
-def tiles(c_out: int, channels: int, itemsize: int, noise_in: bool) -> dict:
-    """Tile sizes and warps.
+def default_tile(c_out: int, channels: int, itemsize: int, noise_in: bool) -> Tile:
+    """The tile for a convolution of `channels` to `c_out` channels, of values of `itemsize` bytes.
 
     Noise at the input is made again for every tile of output channels, so one tile spans all 256 where it can. In the epilogue
     every thread holds its share of the tile as accumulators, normals and words at once: 32 elements are what fits.
@@ -255,8 +251,15 @@ def tiles(c_out: int, channels: int, itemsize: int, noise_in: bool) -> dict:
     block_k = whole if channels % whole == 0 else 32
     if channels * itemsize < 32:
         block_k = max(16, 32 // itemsize)
-    block_m, threads = TILES[noise_in, block_n]
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps(threads), "num_stages": 3}
+    pixels, threads = TILES[noise_in, block_n]
+    return Tile(pixels, block_n, block_k, threads)
+
+
+def candidates(default: Tile) -> list[Tile]:
+    """What autotuning tries beside the default: other pixels, threads and stages, half the channels."""
+    widths = [default.channels] if default.channels == 16 else [default.channels, default.channels // 2]
+    shapes = itertools.product(((64, 128), (64, 256), (128, 256)), widths, (2, 3, 4))
+    return [Tile(pixels, channels, default.depth, threads, stages) for (pixels, threads), channels, stages in shapes]
 
 
 def packed_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,32 @@
 """``sum(g * eps)`` over a layer or per channel, eps regenerated: two stages and no atomics, so equal inputs give equal bits.
 
-The first stage sums pieces of fixed extent (set by the shape alone, not by the device), the second sums the pieces in float64.
+The first stage sums pieces of fixed extent (set by the shape, not by the device, unless autotuning found a better one there), the
+second sums the pieces in float64.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import ENOUGH_32_BITS, divisor, fast_math, on_device, warps, word
+from .config import ENOUGH_32_BITS, divisor, fast_math, on_device, tuned, warps, word
 from .philox import channels_last, key_words, normals_run, place
 
 __all__ = ["sigma_grad"]
 
-PIECES = 1024  # at most this many pieces for a block of channels
+
+@dataclass(frozen=True)
+class Cut:
+    """threads: of a program. quads: of a thread and tile. pieces: at most this many for a block of channels."""
+
+    threads: int
+    quads: int
+    pieces: int
+
+
+DEFAULT = Cut(threads=128, quads=4, pieces=1024)
+CANDIDATES = [Cut(threads, quads, pieces) for threads in (128, 256) for quads in (2, 4) for pieces in (512, 1024, 2048)]
 
 _INTEGERS = ["layer_stream", "images", "image0", "draw0", "tiles", "steps", "S", "unit_count"]
 
@@ -135,34 +149,41 @@ def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel,
         g_ptr=g, seed_ptr=seed, places_ptr=places, layer_stream=word(stream), images=images, image0=word(image0), draw0=word(draw0),
         PER_CHANNEL=per_channel, PLACES=places is not None, WIDE=g[0].numel() >= ENOUGH_32_BITS, FAST=fast_math(),
     )  # fmt: skip
-    kernel, blocks, shape, tiles_s = plan(channels, S, g.element_size(), flat or S == 1)
-    tiles = rows * tiles_s
-    steps = triton.cdiv(tiles, min(tiles, PIECES))
-    pieces = triton.cdiv(tiles, steps)
     columns = channels if per_channel else 1
-    with on_device(g):
+    out = g.new_empty((columns,), dtype=torch.float32)
+    block = min(64, triton.next_power_of_2(columns))
+
+    def run(cut: Cut):
+        kernel, blocks, shape, tiles_s = plan(channels, S, g.element_size(), flat, cut)
+        tiles = rows * tiles_s
+        steps = triton.cdiv(tiles, min(tiles, cut.pieces))
+        pieces = triton.cdiv(tiles, steps)
         part = g.new_empty((pieces, columns) if per_channel else (pieces * blocks, 1), dtype=torch.float32)
-        out = g.new_empty((columns,), dtype=torch.float32)
         kernel[(pieces * blocks,)](part_ptr=part, tiles=tiles, tiles_s=tiles_s, steps=steps, **arguments, **shape)
-        block = min(64, triton.next_power_of_2(columns))
         _sigma_grad_total_kernel[(triton.cdiv(columns, block),)](part, out, part.shape[0], columns, P_BLOCK=1024 // block, C_BLOCK=block)
+
+    flat = flat or S == 1
+    with on_device(g):
+        key = f"sigma_grad flat{flat:d} {g.dtype} {channels} {S} {rows.bit_length()} per_channel{per_channel:d}"
+        run(tuned(g, key, DEFAULT, CANDIDATES, run))
     return out if per_channel else out.reshape(())
 
 
-def plan(channels, S, itemsize, flat):
+def plan(channels, S, itemsize, flat, cut: Cut):
     """(kernel, blocks of channels, the arguments that say how a row is tiled, tiles of S in a row)."""
     if flat:
         quads = 2 if itemsize == 2 and channels % 8 == 0 else 1
         c_block = min(64, max(4, triton.next_power_of_2(channels)))
-        s_block = min(2048 // c_block, triton.next_power_of_2(S))
+        s_block = min(max(1, cut.threads * cut.quads * 4 // c_block), triton.next_power_of_2(S))
         blocks, unit = triton.cdiv(channels, c_block), divisor(channels, 16)
         shape = dict(unit_count=channels // unit, UNIT=unit, S=S, TILES_C=blocks, S_BLOCK=s_block, C_BLOCK=c_block, QUADS=quads)
         kernel, runs = _sigma_grad_flat_kernel, s_block * c_block // (4 * quads)
     else:
         run, groups = divisor(S, 16 // itemsize), triton.cdiv(channels, 4)
-        s_block = min(128 * max(run, 4), triton.next_power_of_2(S))
-        g_block = min(128 * max(run, 4) // s_block, triton.next_power_of_2(groups))
+        quads = cut.threads * max(run, cut.quads)
+        s_block = min(quads, triton.next_power_of_2(S))
+        g_block = min(quads // s_block, triton.next_power_of_2(groups))
         blocks, unit = triton.cdiv(groups, g_block), divisor(S, 16)
         shape = dict(unit_count=S // unit, UNIT=unit, C=channels, tiles_g=blocks, S_BLOCK=s_block, G_BLOCK=g_block, RUN=run)
         kernel, runs = _sigma_grad_planar_kernel, s_block * g_block // run
-    return kernel, blocks, {**shape, "num_warps": warps(min(128, runs))}, triton.cdiv(S, s_block)
+    return kernel, blocks, {**shape, "num_warps": warps(min(cut.threads, runs))}, triton.cdiv(S, s_block)

@@ -4,7 +4,8 @@
 and ``device_*.py`` on the device, which is then torch's default device.
 
 In an interpreting process (TRITON_INTERPRET=1) faults of the interpreter are repaired: float32 becomes bfloat16 and fp8 by rounding to
-nearest even, carries included, and `tl.dot` takes bfloat16 operands as numbers, not as their bits. Every launched kernel is recorded.
+nearest even, carries included; `tl.dot` takes bfloat16 operands as numbers, not as their bits; the type of AMD's fp8 is known. Every
+launch is recorded: the kernel, its operand's dtype, its options.
 """
 
 import inspect
@@ -18,7 +19,17 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
+POINTERS |= {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e4m3fnuz: "*fp8e4b8"}
 launched = set()
+
+
+def forms(name: str, arguments: dict) -> set:
+    """What a launch, or a case of `aot`, shows of a kernel: "NAME", "NAME dtype", "NAME OPTION on or off"; tensors by their pointers."""
+    operand = next((arguments[key] for key in ("x_ptr", "g_ptr") if key in arguments), "")
+    operand = POINTERS[operand.dtype] if isinstance(operand, torch.Tensor) else operand
+    options = {f"{name} {key} {'on' if value else 'off'}" for key, value in arguments.items() if isinstance(value, bool) and key != "FAST"}
+    return {name, f"{name} {operand}".strip(), *options}
 
 
 def kernels() -> dict:
@@ -36,8 +47,7 @@ def kernels() -> dict:
 def pytest_configure(config):
     if INTERPRETED:
         _repair_interpreter()
-        for name, kernel in kernels().items():
-            kernel.add_pre_run_hook(lambda *args, name=name, **kwargs: launched.add(name))
+        _record_launches()
 
 
 def pytest_sessionfinish(session):
@@ -45,14 +55,30 @@ def pytest_sessionfinish(session):
         Path(record).write_text("\n".join(sorted(launched)))
 
 
+def _record_launches():
+    from triton.runtime import interpreter
+
+    run = interpreter.GridExecutor.__call__
+
+    def recorded(self, *args, **kwargs):
+        launched.update(forms(self.fn.__name__, kwargs))
+        return run(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = recorded
+
+
 def _repair_interpreter():
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    convert, dot, patch_lang = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang
 
     def rounding_convert(data, source, target, mode):
-        narrow = {tl.bfloat16: (torch.bfloat16, torch.int16, np.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.int8, np.uint8)}
+        narrow = {
+            tl.bfloat16: (torch.bfloat16, torch.int16, np.uint16),
+            tl.float8e4nv: (torch.float8_e4m3fn, torch.int8, np.uint8),
+            tl.float8e4b8: (torch.float8_e4m3fnuz, torch.int8, np.uint8),
+        }
         if source == tl.float32 and target in narrow:
             dtype, bits, unsigned = narrow[target]
             return torch.from_numpy(np.ascontiguousarray(data)).to(dtype).view(bits).numpy().view(unsigned)
@@ -63,7 +89,14 @@ def _repair_interpreter():
             a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
         return dot(self, a, b, d, *options)
 
+    def patch_lang_with_fnuz(function):
+        scope = patch_lang(function)
+        to_ir = tl.core.dtype.to_ir
+        tl.core.dtype.to_ir = lambda self, builder: builder.get_fp8e4b8_ty() if self == tl.float8e4b8 else to_ir(self, builder)
+        return scope
+
     interpreter._convert_float = rounding_convert
+    interpreter._patch_lang = patch_lang_with_fnuz
     interpreter.InterpreterBuilder.create_dot = dot_of_numbers
 
 

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from conftest import INTERPRETED
 
 from rse_fast import functional, reference
-from rse_fast.kernels.triton import conv
+from rse_fast.kernels.triton import conv, runs_on
 
 # A product of operands has an 11-bit mantissa at least (tf32, float16), bfloat16's 8; the interpreter does not round to tf32.
 OPERAND = {torch.float32: 2.0**-11, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+SAME = (1, 1), (1, 1), (1, 1)  # stride, padding, dilation of a 3x3 kernel
 
 
 def channels_last(x):
@@ -74,7 +76,7 @@ def test_noise_in_the_epilogue(case, dtype, seed):
     scale, shift = torch.randn(c_out), torch.randn(c_out)
     sigma = torch.rand(c_out) if dtype == torch.float32 else torch.tensor(0.5)
     where = (seed, 3, images, draws, 5, 9)
-    y = conv.conv_noise(x, w, scale, shift, True, sigma, *where, stride, padding, dilation)
+    y = conv.conv_activate_noise(x, w, sigma, *where, scale, shift, True, stride, padding, dilation)
     more = (stride, padding, dilation, False, (0, 0), 1)
     clean = torch.convolution(x.double(), w.double(), None, *more)
     size = torch.convolution(x.double().abs(), w.double().abs(), None, *more) * scale.abs().double().view(-1, 1, 1)
@@ -88,43 +90,32 @@ def test_int8_rounds_once_with_the_noise_as_dither(seed):
     x, w = channels_last(torch.randint(-100, 100, shape, dtype=torch.int8)), torch.randint(-100, 100, (c_out, 32, 3, 3), dtype=torch.int8)
     scale, shift, sigma = torch.rand(c_out) * 1e-3, torch.randn(c_out), torch.tensor(5.0)
     where = (seed, 3, 2, 2, 5, 9)
-    y = conv.conv_noise(x, w, scale, shift, True, sigma, *where, (1, 1), (1, 1), (1, 1))
+    y = conv.conv_activate_noise(x, w, sigma, *where, scale, shift, True, *SAME)
     exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
     want = reference.add_noise(exact, sigma.double(), *where, scale.double(), shift.double(), True).clamp(-128, 127)
     assert y.dtype == torch.int8 and len(y) == 4
     off = (y.double() - want).abs()
     assert off.max() <= 0.5 + 0.01 and (y.float().std() > 1)
-    saturated = conv.conv_noise(x, w, scale * 1000, shift, False, sigma, *where, (1, 1), (1, 1), (1, 1))
+    saturated = conv.conv_activate_noise(x, w, sigma, *where, scale * 1000, shift, False, *SAME)
     assert {saturated.min().item(), saturated.max().item()} == {-128, 127}
 
 
-def test_fp8_rounds_once_with_the_noise_as_dither(seed):
-    if not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("fp8 needs sm_89")
-    e4m3 = torch.float8_e4m3fn
+@pytest.mark.parametrize("e4m3", (torch.float8_e4m3fn, torch.float8_e4m3fnuz), ids=lambda d: str(d)[6:])
+def test_fp8_rounds_once_with_the_noise_as_dither(e4m3, seed):
+    if not runs_on(torch.empty(0, dtype=e4m3)):
+        pytest.skip("this device multiplies no such numbers")
     x, w = channels_last(torch.randn(2, 32, 5, 5)).to(e4m3), torch.randn(20, 32, 3, 3).to(e4m3)
     scale, shift, sigma = torch.rand(20), torch.randn(20), torch.tensor(0.5)
     where = (seed, 3, 2, 2, 5, 9)
     exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
     want = reference.add_noise(exact, sigma.double(), *where, scale.double(), shift.double(), False)
-    in_float = conv.conv_noise(x, w, scale, shift, False, sigma, *where, (1, 1), (1, 1), (1, 1), dtype=torch.float32)
+    in_float = conv.conv_activate_noise(x, w, sigma, *where, scale, shift, False, *SAME, dtype=torch.float32)
     assert ((in_float.double() - want).abs() <= 1e-2 + want.abs() * 2.0**-12).all()
-    y = conv.conv_noise(x, w, scale, shift, False, sigma, *where, (1, 1), (1, 1), (1, 1))
+    y = conv.conv_activate_noise(x, w, sigma, *where, scale, shift, False, *SAME)
+    limit = torch.finfo(e4m3).max
+    saturated = conv.conv_activate_noise(x, w, sigma, *where, scale * 1000, shift, False, *SAME)
+    assert saturated.float().abs().max() == limit and saturated.float().isfinite().all()
     assert y.dtype == e4m3 and ((y.double() - want).abs() <= want.abs() * (2.0**-4 + 2.0**-12) + 2.0**-10 + 1e-2).all()
-
-
-def test_the_choice_follows_the_table():
-    names = {
-        ("bfloat16", (64, 3, 3, 3), 1): "in_kernel",
-        ("bfloat16", (256, 512, 1, 1), 1): "in_kernel",
-        ("bfloat16", (512, 512, 1, 1), 1): "separate",
-        ("float16", (64, 64, 3, 3), 1): "separate",
-        ("bfloat16", (64, 1, 3, 3), 64): "separate",
-        ("float32", (64, 64, 1, 1), 1): "separate",
-        ("bfloat16", (64, 3, 3), 1): "separate",
-    }
-    for (dtype, weight, groups), want in names.items():
-        assert conv.choose("Some GPU", getattr(torch, dtype), torch.Size(weight), groups) == want, (dtype, weight)
 
 
 def test_through_the_op_with_gradients(seed):
@@ -149,6 +140,42 @@ def test_through_the_op_with_gradients(seed):
             found.append([y.float(), *torch.autograd.grad((y.float() * weight).sum() / 64, (x, w, bias, sigma))])
         for got, want in zip(*found, strict=True):
             assert ((got - want).abs() <= 0.02 * want.abs() + 0.02 * math.sqrt(x[0].numel())).all(), (shape, groups)
+
+
+def test_the_op_of_the_epilogue(seed):
+    """In the kernel where the table says so, else by the vendor's convolution and one pass; as the plain form either way."""
+    for shape, c_out, kernel, groups, dtype in (
+        ((2, 8, 5, 6), 12, 1, 1, torch.float16),
+        ((2, 8, 5, 6), 8, 3, 1, torch.float16),
+        ((2, 8, 5, 6), 8, 3, 4, torch.float16),
+        ((2, 32, 4, 4), 8, 3, 1, torch.int8),
+    ):
+        x, w = torch.randn(shape), torch.randn(c_out, shape[1] // groups, kernel, kernel)
+        x, w = (x * 40, w * 40) if dtype == torch.int8 else (x, w)
+        x, w, each = x.clamp(-120, 120).to(dtype), w.clamp(-120, 120).to(dtype), torch.rand(c_out)
+        scale = each * 1e-3 if dtype == torch.int8 else each
+        more = dict(seed=seed, images=2, draws=2, scale=scale, shift=-each, act="relu", padding=kernel // 2, groups=groups)
+        got, want = (functional.conv_activate_noise(x, w, each, backend=backend, **more) for backend in ("triton", "torch"))
+        assert got.stride() == want.stride() and got.dtype == dtype
+        off = (got.float() - want.float()).abs()
+        assert (off <= (1.01 if dtype == torch.int8 else 0.02 + 2.0**-9 * want.float().abs())).all(), (kernel, groups, dtype)
+        at = (each, seed, 0, 2, 2, 0, 0, scale, None, True, [1, 1], [kernel // 2] * 2, [1, 1], groups, None, "triton", None)
+        torch.library.opcheck(torch.ops.rse_fast.conv_activate_noise, (x, w, *at), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_tiles_that_autotuning_tries_change_only_the_order_of_sums(seed, monkeypatch):
+    """Integers are summed exactly, so the epilogue's noise must come out bit for bit; noise at the input meets float sums of 32 terms."""
+    x, w = channels_last(torch.randint(-9, 9, (1, 32, 5, 5), dtype=torch.int8)), torch.randint(-9, 9, (40, 32, 1, 1), dtype=torch.int8)
+    sigma, where, geometry = torch.tensor(5.0), (seed, 3, 1, 2, 5, 9), ((1, 1), (0, 0), (1, 1))
+    calls = (
+        lambda: conv.conv_activate_noise(x, w, sigma, *where, None, None, True, *geometry),
+        lambda: conv.noisy_conv(x.float(), w.float(), None, sigma, *where, *geometry),
+    )
+    wanted = [call() for call in calls]
+    for tile in conv.candidates(conv.default_tile(40, 32, 1, False)):
+        monkeypatch.setattr(conv, "default_tile", lambda *_, tile=tile: tile)
+        assert torch.equal(calls[0](), wanted[0]), tile
+        assert torch.allclose(calls[1](), wanted[1], rtol=0, atol=0.05), tile
 
 
 def test_what_the_fake_promises(seed):

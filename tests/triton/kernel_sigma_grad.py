@@ -35,11 +35,21 @@ def test_many_pieces_and_partly_filled_ones(seed, monkeypatch):
     g = torch.randn(6, 8, 5, 5)
     want = reference.sigma_grad(g.double(), seed, 0, 3, 2, 0, 0, True)
     for pieces in (1, 4, 5):  # 6 tiles: one piece of 6, three of 2, three of 2
-        monkeypatch.setattr(module, "PIECES", pieces)
+        monkeypatch.setattr(module, "DEFAULT", module.Cut(128, 4, pieces))
         for layout in (torch.clone, channels_last):
             got = module.sigma_grad(layout(g), layout is channels_last, seed, 0, 3, 2, 0, 0, True)
             assert torch.allclose(got.double(), want, atol=1e-3), pieces
             assert torch.equal(got, module.sigma_grad(layout(g), layout is channels_last, seed, 0, 3, 2, 0, 0, True))
+
+
+def test_cuts_that_autotuning_tries(seed, monkeypatch):
+    g = torch.randn(4, 12, 9, 7)
+    for layout in (torch.clone, channels_last):
+        want = reference.sigma_grad(g.double(), seed, 0, 2, 2, 0, 0, True)
+        for cut in module.CANDIDATES:
+            monkeypatch.setattr(module, "DEFAULT", cut)
+            got = module.sigma_grad(layout(g), layout is channels_last, seed, 0, 2, 2, 0, 0, True)
+            assert torch.allclose(got.double(), want, atol=1e-3), cut
 
 
 def test_64_bit_offsets(seed, monkeypatch):
