@@ -6,28 +6,37 @@ EVERYWHERE = {"spills": 0}
 # Noise kernels: no layout may be converted through shared memory.
 NOISE = {"shared": 0}
 
+# Tensor cores in every precision: dtype (second word of a convolution's name) to target to instruction, a regular expression.
+_HALF = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": r"v_mfma_f32_\w+_b?f16"}
+TENSOR = {
+    "bf16": _HALF,
+    "f16": _HALF,
+    "tf32": {**_HALF, "gfx942": r"v_mfma_f32_\w+_x?f32"},
+    "int8": {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "IMMA", "gfx942": r"v_mfma_i32_\w+_i8"},
+    "fp8": {"sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA", "gfx942": r"v_mfma_f32_\w+_fp8_fp8"},
+}
+
+# name: {target, or "" for every one: {quantity: limit}}
 BY_CASE = {
     # Rows of 5 channels end inside a quad: one conversion, the price of whole loads.
-    "add_noise flat bf16 C=5": {"sm_90": {"shared": 4096}},
-    # name: {target: {quantity: limit}}; limits of quantities with text are the text expected
+    "add_noise flat bf16 C=5": {"": {"shared": 4096}},
     # Every second pixel is loaded alone, four neighbouring results are stored together.
-    "add_noise planar bf16 pool, clean, places": {"sm_90": {"shared": 1024}},
+    "add_noise planar bf16 pool, clean, places": {"": {"shared": 1024}},
     "add_noise flat bf16": {"sm_90": {"instructions": 23.5, "registers": 64}},
     "add_noise flat bf16 affine relu": {"sm_90": {"instructions": 26, "registers": 64}},
     "add_noise planar bf16": {"sm_90": {"instructions": 23.5, "registers": 64}},
     "add_noise planar bf16 affine relu": {"sm_90": {"instructions": 26, "registers": 64}},
-    # Tensor cores in every precision.
-    "conv bf16 1x1, noise in": {"sm_80": {"tensor": "HMMA"}, "sm_90": {"tensor": "HGMMA"}, "sm_100": {"tensor": "UTCHMMA"}},
-    "conv bf16 1x1 to 256, noise in": {"sm_90": {"tensor": "HGMMA"}},
-    "conv f16 first 3x3, noise in": {"sm_90": {"tensor": "HGMMA"}},
-    "conv tf32 3x3, noise in": {"sm_90": {"tensor": "HGMMA"}},
-    "conv bf16 3x3, noise out": {"sm_80": {"tensor": "HMMA"}, "sm_90": {"tensor": "HGMMA"}, "sm_100": {"tensor": "UTCHMMA"}},
-    "conv int8 3x3, noise out": {"sm_90": {"tensor": "IGMMA"}},
-    "conv fp8 3x3, noise out": {"sm_90": {"tensor": "QGMMA"}},
 }
 
 
 def budget(case: str, target: str) -> dict:
-    """Quantity of `aot.Result` to its limit for one case on one target."""
-    shared = NOISE if case.startswith("add_noise") else {}
-    return {**EVERYWHERE, **shared, **BY_CASE.get(case, {}).get(target, {})}
+    """Quantity of `aot.Result` to its limit (a number at most, or the expression that a text matches) for one case on one target."""
+    kind, dtype = case.split()[:2]
+    found = dict(EVERYWHERE)
+    if kind == "add_noise":
+        found.update(NOISE)
+    if kind == "conv":
+        found["tensor"] = TENSOR[dtype][target]
+    for where in ("", target):
+        found.update(BY_CASE.get(case, {}).get(where, {}))
+    return found

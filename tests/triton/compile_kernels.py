@@ -2,29 +2,86 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import triton
-from conftest import kernels
+from conftest import POINTERS, kernels
 
+from rse_fast.kernels import triton as package
 from rse_fast.kernels.triton import aot, conv, launcher
+
+TABLE = Path(aot.__file__).resolve().parents[2] / "bench" / "results" / "aot.md"
 
 
 @pytest.fixture(scope="session")
 def results():
-    return aot.measure_all()
+    return aot.measure_all(everything=False)
 
 
-def test_within_budget(results):
+@pytest.fixture(scope="session")
+def written():
+    """The results in the table of the repository, which has every case on every target."""
+    return aot.read_table(TABLE.read_text())
+
+
+def test_within_budget(results, written):
     assert not aot.complaints(results)
+    assert not aot.complaints(written)
 
 
-def test_every_kernel_is_compiled_for_every_target(results):
+def test_the_table_is_of_these_kernels(results, written):
+    advice = "python -m rse_fast.kernels.triton.aot writes it anew"
+    assert f"Sources: {aot.sources()}." in TABLE.read_text(), advice
+    wanted = [(case.name, target) for case in aot.cases() for target in case.targets]
+    assert [(r.case, r.target) for r in written] == wanted, advice
+    if f"triton {triton.__version__};" in TABLE.read_text():
+        lines = set(TABLE.read_text().splitlines())
+        assert [r for r in results if aot.row(r) not in lines] == [], advice
+
+
+def is_on(case, flag):
+    return bool(case.arguments[flag])
+
+
+def test_every_kernel_and_form_has_a_row_for_every_target():
+    """A form: an operand's dtype, or an option of a launch (a constexpr that is true or false) on and off."""
     for name, kernel in kernels().items():
         cases = [case for case in aot.cases() if case.kernel is kernel]
-        assert {target for case in cases for target in case.targets} >= set(aot.TARGETS), name
-    assert len(results) == sum(len(case.targets) for case in aot.cases())
+        assert cases, name
+        for case in cases:
+            assert set(case.targets) >= set(aot.EVERY), case.name
+        options = {p.name for p in kernel.params if p.is_constexpr} - {"FAST"}
+        flags = {name for name in options if any(isinstance(case.arguments.get(name), bool) for case in cases)}
+        missing = [
+            (flag, on, target)
+            for flag, on, target in itertools.product(flags, (True, False), aot.EVERY)
+            if not any(is_on(case, flag) == on and target not in case.absent for case in cases)
+        ]
+        assert not missing, (name, missing)
+        assert {option for option in options - flags if option.isupper()} <= NUMBERS, f"{name}: an option that no case sets"
+        if name == "_sigma_grad_total_kernel":
+            continue  # float32 alone
+        kinds = {case.arguments.get("x_ptr", case.arguments.get("g_ptr")) for case in cases}
+        taken = (*package.DTYPES, *(package.LOW_PRECISION if kernel is conv._conv_kernel else ()))
+        assert kinds >= {POINTERS[dtype] for dtype in taken}, name
+
+
+# Options that are numbers: tile sizes and shapes.
+NUMBERS = {"UNIT", "OUT_UNIT", "TILES_C", "S_BLOCK", "C_BLOCK", "G_BLOCK", "P_BLOCK", "QUADS", "RUN", "LANES", "C", "KH", "KW"}
+NUMBERS |= {"PRECISION", "BLOCK_M", "BLOCK_N", "BLOCK_K"}
+
+
+def test_what_is_said_to_be_absent_cannot_be_compiled():
+    """The rows without figures: fp8 before sm_89, and each maker's flavour on the other's devices."""
+    absent = {(case.name.split()[2], target) for case in aot.cases() for target in case.absent}
+    e4m3 = {("e4m3fn", "sm_80"), ("e4m3fn", "gfx942")}
+    assert absent == e4m3 | {("e4m3fnuz", target) for target in ("sm_80", "sm_89", "sm_90", "sm_100")}
+    for case in aot.cases():
+        for target in set(case.absent) & {"sm_80", "sm_90"}:
+            with pytest.raises(triton.CompilationError, match="not supported in this architecture"):
+                aot.compile_case(case, target)
 
 
 def test_the_noise_kernels_move_16_bytes_at_a_time(results):
@@ -62,10 +119,9 @@ def test_counting_weighs_loops():
     assert counts == {"MOV": 1, "IMAD.WIDE.U32": 10, "LDG.E.128": 10, "BRA": 10, "EXIT": 1} and len(opcodes) == 5
 
 
-def test_the_table_names_every_result(results):
-    table = aot.table(results)
-    for r in results:
-        assert f"| {r.case} | {r.target} | {r.registers} | {r.spills} |" in table
+def test_a_table_is_read_as_it_was_written(results):
+    text = aot.table(results)
+    assert len(aot.read_table(text)) == len(results) and aot.table(aot.read_table(text)) == text
 
 
 class Driver:
@@ -121,6 +177,6 @@ def test_convolutions_pass_what_their_kernel_takes(compiled_launches):
         places = torch.zeros(2, 2, dtype=torch.int64)
         conv.noisy_conv(x, weight.bfloat16(), scale.bfloat16(), torch.rand(channels), *where, places)
         for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
-            y = conv.conv_noise(x.to(dtype), weight.to(dtype), scale, scale, True, one, *where)
+            y = conv.conv_activate_noise(x.to(dtype), weight.to(dtype), one, *where[:6], scale, scale, True, *where[6:])
             assert y.dtype == dtype and y.shape == (4, c_out, 9 - kernel, 9 - kernel)
     assert len(compiled_launches) == 8
