@@ -17,7 +17,7 @@ import triton
 from triton.testing import do_bench
 
 from bench.peers import eager_noise
-from rse_fast import functional, ops, reference
+from rse_fast import functional, ops
 from rse_fast.kernels.triton import conv
 
 GIB = 2**30
@@ -26,7 +26,8 @@ TARGET = 0.9  # of the copy's bandwidth, for add_noise in bfloat16 at 1 GiB
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation of one case: milliseconds, and bytes that had to move over the median time, in GB/s and of the copy's."""
+    """One implementation of one case: milliseconds, and bytes that had to move over the median time: in GB/s, of the first row's (the
+    copy), and of what the device's memory can move by its clock and width (0 where the driver does not say)."""
 
     case: str
     implementation: str
@@ -36,28 +37,48 @@ class Row:
     gigabytes: float
     bandwidth: float = 0.0
     of_copy: float = 0.0
+    of_roofline: float = 0.0
 
 
 def check() -> None:
     """Raises unless the kernels are right: what is timed is what is tested."""
-    x = torch.randn(3, 64, 9, 8, device="cuda")
-    seed, sigma = torch.tensor(5, device="cuda"), torch.tensor(0.5, device="cuda")
+    x = torch.randn(3, 64, 10, 8, device="cuda")
+    seed, sigma, each = torch.tensor(5, device="cuda"), torch.tensor(0.5, device="cuda"), torch.rand(64, device="cuda")
+    weight = torch.randn(64, 64, 1, 1, device="cuda")
     for layout in (torch.contiguous_format, torch.channels_last):
         for dtype in (torch.float32, torch.bfloat16):
-            y = x.to(dtype).contiguous(memory_format=layout)
-            want = reference.add_noise(y.double(), sigma, seed, 0, 3, 1)
-            got = functional.add_noise(y, sigma, seed=seed, backend="triton").double()
-            if not ((got - want).abs() <= want.abs() * torch.finfo(dtype).eps + 1e-3).all():
-                raise AssertionError(f"add_noise is wrong for {dtype}, {layout}: nothing is timed")
+            y, w = x.to(dtype).contiguous(memory_format=layout), weight.to(dtype)
+            epsilon = torch.finfo(dtype).eps
+            calls = {
+                "add_noise": (lambda b, y=y: functional.add_noise(y, sigma, seed=seed, backend=b), epsilon, 1e-3),
+                "activate_noise": (lambda b, y=y: functional.activate_noise(y, sigma, seed=seed, pool=True, backend=b)[0], epsilon, 1e-3),
+                "sigma_grad": (lambda b, y=y: ops.sigma_grad(y, seed, 0, 3, 1, 0, 0, True, b), 1e-3, 1e-1),
+                "conv_activate_noise": (
+                    lambda b, y=y, w=w: functional.conv_activate_noise(y, w, each, seed=seed, scale=each, act="relu", backend=b), 2e-2, 0.5
+                ),
+            }  # fmt: skip
+            for name, (call, relative, absolute) in calls.items():
+                got, want = call("triton").double(), call("torch").double()
+                if not ((got - want).abs() <= want.abs() * relative + absolute).all():
+                    raise AssertionError(f"{name} is wrong for {dtype}, {layout}: nothing is timed")
+
+
+def memory_roofline() -> float:
+    """GB/s of the device's memory by its clock and width; 0 where the driver does not tell."""
+    try:
+        return triton.testing.get_dram_gbps()
+    except Exception:  # drivers differ in what they still report
+        return 0.0
 
 
 def timed(case: str, implementations: dict, gigabytes: float) -> list[Row]:
     """One row each; the first implementation is the copy that the others are compared with."""
-    rows, copy = [], None
+    rows, copy, roofline = [], None, memory_roofline()
     for name, run in implementations.items():
         p50, p20, p80 = do_bench(run, warmup=50, rep=300, quantiles=(0.5, 0.2, 0.8))
         copy = copy or gigabytes / p50
-        rows.append(Row(case, name, p20, p50, p80, gigabytes, gigabytes / p50 * 1e3, gigabytes / p50 / copy))
+        bandwidth = gigabytes / p50 * 1e3
+        rows.append(Row(case, name, p20, p50, p80, gigabytes, bandwidth, gigabytes / p50 / copy, bandwidth / roofline if roofline else 0.0))
     return rows
 
 
@@ -85,6 +106,11 @@ def noise_case(dtype: torch.dtype, layout: torch.memory_format, size: int) -> li
     return timed(f"add_noise {case}", implementations, 2 * size / 1e9)
 
 
+def eager_activation(x: torch.Tensor, pool: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    clean = torch.nn.functional.max_pool2d(x.relu(), 2) if pool else x.relu()
+    return eager_noise(clean, 0.1), clean
+
+
 def other_cases() -> list[Row]:
     x = torch.randn(256, 64, 64, 64, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     packed, seed, sigma = x.repeat(8, 1, 1, 1), torch.tensor(7, device="cuda"), torch.tensor(0.1, device="cuda")
@@ -98,6 +124,18 @@ def other_cases() -> list[Row]:
         },
         moved,
     )
+    flat = packed.movedim(1, -1).reshape(-1)
+    for pool in (False, True):
+        out = packed.numel() // (4 if pool else 1)
+        rows += timed(
+            f"activate_noise bfloat16 channels_last 1 GiB{', 2x2 max-pool' if pool else ''}",
+            {
+                "two copies of the result" if pool else "two copies": lambda n=out: (flat[:n].clone(), flat[:n].clone()),
+                "rse_fast": lambda p=pool: functional.activate_noise(packed, sigma, seed=seed, act="relu", pool=p),
+                "eager": lambda p=pool: eager_activation(packed, p),
+            },
+            (packed.numel() + 2 * out) * 2 / 1e9,
+        )
     for per_channel in (False, True):
         rows += timed(
             f"sigma_grad bfloat16 channels_last 1 GiB, {'per channel' if per_channel else 'total'}",
@@ -117,8 +155,8 @@ CONVOLUTIONS = {  # shape class: images, Cin, size, Cout, kernel
 }
 
 
-def convolution_case(name: str) -> tuple[list[Row], str]:
-    """Noise in the kernel, in the producer's epilogue and apart, for one shape class; and the line that `conv.CHOICES` should have."""
+def convolution_case(name: str) -> tuple[list[Row], list[str]]:
+    """Noise in the kernel, in the producer's epilogue and apart, for one shape class; and the lines that `CHOICES` should have."""
     images, c_in, size, c_out, kernel = CONVOLUTIONS[name]
     last = dict(memory_format=torch.channels_last)
     x = torch.randn(images, c_in, size, size, device="cuda", dtype=torch.bfloat16).contiguous(**last)
@@ -127,7 +165,7 @@ def convolution_case(name: str) -> tuple[list[Row], str]:
     noise, pad = (sigma, seed, 0, images, 1, 0, 0), (kernel // 2, kernel // 2)
     geometry = ((1, 1), pad, (1, 1))
     plain = lambda x: torch.nn.functional.conv2d(x, w, padding=pad)  # noqa: E731
-    epilogue = lambda dtype: conv.conv_noise(narrow[dtype], weights[dtype], each, each, True, *noise, *geometry)  # noqa: E731
+    epilogue = lambda dtype: conv.conv_activate_noise(narrow[dtype], weights[dtype], *noise, each, each, True, *geometry)  # noqa: E731
     dtypes = [torch.bfloat16, *([torch.int8] if c_in % 32 == 0 else [])]
     if torch.cuda.get_device_capability() >= (8, 9) and c_in % 32 == 0:
         dtypes.append(torch.float8_e4m3fn)
@@ -141,23 +179,33 @@ def convolution_case(name: str) -> tuple[list[Row], str]:
     }
     case = f"conv {name}: {images}x{c_in}x{size}x{size} to {c_out}, {kernel}x{kernel}"
     rows = timed(case, implementations, (x.numel() + images * c_out * size**2) * 2 / 1e9)
-    best = min((r for r in rows if r.implementation in ("separate", "in_kernel")), key=lambda r: r.p50)
-    return rows, f'("{torch.cuda.get_device_name()}", "bfloat16", "{name}"): "{best.implementation}",'
+    times = {r.implementation: r.p50 for r in rows}
+    device = torch.cuda.get_device_name()
+    best = {
+        "input": min(("separate", "in_kernel"), key=times.get),
+        "output": "epilogue" if times["epilogue bfloat16"] < times["vendor, then affine relu noise"] else "separate",
+    }
+    return rows, [f'("{device}", "bfloat16", "{question}", "{name}"): "{choice}",' for question, choice in best.items()]
 
 
 def environment() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    def output(*command: str) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        except OSError:  # the tool is not here
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
     return {
         "device": torch.cuda.get_device_name(),
-        "driver": driver.stdout.strip().splitlines()[0] if driver.returncode == 0 else "",
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": triton.__version__,
             "cuda": torch.version.cuda,
         },
-        "commit": commit or "unknown",
+        "commit": output("git", "rev-parse", "HEAD") or "unknown",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -171,13 +219,13 @@ def markdown(where: dict, rows: list[Row], held: bool, choices: list[str]) -> st
         "",
         f"add_noise in bfloat16 at 1 GiB at {TARGET:.0%} of the copy or more: {'yes' if held else 'NO'}.",
         "",
-        "| case | implementation | ms p50 | p20 | p80 | GB/s | of the first row |",
-        "|---|---|---|---|---|---|---|",
+        "| case | implementation | ms p50 | p20 | p80 | GB/s | of the first row | of the memory's peak |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {r.case} | {r.implementation} | {r.p50:.4f} | {r.p20:.4f} | {r.p80:.4f} | {r.bandwidth:.0f} | {r.of_copy:.2f} |" for r in rows
-    ]
-    lines += ["", "Lines for `CHOICES` in `kernels/triton/conv.py`:", "", "```python", *choices, "```"]
+    for r in rows:
+        times = f"{r.p50:.4f} | {r.p20:.4f} | {r.p80:.4f}"
+        lines.append(f"| {r.case} | {r.implementation} | {times} | {r.bandwidth:.0f} | {r.of_copy:.2f} | {r.of_roofline:.2f} |")
+    lines += ["", "Lines for `CHOICES` in `kernels/triton/choices.py`:", "", "```python", *choices, "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -199,6 +247,7 @@ def main() -> int:
     if arguments.once:
         once(arguments.once)
         return 0
+    torch.backends.cudnn.benchmark = True  # the vendor at its best
     check()
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -208,7 +257,7 @@ def main() -> int:
     rows += other_cases()
     convolutions = [convolution_case(name) for name in CONVOLUTIONS]
     rows += [row for found, _ in convolutions for row in found]
-    choices = [line for _, line in convolutions]
+    choices = [line for _, lines in convolutions for line in lines]
     held = all(
         r.of_copy >= TARGET
         for r in rows

@@ -87,16 +87,71 @@ def test_opcheck(seed):
     weight = torch.randn(6, 5, 3, requires_grad=True)
     conv = ([1], [1], [1], 1, "triton", None)
     torch.library.opcheck(torch.ops.rse_fast.noisy_conv, (x, weight, None, sigma, seed, 1, 2, 3, 0, 0, *conv), rtol=1e-2, atol=1e-2)
+    linear = (torch.randn(2, 4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True), None, sigma)
+    torch.library.opcheck(torch.ops.rse_fast.noisy_linear, (*linear, seed, 1, 2, 3, 0, 0, "triton", None))
+    at = (torch.rand(5), seed, 1, 2, 3, 0, 0, torch.rand(5), torch.rand(5), True)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        image = torch.randn(2, 5, 6, 7).to(memory_format=layout)
+        torch.library.opcheck(torch.ops.rse_fast.activate_noise, (image, *at, True, "triton", None))
+    one, x32 = ([1, 1], [0, 0], [1, 1], 1, None, "triton", None), torch.randint(-9, 9, (2, 32, 6, 7), dtype=torch.int8)
+    half = torch.randn(2, 5, 6, 7).half()
+    for image, weight in (
+        (half, torch.randn(5, 5, 1, 1).half()),  # the kernel
+        (half, torch.randn(5, 5, 3, 3).half()),  # the vendor's convolution, then one pass
+        (x32, torch.randint(-9, 9, (5, 32, 3, 3), dtype=torch.int8)),
+    ):
+        torch.library.opcheck(torch.ops.rse_fast.conv_activate_noise, (image, weight, *at, *one))
 
 
-def test_autotuning_changes_no_bit(monkeypatch, tmp_path):
-    x, seed = torch.randn(8, 64, 32, 32).bfloat16(), torch.tensor(3)
-    want = functional.add_noise(x, 0.3, seed=seed)
+def test_each_key_has_its_own_meaning_of_auto():
+    """One schema: CUDA tensors get the kernels, CPU tensors the library or the plain form; values agree within the contract."""
+    x, sigma = torch.randn(2, 5, 6, 7), torch.rand(5)
+    for function in (functional.add_noise, lambda *args, **more: functional.activate_noise(*args, **more)[1]):
+        here, there = function(x, sigma, seed=3), function(x.cpu(), sigma.cpu(), seed=3)
+        assert here.is_cuda and not there.is_cuda and (here.cpu() - there).abs().max() <= 1e-3
+
+
+def test_under_autocast():
+    """The policy, as on the CPU: convolutions and linear layers cast as the plain ones; noise alone, int8 and fp8 keep their dtype."""
+    x, w, low = torch.randn(2, 4, 5, 5), torch.randn(6, 4, 3, 3), torch.bfloat16
+    byte = torch.randint(-128, 128, (2, 64, 5, 5), dtype=torch.int8), torch.randint(-128, 128, (6, 64, 3, 3), dtype=torch.int8)
+    at = dict(sigma=0.1, seed=1)
+    for function, inputs, dtype in (
+        (lambda x, w: functional.noisy_conv2d(x, w, None, **at), (x, w), low),
+        (lambda x, w: functional.noisy_linear(x, w, None, **at), (x[..., 0, :], torch.randn(7, 5)), low),
+        (lambda x, w: functional.conv_activate_noise(x, w, act="relu", **at), (x, w), low),
+        (lambda x, w: functional.conv_activate_noise(x, w, **at), byte, torch.int8),
+        (lambda x: functional.add_noise(x, **at), (x,), torch.float32),
+        (lambda x: functional.activate_noise(x, **at)[1], (x,), torch.float32),
+    ):
+        with torch.autocast("cuda", low):
+            y = function(*inputs)
+        want = function(*(t.to(low) if dtype == low else t for t in inputs))
+        assert y.dtype == dtype and torch.allclose(y.float(), want.float(), rtol=2.0**-7, atol=1e-2)
+
+
+def test_autotuning_changes_no_bit_of_the_noise(monkeypatch, tmp_path):
+    x, seed, where = torch.randn(8, 64, 32, 32).bfloat16(), torch.tensor(3), (torch.tensor(3), 0, 8, 1, 0, 0)
+    images, sigma = x.contiguous(memory_format=torch.channels_last), torch.tensor(5.0)
+    byte, weight = torch.randint(-9, 9, (8, 64, 32, 32), dtype=torch.int8), torch.randint(-9, 9, (64, 64, 1, 1), dtype=torch.int8)
+    one = ([1, 1], [0, 0], [1, 1], 1, None, "triton", None)
+    exact = (
+        lambda: functional.add_noise(x, 0.3, seed=seed),
+        lambda: functional.activate_noise(images, 0.3, seed=seed, act="relu", pool=True)[0],
+        lambda: ops.conv_activate_noise(byte, weight, sigma, *where, None, None, True, *one),
+    )
+    within = (  # sums in another order
+        (lambda: ops.sigma_grad(images, *where, True, "triton"), 1e-2),
+        (lambda: functional.noisy_conv2d(images, weight.bfloat16(), None, 0.3, seed=seed).float(), 4.0),
+    )
+    plain = [call() for call in exact], [call() for call, _ in within]
     monkeypatch.setenv(config.AUTOTUNE_VARIABLE, "1")
     monkeypatch.setenv(config.CACHE_VARIABLE, str(tmp_path))
     for _ in range(2):
-        assert torch.equal(functional.add_noise(x, 0.3, seed=seed), want)
-    assert "add_noise" in config.cache_file().read_text()
+        assert all(torch.equal(call(), want) for call, want in zip(exact, plain[0], strict=True))
+        assert all((call() - want).abs().max() <= allowed for (call, allowed), want in zip(within, plain[1], strict=True))
+    written = config.cache_file().read_text()
+    assert all(kernel in written for kernel in ("add_noise", "sigma_grad", "conv noise_in1", "conv noise_in0"))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
