@@ -157,7 +157,7 @@ def channels_last(x):
 
 def test_launches_pass_what_their_kernels_take(compiled_launches):
     seed, places = torch.tensor(3), torch.zeros(4, 2, dtype=torch.int64)
-    for shape, layout in itertools.product(((4, 64, 32, 32), (4, 3, 9, 8)), (torch.clone, channels_last)):
+    for shape, layout in (((4, 64, 32, 32), channels_last), ((4, 3, 9, 8), torch.clone)):
         x, channels, flat = layout(torch.zeros(shape, dtype=torch.bfloat16)), shape[1], layout is channels_last
         out, pooled = x.repeat(2, 1, 1, 1), layout(x[:, :, ::2, ::2][:, :, : shape[2] // 2])
         each = torch.rand(channels)
@@ -165,7 +165,7 @@ def test_launches_pass_what_their_kernels_take(compiled_launches):
         launcher("add_noise")(x, pooled, flat, each, seed, 1, 4, 1, 1, 1, each, each, True, places, pooled, True)
         for per_channel in (False, True):
             launcher("sigma_grad")(x, flat, seed, 16, 4, 1, 0, 2, per_channel)
-    assert len(compiled_launches) == 4 * (2 + 2 * 2)
+    assert len(compiled_launches) == 2 * (2 + 2 * 2)
 
 
 def test_convolutions_pass_what_their_kernel_takes(compiled_launches):

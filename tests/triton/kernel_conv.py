@@ -172,7 +172,7 @@ def test_tiles_that_autotuning_tries_change_only_the_order_of_sums(seed, monkeyp
         lambda: conv.noisy_conv(x.float(), w.float(), None, sigma, *where, *geometry),
     )
     wanted = [call() for call in calls]
-    for tile in conv.candidates(conv.default_tile(40, 32, 1, False)):
+    for tile in conv.candidates(conv.default_tile(40, 32, 1, False))[::5]:
         monkeypatch.setattr(conv, "default_tile", lambda *_, tile=tile: tile)
         assert torch.equal(calls[0](), wanted[0]), tile
         assert torch.allclose(calls[1](), wanted[1], rtol=0, atol=0.05), tile

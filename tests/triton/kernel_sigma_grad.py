@@ -43,17 +43,17 @@ def test_many_pieces_and_partly_filled_ones(seed, monkeypatch):
 
 
 def test_cuts_that_autotuning_tries(seed, monkeypatch):
-    g = torch.randn(4, 12, 9, 7)
+    g = torch.randn(2, 12, 5, 7)
     for layout in (torch.clone, channels_last):
-        want = reference.sigma_grad(g.double(), seed, 0, 2, 2, 0, 0, True)
-        for cut in module.CANDIDATES:
+        want = reference.sigma_grad(g.double(), seed, 0, 1, 2, 0, 0, True)
+        for cut in module.CANDIDATES[::4]:
             monkeypatch.setattr(module, "DEFAULT", cut)
-            got = module.sigma_grad(layout(g), layout is channels_last, seed, 0, 2, 2, 0, 0, True)
+            got = module.sigma_grad(layout(g), layout is channels_last, seed, 0, 1, 2, 0, 0, True)
             assert torch.allclose(got.double(), want, atol=1e-3), cut
 
 
 def test_64_bit_offsets(seed, monkeypatch):
-    g = torch.randn(2, 6, 5, 3)
+    g = torch.randn(2, 6, 5, 3).half()
     for layout in (torch.clone, channels_last):
         arguments = (layout(g), layout is channels_last, seed, 0, 2, 1, 0, 0, True)
         plain = module.sigma_grad(*arguments)
