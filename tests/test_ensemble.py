@@ -15,7 +15,7 @@ from rse_fast.models import VGG16, ResNeXt29
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:rse-fast. the model cannot be traced:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:rse-fast. the model runs unfused:RuntimeWarning"),
 ]
 
 
@@ -141,7 +141,7 @@ def test_networks_of_the_paper(cls, size, seed):
         logits = sequential(model, x, 3, seed)
     ensemble = Ensemble(model, 3, dtype="float32", chunk_rows=4)
     assert_is(ensemble.predict(x, seed), logits, rounding(model, logits))
-    assert ensemble._prepared[1].packs_input is False
+    assert ensemble._prepared[1].runner.packs_input is False
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -237,7 +237,7 @@ def test_what_precedes_the_noise_runs_once_an_image(name, prefix, packs_input, f
     seen = count_rows(model, prefix)
     ensemble = Ensemble(model, draws, dtype="float32", fuse=fuse, chunk_rows=8)
     prediction = ensemble.predict(x, seed)
-    assert ensemble._prepared[1].packs_input is packs_input
+    assert ensemble._prepared[1].runner.packs_input is packs_input
     assert seen == [2 * draws if packs_input else 2] * 3
     with torch.no_grad():
         logits = sequential(model, x, draws, seed)

@@ -48,7 +48,7 @@ class Fragile(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- the model stays as it is
 @FUSE
 @pytest.mark.parametrize("name", ["plain", "residual", "shared", "not traceable"])
-@pytest.mark.filterwarnings("ignore:rse-fast. the model cannot be traced:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:rse-fast. the model runs unfused:RuntimeWarning")
 def test_the_model_is_not_changed(name, fuse, seed):
     model = NETS[name]().train()
     next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).eval()  # a frozen BatchNorm in a model in training
@@ -62,7 +62,7 @@ def test_the_model_is_not_changed(name, fuse, seed):
 
 
 @FUSE
-@pytest.mark.filterwarnings("ignore:rse-fast. the model cannot be traced:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:rse-fast. the model runs unfused:RuntimeWarning")
 def test_modes_come_back_when_a_pass_fails(fuse):
     model = Fragile(NETS["plain"]()).train()
     model.model[1].eval()
@@ -92,7 +92,7 @@ def test_a_model_in_training_predicts_as_in_evaluation(fuse, seed):
 def test_a_model_that_cannot_be_traced_is_told_and_works(seed):
     model, x = NETS["not traceable"](), images()
     ensemble = Ensemble(model, 4, dtype="float32")
-    with pytest.warns(RuntimeWarning, match="cannot be traced and runs unfused.*control flow") as caught:
+    with pytest.warns(RuntimeWarning, match="runs unfused: it cannot be traced.*control flow") as caught:
         found = ensemble.predict(x, seed).probs
         ensemble.refresh()
         ensemble(x)
@@ -114,7 +114,7 @@ class Random(nn.Module):
 
 
 @FUSE
-@pytest.mark.filterwarnings("ignore:rse-fast. the model cannot be traced.*draws random numbers:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:rse-fast. the model runs unfused.*draws random numbers:RuntimeWarning")
 def test_random_numbers_of_the_models_own_are_drawn_at_each_call(fuse, seed):
     ensemble, x = Ensemble(Random(), 3, fuse=fuse), images()
     torch.manual_seed(1)

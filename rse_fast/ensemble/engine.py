@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from rse_fast import functional
-from rse_fast.convert import meta_copy
 from rse_fast.ensemble import fuse, gradient, plan
 from rse_fast.ensemble.early_exit import make as make_criterion
+from rse_fast.ensemble.graphs import Graphs
+from rse_fast.ensemble.runner import Runner, has_bfloat16, mismatch
 from rse_fast.ensemble.stream import Pool, Tally, in_order
 from rse_fast.nn import Scope, noise_layers, number_layers
 
@@ -57,7 +58,8 @@ class Ensemble(nn.Module):
         draws: passes an image, >= 1.
         seed: None takes fresh entropy from the operating system at every call, which is what a defence needs. A number makes every
             call repeat the same noise, hence the model deterministic and attackable: for audits and tests only.
-        chunk_rows: most rows (images x draws) of a packed batch; default: a sweet spot of the device.
+        chunk_rows: most rows (images x draws) of a packed batch. Default: by the free memory and a sweet spot that the first large call
+            measures. Where memory runs out all the same, the batch is run again in halves, and later ones are no larger.
         dtype: "auto" is bfloat16 where the hardware computes in it and float32 otherwise; or float32, bfloat16, float16.
         fuse: run an optimised snapshot of the model, renewed by itself when a parameter, buffer or noise switch has changed (`refresh`
             forces it). False runs the live model in its own dtype, under autocast for a lower one.
@@ -65,12 +67,16 @@ class Ensemble(nn.Module):
             is that of all draws, always. A number c in (0.5, 1): it stops when, at confidence c, its label is that of infinitely many
             draws, and never later than ``draws``. `Prediction.draws_used` tells. For `predict` and `stream`; `forward` takes all draws.
         backend: of the noise, as in `rse_fast.functional.add_noise`.
+        graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None where they have few rows, True always, False
+            never. Every replay has fresh noise. A model that cannot be captured runs without, after one warning.
 
     The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
     fewer draws are a prefix of more. One ensemble may be called from many threads. Raises ValueError or TypeError naming the argument.
     """
 
-    def __init__(self, model, draws=10, *, seed=None, chunk_rows=None, dtype="auto", fuse=True, early_exit=None, backend="auto"):
+    def __init__(
+        self, model, draws=10, *, seed=None, chunk_rows=None, dtype="auto", fuse=True, early_exit=None, backend="auto", graphs=None
+    ):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -80,11 +86,13 @@ class Ensemble(nn.Module):
             raise ValueError(f"dtype must be 'auto', float32, bfloat16 or float16, got {dtype!r}")
         if backend not in functional.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, functional.BACKENDS))}, got {backend!r}")
+        if graphs not in (None, True, False):
+            raise ValueError(f"graphs must be None, True or False, got {graphs!r}")
         self.draws = _count("draws", draws)
         self.seed = None if seed is None else _seed(seed)
         self.chunk_rows = None if chunk_rows is None else _count("chunk_rows", chunk_rows)
         make_criterion(early_exit, self.draws, 1)  # raises if it names none
-        self.dtype, self.fuse, self.early_exit, self.backend = dtype, bool(fuse), early_exit, backend
+        self.dtype, self.fuse, self.early_exit, self.backend, self.graphs = dtype, bool(fuse), early_exit, backend, graphs
         number_layers(model)
         self.model = model
         self._lock = threading.Lock()
@@ -166,9 +174,6 @@ class Ensemble(nn.Module):
     def _seed_tensor(seed, x):
         return functional.seed_tensor(seed, x.device)
 
-    def _rows(self, x):
-        return self.chunk_rows or plan.SWEET_SPOT.get(x.device.type, 256)
-
     def _all_draws(self, x, seed, image0):
         """The `Tally` of every draw of every image."""
         with self._model(x) as model:
@@ -188,15 +193,28 @@ class Ensemble(nn.Module):
             return self.logits_at(x, places, draws, seed)
 
         with self._model(x) as model:
-            classes = model.classes
+            classes, rows = model.classes, model.planner.rows(self.chunk_rows)
         criterion = make_criterion(self.early_exit, draws, max(classes, 1))
-        return Pool(run, classes, draws, self._rows(x), criterion, x.device)
+        return Pool(run, classes, draws, rows, criterion, x.device)
 
     def logits_at(self, x: torch.Tensor, places: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None) -> torch.Tensor:
         """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``places[i, 1] ..`` of image ``places[i, 0]``
         (places int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.Scope`."""
         with self._model(x) as model:
-            return self._logits(model, x, Scope(seed, len(x), draws, backend=self.backend, places=places, silent=silent))
+
+            def step(image, draw):
+                at = places[image] + torch.tensor([0, draw.start], device=x.device)
+                images, draws = image.stop - image.start, draw.stop - draw.start
+                scope = Scope(seed, images, draws, backend=self.backend, places=at, silent=silent)
+                return self._logits(model, x[image], scope)
+
+            parts = list(model.planner.attempt(slice(0, len(x)), slice(0, draws), step))
+        if len(parts) == 1:
+            return parts[0][-1]
+        logits = parts[0][-1].new_empty((draws, len(x), parts[0][-1].shape[-1]))
+        for image, draw, part in parts:  # memory did not suffice for the whole
+            logits[draw, image] = part
+        return logits
 
     @staticmethod
     def _prediction(tally, seed):
@@ -215,9 +233,13 @@ class Ensemble(nn.Module):
 
     def _passes(self, model, x, seed, image0):
         """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
-        for number, (image, draw) in enumerate(plan.chunks(x.shape[0], self.draws, self._rows(x))):
+        number = itertools.count()
+
+        def step(image, draw):
             batch = functools.partial(self._chunk, model, seed, image0 + image.start, draw)
-            yield image, draw, gradient.run(batch, x[image], number)
+            return gradient.run(batch, x[image], next(number))
+
+        return model.planner.run(x.shape[0], self.draws, step, self.chunk_rows)
 
     def _chunk(self, model, seed, image0, draw, x):
         """`_logits` with the noise of given images and draws; backward may call it again, outside `_model`'s context."""
@@ -229,9 +251,8 @@ class Ensemble(nn.Module):
     def _logits(model, x, scope):
         """One packed batch: float32 logits [draws, images, K] of images ``x``."""
         images, draws = scope.images, scope.draws
-        with scope:
-            logits = model(x, images, draws)
-        if not scope.calls and model.noisy:
+        logits = model.run(x, scope)
+        if not scope.calls and model.runner.noisy:
             raise ValueError("model must call a noisy layer in its forward pass, got a pass without any")
         if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] not in (images, images * draws):
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -273,16 +294,43 @@ class Ensemble(nn.Module):
 
     @torch.inference_mode(False)  # a snapshot taken under inference_mode serves calls that want a gradient as well
     def _prepare(self, x):
-        dtype = self._resolve_dtype(x.device)
+        compute = self._resolve_dtype(x.device)
         noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
-        if not self.fuse:
+        if self.fuse:
+            runner = self._fused(x, compute, noisy)
+        else:
+            parameter = next(self.model.parameters(), None)
             with _eval_mode(self.model):
-                parameter = next(self.model.parameters(), None)
-                return _Runner(self.model, dtype if parameter is None else parameter.dtype, x, dtype, noisy)
-        copied, problem = fuse.snapshot(self.model, dtype)
-        if problem is not None:
-            warnings.warn(f"rse-fast: the model cannot be traced and runs unfused ({problem})", RuntimeWarning, stacklevel=8)
-        return _Runner(copied, dtype, x, dtype, noisy)
+                runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x)
+        planner = plan.planner(self.model, (x.shape[1:], compute, self.fuse), x.device, runner.row_bytes)
+        if x.device.type == "cuda" and self.graphs is not False:
+            return Prepared(runner, Graphs(runner, always=self.graphs is True), planner)
+        return Prepared(runner, runner, planner)
+
+    def _fused(self, x, dtype, noisy):
+        """A runner of a fused snapshot; of an unfused one where that cannot be had, with a warning."""
+        fused, problem = fuse.snapshot(self.model, dtype)
+        runner = Runner(fused, dtype, dtype, noisy, x)
+        if problem is None:
+            problem = mismatch(fused, fuse.copy(self.model, torch.float32), dtype, x)
+            if problem is None:
+                return runner
+            runner = Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x)
+        warnings.warn(f"rse-fast: the model runs unfused: {problem}", RuntimeWarning, stacklevel=9)
+        return runner
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an ensemble needs of its model for images of one shape. run: the runner, or its CUDA graphs."""
+
+    runner: Runner
+    run: Runner | Graphs
+    planner: plan.Planner
+
+    @property
+    def classes(self) -> int:
+        return self.runner.classes
 
 
 class Stream:
@@ -328,83 +376,28 @@ class Stream:
             yield self._ensemble._prediction(tally, self.seed)
 
 
-class _Runner:
-    """A model in eval mode and ``dtype``, ready to run packed batches of one image shape, computing in ``compute``.
-
-    noisy: whether any noise is switched on. A graph has lost the layers that its model never calls, so it cannot tell.
-    """
-
-    def __init__(self, model, dtype, x, compute, noisy):
-        self.model, self.dtype, self.compute, self.noisy = model, dtype, compute, noisy
-        lazy = self._dry_run(x, packed=False)
-        self.packs_input = lazy is None
-        shape = lazy or self._dry_run(x, packed=True)
-        self.classes = shape[1] if shape else self._count_classes(x)
-
-    def __call__(self, x, images, draws):
-        packs = self.packs_input and self.noisy
-        if packs:
-            x = x.repeat(draws, *[1] * (x.dim() - 1))
-        # Never the caller's tensor: a forward that works in place would change it, and see its own work at the next chunk of draws.
-        x = x.to(self.dtype, copy=not packs, memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
-        # Autocast also where the model is in low precision: its forward may make a float32 tensor on the way, as x.float() does.
-        low = self.compute != torch.float32
-        with torch.autocast(x.device.type, self.compute if low else None, enabled=low):
-            return self.model(x)
-
-    def _count_classes(self, x):
-        """For a model that does not run without data: what one image gives, or 0 if there is none."""
-        if not len(x):
-            return 0
-        with torch.no_grad(), Scope(torch.zeros((), dtype=torch.int64, device=x.device), 1):
-            logits = self(x[:1], 1, 1)
-        return logits.shape[-1] if isinstance(logits, torch.Tensor) and logits.dim() else 0
-
-    def _dry_run(self, x, packed):
-        """Shape of the result on the meta device for 3 images in 2 draws, None if that fails: a skip connection that bypasses the
-        first noise then meets 6 rows with its 3. It fails as well where the forward needs data; packing the input is right anyway."""
-        images, draws = 3, 2
-        shape = (images * (draws if packed and self.noisy else 1), *x.shape[1:])
-        try:
-            with torch.no_grad(), Scope(torch.zeros((), dtype=torch.int64), images, draws):
-                out = meta_copy(self.model).float()(torch.empty(shape, device="meta"))
-            return tuple(out.shape) if out.dim() == 2 and out.shape[0] == (images * draws if self.noisy else images) else None
-        except Exception:
-            return None
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device's hardware computes in bfloat16, rather than emulating it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_bf16_supported")
-        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return False
-
-
-# Live models that ensembles hold in eval mode: how many calls are under way, and what each module's mode was before the first.
+# Modules that ensembles hold in eval mode: how many calls are under way, and what the mode was before the first.
 _held: "weakref.WeakKeyDictionary[nn.Module, list]" = weakref.WeakKeyDictionary()
 _held_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def _eval_mode(model):
+    modules = list(model.modules())  # two models may share some
     with _held_lock:
-        entry = _held.setdefault(model, [0, {}])
-        if entry[0] == 0:
-            entry[1] = {module: module.training for module in model.modules()}
-            model.eval()
-        entry[0] += 1
+        for module in modules:
+            _held.setdefault(module, [0, module.training])[0] += 1
+        model.eval()
     try:
         yield
     finally:
         with _held_lock:
-            entry[0] -= 1
-            if entry[0] == 0:
-                for module, training in entry[1].items():
-                    module.training = training
-                del _held[model]  # the entry refers to the model, which would keep it alive
+            for module in modules:
+                entry = _held[module]
+                entry[0] -= 1
+                if entry[0] == 0:
+                    module.training = entry[1]
+                    del _held[module]
 
 
 def _count(name, value):

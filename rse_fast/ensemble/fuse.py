@@ -1,12 +1,13 @@
 """Prepares a snapshot of a model for inference: the same function in fewer, cheaper operations.
 
-BatchNorm is folded into the convolution before it, and a ReLU (also one with a max-pool behind it) that only noisy convolutions read
-is done by their noise op, in the pass over memory that adds the noise anyway. On a CPU the convolutions' weights are kept in the vendor
-library's own order, which it would otherwise bring them into at every call.
+BatchNorm is folded into the convolution before it. What stands before a noisy convolution, [BatchNorm ->] ReLU [-> max-pool], is done by
+its noise op, in the pass over memory that adds the noise anyway. On a CPU the convolutions' weights are kept in the vendor library's own
+order, which it would otherwise bring them into at every call.
 """
 
-import copy
 import operator
+from collections import Counter
+from copy import deepcopy
 
 import torch
 from torch import nn
@@ -23,33 +24,40 @@ _FRESH = (operator.add, operator.sub, operator.mul, torch.add, torch.cat)  # cal
 
 
 def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, str | None]:
-    """A copy of ``model`` in eval mode and ``dtype``, channels last, fused.
+    """A `copy` of ``model``, fused.
 
-    Returns (copy, None), or (unfused copy, why) when the model cannot be traced. The copy's parameters take no gradient; the gradient
-    of the input flows through it.
+    Returns (copy, None), or (unfused copy, why) when the model cannot be traced.
     """
-    # A tensor with a history, such as the weight that old-style weight_norm computes, cannot be copied as it is.
-    memo = {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}
-    copied = copy.deepcopy(model, memo).eval().requires_grad_(False)
-    # In a container, the model is called rather than its forward: its own hooks are traced too, and a model of one layer is a leaf.
-    copied = nn.Sequential(copied).to(torch.promote_types(dtype, torch.float32))  # folding is done in float32 at least
-    problem = None
+    wide = torch.promote_types(dtype, torch.float32)  # folding is done in float32 at least
+    copied, problem = copy(model, wide), None
     try:
         before = torch.get_rng_state()
         graph = _Tracer().trace(copied)
         if not torch.equal(before, torch.get_rng_state()):
             raise RuntimeError("its forward draws random numbers, which the graph would repeat")
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        problem = f"it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
     else:
         copied = torch.fx.GraphModule(copied, graph)
         fold_batch_norm(copied)
-        merge_relu(copied)
+        merge_activations(copied)
         pack_weights(copied)
-    copied = copied.to(dtype)
-    if any(p.dim() == 4 for p in copied.parameters()):
-        copied = copied.to(memory_format=torch.channels_last)
-    return copied, problem
+    return _lay_out(copied, dtype), problem
+
+
+def copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of ``model`` in eval mode and ``dtype``, channels last. Its parameters take no gradient; that of the input flows through it.
+
+    In a container, the model is called rather than its forward: its own hooks are traced too, and a model of one layer is a leaf.
+    """
+    # A tensor with a history, such as the weight that old-style weight_norm computes, cannot be copied as it is.
+    memo = {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}
+    return _lay_out(nn.Sequential(deepcopy(model, memo).eval().requires_grad_(False)), dtype)
+
+
+def _lay_out(model, dtype):
+    model = model.to(dtype)
+    return model.to(memory_format=torch.channels_last) if any(p.dim() == 4 for p in model.parameters()) else model
 
 
 class _Tracer(torch.fx.Tracer):
@@ -90,23 +98,59 @@ def fold_batch_norm(model: torch.fx.GraphModule) -> None:
     model.recompile()
 
 
-class FusedConv(nn.Module):
-    """A plain or noisy 2-D convolution of x, or of ``relu(x)`` with the ReLU done by the noise op."""
+class Activation(nn.Module):
+    """``[x * scale + shift] -> ReLU -> [2x2 max-pool] -> noise of a layer``, one pass over memory for all of it.
 
-    def __init__(self, layer: nn.Module, relu: bool = False):
+    affine: scale and shift [C], or None. Given ``x``, returns (noisy, clean): clean is what the noise was added to, None unless ``keep``.
+    """
+
+    def __init__(self, layer: nn.Module, pool: bool = False, affine: tuple[torch.Tensor, torch.Tensor] | None = None, keep: bool = False):
         super().__init__()
-        self.layer, self.relu = layer, relu
+        self.layer, self.pool, self.keep = layer, pool, keep
+        scale, shift = affine or (None, None)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x):
+        noise = self.layer.noise_arguments(x) if getattr(self.layer, "noise_enabled", False) else None
+        if noise is None or x.requires_grad:  # the op that does it all is for inference
+            clean = x if self.scale is None else x * self.scale.to(x.dtype)[:, None, None] + self.shift.to(x.dtype)[:, None, None]
+            clean = clean.relu()
+            clean = nn.functional.max_pool2d(clean, 2) if self.pool else clean
+            return clean if noise is None else functional.add_noise(clean, **noise), clean
+        pool, relu = self.pool, True
+        if pool and self.scale is None and x.device.type == "cpu":  # commutes with ReLU, and bytes are fewer behind the vendor's pool
+            x, pool = nn.functional.max_pool2d(x, 2), False
+        affine = {"scale": self.scale, "shift": self.shift}
+        if pool or self.keep:
+            return functional.activate_noise(x, **affine, pool=pool, keep=self.keep, **noise)
+        return functional.add_noise(x, **affine, act="relu" if relu else None, **noise), None
+
+
+class FusedConv(nn.Module):
+    """A 2-D convolution with its weight in the vendor library's order: of x with the layer's noise, of an `Activation` of x, or of x itself.
+
+    activation: makes the noisy input out of x. given: x has its noise already.
+    """
+
+    def __init__(self, layer: nn.Module, activation: Activation | None = None, given: bool = False):
+        super().__init__()
+        self.layer, self.activation, self.given = layer, activation, given
         self.packed = None
+
+    @property
+    def relu(self) -> bool:
+        return self.activation is not None
 
     def forward(self, input):  # the name that nn.Conv2d gives it
         layer = self.layer
         x = input.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
-        if getattr(layer, "noise_enabled", False):
-            x = functional.add_noise(x, act="relu" if self.relu else None, **layer.noise_arguments(x))
-        elif self.relu:
-            x = x.relu()
+        if self.activation is not None:
+            x, _ = self.activation(x)
+        elif getattr(layer, "noise_enabled", False) and not self.given:
+            x = functional.add_noise(x, **layer.noise_arguments(x))
         # The vendor's op for packed weights has no gradient; elsewhere than on the CPU it does not exist.
-        if x.device.type != "cpu" or x.requires_grad or not torch.backends.mkldnn.is_available() or not x.numel():
+        if x.device.type != "cpu" or x.requires_grad or not x.numel() or not _packs(x.dtype):
             return layer._conv_forward(x, layer.weight, layer.bias)
         if x.dim() != 4 or x.shape[1] != layer.in_channels:  # torch says what is wrong
             return layer._conv_forward(x, layer.weight, layer.bias)
@@ -116,8 +160,14 @@ class FusedConv(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *geometry, "none", [], "")
 
 
-def merge_relu(model: torch.fx.GraphModule) -> None:
-    """Removes, in place, each ReLU that only noisy convolutions read, directly or through a max-pool (which commutes with it)."""
+def merge_activations(model: torch.fx.GraphModule) -> None:
+    """Removes, in place, each ReLU in front of noisy convolutions, with what stands around it; their noise ops do the work.
+
+    Where only noisy convolutions read it, directly or through a max-pool (which commutes with it), each takes the source's values itself.
+    Where something else reads it as well, as in residual networks, one convolution's noise op gives the clean values to all others.
+    """
+    graph = model.graph
+    calls = Counter(model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module")
 
     def module_of(node, kinds):
         module = model.get_submodule(node.target) if node.op == "call_module" else None
@@ -134,6 +184,11 @@ def merge_relu(model: torch.fx.GraphModule) -> None:
         pool = module_of(node, _POOLS)
         return pool is not None and not pool.return_indices
 
+    def is_2x2(node):
+        pool = module_of(node, (nn.MaxPool2d,))
+        geometry = pool and [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+        return geometry == [(2, 2), (2, 2), (0, 0), (1, 1)] and not pool.ceil_mode and not pool.return_indices
+
     def is_noisy(node):
         layer = module_of(node, (NoisyConv2d,))
         return layer is not None and _is_simple(layer)
@@ -147,24 +202,61 @@ def merge_relu(model: torch.fx.GraphModule) -> None:
         views = node.args[:1] if node.target is operator.iadd else node.all_input_nodes  # what its result may be a view of
         return node.op.startswith("call_") and all(map(is_private, views))
 
-    for node in list(model.graph.nodes):
-        if not is_relu(node) or not node.users or not node.args:
+    def add(prefix, node, module):
+        name = f"rse_fast_{prefix}_{node.name}"  # a name of its own: "relu_conv" may be one of the model's
+        model.add_submodule(name, module)
+        return name
+
+    for node in list(graph.nodes):
+        if not is_relu(node) or not node.users or not node.args or not is_private(node.args[0]):
             continue
-        source = node.args[0]
-        if not is_private(source):
-            continue
+        source, affine = node.args[0], None
+        pool = next(iter(node.users)) if len(node.users) == 1 and is_2x2(next(iter(node.users))) else None
+        value = node if pool is None else pool
         pools = [user for user in node.users if is_pool(user)]
-        readers = [user for user in node.users if user not in pools] + [user for pool in pools for user in pool.users]
-        if not readers or not all(map(is_noisy, readers)):
-            continue
-        for reader in readers:
-            name = f"rse_fast_relu_{reader.name}"  # a name of its own: "relu_conv" may be one of the model's
-            model.add_submodule(name, FusedConv(model.get_submodule(reader.target), relu=True))
-            reader.target = name
-        node.replace_all_uses_with(source)
-        model.graph.erase_node(node)
+        norm = module_of(source, (nn.BatchNorm2d,))
+        if norm is not None and norm.running_mean is not None and source.args and (not pools or pool is not None):
+            affine, source = _affine(norm), source.args[0]
+        direct = [user for user in value.users if is_noisy(user)]
+        readers = [user for user in node.users if user not in pools] + [user for p in pools for user in p.users]
+        if readers and all(map(is_noisy, readers)):
+            merged = pool is not None and (affine is not None or len(readers) == 1)
+            for reader in readers:
+                layer = model.get_submodule(reader.target)
+                reader.target = add("fused", reader, FusedConv(layer, Activation(layer, merged, affine)))
+            (pool if merged else node).replace_all_uses_with(source)
+            if merged:
+                graph.erase_node(pool)
+            graph.erase_node(node)
+        elif one := next((user for user in direct if calls[model.get_submodule(user.target)] == 1), None):
+            layer = model.get_submodule(one.target)
+            with graph.inserting_before(value):
+                both = graph.call_module(add("activation", one, Activation(layer, pool is not None, affine, keep=True)), (source,))
+                noisy = graph.call_function(operator.getitem, (both, 0))
+                clean = graph.call_function(operator.getitem, (both, 1))
+            with graph.inserting_before(one):
+                given = graph.call_module(add("given", one, FusedConv(layer, given=True)), (noisy,))
+            one.replace_all_uses_with(given)
+            graph.erase_node(one)
+            value.replace_all_uses_with(clean)
+            if pool is not None:
+                graph.erase_node(pool)
+            graph.erase_node(node)
+    graph.eliminate_dead_code(lambda node: node.op != "call_module" or type(model.get_submodule(node.target)) not in _NORMS)
     model.delete_all_unused_submodules()
     model.recompile()
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """A BatchNorm in eval mode as scale and shift [C]."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale.detach(), (shift if norm.bias is None else shift + norm.bias).detach()
+
+
+def _pair(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def pack_weights(model: torch.fx.GraphModule) -> None:
@@ -177,6 +269,15 @@ def pack_weights(model: torch.fx.GraphModule) -> None:
             node.target = name
     model.delete_all_unused_submodules()
     model.recompile()
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether the vendor's library keeps weights of ``dtype`` in its own order on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def _is_simple(layer) -> bool:

@@ -1,16 +1,132 @@
-"""How an ensemble's images x draws are cut into packed batches."""
+"""How an ensemble's images x draws are cut into packed batches, and how many rows these get.
 
-from collections.abc import Iterator
+A packed batch is as large as throughput wants, as memory allows, and no larger than what ran out of memory before. None of this changes
+a result by more than rounding: every row's noise is a function of its image and draw alone.
+"""
 
-# Rows of a packed batch where throughput peaks: on a CPU the activations of more rows leave the cache, on a GPU fewer leave it idle.
+import math
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Rows of a packed batch where throughput peaks in general: on a CPU the activations of more rows leave the cache, on a GPU fewer leave it
+# idle. And the numbers of rows worth measuring.
 SWEET_SPOT = {"cpu": 80, "cuda": 1024}
+LADDER = {"cpu": (20, 40, 80, 160, 320), "cuda": (256, 1024, 4096)}
+OTHER_DEVICES = 256
+
+CLEARLY = 0.97  # a number of rows replaces the general one if it takes less than this share of the time
+MEMORY_SHARE = 0.5  # of the free memory that one packed batch may take; the rest is for what cannot be foreseen, such as workspaces
+_LEAST_WORK = 4  # calls of fewer rows than so many times those of all trials are not measured
+
+Piece = tuple[slice, slice]  # of images, of draws
 
 
-def chunks(images: int, draws: int, rows: int) -> Iterator[tuple[slice, slice]]:
+class Planner:
+    """Rows of a packed batch for one (model, image shape, dtype, device); shared by every call, from any thread.
+
+    device: where the model runs. row_bytes: memory one row needs while it passes through the model, None if unknown.
+    """
+
+    def __init__(self, device: torch.device, row_bytes: float | None = None):
+        self.device, self.row_bytes = device, row_bytes
+        self.sweet_spot = SWEET_SPOT.get(device.type, OTHER_DEVICES)
+        self.measured = False
+        self.limit = math.inf  # fewer rows than ran out of memory
+
+    def rows(self, fixed: int | None = None) -> int:
+        """Rows of a full packed batch now. ``fixed``: what the user wants instead; memory that ran out still counts."""
+        if fixed is not None:
+            return min(fixed, self.limit)
+        return max(1, min(self.sweet_spot, self.limit, self._fits()))
+
+    def run(self, images: int, draws: int, step: Callable, fixed: int | None = None) -> Iterator[tuple[slice, slice, object]]:
+        """Yields (image slice, draw slice, ``step(image slice, draw slice)``) until each draw of each image was there once.
+
+        Images outermost; draws of one image in order. The first call with much work finds the sweet spot, by running packed batches of
+        several sizes, each of which counts. When memory runs out, the batch is tried again in halves and later batches are no larger.
+        """
+        start = 0
+        for rows in [] if fixed else self._trials(images * draws):
+            stop = min(images, start + max(1, rows // draws))
+            seconds = 0.0
+            for image, draw in chunks(stop - start, draws, rows):
+                image = slice(start + image.start, start + image.stop)
+                begin = self._clock()
+                results = list(self.attempt(image, draw, step))
+                seconds += self._clock() - begin
+                yield from results
+            self._note(rows, seconds / ((stop - start) * draws))
+            start = stop
+        for image, draw in chunks(images - start, draws, self.rows(fixed)):
+            yield from self.attempt(slice(start + image.start, start + image.stop), draw, step)
+
+    def attempt(self, image: slice, draw: slice, step: Callable) -> Iterator[tuple[slice, slice, object]]:
+        """One piece of `run`: as a whole, or in halves where memory does not suffice. Raises what ``step`` raises for a single row."""
+        rows = _length(image) * _length(draw)
+        if rows <= self.limit:
+            try:
+                result = step(image, draw)
+            except Exception as error:
+                if rows == 1 or not _out_of_memory(error):
+                    raise
+            else:
+                yield image, draw, result
+                return
+            # Not in the handler: its traceback holds what the failed pass had allocated.
+            self.limit = max(1, rows // 2)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        for half in _halves(image, draw):
+            yield from self.attempt(*half, step)
+
+    def _fits(self) -> float:
+        return math.inf if not self.row_bytes else free_memory(self.device) * MEMORY_SHARE // self.row_bytes
+
+    def _trials(self, work: int) -> list[int]:
+        """Sizes to try, twice each: the first run of a size also pays for what a library prepares for it."""
+        most = min(self.limit, self._fits())
+        sizes = [rows for rows in LADDER.get(self.device.type, ()) if rows <= most]
+        if self.measured or torch.is_grad_enabled() or len(sizes) < 2 or 2 * sum(sizes) * _LEAST_WORK > work:
+            return []
+        self.measured, self._times = True, {}
+        return sizes * 2
+
+    def _note(self, rows: int, seconds: float) -> None:
+        self._times[rows] = min(seconds, self._times.get(rows, math.inf))
+        best = min(self._times, key=self._times.get)
+        general = SWEET_SPOT[self.device.type]
+        self.sweet_spot = best if self._times[best] < CLEARLY * self._times.get(general, math.inf) else general
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+_planners: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
+
+
+def planner(model: torch.nn.Module, key: tuple, device: torch.device, row_bytes: float | None) -> Planner:
+    """The planner of ``model`` for ``key`` (image shape, dtype, ...): what it learns outlives every snapshot of the model."""
+    known = _planners.setdefault(model, {})
+    if (key, device) not in known:
+        known[key, device] = Planner(device, row_bytes)
+    return known[key, device]
+
+
+# --------------------------------------------------------------------------------------------------------------------- cutting
+def chunks(images: int, draws: int, rows: int) -> Iterator[Piece]:
     """Cuts ``images x draws`` into (image slice, draw slice) pairs of at most ``rows`` packed rows each, images outermost.
 
     All draws of an image stay together where they fit, so that what precedes the first noise runs once an image; pieces differ by at
-    most one image or draw, so no last piece is left tiny.
+    most one image or draw, so no last piece is left tiny. A piece with some of the draws has one image.
     """
     for image in _pieces(images, max(1, rows // draws)):
         for draw in _pieces(draws, rows):
@@ -21,3 +137,96 @@ def _pieces(total, most):
     count = -(-total // most)
     for i in range(count):
         yield slice(total * i // count, total * (i + 1) // count)
+
+
+def _halves(image, draw) -> list[Piece]:
+    """By images as long as there are several, so that the draws of an image stay in order."""
+    if _length(image) > 1:
+        middle = (image.start + image.stop) // 2
+        return [(slice(image.start, middle), draw), (slice(middle, image.stop), draw)]
+    middle = (draw.start + draw.stop) // 2
+    return [(image, slice(draw.start, middle)), (image, slice(middle, draw.stop))]
+
+
+def _length(s):
+    return s.stop - s.start
+
+
+def shard(images: int, rank: int, world_size: int) -> slice:
+    """The images of ``rank`` among ``world_size`` processes: contiguous, in order of rank, sizes that differ by at most one.
+
+    Raises ValueError naming the argument.
+    """
+    if images < 0:
+        raise ValueError(f"images must not be negative, got {images}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, world_size), got {rank} with world_size {world_size}")
+    return slice(images * rank // world_size, images * (rank + 1) // world_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- memory
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)  # the CPU allocator has no class of its own
+    )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may still take on ``device``: what is free there, or less where a limit is set. inf if unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_available(), _cgroup(), _address_space()) if device.type == "cpu" else math.inf
+
+
+def _available() -> float:
+    lines = _read("/proc/meminfo").splitlines()
+    return next((1024 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
+
+
+def _cgroup() -> float:
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    return max(0.0, float(limit) - float(used)) if limit.isdigit() and used.isdigit() else math.inf
+
+
+def _address_space() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = _read("/proc/self/statm").split()
+    if limit == resource.RLIM_INFINITY or not pages:
+        return math.inf
+    return max(0.0, limit - float(pages[0]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive at the same time, of those made within ``with``; ``peak`` is the most there were.
+
+    Works on the meta device as well, where the tensors have sizes and no memory.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not tensor._is_view() and not any(tensor is a for a in args):
+                size = tensor.numel() * tensor.element_size()
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(tensor, self._free, size)
+        return out
+
+    def _free(self, size):
+        self.alive -= size

@@ -12,6 +12,10 @@ import torch
 
 from rse_fast.ensemble import early_exit
 
+# A round may take as many draws more as makes the draws of an image grow by this factor. The surplus of an image that is decided within
+# a round is not counted; without it, the last hard images of a batch would run a row or two at a time.
+GROWTH = 1.5
+
 
 @dataclass
 class Tally:
@@ -115,11 +119,13 @@ class Pool:
         self.state = None if self.criterion is None else self.state.select(rows)
 
     def _draws(self) -> int:
-        """Draws of each image in the next batch: what fills it, but no more than any of the images is known to need."""
-        needed = self.draws - self.tally.used
-        if self.criterion is not None:
-            needed = torch.minimum(needed, self.criterion.needed(self.state))
-        return max(1, min(self.rows // len(needed), int(needed.max())))
+        """Draws of each image in the next batch: what fills it, but no more than an image is known to need, or `GROWTH` times before."""
+        left = self.draws - self.tally.used
+        if self.criterion is None:
+            wanted = left
+        else:
+            wanted = torch.maximum(self.criterion.needed(self.state), ((GROWTH - 1) * self.tally.used).ceil().long()).minimum(left)
+        return max(1, min(self.rows // len(left), int(wanted.max())))
 
     def _refill(self) -> None:
         free = min(self.places - len(self.tally.index), len(self.waiting))

@@ -1,0 +1,92 @@
+"""CUDA graphs of packed batches: one launch in place of hundreds, which is what a batch of few rows waits for."""
+
+import dataclasses
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from rse_fast.nn import Scope
+
+SMALL = 256  # rows up to which the launches, not the arithmetic, take the time
+MOST = 32  # graphs of one model; shapes beyond run without
+
+
+class Graphs:
+    """Runs packed batches of one model on one CUDA device, captured by shape when a shape comes again.
+
+    run: (x [images, ...], scope) -> logits, without gradients. The seed, the images' indices and their first draws are device tensors of
+    the graph, so each replay has the noise it is asked for. May be called from any thread and on any stream; replays follow each other.
+    always: whatever the number of rows; otherwise up to SMALL. What cannot be captured runs as it is, after one warning.
+    """
+
+    def __init__(self, run: Callable, always: bool):
+        self.run, self.always, self.problem = run, always, None
+        self._graphs, self._seen, self._lock = {}, Counter(), threading.Lock()
+        self._pool = self._done = None
+
+    def __call__(self, x: torch.Tensor, scope: Scope) -> torch.Tensor:
+        key = x.shape, x.dtype, x.stride(), scope.images, scope.draws, scope.backend, scope.silent
+        wanted = self.always or scope.images * scope.draws <= SMALL
+        if not wanted or self.problem or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
+            return self.run(x, scope)
+        with self._lock, torch.cuda.device(x.device):
+            if key not in self._graphs:
+                self._seen[key] += 1
+                if self._seen[key] < 2 or len(self._graphs) >= MOST:
+                    return self.run(x, scope)
+            stream = torch.cuda.current_stream()
+            if self._done is not None:
+                stream.wait_event(self._done)  # all graphs share one pool of memory, and another stream may be in it
+            if key not in self._graphs:
+                try:
+                    self._graphs[key] = self._capture(x, scope)
+                except Exception as error:
+                    self.problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    message = f"rse-fast: the model cannot be captured in a CUDA graph and runs without one ({self.problem})"
+                    warnings.warn(message, RuntimeWarning, stacklevel=2)
+                    return self.run(x, scope)
+            graph, static, noise, logits = self._graphs[key]
+            static.copy_(x)
+            self._set(noise, scope)
+            graph.replay()
+            result = logits.clone()
+            self._done = stream.record_event()
+            scope.calls.update(noise.calls)
+            return result
+
+    def _capture(self, x, scope):
+        places = torch.zeros((scope.images, 2), dtype=torch.int64, device=x.device)
+        noise = dataclasses.replace(scope, seed=torch.zeros_like(scope.seed), image0=0, draw0=0, places=places, calls={})
+        static = x.clone()
+        self._set(noise, scope)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles kernels, picks algorithms, fills caches: none of it may happen in a capture
+                self._fresh(noise)
+                self.run(static, noise)
+        torch.cuda.current_stream().wait_stream(side)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        self._fresh(noise)
+        # Other threads may go on using the device while this one captures.
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+            logits = self.run(static, noise)
+        return graph, static, noise, logits
+
+    @staticmethod
+    def _fresh(noise):
+        noise.calls.clear()  # one scope is one forward pass: layers count their calls in it
+
+    @staticmethod
+    def _set(noise, scope):
+        noise.seed.copy_(scope.seed)
+        if scope.places is not None:
+            noise.places.copy_(scope.places)
+        else:
+            noise.places[:, 0] = torch.arange(scope.image0, scope.image0 + scope.images, device=noise.places.device)
+            noise.places[:, 1] = scope.draw0
