@@ -61,13 +61,14 @@ def add_noise(
 
 
 def activate_noise(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, pool=False, backend="auto",
-    places=None,
+    x, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, pool=False, keep=True,
+    backend="auto", places=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(noisy, clean) in one pass, for networks whose activation goes on with and without noise. For inference: it has no gradient.
 
     clean = ``act(x * scale + shift)``, with ``pool`` the largest of each 2x2 window of it, rounded once to x's dtype: one row for each
-    row of x. noisy = the same value before its rounding, plus ``sigma * eps``, rounded once: ``draws * images`` rows.
+    row of x; no rows unless ``keep``. noisy = the same value before its rounding, plus ``sigma * eps``, rounded once: ``draws * images``
+    rows.
 
     x [images or draws * images, C, *spatial]; with pool [*, C, H, W], H and W at least 2. Everything else as in `add_noise`. Raises
     RuntimeError where an input requires a gradient.
@@ -81,7 +82,7 @@ def activate_noise(
     noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
     places = _places(places, *noise[3:5], x.device)
-    return ops.activate_noise(x, *noise, scale, shift, act == "relu", bool(pool), backend, places)
+    return ops.activate_noise(x, *noise, scale, shift, act == "relu", bool(pool), backend, places, bool(keep))
 
 
 def add_noise_u8(

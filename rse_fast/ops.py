@@ -19,8 +19,8 @@ _lib = torch.library.Library("rse_fast", "DEF")
 _NOISE = "Tensor sigma, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image0, SymInt draw0"
 _lib.define(f"add_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, Tensor? places=None) -> Tensor")
 _lib.define(
-    f"activate_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, bool pool, str backend, Tensor? places=None) "
-    "-> (Tensor noisy, Tensor clean)"
+    f"activate_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, bool pool, str backend, Tensor? places=None, "
+    "bool keep=True) -> (Tensor noisy, Tensor clean)"
 )
 _lib.define(
     f"add_noise_u8(Tensor x, float step, int zero_point, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, "
@@ -134,27 +134,29 @@ def _sum_draws(g, rows, images, draws):
 
 
 # --------------------------------------------------------------------------------------------------------------- activate_noise
-def _activate_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None):
-    """clean = maxpool2x2?(act(x * scale + shift)), one row for each row of x; noisy = clean before its rounding + sigma * eps."""
+def _activate_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None, keep=True):
+    """clean = maxpool2x2?(act(x * scale + shift)), one row for each row of x (none unless ``keep``); noisy = clean before its rounding
+    + sigma * eps."""
     if reference.layout(x) is None:
         x = x.contiguous()
-    noisy, clean = reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0], pool)
+    noisy, clean = reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0] if keep else 0, pool)
     where = seed, stream, images, draws, image0, draw0
     if backend == "triton" or (backend == "cpu" and not (pool and scale is not None)):
         if backend == "cpu" and pool:
             x, pool = torch.nn.functional.max_pool2d(x, 2), False  # commutes with all but a negative scale
         launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
         sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
-        options = {"clean": clean, "pool": True} if pool else {"clean": clean}
+        options = {"clean": clean} if keep else {}
+        options = {**options, "pool": True} if pool else options
         launch(x, noisy, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, places, **options)
         return noisy, clean
     value = reference.activate(x, scale, shift, relu, pool)
     noisy.copy_(add_noise(value, sigma, *where, None, None, False, backend, places))
-    return noisy, clean.copy_(value)
+    return noisy, clean.copy_(value) if keep else clean
 
 
-def _activate_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None):
-    return reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0], pool)
+def _activate_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None, keep=True):
+    return reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0] if keep else 0, pool)
 
 
 def _refuse_gradient(ctx, inputs, output):

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 import rse_fast
 from rse_fast.ensemble import fuse
-from rse_fast.models import VGG16, ResNeXt29
+from rse_fast.models import VGG16, ModelA, ResNeXt29
 from rse_fast.nn import GaussianNoise, NoisyConv2d, Scope, noise_layers
 
 pytestmark = [
@@ -32,13 +32,15 @@ def run(model, x, seed):
 
 
 def kinds(model):
-    """How many layers of a kind the graph of a snapshot calls; "packs relu" of them with a ReLU merged into the noise."""
+    """How many layers of a kind the graph of a snapshot calls: ReLUs merged into the noise of their one reader, and those whose clean
+    values go to other readers as well."""
     modules = [model.get_submodule(node.target) for node in model.graph.nodes if node.op == "call_module"]
     calls = [node for node in model.graph.nodes if node.op in ("call_function", "call_method")]
     return {
         "norms": sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules),
         "relus": sum(isinstance(m, nn.ReLU) for m in modules) + sum("relu" in str(node.target) for node in calls),
         "merged": sum(isinstance(m, fuse.FusedConv) and m.relu for m in modules),
+        "shared": sum(isinstance(m, fuse.Activation) for m in modules),
     }
 
 
@@ -92,26 +94,93 @@ def test_small_networks(name, seed):
 def test_what_is_left_of_a_plain_network(seed):
     # Three convolutions with BatchNorm or ReLU behind them, of which two are read by noisy convolutions (one through a pool).
     snapshot = assert_same_function(NETS["plain"](), seed)
-    assert kinds(snapshot) == {"norms": 0, "relus": 0, "merged": 3}
+    assert kinds(snapshot) == {"norms": 0, "relus": 0, "merged": 3, "shared": 0}
 
 
-def test_residual_blocks_keep_their_shared_relu(seed):
+def test_residual_blocks(seed):
     snapshot = assert_same_function(NETS["residual"](), seed)
     assert kinds(snapshot)["norms"] == 0
     # Inside a block one ReLU stands between two convolutions; the sum's ReLU is read by the next block's two convolutions, or the head.
-    assert kinds(snapshot) == {"norms": 0, "relus": 1, "merged": 4}
+    assert kinds(snapshot) == {"norms": 0, "relus": 1, "merged": 4, "shared": 0}
 
 
 def test_shortcuts_added_in_place_do_not_hinder(seed):
     model = lively(rse_fast.convert(Net(added_to_a_shortcut)))
-    assert kinds(assert_same_function(model, seed)) == {"norms": 0, "relus": 0, "merged": 1}
+    assert kinds(assert_same_function(model, seed)) == {"norms": 0, "relus": 0, "merged": 1, "shared": 0}
 
 
-@pytest.mark.parametrize(("cls", "relus", "merged"), [(VGG16, 1, 12), (ResNeXt29, 7, 24)])
-def test_networks_of_the_paper(cls, relus, merged):
-    # What is left: the ReLU in front of the head, and in ResNeXt29 the two a stage that an identity shortcut reads as well.
+@pytest.mark.parametrize(("cls", "merged", "shared"), [(VGG16, 12, 0), (ResNeXt29, 24, 6), (ModelA, 5, 0)])
+def test_networks_of_the_paper(cls, merged, shared):
+    # What is left is the ReLU in front of the head. In ResNeXt29 an identity shortcut reads two ReLUs a stage as well.
     snapshot, problem = fuse.snapshot(rse_fast.convert(cls()).eval(), torch.float32)
-    assert problem is None and kinds(snapshot) == {"norms": 0, "relus": relus, "merged": merged}
+    assert problem is None and kinds(snapshot) == {"norms": 0, "relus": 1, "merged": merged, "shared": shared}
+
+
+class Dense(nn.Module):
+    """Two layers of a DenseNet, whose BatchNorm reads what others read as well, and a stem with a pool that overlaps."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn0, self.pool = conv(3, 8, padding=1), nn.BatchNorm2d(8), nn.MaxPool2d(3, 2, padding=1)
+        self.bn1, self.conv1 = nn.BatchNorm2d(8), conv(8, 4, padding=1)
+        self.bn2, self.conv2, self.down = nn.BatchNorm2d(12), conv(12, 4, padding=1), nn.MaxPool2d(2)
+        self.bn3, self.head = nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 6, 1), Head(6))
+
+    def forward(self, x):
+        x = self.pool(self.bn0(self.stem(x)).relu())
+        x = torch.cat([x, self.conv1(self.bn1(x).relu())], 1)
+        return self.head(self.down(self.bn3(self.conv2(self.bn2(x).relu())).relu()))
+
+
+class Inverted(nn.Module):
+    """A block of MobileNetV2 with plain ReLUs: expansion, depthwise convolution, linear projection, shortcut without a ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(6, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True),
+            nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True),
+            nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+LIKE = {
+    # The stem's ReLU is read behind a pool that overlaps, by a BatchNorm and the concatenation; bn1 and bn2 go into the noise.
+    "DenseNet": (Dense, {"norms": 0, "relus": 1, "merged": 3, "shared": 0}),
+    "MobileNet": (lambda: nn.Sequential(conv(3), Inverted(), nn.ReLU(), Inverted(), Head(6)), {"norms": 0, "relus": 0, "merged": 4, "shared": 1}),
+    "pre-activation ResNet": (lambda: nn.Sequential(conv(3), PreActivation(), PreActivation(), Head(6)), {"norms": 0, "relus": 0, "merged": 4, "shared": 0}),
+    "ResNet's stem": (lambda: nn.Sequential(conv(3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), Residual(), Head(6)), {"norms": 0, "relus": 0, "merged": 1, "shared": 1}),
+    "pooled ResNet": (lambda: nn.Sequential(conv(3), nn.ReLU(), nn.MaxPool2d(2), Residual(), Head(6)), {"norms": 0, "relus": 0, "merged": 1, "shared": 1}),
+}
+
+
+class PreActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.conv1, self.bn2, self.conv2 = nn.BatchNorm2d(6), conv(6, padding=1), nn.BatchNorm2d(6), conv(6, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = conv(6, padding=1), conv(6, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(self.conv1(x).relu())
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_graphs_of_other_families(name, seed):
+    make, expected = LIKE[name]
+    model = lively(rse_fast.convert(make(), 0.3, 0.2), x=torch.rand(16, 3, 12, 12))
+    shape = (IMAGES, 3, 11, 12) if name not in ("MobileNet", "pre-activation ResNet") else (IMAGES * DRAWS, 3, 11, 12)
+    assert kinds(assert_same_function(model, seed, shape)) == expected
 
 
 # -------------------------------------------------------------------------------------------------------------- BatchNorm and conv
@@ -155,7 +224,7 @@ def test_other_dimensions(dimensions, seed):
 
 def test_plain_convolutions_are_folded_too(seed):
     model = net(conv(3), nn.BatchNorm2d(6), nn.ReLU(), NoisyConv2d(6, 6, 3, sigma=0.3), Head(6), convert=False)
-    assert kinds(assert_same_function(model, seed)) == {"norms": 0, "relus": 0, "merged": 1}
+    assert kinds(assert_same_function(model, seed)) == {"norms": 0, "relus": 0, "merged": 1, "shared": 0}
 
 
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
@@ -296,6 +365,19 @@ def names_are_taken(m, x):
     return m.relu_conv2(m.relu_conv(m.relu(m.conv2(m.relu(m.conv(x))))))
 
 
+def the_relu_is_overwritten_later(m, x):
+    y = m.relu(m.bn(m.conv(x)))
+    y.mul_(2)
+    return m.conv2(y) + y
+
+
+def what_the_norm_reads_is_overwritten_later(m, x):
+    y = m.conv(x)
+    z = m.relu(m.bn(y))
+    y.mul_(2)
+    return m.conv2(z) + y
+
+
 def constants_are_made(m, x):
     return m.bn(m.conv(x - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1).to(x.dtype) + x.new_zeros(x.shape[0], 1, 1, 1)))
 
@@ -331,6 +413,19 @@ def test_forwards(forward, seed):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
     assert_same_function(rse_fast.convert(model, 0.3, 0.2), seed, shape=PACKED)
+
+
+@pytest.mark.parametrize("forward", [the_relu_is_overwritten_later, what_the_norm_reads_is_overwritten_later])
+def test_memory_that_is_written_to_later(forward, seed):
+    # No gradient flows through such a forward, but it predicts.
+    model = lively(rse_fast.convert(Net(forward), 0.3, 0.2)).double()
+    model.bn.running_mean.normal_()
+    snapshot, problem = fuse.snapshot(model, torch.float64)
+    assert problem is None
+    with torch.no_grad():
+        x = torch.rand(PACKED, dtype=torch.float64)
+        expected, found = run(model, x, seed), run(snapshot, x, seed)
+    assert (found - expected).abs().max() <= 1e6 * torch.finfo(torch.float64).eps * expected.abs().max()
 
 
 def test_parameters_shared_by_two_convolutions(seed):

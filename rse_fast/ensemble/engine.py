@@ -174,6 +174,10 @@ class Ensemble(nn.Module):
     def _seed_tensor(seed, x):
         return functional.seed_tensor(seed, x.device)
 
+    def _rows(self, x):
+        with self._model(x) as model:
+            return model.planner.rows(self.chunk_rows)
+
     def _all_draws(self, x, seed, image0):
         """The `Tally` of every draw of every image."""
         with self._model(x) as model:
@@ -193,9 +197,9 @@ class Ensemble(nn.Module):
             return self.logits_at(x, places, draws, seed)
 
         with self._model(x) as model:
-            classes, rows = model.classes, model.planner.rows(self.chunk_rows)
+            classes = model.classes
         criterion = make_criterion(self.early_exit, draws, max(classes, 1))
-        return Pool(run, classes, draws, rows, criterion, x.device)
+        return Pool(run, classes, draws, self._rows(x), criterion, x.device)
 
     def logits_at(self, x: torch.Tensor, places: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None) -> torch.Tensor:
         """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``places[i, 1] ..`` of image ``places[i, 0]``

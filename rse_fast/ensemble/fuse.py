@@ -20,6 +20,7 @@ from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, NoisyConv1d, NoisyConv2d, NoisyConv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_INPLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 _FRESH = (operator.add, operator.sub, operator.mul, torch.add, torch.cat)  # calls whose result is new memory
 
 
@@ -101,30 +102,29 @@ def fold_batch_norm(model: torch.fx.GraphModule) -> None:
 class Activation(nn.Module):
     """``[x * scale + shift] -> ReLU -> [2x2 max-pool] -> noise of a layer``, one pass over memory for all of it.
 
-    affine: scale and shift [C], or None. Given ``x``, returns (noisy, clean): clean is what the noise was added to, None unless ``keep``.
+    affine: scale and shift [C], or None. Returns (noisy, clean) of x; clean, to which the noise was added, is complete if ``keep``.
     """
 
     def __init__(self, layer: nn.Module, pool: bool = False, affine: tuple[torch.Tensor, torch.Tensor] | None = None, keep: bool = False):
         super().__init__()
         self.layer, self.pool, self.keep = layer, pool, keep
-        scale, shift = affine or (None, None)
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", shift)
+        self.scale, self.shift = affine or (None, None)  # no buffers: they stay in float32, as the noise arithmetic is
 
     def forward(self, x):
-        noise = self.layer.noise_arguments(x) if getattr(self.layer, "noise_enabled", False) else None
+        x = x.to(self.layer.weight.dtype)
+        noise = self.layer.noise_arguments(x) if self.layer.noise_enabled else None
         if noise is None or x.requires_grad:  # the op that does it all is for inference
-            clean = x if self.scale is None else x * self.scale.to(x.dtype)[:, None, None] + self.shift.to(x.dtype)[:, None, None]
+            clean = x if self.scale is None else (x * self.scale[:, None, None] + self.shift[:, None, None]).to(x.dtype)
             clean = clean.relu()
             clean = nn.functional.max_pool2d(clean, 2) if self.pool else clean
             return clean if noise is None else functional.add_noise(clean, **noise), clean
-        pool, relu = self.pool, True
-        if pool and self.scale is None and x.device.type == "cpu":  # commutes with ReLU, and bytes are fewer behind the vendor's pool
+        pool = self.pool
+        if pool and self.scale is None and x.device.type == "cpu":  # commutes with ReLU, and the vendor's pool leaves a quarter of the bytes
             x, pool = nn.functional.max_pool2d(x, 2), False
-        affine = {"scale": self.scale, "shift": self.shift}
+        options = {"scale": self.scale, "shift": self.shift, "act": "relu", **noise}
         if pool or self.keep:
-            return functional.activate_noise(x, **affine, pool=pool, keep=self.keep, **noise)
-        return functional.add_noise(x, **affine, act="relu" if relu else None, **noise), None
+            return functional.activate_noise(x, pool=pool, keep=self.keep, **options)
+        return functional.add_noise(x, **options), x
 
 
 class FusedConv(nn.Module):
@@ -147,7 +147,7 @@ class FusedConv(nn.Module):
         x = input.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
         if self.activation is not None:
             x, _ = self.activation(x)
-        elif getattr(layer, "noise_enabled", False) and not self.given:
+        elif not self.given and getattr(layer, "noise_enabled", False):
             x = functional.add_noise(x, **layer.noise_arguments(x))
         # The vendor's op for packed weights has no gradient; elsewhere than on the CPU it does not exist.
         if x.device.type != "cpu" or x.requires_grad or not x.numel() or not _packs(x.dtype):
@@ -202,6 +202,17 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         views = node.args[:1] if node.target is operator.iadd else node.all_input_nodes  # what its result may be a view of
         return node.op.startswith("call_") and all(map(is_private, views))
 
+    def is_steady(node):
+        """Whether what it computes is new memory that nobody writes to later, so that it may be read later than the graph says."""
+        fresh = node.target in _FRESH or module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
+        return fresh and not any(map(writes, node.users))
+
+    def writes(node):
+        if node.op == "call_module":
+            return getattr(model.get_submodule(node.target), "inplace", False)
+        name = node.target if isinstance(node.target, str) else node.target.__name__
+        return name.rstrip("_") != name or node.kwargs.get("inplace") or node.target in _INPLACE
+
     def add(prefix, node, module):
         name = f"rse_fast_{prefix}_{node.name}"  # a name of its own: "relu_conv" may be one of the model's
         model.add_submodule(name, module)
@@ -211,38 +222,41 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         if not is_relu(node) or not node.users or not node.args or not is_private(node.args[0]):
             continue
         source, affine = node.args[0], None
-        pool = next(iter(node.users)) if len(node.users) == 1 and is_2x2(next(iter(node.users))) else None
-        value = node if pool is None else pool
-        pools = [user for user in node.users if is_pool(user)]
+        users = list(node.users)
+        pools = [user for user in users if is_pool(user)]
+        only = users[0] if len(users) == 1 and pools else None  # the pool, where it alone reads the ReLU
+        pool = only if only is not None and is_2x2(only) else None  # goes into the noise op
         norm = module_of(source, (nn.BatchNorm2d,))
-        if norm is not None and norm.running_mean is not None and source.args and (not pools or pool is not None):
-            affine, source = _affine(norm), source.args[0]
-        direct = [user for user in value.users if is_noisy(user)]
-        readers = [user for user in node.users if user not in pools] + [user for p in pools for user in p.users]
-        if readers and all(map(is_noisy, readers)):
-            merged = pool is not None and (affine is not None or len(readers) == 1)
+        if norm is not None and norm.running_mean is not None and source.args and (pool or not pools) and is_steady(source.args[0]):
+            affine = _affine(norm)
+        readers = [user for user in users if user not in pools] + [user for p in pools for user in p.users]
+        noisy = [user for user in readers if is_noisy(user)]
+        once = [user for user in noisy if calls[model.get_submodule(user.target)] == 1]  # the calls of a layer stay in order
+        if readers and len(noisy) == len(readers):
+            if pool is not None and affine is None and len(readers) > 1:
+                pool = None  # once, and not again for every reader
             for reader in readers:
                 layer = model.get_submodule(reader.target)
-                reader.target = add("fused", reader, FusedConv(layer, Activation(layer, merged, affine)))
-            (pool if merged else node).replace_all_uses_with(source)
-            if merged:
-                graph.erase_node(pool)
-            graph.erase_node(node)
-        elif one := next((user for user in direct if calls[model.get_submodule(user.target)] == 1), None):
-            layer = model.get_submodule(one.target)
-            with graph.inserting_before(value):
-                both = graph.call_module(add("activation", one, Activation(layer, pool is not None, affine, keep=True)), (source,))
-                noisy = graph.call_function(operator.getitem, (both, 0))
-                clean = graph.call_function(operator.getitem, (both, 1))
-            with graph.inserting_before(one):
-                given = graph.call_module(add("given", one, FusedConv(layer, given=True)), (noisy,))
-            one.replace_all_uses_with(given)
-            graph.erase_node(one)
-            value.replace_all_uses_with(clean)
-            if pool is not None:
-                graph.erase_node(pool)
-            graph.erase_node(node)
-    graph.eliminate_dead_code(lambda node: node.op != "call_module" or type(model.get_submodule(node.target)) not in _NORMS)
+                reader.target = add("fused", reader, FusedConv(layer, Activation(layer, pool is not None, affine)))
+        elif once and (only is not None or not pools) and not any(map(writes, readers)):
+            shared, value = once[0], node if only is None else only
+            layer = model.get_submodule(shared.target)
+            with graph.inserting_after(value):
+                both = graph.call_module(add("activation", shared, Activation(layer, pool is not None, affine, keep=True)), (value,))
+            with graph.inserting_after(both):
+                values = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
+            value.replace_all_uses_with(values[1], delete_user_cb=lambda user, both=both: user is not both)
+            shared.args, shared.kwargs = (values[0],), {}
+            shared.target = add("given", shared, FusedConv(layer, given=True))
+        else:
+            continue
+        if pool is not None:
+            pool.replace_all_uses_with(node)
+            graph.erase_node(pool)
+        node.replace_all_uses_with(source if affine is None else source.args[0])
+        graph.erase_node(node)
+        if affine is not None:
+            graph.erase_node(source)
     model.delete_all_unused_submodules()
     model.recompile()
 
