@@ -257,13 +257,29 @@ def _noisy_conv_backward(ctx, g):
     elif x.shape[0] != images * draws:
         noisy = x.expand(draws, *x.shape).flatten(0, 1)  # only its shape is read
     stride, padding, dilation = ctx.conv
+    no_output_padding = [0] * len(stride)
+    needs_b = needs_b and ctx.bias_sizes is not None
+    astray = (needs_w or needs_b) and _written_astray(noisy, weight, stride, padding)
     g_noisy, g_w, g_b = torch.ops.aten.convolution_backward(
-        g, noisy, weight, ctx.bias_sizes, stride, padding, dilation, False, [0] * len(stride), ctx.groups,
-        [needs_x or needs_sigma, needs_w, needs_b and ctx.bias_sizes is not None],
+        g, noisy, weight, ctx.bias_sizes, stride, padding, dilation, False, no_output_padding, ctx.groups,
+        [needs_x or needs_sigma, needs_w and not astray, needs_b and not astray],
     )  # fmt: skip
+    if astray:
+        read = noisy[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
+        _, g_w, g_b = torch.ops.aten.convolution_backward(
+            g, read, weight, ctx.bias_sizes, [1] * len(stride), padding, dilation, False, no_output_padding, ctx.groups,
+            [False, needs_w, needs_b],
+        )  # fmt: skip
     g_x = _sum_draws(g_noisy, x.shape[0], images, draws) if needs_x else None
     g_sigma = sigma_grad(g_noisy, seed, *ctx.where, sigma.dim() == 1, ctx.backend, places) if needs_sigma else None
     return g_x, g_w, g_b, g_sigma, *[None] * 12
+
+
+def _written_astray(x, weight, stride, padding):
+    """Whether oneDNN would write past its workspace for the weight's gradient: strided 1x1 convolutions of few channels, channels last
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). Taken at the pixels that it reads, the same convolution has no stride."""
+    pointwise = all(k == 1 for k in weight.shape[2:]) and not any(padding)
+    return x.device.type == "cpu" and pointwise and max(stride) > 1 and weight.shape[1] < 16
 
 
 def _noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, backend, places=None):

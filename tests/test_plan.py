@@ -1,6 +1,11 @@
-"""Cutting images x draws into packed batches: every pair once, never more rows than allowed, and the order that the engine sums in."""
+"""Cutting images x draws into packed batches: every pair once, in the order that the engine sums in, never more rows than allowed, than
+memory holds, or than is fast."""
+
+import gc
+import weakref
 
 import pytest
+import torch
 
 from rse_fast.ensemble import plan
 
@@ -43,3 +48,144 @@ def test_chunks_go_image_by_image_and_keep_the_draws_together(cases):
 
 def test_no_images_no_chunks():
     assert list(plan.chunks(0, 10, 80)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------- planner
+CPU = torch.device("cpu")
+
+
+def covered(pieces):
+    return [(i, d) for image, draw, _ in pieces for d in range(draw.start, draw.stop) for i in range(image.start, image.stop)]
+
+
+def complete(images, draws):
+    return [(i, d) for i in range(images) for d in range(draws)]
+
+
+class Memory:
+    """A step that runs out of memory beyond so many rows; ``tried`` are the rows of every attempt."""
+
+    def __init__(self, rows, error=torch.OutOfMemoryError):
+        self.rows, self.error, self.tried = rows, error, []
+
+    def __call__(self, image, draw):
+        self.tried.append(length(image) * length(draw))
+        if self.tried[-1] > self.rows:
+            raise self.error("no room")
+        return self.tried[-1]
+
+
+def test_when_memory_runs_out_nothing_is_lost_and_it_is_remembered(cases):
+    for images, draws, rows in cases[::7]:
+        planner, memory = plan.Planner(CPU), Memory(max(1, rows // 3))
+        pieces = list(planner.run(images, draws, memory, fixed=rows))
+        assert sorted(covered(pieces)) == complete(images, draws), (images, draws, rows)
+        draws_of_0 = [d for image, draw, _ in pieces if image.start == 0 for d in range(draw.start, draw.stop)]
+        assert draws_of_0 == list(range(draws))  # in order: sums of a prefix are those of fewer draws
+        failures = sum(n > memory.rows for n in memory.tried)
+        assert failures <= max(1, rows).bit_length()
+        memory.tried.clear()
+        assert sorted(covered(planner.run(images, draws, memory, fixed=rows))) == complete(images, draws)
+        assert not any(n > memory.rows for n in memory.tried), "the second call knows"
+
+
+@pytest.mark.parametrize("error", [MemoryError, lambda text: RuntimeError(f"DefaultCPUAllocator: can't allocate memory: {text}")])
+def test_the_cpu_runs_out_of_memory_in_its_own_words(error):
+    assert sorted(covered(plan.Planner(CPU).run(5, 4, Memory(3, error), fixed=20))) == complete(5, 4)
+
+
+def test_an_error_that_is_no_lack_of_memory_comes_out_at_once():
+    memory = Memory(3, lambda text: RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(plan.Planner(CPU).run(5, 4, memory, fixed=20))
+    assert memory.tried == [20]
+
+
+def test_a_single_row_that_does_not_fit_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        list(plan.Planner(CPU).run(2, 3, Memory(0), fixed=6))
+
+
+def test_rows_follow_free_memory_and_what_the_user_wants():
+    free = plan.free_memory(CPU)
+    assert 0 < free < 2**50
+    assert plan.Planner(CPU, row_bytes=1).rows() == plan.Planner(CPU).rows() == plan.SWEET_SPOT["cpu"]
+    assert plan.Planner(CPU, row_bytes=free * plan.MEMORY_SHARE / 10.5).rows() in range(7, 14)  # free memory changes meanwhile
+    assert plan.Planner(CPU, row_bytes=100 * free).rows() == 1
+    assert plan.Planner(CPU, row_bytes=100 * free).rows(fixed=30) == 30
+
+
+def test_a_limit_of_the_address_space_counts():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, before[1]))
+        assert plan.free_memory(CPU) <= 2**28
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize(("best", "chosen"), [(20, 20), (320, 320), (80, 80), (None, 80)])
+def test_the_first_large_call_measures_and_every_row_it_runs_counts(best, chosen):
+    planner, clock, draws, images = plan.Planner(CPU), [0.0], 10, 2000
+
+    def step(image, draw):
+        rows = length(image) * length(draw)
+        clock[0] += rows * (0.5 if rows == best else 1.0 if best else 1.0 - rows * 5e-5)  # without a best, no size is clearly better
+        return rows
+
+    planner._clock = lambda: clock[0]
+    with torch.no_grad():
+        small = list(planner.run(20, draws, step))
+        assert not planner.measured and {rows for *_, rows in small} <= {70, 60, 80}
+        pieces = list(planner.run(images, draws, step))
+        assert sorted(covered(pieces)) == complete(images, draws)
+        assert planner.rows() == chosen
+        assert max(rows for *_, rows in planner.run(images, draws, step)) == chosen
+
+
+def test_no_measuring_while_gradients_are_kept_or_rows_are_given():
+    for fixed, grad in ((None, True), (40, False)):
+        planner = plan.Planner(CPU)
+        with torch.set_grad_enabled(grad):
+            list(planner.run(5000, 10, lambda image, draw: None, fixed))
+        assert not planner.measured
+
+
+def test_planners_are_shared_by_key_and_let_models_go():
+    model = torch.nn.Linear(2, 2)
+    one = plan.planner(model, ((3, 8, 8), torch.float32), CPU, 10)
+    assert plan.planner(model, ((3, 8, 8), torch.float32), CPU, 20) is one
+    assert plan.planner(model, ((3, 9, 9), torch.float32), CPU, 20) is not one
+    assert plan.planner(torch.nn.Linear(2, 2), ((3, 8, 8), torch.float32), CPU, 20) is not one
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_peak_bytes_counts_what_is_alive_at_once(device):
+    with torch.no_grad(), plan.PeakBytes() as memory:
+        a = torch.zeros(1000, device=device)
+        b = a + 1
+        assert memory.peak == 8000
+        b += 1
+        b = b.view(10, 100) + 1  # the old b goes only then
+        del a
+        c = b * 2
+        assert memory.alive == 8000
+    assert memory.peak == 12000
+    del b, c
+
+
+def test_shards_are_a_partition_in_order():
+    for images in (0, 1, 7, 64):
+        for world in (1, 2, 3, 8):
+            parts = [plan.shard(images, rank, world) for rank in range(world)]
+            assert [i for part in parts for i in range(part.start, part.stop)] == list(range(images))
+            assert max(map(length, parts)) - min(map(length, parts)) <= 1
+    for bad in ((-1, 0, 1), (5, 2, 2), (5, -1, 2), (5, 0, 0)):
+        with pytest.raises(ValueError, match="images" if bad[0] < 0 else "rank"):
+            plan.shard(*bad)

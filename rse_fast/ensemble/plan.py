@@ -8,6 +8,7 @@ import math
 import os
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -217,16 +218,27 @@ class PeakBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.alive = self.peak = 0
+        self._holders = Counter()  # tensors by the storage they look at
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view() and not any(tensor is a for a in args):
-                size = tensor.numel() * tensor.element_size()
-                self.alive += size
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(tensor, self._free, size)
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata in self._holders or storage._cdata not in given:
+                    self._hold(tensor, storage._cdata, storage.nbytes())
         return out
 
-    def _free(self, size):
-        self.alive -= size
+    def _hold(self, tensor, key, size):
+        if not self._holders[key]:
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+        self._holders[key] += 1
+        weakref.finalize(tensor, self._release, key, size).atexit = False
+
+    def _release(self, key, size):
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            del self._holders[key]
+            self.alive -= size
