@@ -17,6 +17,9 @@ from torch import nn
 
 import rse_fast
 from rse_fast import Ensemble
+from rse_fast.ensemble import fuse as fusion
+from rse_fast.ensemble import plan
+from rse_fast.nn import GaussianNoise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FUSE = pytest.mark.parametrize("fuse", [True, False])
@@ -331,3 +334,91 @@ def test_a_scope_belongs_to_its_thread(seed):
             assert model(x).shape == (2, CLASSES) and not torch.equal(model(x), model(x))
         leave.set()
         assert torch.equal(waiting.result(60).probs, ensemble.predict(x).probs)
+
+
+# ----------------------------------------------------------------------------------------------------- the check of the fused model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_fusion_is_found_told_and_not_used(dtype, seed, monkeypatch):
+    model, x = NETS["residual"](), images()
+    expected = Ensemble(model, 4, fuse=False, dtype="float32").predict(x, seed).probs
+    fold = fusion.fold_batch_norm
+
+    def wrong(graph):
+        fold(graph)
+        next(m for m in graph.modules() if isinstance(m, nn.Conv2d)).weight.mul_(1.3)
+
+    monkeypatch.setattr(fusion, "fold_batch_norm", wrong)
+    ensemble = Ensemble(model, 4, dtype=dtype)
+    with pytest.warns(RuntimeWarning, match="runs unfused: fused, it gives other results .relative error"):
+        found = ensemble.predict(x, seed).probs
+    narrow = torch.float32 if dtype == "float32" else torch.bfloat16
+    assert (found - expected).abs().max() <= rounding(model, sequential(model, x, 4, seed), narrow)
+
+
+def test_a_model_that_fails_on_the_probe_runs_unfused_and_says_so(seed):
+    model, x = NETS["plain"](), images(3)
+    bright = 2 + x
+    expected = Ensemble(model, 4, fuse=False, dtype="float32").predict(bright, seed)
+
+    def refuse(module, args):
+        if args[0].device.type != "meta" and args[0].min() < 1:
+            raise ValueError("too dark")
+
+    model[0].register_forward_pre_hook(refuse)
+    ensemble = Ensemble(model, 4, dtype="float32")
+    with pytest.warns(RuntimeWarning, match="runs unfused.*probe batch.*failed.*too dark"):
+        found = ensemble.predict(bright, seed)
+    assert (found.probs - expected.probs).abs().max() <= rounding(model, sequential(model, bright, 4, seed))
+    with pytest.raises(ValueError, match="too dark"):
+        ensemble.predict(x, seed)
+
+
+# --------------------------------------------------------------------------------------------------------------------- memory
+class Room(GaussianNoise):
+    """A layer that runs out of memory beyond so many rows, as all layers do."""
+
+    def __init__(self, rows):
+        super().__init__(0.2)
+        self.rows, self.passed = rows, []
+
+    def forward(self, x):
+        if x.device.type != "meta":
+            if x.shape[0] > self.rows:
+                raise torch.OutOfMemoryError(f"no room for {x.shape[0]} rows")
+            self.passed.append(x.shape[0])
+        return super().forward(x)
+
+
+@FUSE
+@pytest.mark.parametrize("how", [None, "exact", 0.9])
+def test_running_out_of_memory_loses_nothing_and_is_remembered(fuse, how, seed):
+    model = NETS["plain"]()
+    model.insert(3, room := Room(1000))
+    number = int(seed)
+    x, options = images(7), dict(draws=9, dtype="float32", fuse=fuse, early_exit=how, seed=number)
+    expected = Ensemble(model, **options).predict(x)
+    whole = Ensemble(model, **options)(x)
+    room.rows = 11
+    ensemble = Ensemble(model, **options)
+    limited = [m for m in ensemble.modules() if isinstance(m, Room)]
+    assert limited == [room]
+    found = ensemble.predict(x)
+    for name in ("labels", "draws_used", "votes"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    tolerance = rounding(model, sequential(model, x, 9, number))
+    assert (found.probs - expected.probs).abs().max() <= tolerance
+    assert (ensemble(x) - whole).abs().max() <= 2 * tolerance
+    assert torch.cat([p.labels for p in ensemble.stream([x[:3], x[3:]])]).shape == (7,)
+    assert ensemble._prepared[1].planner.limit < 2 * 11
+
+
+@pytest.mark.parametrize("how", [None, 0.999999])
+def test_memory_does_not_grow_with_draws(how, seed):
+    model, x, peaks = NETS["plain"](), images(4), {}
+    for draws in (60, 600):
+        ensemble = Ensemble(model, draws, dtype="float32", chunk_rows=20, early_exit=how)
+        ensemble.predict(x, seed)
+        with plan.PeakBytes() as memory:
+            ensemble.predict(x, seed)
+        peaks[draws] = memory.peak
+    assert peaks[600] <= 1.05 * peaks[60], peaks

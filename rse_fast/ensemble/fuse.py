@@ -119,7 +119,7 @@ class Activation(nn.Module):
             clean = nn.functional.max_pool2d(clean, 2) if self.pool else clean
             return clean if noise is None else functional.add_noise(clean, **noise), clean
         pool = self.pool
-        if pool and self.scale is None and x.device.type == "cpu":  # commutes with ReLU, and the vendor's pool leaves a quarter of the bytes
+        if pool and self.scale is None and x.device.type == "cpu":  # commutes with ReLU, and a quarter of the bytes is left
             x, pool = nn.functional.max_pool2d(x, 2), False
         options = {"scale": self.scale, "shift": self.shift, "act": "relu", **noise}
         if pool or self.keep:
@@ -128,7 +128,7 @@ class Activation(nn.Module):
 
 
 class FusedConv(nn.Module):
-    """A 2-D convolution with its weight in the vendor library's order: of x with the layer's noise, of an `Activation` of x, or of x itself.
+    """A 2-D convolution with its weight in the vendor library's order: of x with the layer's noise, of an `Activation` of x, or of x.
 
     activation: makes the noisy input out of x. given: x has its noise already.
     """

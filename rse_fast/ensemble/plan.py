@@ -221,13 +221,12 @@ class PeakBytes(TorchDispatchMode):
         self._holders = Counter()  # tensors by the storage they look at
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata in self._holders or storage._cdata not in given:
-                    self._hold(tensor, storage._cdata, storage.nbytes())
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._holders or storage._cdata not in given:
+                self._hold(tensor, storage._cdata, storage.nbytes())
         return out
 
     def _hold(self, tensor, key, size):
@@ -242,3 +241,8 @@ class PeakBytes(TorchDispatchMode):
         if not self._holders[key]:
             del self._holders[key]
             self.alive -= size
+
+
+def _tensors(tree):
+    """Those with a storage to ask; a weight in the vendor library's own order has none."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided]

@@ -99,8 +99,8 @@ def mismatch(fused: nn.Module, unfused: nn.Module, dtype: torch.dtype, x: torch.
     limit = own * (1 if dtype == torch.float32 else CHANCE) + torch.finfo(torch.float32).eps * expected.norm()
     if error <= limit or not bool(torch.isfinite(expected).all() & torch.isfinite(own)):
         return None
-    relative = expected.norm() + torch.finfo(torch.float32).tiny
-    return f"fused, it gives other results (relative error {error / relative:.2g}, the unfused model's own in {narrow} is {own / relative:.2g})"
+    error, own = error / expected.norm(), own / expected.norm()
+    return f"fused, it gives other results (relative error {error:.2g}, the unfused model's own in {narrow} is {own:.2g})"
 
 
 def has_bfloat16(device: torch.device) -> bool:
