@@ -77,8 +77,10 @@ def cases(suites: list[str] | None, pattern: str) -> dict:
             module = importlib.import_module(f".{suite}", __package__)
             pieces = module.cases() if hasattr(module, "cases") else {"all": module.run}
         except Exception as error:  # a suite that cannot run here is no reason not to run the others
+            problem = f"suite {suite} cannot run here: {type(error).__name__}: {error}"
             if suites:
-                raise ValueError(f"suite {suite} cannot run here: {type(error).__name__}: {error}") from error
+                raise ValueError(problem) from error
+            print(f"rse-fast bench: {problem}", file=sys.stderr)
             continue
         found.update({(suite, name): piece for name, piece in pieces.items() if name == "all" or fnmatch.fnmatch(name, pattern)})
     if not found:

@@ -29,9 +29,14 @@ def measure(ref: str, suites: list[str] | None, pattern: str) -> tuple[dict, dic
             command = [sys.executable, "-m", package, *arguments, "--case", pattern, "--only", "rse_fast", "--out", str(out)]
             done = subprocess.run(command, cwd=place, env={**os.environ, "PYTHONPATH": str(place)}, stdout=sys.stderr)
             turns[side].append(results.load(out))
-            if done.returncode != 0 or not turns[side][-1]["rows"]:
+            commits = {row["commit"].removesuffix("+changes") for row in turns[side][-1]["rows"]}
+            if done.returncode != 0 or commits != {_head(place)}:  # measured nothing, or the library of another place
                 raise ValueError(f"--compare-ref: {ref if side == 'old' else 'this checkout'} could not be measured")
         return tuple(_median(turns[side]) for side in ("old", "new"))
+
+
+def _head(folder: Path) -> str:
+    return subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 @contextmanager
