@@ -32,6 +32,11 @@ fi
 mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
 step tests "$python" -m pytest -q -m gpu "${marked[@]}"
 step kernels "$python" -m bench.gpu --out "$out"
+if "$python" -c 'import rich'; then
+    step suites timeout 240 "$python" -m bench --suite noise ensemble train certify --out "$out/suites.json"
+else
+    echo "rich is not here: only the kernels are measured" >&2
+fi
 
 if command -v compute-sanitizer >/dev/null; then
     # Small shapes: each launch is slowed down many times over.

@@ -16,9 +16,11 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from bench.peers import eager_noise
 from rse_fast import functional, ops
 from rse_fast.kernels.triton import conv
+
+from . import measure
+from .peers import eager_noise
 
 GIB = 2**30
 TARGET = 0.9  # of the copy's bandwidth, for add_noise in bfloat16 at 1 GiB
@@ -239,6 +241,28 @@ def once(name: str) -> None:
     torch.cuda.synchronize()
 
 
+def run() -> tuple[list[measure.Row], list[dict]]:
+    """The same cases as suite "gpu" of `rse-fast bench`: bandwidth, and the target of the noise."""
+    torch.backends.cudnn.benchmark = True
+    check()
+    rows = []
+    for row in [row for case in cases_of_noise() for row in noise_case(*case)] + other_cases():
+        name = "copy (limit)" if row.implementation == "copy" else row.implementation
+        figures = (row.gigabytes / milliseconds * 1e3 for milliseconds in (row.p80, row.p50, row.p20))
+        rows.append(measure.Row("gpu", row.case, name, "bandwidth", "GB/s", *figures))
+    return rows, []
+
+
+def cases() -> dict:
+    """Empty where there is no GPU."""
+    return {"all": run} if torch.cuda.is_available() else {}
+
+
+def cases_of_noise() -> list[tuple[torch.dtype, torch.memory_format, int]]:
+    layouts = (torch.channels_last, torch.contiguous_format)
+    return [(dtype, layout, size) for dtype in (torch.bfloat16, torch.float32) for layout in layouts for size in (GIB, GIB // 64)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/device"), help="folder for the results (default: %(default)s)")
@@ -249,12 +273,7 @@ def main() -> int:
         return 0
     torch.backends.cudnn.benchmark = True  # the vendor at its best
     check()
-    rows = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for layout in (torch.channels_last, torch.contiguous_format):
-            for size in (GIB, GIB // 64):
-                rows += noise_case(dtype, layout, size)
-    rows += other_cases()
+    rows = [row for case in cases_of_noise() for row in noise_case(*case)] + other_cases()
     convolutions = [convolution_case(name) for name in CONVOLUTIONS]
     rows += [row for found, _ in convolutions for row in found]
     choices = [line for _, lines in convolutions for line in lines]

@@ -60,7 +60,7 @@ def imports() -> tuple[list[Row], list[dict]]:
         _run(code)
         return time.perf_counter() - start
 
-    rows = _rows("import", "process start to imported", IMPORTS, seconds, rounds=3)
+    rows = _rows("import", "process start to imported", IMPORTS, seconds, rounds=2)
     medians = {row.implementation: row.p50 for row in rows}
     ours, torch_alone = medians.get("rse_fast"), medians.get("torch alone (limit)")
     extra = None if ours is None or torch_alone is None else (ours - torch_alone) * 1e3
@@ -68,7 +68,7 @@ def imports() -> tuple[list[Row], list[dict]]:
 
 
 def first_prediction() -> tuple[list[Row], list[dict]]:
-    rows = _rows("first prediction, VGG16 B=1 n=10", "loaded model to first prediction", FIRST, lambda code: float(_run(code)), rounds=3)
+    rows = _rows("first prediction, VGG16 B=1 n=10", "loaded model to first prediction", FIRST, lambda code: float(_run(code)), rounds=1)
     return rows, []
 
 
