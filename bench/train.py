@@ -1,0 +1,109 @@
+"""Suite "train": a training step with noise against the plain network's (the limit) and against eager noise layers: time and memory."""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+
+import rse_fast
+
+from . import networks, peers
+from .measure import Refused, Row, compare, device, peak_memory, ratio, selected, target
+from .networks import SIGMAS
+
+# (network, batch)
+CASES = {
+    "cpu": (("VGG16", 32), ("ResNeXt29", 16), ("SmallNet", 64), ("ResNet-50", 2)),
+    "cuda": (("VGG16", 512), ("ResNeXt29", 256), ("ResNet-50", 128)),
+}
+MOST = {"cpu": (1.10, 1.03), "cuda": (1.05, 1.01)}  # time and peak memory over the plain network's
+
+
+def saved_bytes(run) -> int:
+    """Bytes of the storages that ``run(model)`` saves for backward, each counted once, parameters not. ``run()`` returns the model and
+    what holds the graph."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model, graph = run()  # alive until the sum is taken, so that no address comes twice
+        for parameter in model.parameters():
+            storages.pop(parameter.untyped_storage().data_ptr(), None)
+        return sum(storage.nbytes() for storage in storages.values())
+
+
+class Step:
+    """A step of SGD with momentum on one batch, channels last, under autocast for a lower ``dtype``. Returns the loss."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor, dtype: torch.dtype):
+        self.model = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
+        self.x, self.dtype = x.contiguous(memory_format=torch.channels_last), dtype
+        self.labels = torch.arange(len(x), device=x.device) % 10
+        self.optimiser = torch.optim.SGD(self.model.parameters(), 1e-3, momentum=0.9)
+
+    def loss(self):
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.dtype != torch.float32):
+            return nn.functional.cross_entropy(self.model(self.x), self.labels)
+
+    def __call__(self):
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+    def saved(self):
+        return saved_bytes(lambda: (self.model, self.loss()))
+
+
+def check(name, first, second) -> None:
+    """Raises unless losses are finite and, with noise, those of two steps differ."""
+    if not (first.isfinite() and second.isfinite()):
+        raise Refused(f"its losses are {first:.3g} and {second:.3g}")
+    if first == second and not name.endswith("(limit)"):
+        raise Refused("two steps gave the same loss")
+
+
+def measure(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[dict]]:
+    """One case: steps/s, bytes saved for backward, and the allocator's peak, for each implementation, and the targets."""
+    where, side = device(), networks.KINDS[kind][1]
+    plain = networks.plain(kind, where)
+    x = networks.images(batch, side, where)
+    models = {
+        "rse_fast": rse_fast.convert(copy.deepcopy(plain), *SIGMAS),
+        "eager noise layers": peers.eager_rse(plain, *SIGMAS),
+        "no noise (limit)": plain,
+    }
+    steps = {name: Step(model, x, dtype) for name, model in models.items()}
+    case = f"{kind} {side}x{side} B={batch} {str(dtype)[6:]}"
+    builders = {name: lambda step=step: step for name, step in steps.items()}
+    rows, medians = compare("train", case, "steps", "steps/s", 1, builders, check, seconds=5, least=7)
+    saved = {name: step.saved() / 1e6 for name, step in steps.items() if selected(name)}
+    peak = {name: peak_memory(step) for name, step in steps.items() if selected(name)}
+    rows += [Row("train", case, name, "saved for backward", "MB", *[value] * 3) for name, value in saved.items()]
+    rows += [Row("train", case, name, "peak memory", "MB", *[value] * 3) for name, value in peak.items()]
+    ours, eager, limit = models
+    most_time, most_memory = MOST[where.type]
+
+    def over(what, value, most):
+        return target("train", case, f"{what} over the plain network's", value, most, "x", at_most=True)
+
+    wanted = [
+        over("step time", ratio(medians[limit], medians[ours]), most_time),
+        target("train", case, "against eager noise layers", ratio(medians[ours], medians[eager]), 1.5, "x"),
+        over("bytes saved", ratio(saved.get(ours), saved.get(limit)), 1.01),
+        over("peak", ratio(peak.get(ours), peak.get(limit)), most_memory),
+    ]
+    return rows, wanted
+
+
+def cases() -> dict:
+    return {
+        f"{kind} B={batch} {str(dtype)[6:]}": functools.partial(measure, kind, batch, dtype)
+        for kind, batch in CASES[device().type]
+        for dtype in (torch.float32, torch.bfloat16)
+    }
