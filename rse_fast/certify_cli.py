@@ -115,12 +115,12 @@ def _source(args):
             raise ValueError(f"--model: expected package.module:function, got {args.model!r} ({error})") from error
         splits = data.load(args.data or "digits", progress=True)
     model = model.to(args.device).eval()
-    source = {"model": args.model or str(args.run), "weights": _digest(model.state_dict()), "data": splits.name}
+    source = {"model": args.model or str(args.run), "weights": digest(model.state_dict()), "data": splits.name}
     part = getattr(splits, args.part)
-    return model, part, source | {"labels": _digest({"labels": part.labels})}
+    return model, part, source | {"labels": digest({"labels": part.labels})}
 
 
-def _digest(tensors) -> str:
+def digest(tensors) -> str:
     """SHA-256 of names, types and values."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():

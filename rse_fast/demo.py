@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import rse_fast
 from rse_fast import data, demo_report
+from rse_fast.evaluate.estimate import estimate
 from rse_fast.models import SmallNet
 from rse_fast.train import Config, Ranks, Trainer
 
@@ -31,7 +32,6 @@ _DRAW_COUNTS = (1, 2, 3, 5, 10, 20, 50)
 _TIMED_BATCH = 16
 _INFERENCE_ROWS = 256
 _ATTACK_ROWS = 512  # packed rows of 32x32 pixels in one attack step: about 1 GB of activations in SmallNet
-_Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,14 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def wilson_interval(accuracy: float, images: int) -> tuple[float, float]:
-    """95 % interval (low, high) of a binomial proportion seen as ``accuracy`` on ``images`` images (Wilson 1927). All values in [0, 1]."""
-    z2 = _Z95**2 / images
-    centre = (accuracy + z2 / 2) / (1 + z2)
-    half = _Z95 * math.sqrt(accuracy * (1 - accuracy) / images + z2 / (4 * images)) / (1 + z2)
-    return max(0.0, min(accuracy, centre - half)), min(1.0, max(accuracy, centre + half))  # min, max: rounding at 0 and 1
 
 
 def add_eager_noise(net: nn.Module, init_sigma: float, inner_sigma: float) -> None:
@@ -238,7 +230,7 @@ def _measure(args: argparse.Namespace, splits: data.Splits, stage: Callable[[str
     labels = splits.test.labels[chosen].to(args.device)
     clean = _accuracy_by_draws(noisy, images, labels, args)
     results["accuracy"] = {
-        "plain": _estimate([_accuracy(_plain_labels(plain, images), labels)], len(labels)),
+        "plain": estimate([_accuracy(_plain_labels(plain, images), labels)], len(labels)),
         "rse_one_draw": next(row for row in clean if row["draws"] == 1),
         "rse_ensemble": _score(ensemble, images, labels, args.repeats)[0],
     }
@@ -307,19 +299,11 @@ def _accuracy(predicted: Tensor, labels: Tensor) -> float:
     return (predicted == labels).double().mean().item()
 
 
-def _estimate(accuracies: list[float], images: int) -> dict:
-    """Mean and sd over repeats with other noise, and the interval that the finite number of images leaves."""
-    mean = statistics.fmean(accuracies)
-    low, high = wilson_interval(mean, images)
-    sd = statistics.stdev(accuracies) if len(accuracies) > 1 else None
-    return {"mean": mean, "sd": sd, "low": low, "high": high, "images": images, "repeats": accuracies}
-
-
 def _score(ensemble: nn.Module, images: Tensor, labels: Tensor, repeats: int) -> tuple[dict, Tensor]:
     """Accuracy over ``repeats`` predictions with fresh seeds, and the labels of the last one."""
     predictions = [ensemble.predict(images) for _ in range(repeats)]
-    estimate = _estimate([_accuracy(p.labels, labels) for p in predictions], len(labels))
-    return estimate | {"seeds": [int(p.seed) for p in predictions]}, predictions[-1].labels
+    scored = estimate([_accuracy(p.labels, labels) for p in predictions], len(labels))
+    return scored | {"seeds": [int(p.seed) for p in predictions]}, predictions[-1].labels
 
 
 def _accuracy_by_draws(noisy: nn.Module, images: Tensor, labels: Tensor, args: argparse.Namespace) -> list[dict]:
@@ -332,7 +316,7 @@ def _accuracy_by_draws(noisy: nn.Module, images: Tensor, labels: Tensor, args: a
     rows = []
     for draws in sorted({n for n in _DRAW_COUNTS if n <= total} | {args.draws}):
         groups = probs[: total - total % draws].unflatten(0, (-1, draws)).mean(1)  # [groups, N, K]
-        rows.append({"draws": draws, **_estimate([_accuracy(group.argmax(-1), labels) for group in groups], len(labels))})
+        rows.append({"draws": draws, **estimate([_accuracy(group.argmax(-1), labels) for group in groups], len(labels))})
     return rows
 
 
@@ -343,7 +327,7 @@ def _attack_all(
     from tqdm import tqdm
 
     levels: list[dict] = []
-    unattacked = {"plain": _estimate([_accuracy(_plain_labels(plain, images), labels)], len(labels))}
+    unattacked = {"plain": estimate([_accuracy(_plain_labels(plain, images), labels)], len(labels))}
     unattacked["rse_ensemble"], _ = _score(ensemble, images, labels, args.repeats)
     results["attack"] = {
         "method": "foolbox LinfPGD, random start, step 2.5 eps / steps",
@@ -364,19 +348,19 @@ def _attack_all(
                 found[id(net)] = torch.cat(parts)
             on_plain, on_ensemble = found[id(plain)], found[id(ensemble)]
             plain_labels = _plain_labels(plain, on_plain)
-            estimate, rse_labels = _score(ensemble, on_ensemble, labels, args.repeats)
+            scored, rse_labels = _score(ensemble, on_ensemble, labels, args.repeats)
             transfer, _ = _score(ensemble, on_plain, labels, args.repeats)
             level = {
                 "eps": eps,
-                "plain": _estimate([_accuracy(plain_labels, labels)], len(labels)),
-                "rse_ensemble": estimate,
+                "plain": estimate([_accuracy(plain_labels, labels)], len(labels)),
+                "rse_ensemble": scored,
                 "rse_transfer": transfer,
                 "largest_change": max((found_images - images).abs().max().item() for found_images in found.values()),
             }
             gallery["plain"].append({"images": on_plain, "labels": plain_labels})
             gallery["rse"].append({"images": on_ensemble, "labels": rse_labels})
             levels.append(level)  # last, so that an interrupt never leaves a level without its images
-            bar.set_postfix(eps=f"{eps:.3g}", plain=f"{level['plain']['mean']:.1%}", rse=f"{estimate['mean']:.1%}")
+            bar.set_postfix(eps=f"{eps:.3g}", plain=f"{level['plain']['mean']:.1%}", rse=f"{scored['mean']:.1%}")
     return levels
 
 

@@ -6,14 +6,21 @@ Nothing here measures or judges; rows and pictures for what was not measured (af
 import json
 from pathlib import Path
 
-from torch import Tensor
-
 from rse_fast.data import write_atomically
+from rse_fast.evaluate.render import (
+    COLOURS,
+    MARKERS,
+    draws_panel,
+    errors,
+    example_row,
+    markdown_table,
+    new_figure,
+    percent,
+    prepare,
+    radius,
+)
 
-# Okabe & Ito's palette, distinct for colour-blind readers; markers differ as well.
-_PLAIN = {"color": "#D55E00", "marker": "o"}
-_RSE = {"color": "#0072B2", "marker": "s"}
-_TRANSFER = {"color": "#009E73", "marker": "^"}
+_RSE, _PLAIN, _TRANSFER = ({"color": color, "marker": marker} for color, marker in zip(COLOURS[:3], MARKERS, strict=False))
 _GALLERY_COLUMNS = 6
 _PICTURES = {
     "accuracy-eps.png": "Accuracy against the strength of the attack",
@@ -83,9 +90,9 @@ def _table(results: dict) -> list[tuple[str, str, str, str]]:
     accuracy = results["accuracy"]
     rows = [("", "plain", "RSE, 1 draw", f"RSE, n = {results['settings']['draws']}")]
     one_draw = accuracy["rse_one_draw"] | {"sd": None}  # it is in results.json; here it would only widen the table
-    rows.append(("clean", _percent(accuracy["plain"]), _percent(one_draw), _percent(accuracy["rse_ensemble"])))
+    rows.append(("clean", percent(accuracy["plain"]), percent(one_draw), percent(accuracy["rse_ensemble"])))
     for level in _levels(results):
-        rows.append((f"PGD eps {_eps(level['eps'])}", _percent(level["plain"]), "–", _percent(level["rse_ensemble"])))
+        rows.append((f"PGD eps {radius(level['eps'])}", percent(level["plain"]), "–", percent(level["rse_ensemble"])))
     if speed := results.get("speed"):
         rows.append(("images/s", _rate(speed["plain"]), "–", _rate(speed["ensemble"])))
         rows.append(("images/s, loop", "–", "–", _rate(speed["eager_loop"])))
@@ -93,25 +100,8 @@ def _table(results: dict) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _percent(estimate: dict) -> str:
-    spread = "" if estimate["sd"] is None else f" ± {100 * estimate['sd']:.1f}"
-    return f"{100 * estimate['mean']:.1f}{spread} ({100 * estimate['low']:.1f}–{100 * estimate['high']:.1f})"
-
-
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _eps(eps: float) -> str:
-    """As given: 0.15 stays 0.15, what is long as a decimal fraction but a whole number of grey levels is written like 8/255."""
-    whole = abs(eps * 255 - round(eps * 255)) < 1e-6
-    return f"{round(eps * 255)}/255" if whole and len(f"{eps:g}") > 5 else f"{eps:g}"
-
-
-def _markdown_table(rows: list[tuple[str, ...]]) -> str:
-    header, *body = rows
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 
 def markdown(results: dict, pictures: list[str]) -> str:
@@ -124,7 +114,7 @@ def markdown(results: dict, pictures: list[str]) -> str:
         f"{described['train']} for training, {described['val']} for validation, {described['test']} for testing. "
         f"Run: {results['status']}, {results['seconds']:.0f} s on {results['machine']['device']} ({results['machine']['processor']}, "
         f"{results['machine']['threads']} threads).",
-        _markdown_table(_table(results)),
+        markdown_table(_table(results)),
         _caption(results) + " Intervals: Wilson.",
     ]
     if _levels(results):
@@ -154,7 +144,7 @@ def markdown(results: dict, pictures: list[str]) -> str:
     one = next(iter(training.values()))
     parts += [
         "## Training",
-        _markdown_table(rows),
+        markdown_table(rows),
         f"Both networks: the same small convolutional network, SGD with Nesterov momentum 0.9, weight decay 5e-4, one-cycle learning rate "
         f"with peak {one['peak_rate']:g}, batches of {one['batch_size']}, cross-entropy, seed {settings['seed']}. The RSE network draws "
         f"fresh noise at each step (sigma {settings['init_sigma']:g} before the first convolution, {settings['inner_sigma']:g} before the "
@@ -170,26 +160,26 @@ def markdown(results: dict, pictures: list[str]) -> str:
 def _attack_text(results: dict) -> list[str]:
     attack, settings = results["attack"], results["settings"]
     rows = [("eps", "plain", "RSE ensemble", "RSE ensemble on the plain network's images (transfer)", "largest change of a pixel")]
-    rows.append(("0", _percent(attack["unattacked"]["plain"]), _percent(attack["unattacked"]["rse_ensemble"]), "–", "–"))
+    rows.append(("0", percent(attack["unattacked"]["plain"]), percent(attack["unattacked"]["rse_ensemble"]), "–", "–"))
     for level in attack["levels"]:
-        columns = (_percent(level[name]) for name in ("plain", "rse_ensemble", "rse_transfer"))
-        rows.append((_eps(level["eps"]), *columns, f"{level['largest_change']:.4f}"))
+        columns = (percent(level[name]) for name in ("plain", "rse_ensemble", "rse_transfer"))
+        rows.append((radius(level["eps"]), *columns, f"{level['largest_change']:.4f}"))
     stronger = [level for level in attack["levels"] if level["rse_transfer"]["mean"] < level["rse_ensemble"]["low"]]
     top = attack["levels"][-1]
     checks = [
-        f"At the largest eps ({_eps(top['eps'])}) the plain network is right on {100 * top['plain']['mean']:.1f} % and the ensemble on "
+        f"At the largest eps ({radius(top['eps'])}) the plain network is right on {100 * top['plain']['mean']:.1f} % and the ensemble on "
         f"{100 * top['rse_ensemble']['mean']:.1f} %; an attack that works brings both to about 0 when eps is large."
     ]
     if stronger:
         checks.append(
-            f"**Warning:** at eps {', '.join(_eps(level['eps']) for level in stronger)} images made for the plain network fool the "
+            f"**Warning:** at eps {', '.join(radius(level['eps']) for level in stronger)} images made for the plain network fool the "
             "ensemble more often than images made for the ensemble itself: there the attack on the ensemble is too weak, and its figures "
             "flatter the ensemble."
         )
     else:
         checks.append("At no eps is the transfer clearly stronger than the attack on the ensemble itself, as it should be.")
     return [
-        _markdown_table(rows),
+        markdown_table(rows),
         f"Attack: {attack['method']}, {attack['steps']} steps, pixels in [0, 1]. On the ensemble each step takes the gradient of the log "
         f"mean softmax over {settings['draws']} packed draws with fresh noise; the images found are scored {settings['repeats']} times "
         "with fresh seeds.",
@@ -200,34 +190,13 @@ def _attack_text(results: dict) -> list[str]:
     ]
 
 
-def _new_figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # draws to memory, whatever display or backend is configured
-    return figure
-
-
-def _prepare(axes, xlabel: str) -> None:
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel("accuracy (%)")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _errors(estimates: list[dict]) -> list[list[float]]:
-    """Distances below and above the mean, in %; never negative (rounding at 0 and 100 %)."""
-    return [[100 * max(0.0, e["mean"] - e["low"]) for e in estimates], [100 * max(0.0, e["high"] - e["mean"]) for e in estimates]]
-
-
 def _eps_figure(results: dict):
     levels = _levels(results)
     if not levels:
         return None
-    figure = _new_figure(6.4, 4.8)
+    figure = new_figure(6.4, 4.8)
     axes = figure.add_subplot()
-    _prepare(axes, "eps: largest change of a pixel, pixels in 0..1")
+    prepare(axes, "eps: largest change of a pixel, pixels in 0..1")
     lines = (
         ("plain", "plain network", _PLAIN, "-"),
         ("rse_ensemble", f"RSE ensemble of {results['settings']['draws']}", _RSE, "-"),
@@ -240,7 +209,7 @@ def _eps_figure(results: dict):
             points.insert(0, (0.0, results["attack"]["unattacked"][key]))
         radii, estimates = zip(*points, strict=True)
         means = [100 * e["mean"] for e in estimates]
-        handles.append(axes.errorbar(radii, means, _errors(estimates), label=label, linestyle=dash, capsize=3, **style))
+        handles.append(axes.errorbar(radii, means, errors(estimates), label=label, linestyle=dash, capsize=3, **style))
     handles.append(axes.axhline(100 / len(results["data"]["classes"]), color="0.4", linestyle=":", linewidth=1, label="guessing"))
     axes.set_ylim(-3, 103)
     # Labels of radii that lie close together would overlap: name only those that keep a distance.
@@ -248,7 +217,7 @@ def _eps_figure(results: dict):
     for level in reversed(levels):
         if not named or named[-1] - level["eps"] > 0.07 * levels[-1]["eps"]:
             named.append(level["eps"])
-    axes.set_xticks([0, *named], ["0", *map(_eps, named)])
+    axes.set_xticks([0, *named], ["0", *map(radius, named)])
     axes.set_title(
         f"PGD with {results['attack']['steps']} steps on {levels[0]['plain']['images']} test images (bars: 95 % intervals)", fontsize=10
     )
@@ -261,20 +230,12 @@ def _draws_figure(results: dict):
         return None
     panels = [("clean", "clean", _RSE)]
     if "attacked" in results["draws"]:
-        panels.append(("attacked", f"PGD at eps {_eps(results['draws']['attacked_eps'])}", _PLAIN))
-    figure = _new_figure(4.4 * len(panels), 3.8)
+        panels.append(("attacked", f"PGD at eps {radius(results['draws']['attacked_eps'])}", _PLAIN))
+    figure = new_figure(4.4 * len(panels), 3.8)
     for position, (key, name, style) in enumerate(panels, start=1):
         rows = results["draws"][key]
-        counts = [row["draws"] for row in rows]
         axes = figure.add_subplot(1, len(panels), position)
-        _prepare(axes, "draws in the ensemble")
-        axes.plot(counts, [100 * row["mean"] for row in rows], **style)
-        axes.fill_between(
-            counts, [100 * row["low"] for row in rows], [100 * row["high"] for row in rows], color=style["color"], alpha=0.18, linewidth=0
-        )
-        axes.set_xscale("log")
-        axes.minorticks_off()
-        axes.set_xticks(counts, [str(count) for count in counts])
+        draws_panel(axes, rows, style)
         axes.set_title(f"{name}, {rows[0]['images']} test images", fontsize=10)
     figure.suptitle("RSE: accuracy against the number of draws (bands: 95 % intervals; the scales differ)", fontsize=10)
     return figure
@@ -294,21 +255,10 @@ def _examples(results: dict, gallery: dict):
         ("against\nplain", plain["images"], plain["labels"]),
         ("against\nRSE", rse["images"], rse["labels"]),
     )
-    figure = _new_figure(1.25 * count + 1.0, 4.9)
+    figure = new_figure(1.25 * count + 1.0, 4.9)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for axes_row, (name, images, labels) in zip(grid, rows, strict=True):
-        for column, axes in enumerate(axes_row):
-            axes.imshow(_pixels(images[column]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            right = bool(labels[column] == gallery["labels"][column])
-            sign = "" if name == "original" else ("✓ " if right else "✗ ")
-            axes.set_xlabel(sign + classes[int(labels[column])], color="black" if right else _PLAIN["color"], fontsize=10)
-        axes_row[0].set_ylabel(name, fontsize=10)
-    figure.suptitle(f"PGD at eps = {_eps(levels[index]['eps'])}, and the label the attacked network gives", fontsize=10)
+        example_row(axes_row, name, images, labels.tolist(), gallery["labels"].tolist(), classes)
+    figure.suptitle(f"PGD at eps = {radius(levels[index]['eps'])}, and the label the attacked network gives", fontsize=10)
     return figure
 
-
-def _pixels(image: Tensor):
-    """[C, H, W] in [0, 1] as numpy [H, W] or [H, W, 3]."""
-    image = image.detach().cpu().float().clamp(0, 1)
-    return (image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()

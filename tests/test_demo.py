@@ -22,6 +22,7 @@ for package in ("foolbox", "matplotlib", "rich", "sklearn", "tqdm"):
 Image = pytest.importorskip("PIL.Image")
 
 from rse_fast import demo, demo_report  # noqa: E402
+from rse_fast.evaluate.estimate import wilson_interval  # noqa: E402
 
 TINY = ["--quick", "--epochs", "1", "--attack-images", "6", "--test-images", "40", "--steps", "2", "--draws", "3", "--eps", "0.1", "8/255"]
 PICTURES = ("accuracy-eps.png", "accuracy-draws.png", "examples.png")
@@ -214,7 +215,7 @@ def test_eager_peer_computes_what_the_ensemble_computes():
 )
 def test_wilson_interval(accuracy, images, low, high):
     scipy_stats = pytest.importorskip("scipy.stats")
-    found = demo.wilson_interval(accuracy, images)
+    found = wilson_interval(accuracy, images)
     expected = scipy_stats.binomtest(round(accuracy * images), images).proportion_ci(method="wilson")
     assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert found == pytest.approx((low, high), abs=1e-5)

@@ -1,0 +1,163 @@
+"""Adapters of foolbox and pyautoattack: one function a method, from images and labels to candidates for adversarial images.
+
+An attack on a random classifier keeps what one lucky query called adversarial. So an adapter gives candidates, what the library returns
+and where its search ended, and `run` picks, image by image, the one with the lowest probability of the true class in draws of their own.
+The libraries' own verdicts are kept beside (`Found.verdict`); no figure is made of them alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rse_fast.evaluate.protocols import Case
+from rse_fast.evaluate.target import Answer, Queries, derive
+
+
+@dataclass(frozen=True)
+class Found:
+    """images float32 [B, ...] in [0, 1]; verdict bool [B]: what the library itself counts as adversarial; queries: images asked about."""
+
+    images: Tensor
+    verdict: Tensor
+    queries: int
+
+
+def run(case: Case, queries: Queries, select: Callable[[Tensor], Answer], x: Tensor, y: Tensor, seed: int) -> Found:
+    """Attacks images x [B, C, H, W] float32 in [0, 1] with labels y int64 [B].
+
+    select: answers to candidates, in draws that neither the attack nor the scoring uses. seed: of the library's own random choices.
+    torch's global generators are left as they were.
+    """
+    if case.method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {case.method!r}")
+    devices = [x.device] if x.device.type == "cuda" else []
+    candidates, verdict = [], torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for restart in range(case.restarts):
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(derive(seed, restart))
+            found, lucky = METHODS[case.method](case, queries, x, y)
+        candidates += [images.detach().to(torch.float32) for images in found]
+        verdict |= lucky
+    for images in candidates:
+        _check(case, images, x)
+    best = candidates[0]
+    if len(candidates) > 1:
+        true = [select(images).probs.gather(-1, y[:, None])[:, 0] for images in candidates]
+        choice = torch.stack(true).argmin(0)
+        best = torch.stack(candidates)[choice, torch.arange(len(x), device=x.device)]
+    return Found(best, verdict, queries.images)
+
+
+def _check(case, images, x):
+    """A library that leaves its ball would be flattered, and one that leaves the cube would ask what nobody can send."""
+    distance = (images - x).flatten(1)
+    norms = distance.abs().amax(-1) if case.norm == "Linf" else distance.norm(dim=-1)
+    if case.eps is not None and not bool((norms <= case.eps * (1 + 1e-5) + 1e-6).all()):
+        raise RuntimeError(f"the attack {case.name} left its ball: {case.norm} {norms.max().item():.6g} > {case.eps:.6g}")
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        raise RuntimeError(f"the attack {case.name} left the range of pixels [0, 1], or gave NaN")
+
+
+def _clean(case, queries, x, y):
+    return [x], torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+
+def _foolbox(attack, queries, x, y, eps):
+    import foolbox
+
+    model = foolbox.PyTorchModel(queries, bounds=(0, 1), device=x.device)
+    raw, clipped, verdict = attack(model, x, y, epsilons=eps)
+    return (raw if eps is None else clipped), verdict
+
+
+def _noise(case, queries, x, y):
+    from foolbox import attacks
+
+    kind = {"Linf": attacks.LinfAdditiveUniformNoiseAttack, "L2": attacks.L2AdditiveUniformNoiseAttack}[case.norm]
+    images, verdict = _foolbox(kind(), queries, x, y, case.eps)
+    return [images], verdict
+
+
+def _fgsm(case, queries, x, y):
+    from foolbox import attacks
+
+    kind = {"Linf": attacks.LinfFastGradientAttack, "L2": attacks.L2FastGradientAttack}[case.norm]
+    images, verdict = _foolbox(kind(), queries, x, y, case.eps)
+    return [images], verdict
+
+
+def _pgd(case, queries, x, y):
+    from foolbox import attacks
+
+    kind = {"Linf": attacks.LinfProjectedGradientDescentAttack, "L2": attacks.L2ProjectedGradientDescentAttack}[case.norm]
+    images, verdict = _foolbox(kind(rel_stepsize=2.5 / case.steps, steps=case.steps), queries, x, y, case.eps)
+    return [images], verdict
+
+
+def _carlini_wagner(case, queries, x, y, **options):
+    """(the closest image that one query called adversarial, or the last one where none was; the last one; whether there was one).
+
+    abort_early is off: it stops where a noisy loss happens not to fall.
+    """
+    import foolbox
+
+    attack = foolbox.attacks.L2CarliniWagnerAttack(steps=case.steps, confidence=0, abort_early=False, **options)
+    closest = attack.run(foolbox.PyTorchModel(queries, bounds=(0, 1), device=x.device), x, y)
+    last = queries.last.clamp(0, 1)
+    found = closest.flatten(1).any(-1)  # foolbox gives zeros where it found nothing
+    return torch.where(found.view(-1, *[1] * (x.dim() - 1)), closest, last), last, found
+
+
+def _cw(case, queries, x, y):
+    closest, _, found = _carlini_wagner(case, queries, x, y, binary_search_steps=6, stepsize=0.01, initial_const=0.1)
+    return [closest], found
+
+
+def _cw_c(case, queries, x, y):
+    closest, last, found = _carlini_wagner(case, queries, x, y, binary_search_steps=1, stepsize=1e-3, initial_const=case.c)
+    return [closest, last], found
+
+
+def _apgd(case, queries, x, y):
+    from pyautoattack.autopgd_base import APGDAttack
+
+    attack = APGDAttack(
+        queries, n_iter=case.steps, norm=case.norm, n_restarts=1, eps=case.eps, seed=0, loss=case.method.removeprefix("apgd-"), eot_iter=1,
+        device=x.device,
+    )  # fmt: skip
+    # Attacks every image, also those that one query found wrong before, and keeps the largest loss rather than the first lucky query.
+    images = attack.perturb(x, y, best_loss=True)
+    with torch.no_grad():
+        return [images, queries.last], queries(images).argmax(-1) != y
+
+
+def _square(case, queries, x, y):
+    from pyautoattack.square import SquareAttack
+
+    attack = SquareAttack(queries, norm=case.norm, n_queries=case.steps, eps=case.eps, n_restarts=1, seed=_seed(), device=x.device)
+    with torch.no_grad():
+        images = attack.perturb(x, y)
+    return [images], (images != x).flatten(1).any(-1)
+
+
+def _autoattack(case, queries, x, y):
+    from pyautoattack import AutoAttack
+
+    version = "rand" if queries.random else "standard"
+    attack = AutoAttack(queries, norm=case.norm, eps=case.eps, seed=_seed(), version=version, device=x.device)
+    attack.apgd.eot_iter, attack.apgd.n_iter = 1, case.steps  # the draws are packed inside each query
+    images, answers = attack.run_standard_evaluation(x, y, batch_size=len(x))
+    return [images], answers != y
+
+
+def _seed() -> int:
+    """For a library that seeds the generator itself: a number from the generator that `run` has seeded."""
+    return int(torch.randint(2**31, ()))
+
+
+METHODS = {
+    "clean": _clean, "noise": _noise, "fgsm": _fgsm, "pgd": _pgd, "cw": _cw, "cw-c": _cw_c, "apgd-ce": _apgd, "apgd-dlr": _apgd,
+    "square": _square, "autoattack": _autoattack,
+}  # fmt: skip

@@ -1,0 +1,236 @@
+"""``rse-fast evaluate``: a protocol of attacks on a trained network, and its report, in a folder that a killed run continues.
+
+The folder: ``evaluation.json`` (what is evaluated, and how), ``rows-RANK.jsonl`` (a line an image and attack, flushed batch by batch), and
+at the end ``report.md``, ``results.json`` and pictures. Under torchrun the batches are shared out among the processes.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import secrets
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rse_fast import data
+from rse_fast.evaluate import report, rows
+from rse_fast.evaluate.protocols import PROTOCOLS
+from rse_fast.evaluate.run import evaluate
+from rse_fast.evaluate.summary import summarise
+from rse_fast.evaluate.target import Target
+from rse_fast.nn import noise_layers
+
+_PACKAGES = ("torch", "numpy", "rse-fast", "foolbox", "pyautoattack")
+_ORDER_SEED = 0  # of the order of a test part that is sorted by class
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, also if a check failed; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    try:
+        _run(args, shlex.join(["rse-fast", "evaluate", *argv]))
+    except (ValueError, TypeError) as error:
+        print(f"rse-fast evaluate: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"rse-fast evaluate: {error}; what was measured before is in {args.out}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command continues in {args.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser():
+    def eps(text: str) -> float:
+        numerator, _, denominator = text.partition("/")
+        value = float(numerator) / float(denominator or 1) if float(denominator or 1) else -1.0
+        if not 0 < value < 1:
+            raise argparse.ArgumentTypeError(f"expected a number or fraction in (0, 1), got {text}")
+        return value
+
+    def count(text: str) -> int:
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+        return int(text)
+
+    parser = argparse.ArgumentParser(
+        prog="rse-fast evaluate", description="Attacks a trained network by a protocol and reports what is left of its accuracy.",
+        epilog="Protocols: " + "; ".join(f"{name}: {protocol.text}" for name, protocol in PROTOCOLS.items())
+        + ". On several GPUs: torchrun --nproc-per-node N -m rse_fast.cli evaluate ...",
+    )  # fmt: skip
+    model = "run folder of rse-fast train, or package.module:function that returns a network"
+    parser.add_argument("--run", type=Path, metavar="RUN", help="run folder of rse-fast train")
+    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="in place of --run: returns the network, converted if it has noise")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file for --model")
+    parser.add_argument("--plain", metavar="RUN|MODULE:FUNCTION", help=f"undefended network to transfer attacks from: {model}")
+    parser.add_argument("--plain-weights", type=Path, metavar="FILE", help="safetensors file for --plain MODULE:FUNCTION")
+    parser.add_argument("--data", metavar="DATA", help="data set, as in rse-fast train (default: the run's, or digits)")
+    parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
+    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="quick", help="default: %(default)s")
+    parser.add_argument("--draws", type=count, default=10, metavar="N", help="of the deployed ensemble (default: %(default)s)")
+    parser.add_argument("--eps", type=eps, nargs="+", default=[2 / 255, 4 / 255, 8 / 255], help="Linf radii; the largest is the main one")
+    parser.add_argument("--l2", type=eps, default=0.5, help="L2 radius (default: %(default)s)")
+    parser.add_argument("--images", type=count, metavar="N", help="test images (default: by protocol)")
+    parser.add_argument("--repeats", type=count, default=5, metavar="R", help="scorings with fresh noise (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases of the protocol, by their names in the report")
+    parser.add_argument("--certified", type=Path, metavar="DIR", help="folder of rse-fast certify for the report (default: RUN/certified)")
+    parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of all noise (default: fresh, kept in the folder)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="new, or to continue (default: %(default)s)")
+    return parser
+
+
+def _run(args, command: str) -> None:
+    from rse_fast.certify_cli import digest
+
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    sys.path.insert(0, os.getcwd())  # where a user's own module is
+    if (args.run is None) == (args.model is None):
+        raise ValueError("--run, --model: expected one of the two")
+    model = load(str(args.run or args.model), args.weights, args.device)
+    plain = load(args.plain, args.plain_weights, args.device) if args.plain else None
+    if plain is not None and noise_layers(plain):
+        raise ValueError("--plain: expected a network without noise to transfer from, got one with noisy layers")
+    splits = _splits(args)
+    protocol, args.eps = PROTOCOLS[args.protocol], sorted(set(args.eps))
+    target = Target(model, args.draws, plain=plain, dtype=args.dtype)
+    images, labels, order = _images(getattr(splits, args.part), args.images or protocol.images)
+    cases = protocol.cases(args.eps, args.l2, target.draws, plain is not None)
+    settings = {
+        "protocol": args.protocol, "model": args.model or str(args.run), "weights": digest(model.state_dict()),
+        "plain": args.plain, "plain_weights": digest(plain.state_dict()) if plain is not None else None,
+        "data": splits.name, "part": args.part, "order": order, "images": len(labels), "labels": digest({"labels": labels}),
+        "draws": target.draws, "sigmas": sorted({float(f"{s:.6g}") for layer in noise_layers(model).values()
+                                                 for s in layer.current_sigma().detach().flatten().tolist()}),
+        "eps": args.eps, "l2": args.l2, "repeats": args.repeats, "dtype": args.dtype, "device": torch.device(args.device).type,
+    }  # fmt: skip
+    settings = open_folder(args.out, settings, args.seed, rank)
+    chosen = [case for case in cases if not args.only or case.name in args.only]
+    if unknown := set(args.only or ()) - {case.name for case in cases}:
+        raise ValueError(f"--only: expected cases of the protocol ({', '.join(c.name for c in cases)}), got {', '.join(sorted(unknown))}")
+    begin = time.perf_counter()
+    with _Progress(chosen, len(labels), ranks) as progress:
+        evaluate(
+            target, images, labels, chosen, args.out, seed=settings["seed"], repeats=args.repeats, rank=rank, ranks=ranks, progress=progress
+        )
+    found = rows.read(args.out)
+    missing = sum((case.name, index) not in found for case in chosen for index in range(len(labels)))
+    if missing and ranks > 1:
+        print(f"process {rank} is done; {missing} rows are left to others, and the last of them writes the report", flush=True)
+        return
+    results = {
+        "settings": settings, "classes": list(splits.classes), "shape": list(images.shape[1:]), "command": command,
+        "machine": {"device": args.device, "processor": _processor(args.device), "system": platform.platform(),
+                    "threads": torch.get_num_threads(), "processes": ranks},
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
+        "seconds": time.perf_counter() - begin, **summarise(cases, found),
+    }  # fmt: skip
+    certified = args.certified or (args.run / "certified" if args.run else None)
+    report.write(args.out, results, images, list(found.values()), certified)
+    print(report.headline(results))
+    print(f"report: {args.out / 'report.md'}")
+
+
+def load(source: str, weights: Path | None, device: str) -> nn.Module:
+    """The network of a run folder, or what ``package.module:function`` returns, with the weights of a safetensors file if given."""
+    if ":" not in source:
+        from rse_fast import train
+
+        return train.load_model(source, device=device)
+    module, _, function = source.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--model: expected package.module:function, got {source!r} ({error})") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model: expected {source!r} to return an nn.Module, got {type(model).__name__}")
+    if weights is not None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            model.load_state_dict(load_file(weights))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"--weights: {str(weights)!r} does not fit {source}: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval()
+
+
+def _splits(args):
+    if args.data or args.run is None:
+        return data.load(args.data or "digits", progress=True)
+    from rse_fast import train
+
+    return train.load_data(train.Config.load(args.run / "config.json"))
+
+
+def _images(part, count):
+    """The first images of a part, labels, and the order they were taken in: a part sorted by class is shuffled, always alike."""
+    labels = torch.as_tensor(part.labels)
+    sorted_by_class = bool((labels[1:] >= labels[:-1]).all())
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_ORDER_SEED))
+    order = (shuffled if sorted_by_class else torch.arange(len(labels)))[:count]
+    (images,) = part.fetch([order])
+    return images, labels[order], f"first of a fixed shuffle (seed {_ORDER_SEED})" if sorted_by_class else "first"
+
+
+def open_folder(out: Path, settings: dict, seed: int | None, rank: int) -> dict:
+    """Makes the folder, or checks that it is one of these settings; returns them with the seed. Other processes wait for the first."""
+    path = out / "evaluation.json"
+    if not path.exists() and rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        settings = settings | {"seed": secrets.randbits(63) if seed is None else seed}
+        data.write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+        return settings
+    waited = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - waited > 600:
+            raise ValueError(f"--out: the first process has made no {str(path)!r} in ten minutes")
+        time.sleep(0.1)
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--out: cannot read {str(path)!r}: {error}") from error
+    wanted = settings | {"seed": found.get("seed") if seed is None else seed}
+    differing = [f"{name} {found.get(name)!r} there, {value!r} here" for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        raise ValueError(f"--out: {str(out)!r} holds an evaluation of something else ({'; '.join(differing)}); name another folder")
+    return found
+
+
+def _processor(device):
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+
+
+@dataclass
+class _Progress:
+    """A tqdm bar over all batches of this process, where stderr is a terminal."""
+
+    cases: list
+    images: int
+    ranks: int
+
+    def __enter__(self):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=len(self.cases) * self.images // self.ranks, unit="image", disable=None)
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def __call__(self, case, images):
+        self.bar.set_description(case.name)
+        self.bar.update(images)

@@ -1,0 +1,297 @@
+"""The report of an evaluation: report.md, results.json and pictures, made from the summary and the rows alone."""
+
+import base64
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rse_fast.data import write_atomically
+from rse_fast.evaluate.protocols import LARGE
+from rse_fast.evaluate.render import (
+    COLOURS,
+    MARKERS,
+    draws_panel,
+    errors,
+    example_row,
+    markdown_table,
+    new_figure,
+    percent,
+    prepare,
+    radius,
+)
+
+_PICTURES = {
+    "accuracy-eps.png": "Accuracy against the strength of the attack, for each EOT",
+    "accuracy-c.png": "Accuracy against c",
+    "eot.png": "Accuracy against EOT: is there a plateau?",
+    "accuracy-draws.png": "Accuracy against the number of draws",
+    "examples.png": "Images and their adversarial versions",
+}
+_METHODS = {
+    "clean": "no attack", "noise": "uniform random noise (foolbox)", "fgsm": "FGSM (foolbox)", "pgd": "PGD (foolbox)",
+    "cw": "C&W L2, binary search (foolbox)", "cw-c": "C&W L2, fixed c (foolbox)", "apgd-ce": "APGD-CE (pyautoattack)",
+    "apgd-dlr": "APGD-DLR (pyautoattack)", "square": "Square (pyautoattack)", "autoattack": "AutoAttack (pyautoattack)",
+}  # fmt: skip
+
+
+def headline(results: dict) -> str:
+    """Failed checks first, then clean accuracy and the strongest attack within the main radius, a few lines of plain text."""
+    lines = [f"FAILED CHECK: {check['text']}" for check in results["checks"] if not check["passed"]]
+    entries = results["cases"]
+    if "clean" in entries:
+        lines.append(f"clean: {percent(entries['clean']['accuracy'])} %")
+    for norm in ("Linf", "L2"):
+        inside = [e for e in entries.values() if e["norm"] == norm and e["victim"] == "deployed" and e["eps"] and e["eps"] < LARGE]
+        if inside:
+            main = max(e["eps"] for e in inside)
+            best = min((e for e in inside if e["eps"] == main), key=lambda e: e["accuracy"]["mean"])
+            lines.append(f"{norm} {radius(main)}, strongest of {len(inside)} attacks ({best['name']}): {percent(best['accuracy'])} %")
+    return "\n".join(lines)
+
+
+def write(out: Path, results: dict, images: Tensor, rows: list[dict], certified: Path | None = None) -> None:
+    """Writes everything into ``out``, each file atomically. images: uint8 [N, C, H, W]. certified: a folder of rse-fast certify."""
+    figures = {
+        "accuracy-eps.png": _eps_figure(results), "accuracy-c.png": _c_figure(results), "eot.png": _eot_figure(results),
+        "accuracy-draws.png": _draws_figure(results), "examples.png": _examples(results, images, rows),
+    }  # fmt: skip
+    for name, figure in figures.items():
+        if figure is None:
+            (out / name).unlink(missing_ok=True)
+        else:
+            write_atomically(out / name, lambda file, figure=figure: figure.savefig(file, format="png", dpi=120))
+    section = _certified(out, certified)
+    text = markdown(results, [name for name, figure in figures.items() if figure is not None], section)
+    write_atomically(out / "report.md", lambda file: file.write(text.encode()))
+    everything = results | {"rows": [{key: value for key, value in row.items() if key != "example"} for row in rows]}
+    write_atomically(out / "results.json", lambda file: file.write(json.dumps(everything, allow_nan=False).encode()))
+
+
+def _certified(out, folder):
+    """The summary of a folder of certificates as a section, its picture and table copied beside the report."""
+    if folder is None or not (folder / "summary.md").is_file():
+        return None
+    for name in ("certified.png", "certified.tsv"):
+        content = (folder / name).read_bytes()
+        write_atomically(out / name, lambda file, content=content: file.write(content))
+    text = (folder / "summary.md").read_text().strip().replace("\n## ", "\n### ").replace("# ", "## ", 1)
+    return text + "\n\nEvery image: [certified.tsv](certified.tsv)."
+
+
+def markdown(results: dict, pictures: list[str], certified: str | None = None) -> str:
+    """The text of report.md, with the named pictures."""
+    settings, machine = results["settings"], results["machine"]
+    failed = [check for check in results["checks"] if not check["passed"]]
+    passed = [check for check in results["checks"] if check["passed"]]
+    parts = [f"# Evaluation under attack: protocol {settings['protocol']}"]
+    if failed:
+        parts += ["**Checks that failed. Until they are explained, read the figures below as too favourable.**", _bullets(failed)]
+    ensemble = f"ensemble of {settings['draws']} draws, sigmas {', '.join(f'{s:g}' for s in settings['sigmas'])}"
+    parts += [
+        f"Model: {settings['model']} ({ensemble if settings['draws'] else 'deterministic'}; weights {settings['weights'][:12]}). "
+        f"Data: {settings['data']}, {settings['part']} part, {settings['order']} {settings['images']} images. Seed {settings['seed']}. "
+        f"{_not_run(settings)}",
+        *_tables(results),
+        _how_to_read(results),
+    ]
+    parts += ["## Checks", _bullets(passed) if passed else "None passed." if failed else "This selection of cases allows none."]
+    if results["replication"]:
+        parts += _replication(results["replication"])
+    for name in pictures:
+        parts += [f"## {_PICTURES[name]}", f"![{_PICTURES[name]}]({name})"]
+    if certified:
+        parts.append(certified)
+    parts += [
+        "## Cost",
+        markdown_table([("case", "attack seconds/image", "queries/image", "draws/query")] + [
+            (e["name"], f"{e['seconds_per_image']:.3g}", f"{e['attack_queries']:.0f}", str(e["eot"])) for e in results["cases"].values()
+        ]),
+        "## How to repeat it",
+        f"`{results['command']}` with `--seed {settings['seed']}`; one line of the table: the same with `--only CASE`. "
+        + ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+        + f"; {machine['system']}, {machine['device']} ({machine['processor']}, {machine['threads']} threads, {machine['processes']} "
+        f"process(es)); {results['seconds']:.0f} s for what was left to do. Rows: `rows-*.jsonl`, all figures: "
+        "[results.json](results.json).",
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _bullets(checks):
+    return "\n".join(f"- {check['name']}: {check['text']}." for check in checks)
+
+
+def _not_run(settings):
+    text = "" if settings["plain"] or not settings["draws"] else "No plain network was given, so transfer from one was not tried. "
+    return text + {"quick": "This protocol is a first look; `adaptive` is the evaluation.", "sanity": "", "adaptive": "", "paper": ""}[
+        settings["protocol"]
+    ]
+
+
+def _tables(results):
+    entries = list(results["cases"].values())
+    header = ("case", "attack", "norm", "radius", "steps", "EOT", "accuracy %", f"worst of {_queries(entries)} queries %", "mean L2")
+    tables = []
+    for title, chosen in (
+        ("## Accuracy", [e for e in entries if e["victim"] == "deployed"]),
+        ("## Ablations: the noise off, or the same at every query", [e for e in entries if e["victim"] != "deployed"]),
+    ):
+        if chosen:
+            tables += [title, markdown_table([header] + [_row(e) for e in chosen])]
+    medians = [e for e in entries if e["method"] == "cw"]
+    for e in medians:
+        where = "is infinite: more than half of the images were not won" if e["median_l2"] is None else f"is {e['median_l2']:.3f}"
+        tables.append(f"{e['name']}: the median L2 distance {where} ({100 * e['won']:.1f} % won, in most of the scorings).")
+    return tables
+
+
+def _queries(entries):
+    return entries[0]["queries_per_image"] if entries else 0
+
+
+def _row(e):
+    attack = _METHODS[e["method"]] + ("" if e["source"] == "deployed" else f", on {e['source']}")
+    attack += "" if e["victim"] == "deployed" else f"; scored: {e['victim']}"
+    attack += f", {e['restarts']} restarts" if e["restarts"] > 1 else ""
+    strength = radius(e["eps"]) if e["eps"] else f"c = {e['c']:g}" if e["c"] else "–"
+    worst = e["worst"] | {"sd": None}
+    bare = e["method"] == "clean"
+    return (
+        e["name"], attack, "–" if bare else e["norm"], strength, "–" if bare else str(e["steps"]), "–" if bare else str(e["eot"]),
+        percent(e["accuracy"]), percent(worst), f"{e['mean_l2']:.3f}",
+    )  # fmt: skip
+
+
+def _how_to_read(results):
+    settings, entries = results["settings"], list(results["cases"].values())
+    if not settings["draws"]:
+        return "Accuracy with its 95 % interval (Wilson) for the choice of images. The network is deterministic."
+    return (
+        f"Accuracy: mean ± sd over {_queries(entries)} scorings of the images found, each by the deployed ensemble of {settings['draws']} "
+        "draws with noise of its own, never the attack's; in brackets the 95 % interval (Wilson) for the choice of images. Worst of "
+        f"{_queries(entries)} queries: an image counts as right only if all scorings are, as against one who asks again until it works. "
+        "EOT: noise draws behind each query of the attack, which sees the log of their mean softmax. Every query has fresh noise. "
+        "Where an attack gives several candidates, the one with the lowest probability of the true class in separate draws counts."
+    )
+
+
+def _replication(replication):
+    rows = [("c", "accuracy %", "mean L2")]
+    rows += [(f"{e['c']:g}", percent(e["accuracy"]), f"{e['mean_l2']:.3f}") for e in replication["columns"]]
+    crossing = replication["l2_at_30"]
+    return [
+        "## Replication of the paper's table",
+        markdown_table(rows),
+        "L2 at 30 % accuracy: " + ("not reached in these columns." if crossing is None else f"{crossing:.3f} (linear between columns)."),
+        "C&W with one fixed c, 300 Adam steps of 1e-3, kappa 0, as in the paper (Liu et al. 2018). The margin is that of the log of the "
+        "mean softmax. A weak attack by today's standards: a replication, not a claim.",
+    ]
+
+
+def _styles():
+    return [{"color": colour, "marker": marker} for colour, marker in zip(COLOURS, MARKERS, strict=True)]
+
+
+def _eps_figure(results):
+    pgd = [e for e in results["cases"].values() if e["method"] == "pgd" and e["norm"] == "Linf" and e["eps"] < LARGE]
+    pgd = [e for e in pgd if e["source"] == e["victim"] == "deployed" and e["restarts"] == 1 and e["steps"] == 20]
+    if not pgd or len({e["eps"] for e in pgd}) < 2:
+        return None
+    figure = new_figure(6.4, 4.6)
+    axes = figure.add_subplot()
+    prepare(axes, "eps: largest change of a pixel, pixels in 0..1")
+    clean = results["cases"].get("clean")
+    for eot, style in zip(sorted({e["eot"] for e in pgd}), _styles(), strict=False):
+        points = sorted((e["eps"], e["accuracy"]) for e in pgd if e["eot"] == eot)
+        points = ([(0.0, clean["accuracy"])] if clean else []) + points
+        radii, estimates = zip(*points, strict=True)
+        axes.errorbar(radii, [100 * e["mean"] for e in estimates], errors(estimates), label=f"EOT {eot}", capsize=3, **style)
+    ticks = sorted({e["eps"] for e in pgd})
+    axes.set_xticks([0, *ticks], ["0", *map(radius, ticks)])
+    _finish(axes, results, f"PGD-20, {pgd[0]['images']} images (bars: 95 % intervals)")
+    return figure
+
+
+def _finish(axes, results, title):
+    axes.axhline(100 / len(results["classes"]), color="0.4", linestyle=":", linewidth=1, label="guessing")
+    axes.set_ylim(-3, 103)
+    axes.set_title(title, fontsize=10)
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
+
+
+def _c_figure(results):
+    if not results["replication"]:
+        return None
+    figure = new_figure(6.4, 4.2)
+    axes = figure.add_subplot()
+    prepare(axes, "c")
+    columns = results["replication"]["columns"]
+    estimates = [e["accuracy"] for e in columns]
+    axes.errorbar([e["c"] for e in columns], [100 * e["mean"] for e in estimates], errors(estimates), capsize=3, **_styles()[0])
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks([e["c"] for e in columns], [f"{e['c']:g}" for e in columns])
+    _finish(axes, results, f"C&W L2 with fixed c, {estimates[0]['images']} images (bars: 95 % intervals)")
+    return figure
+
+
+def _eot_figure(results):
+    if not results["eot"]:
+        return None
+    figure = new_figure(6.4, 4.2)
+    axes = figure.add_subplot()
+    prepare(axes, "EOT: draws behind each gradient of the attack")
+    for plateau, style in zip(results["eot"], _styles(), strict=False):
+        draws, estimates = zip(*((p["eot"], p["accuracy"]) for p in plateau["points"]), strict=True)
+        label = f"PGD-{plateau['steps']}, {plateau['norm']} {radius(plateau['eps'])}" + ("" if plateau["plateau"] else " (no plateau)")
+        axes.errorbar(draws, [100 * e["mean"] for e in estimates], errors(estimates), label=label, capsize=3, **style)
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    ticks = sorted({p["eot"] for plateau in results["eot"] for p in plateau["points"]})
+    axes.set_xticks(ticks, map(str, ticks))
+    _finish(axes, results, "Robust accuracy against EOT (bars: 95 % intervals)")
+    return figure
+
+
+def _draws_figure(results):
+    curves = results["draws"]
+    if not curves:
+        return None
+    figure = new_figure(4.4 * len(curves), 3.8)
+    for position, ((name, points), style) in enumerate(zip(curves.items(), _styles(), strict=False), start=1):
+        axes = figure.add_subplot(1, len(curves), position)
+        draws_panel(axes, points, style)
+        axes.set_title(f"{name}, {points[0]['images']} images", fontsize=9)
+    figure.suptitle("Accuracy against the number of draws (bands: 95 % intervals; the scales differ)", fontsize=10)
+    return figure
+
+
+def _examples(results, images, rows):
+    """Originals, and beneath them what some of the attacks within the main radius made of them."""
+    kept = {}
+    for row in rows:
+        if "example" in row:
+            kept.setdefault(row["case"], {})[row["index"]] = row
+    chosen = [
+        e for e in results["cases"].values()
+        if e["name"] in kept and e["method"] not in ("clean", "noise") and e["source"] == e["victim"] == "deployed" and e["eps"] != LARGE
+    ]  # fmt: skip
+    chosen = sorted(chosen, key=lambda e: e["accuracy"]["mean"])[:3]
+    if not chosen:
+        return None
+    count = min(len(kept[chosen[0]["name"]]), len(images))
+    labels = [kept[chosen[0]["name"]][i]["label"] for i in range(count)]
+    figure = new_figure(1.3 * count + 1.4, 1.6 * (1 + len(chosen)) + 0.4)
+    grid = figure.subplots(1 + len(chosen), count, squeeze=False)
+    example_row(grid[0], "original", images[:count].float() / 255, labels, labels, results["classes"])
+    channels, height, width = results["shape"]
+    for axes_row, e in zip(grid[1:], chosen, strict=True):
+        own = [kept[e["name"]][i] for i in range(count)]
+        pixels = [torch.frombuffer(bytearray(base64.b64decode(r["example"])), dtype=torch.uint8) for r in own]
+        pixels = torch.stack([p.view(height, width, channels).permute(2, 0, 1) for p in pixels]).float() / 255
+        strength = radius(e["eps"]) if e["eps"] else f"c = {e['c']:g}" if e["c"] else "smallest L2"
+        example_row(axes_row, f"{e['method']}\n{e['norm']} {strength}\nEOT {e['eot']}", pixels, [r["answers"][0] for r in own], labels,
+                    results["classes"])  # fmt: skip
+    figure.suptitle("The strongest attacks, and the label that the first scoring gives (✗: wrong)", fontsize=10)
+    return figure

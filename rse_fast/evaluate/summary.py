@@ -1,0 +1,168 @@
+"""From rows to figures: one entry a case, the plateau over EOT, accuracy against draws, and the checks that an attack must pass."""
+
+import statistics
+
+from rse_fast.evaluate.estimate import estimate, paired_difference
+from rse_fast.evaluate.protocols import LARGE, PAPER_C, Case
+
+
+def summarise(cases: list[Case], rows: dict[tuple[str, int], dict]) -> dict:
+    """``cases``: name -> figures of those with rows; ``eot``, ``draws``, ``replication``: see their functions; ``checks``: see `checks`."""
+    table = {}
+    for case in cases:
+        own = [rows[key] for key in sorted(key for key in rows if key[0] == case.name)]
+        if own:
+            table[case.name] = {**vars(case), **_figures(case, own)}
+    shares = {name: {row["index"]: _share(row) for row in rows.values() if row["case"] == name} for name in table}
+    return {
+        "cases": table,
+        "eot": plateaus(table, shares),
+        "draws": _by_draws(table, rows),
+        "replication": replication(table),
+        "checks": checks(table, shares),
+    }
+
+
+def _share(row):
+    """Of the scorings of an image, how many were right, in [0, 1]."""
+    return sum(answer == row["label"] for answer in row["answers"]) / len(row["answers"])
+
+
+def _figures(case, rows):
+    """accuracy: estimate over repeats. worst: share of images that were right in each of the repeats, "worst of k queries"."""
+    count, repeats = len(rows), len(rows[0]["answers"])
+    accuracies = [sum(row["answers"][r] == row["label"] for row in rows) / count for r in range(repeats)]
+    worst = sum(all(answer == row["label"] for answer in row["answers"]) for row in rows) / count
+    figures = {
+        "images": count,
+        "accuracy": estimate(accuracies, count),
+        "worst": estimate([worst], count),
+        "queries_per_image": repeats,
+        "mean_l2": statistics.fmean(row["l2"] for row in rows),
+        "largest_linf": max(row["linf"] for row in rows),
+        "verdict": 1 - sum(row["verdict"] for row in rows) / count,
+        "attack_queries": statistics.fmean(row["queries"] for row in rows),
+        "seconds_per_image": statistics.fmean(row["seconds"] for row in rows),
+    }
+    if case.method == "cw":
+        # An image whose scorings do not mostly come out wrong was not won at any distance.
+        won = [row["l2"] if _share(row) < 0.5 else float("inf") for row in rows]
+        median = statistics.median_low(won)
+        figures |= {"median_l2": median if median < float("inf") else None, "won": sum(d < float("inf") for d in won) / count}
+    return figures
+
+
+def plateaus(table: dict, shares: dict) -> list[dict]:
+    """Robust accuracy against EOT for each PGD of two or more. plateau: the largest EOT takes no more than the one before, within the 95 %
+    margin of the paired difference; then its accuracy is the one to quote."""
+    groups: dict = {}
+    for entry in table.values():
+        plain_attack = entry["source"] == entry["victim"] == "deployed" and entry["restarts"] == 1
+        if entry["method"] == "pgd" and plain_attack and entry["eps"] < LARGE:
+            groups.setdefault((entry["norm"], entry["eps"], entry["steps"]), []).append(entry)
+    found = []
+    for (norm, eps, steps), entries in groups.items():
+        entries = sorted(entries, key=lambda e: e["eot"])
+        if len(entries) < 2:
+            continue
+        gain, margin = _compare(shares, entries[-2]["name"], entries[-1]["name"])
+        points = [{"eot": e["eot"], "accuracy": e["accuracy"]} for e in entries]
+        attack = {"norm": norm, "eps": eps, "steps": steps}
+        found.append({**attack, "points": points, "gain": gain, "margin": margin, "plateau": gain <= margin})
+    return found
+
+
+def _compare(shares, first, second):
+    common = sorted(shares[first].keys() & shares[second].keys())
+    return paired_difference([shares[first][i] for i in common], [shares[second][i] for i in common])
+
+
+def _by_draws(table, rows):
+    """name -> [{draws, accuracy}] for the cases that were scored by ensembles of several sizes."""
+    curves = {}
+    for name in table:
+        own = [row for row in rows.values() if row["case"] == name and "by_draws" in row]
+        if own:
+            sizes = sorted(map(int, own[0]["by_draws"]))
+            curves[name] = [
+                {"draws": n} | estimate([sum(row["by_draws"][str(n)] == row["label"] for row in own) / len(own)], len(own)) for n in sizes
+            ]
+    return curves
+
+
+def replication(table: dict) -> dict | None:
+    """The paper's columns: accuracy and mean L2 for each c, and the L2 at which accuracy falls through 30 % (linear between columns)."""
+    columns = sorted((entry for entry in table.values() if entry["method"] == "cw-c" and entry["c"] in PAPER_C), key=lambda e: e["c"])
+    if not columns:
+        return None
+    points = [(e["mean_l2"], e["accuracy"]["mean"]) for e in columns]
+    if "clean" in table:
+        points.insert(0, (0.0, table["clean"]["accuracy"]["mean"]))
+    crossing = None
+    for (l2, above), (next_l2, below) in zip(points, points[1:], strict=False):
+        if above >= 0.3 > below:
+            crossing = l2 + (next_l2 - l2) * (above - 0.3) / (above - below)
+            break
+    return {"columns": [{"c": e["c"], "mean_l2": e["mean_l2"], "accuracy": e["accuracy"]} for e in columns], "l2_at_30": crossing}
+
+
+def checks(table: dict, shares: dict) -> list[dict]:
+    """What must hold if the attacks work: {name, passed, text}, the failed ones first. Comparisons are paired, image by image, and fail
+    beyond their 95 % margin."""
+    found = []
+
+    def add(name, passed, text):
+        found.append({"name": name, "passed": bool(passed), "text": text})
+
+    def percent(name):
+        return f"{100 * table[name]['accuracy']['mean']:.1f} %"
+
+    def at_least_as_strong(name, strong, weak, meaning):
+        gap, margin = _compare(shares, strong, weak)
+        text = f"{strong} leaves {percent(strong)}, {weak} leaves {percent(weak)} (difference {100 * gap:+.1f} ± {100 * margin:.1f} points)"
+        add(name, gap <= margin, text + ("" if gap <= margin else f": {meaning}"))
+
+    attacks = [e for e in table.values() if e["victim"] == "deployed" and e["method"] != "clean"]
+    white = [e for e in attacks if e["source"] == "deployed" and e["method"] not in ("noise", "square", "fgsm", "cw", "cw-c")]
+    for e in white:
+        if e["eps"] == LARGE:
+            right = e["accuracy"]["mean"]
+            add(
+                "large eps", right == 0,
+                f"{e['name']}: with every pixel free, {100 * right:.1f} % of the scorings are still right"
+                + ("" if right == 0 else "; an attack that works leaves none, so the attack is too weak or its gradient is masked"),
+            )  # fmt: skip
+    white = [e for e in white if e["eps"] != LARGE]
+    for e in attacks:
+        same = [w for w in white if w["norm"] == e["norm"] and w["eps"] == e["eps"]]
+        best = min(same, key=lambda w: w["accuracy"]["mean"], default=None)
+        if best is None or e in white:
+            continue
+        if e["method"] == "fgsm":
+            meaning = "many steps do worse than one, so the iterated attack is broken"
+            at_least_as_strong("iterated against one step", best["name"], e["name"], meaning)
+        elif e["method"] == "noise":
+            at_least_as_strong("attack against random noise", best["name"], e["name"], "the attack finds less than chance does")
+        elif e["method"] == "square":
+            meaning = "an attack without gradients finds more, so the gradient is masked and the white-box figures flatter the defence"
+            at_least_as_strong("white box against black box", best["name"], e["name"], meaning)
+        elif e["source"] != "deployed":
+            meaning = "images made for another network find more than the attack on the defence itself, so its figures flatter the defence"
+            at_least_as_strong(f"white box against transfer from {e['source']}", best["name"], e["name"], meaning)
+    for plateau in plateaus(table, shares):
+        one, before, last = (plateau["points"][i] for i in (0, -2, -1))
+        text = f"PGD-{plateau['steps']} {plateau['norm']} {plateau['eps']:.4g}: from EOT {before['eot']} to {last['eot']} the accuracy "
+        text += f"changes by {-100 * plateau['gain']:+.1f} ± {100 * plateau['margin']:.1f} points, to "
+        text += f"{100 * last['accuracy']['mean']:.1f} % (EOT {one['eot']}: {100 * one['accuracy']['mean']:.1f} %)"
+        text += "" if plateau["plateau"] else ": more draws in the gradient still find more, so no figure of it is final"
+        add("plateau over EOT", plateau["plateau"], text)
+    for e in table.values():
+        if e["victim"] == "fixed-seed":
+            fresh = min((w for w in white if (w["norm"], w["eps"], w["steps"]) == (e["norm"], e["eps"], e["steps"])),
+                        key=lambda w: w["accuracy"]["mean"], default=None)  # fmt: skip
+            if fresh:
+                meaning = "taking the randomness away makes the attack no easier, so something else than randomness stops it"
+                at_least_as_strong("ablation: fixed seed", e["name"], fresh["name"], meaning)
+        if e["victim"] == "noise-off":
+            add("ablation: noise off", True, f"{e['name']}: the same network without its noise keeps {percent(e['name'])}")
+    return sorted(found, key=lambda check: check["passed"])

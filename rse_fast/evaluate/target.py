@@ -1,0 +1,125 @@
+"""The classifier under attack: what is deployed, what an attack may query, and which noise each of them gets.
+
+Every seed is derived from the evaluation's master seed and a path of words, so attack, selection and scoring have streams of their own,
+and a batch that is done again after an interrupt gives the same rows.
+"""
+
+import copy
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rse_fast.ensemble import Ensemble
+from rse_fast.nn import noise_layers
+
+
+def derive(master: int, *path) -> int:
+    """A seed in [0, 2^63) for the use that ``path`` (words and numbers) names; different paths give independent seeds."""
+    digest = hashlib.sha256(repr((master, *path)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class Plain(nn.Module):
+    """A deterministic network as a classifier: the log of its softmax, always in eval mode."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.eval()
+
+    def train(self, mode: bool = True):
+        return self  # whatever an attack calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).float().log_softmax(-1)
+
+
+class Target:
+    """A network and the classifier that is made of it.
+
+    model: with noisy layers it is deployed as an `Ensemble` of ``draws``, without as it is. plain: another network, to transfer from.
+    """
+
+    def __init__(self, model: nn.Module, draws: int, *, plain: nn.Module | None = None, dtype: str = "auto"):
+        self.model, self.dtype, self.plain = model.eval().requires_grad_(False), dtype, plain
+        self.draws = draws if noise_layers(model) else 0
+        self._made = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def classifier(self, kind: str, draws: int = 1) -> nn.Module:
+        """"deployed" in ``draws`` draws; "noise-off"; "plain"; one module for each."""
+        key = kind, draws if kind == "deployed" and self.draws else 1
+        if key not in self._made:
+            self._made[key] = self._make(*key)
+        return self._made[key]
+
+    def _make(self, kind, draws):
+        if kind == "plain":
+            if self.plain is None:
+                raise ValueError("plain: this evaluation has no plain network to transfer from")
+            return Plain(self.plain.requires_grad_(False))
+        if not self.draws:
+            return Plain(self.model)
+        model = self.model
+        if kind == "noise-off":
+            model = copy.deepcopy(model)
+            for layer in noise_layers(model).values():
+                layer.noise_enabled = False
+        return Ensemble(model, draws, dtype=self.dtype)
+
+    def queries(self, case, seed: int) -> "Queries":
+        """What the attack of a case may ask."""
+        kind = {"fixed-draw": "deployed"}.get(case.source, case.source)
+        if case.victim == "noise-off":
+            kind = "noise-off"
+        fixed = case.source == "fixed-draw" or case.victim == "fixed-seed"
+        return Queries(self.classifier(kind, 1 if case.source == "fixed-draw" else case.eot), seed, fixed)
+
+    def answer(self, victim: str, x: Tensor, seed: int, image0: int, draws: int | None = None) -> "Answer":
+        """What the victim says to images x [B, ...]: one query of the classifier as it is deployed, or of one with other ``draws``."""
+        classifier = self.classifier("noise-off" if victim == "noise-off" else "deployed", draws or self.draws)
+        if isinstance(classifier, Ensemble):
+            prediction = classifier.predict(x, seed=seed, image0=image0)
+            return Answer(prediction.labels, prediction.probs)
+        with torch.no_grad():
+            probs = classifier(x).exp()
+        return Answer(probs.argmax(-1), probs)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """labels int64 [B], probs float32 [B, K]."""
+
+    labels: Tensor
+    probs: Tensor
+
+
+class Queries(nn.Module):
+    """A classifier that gives every query fresh noise (unless ``fixed``), counts the images asked about, and remembers the last ones.
+
+    The noise comes from derived seeds alone: an attack that seeds torch's generators, or switches modes, changes nothing of it.
+    """
+
+    def __init__(self, classifier: nn.Module, seed: int, fixed: bool = False):
+        super().__init__()
+        self.classifier, self.seed, self.fixed = classifier, seed, fixed
+        self.calls = self.images = 0
+        self.last: Tensor | None = None
+        self.eval()
+
+    @property
+    def random(self) -> bool:
+        return isinstance(self.classifier, Ensemble) and not self.fixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.classifier, Ensemble):
+            self.classifier.seed = self.seed if self.fixed else derive(self.seed, self.calls)
+        self.calls += 1
+        self.images += len(x)
+        self.last = x.detach()
+        return self.classifier(x)
+

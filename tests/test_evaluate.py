@@ -1,0 +1,376 @@
+"""Attacks on a deployed ensemble, for real on a tiny network: the noise each part gets, interrupts, sharing among processes, errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import rse_fast
+from rse_fast.models import SmallNet
+from rse_fast.nn import NoisyConv2d, noise_layers
+
+for package in ("foolbox", "pyautoattack", "safetensors", "sklearn", "tqdm"):
+    pytest.importorskip(package)
+
+from rse_fast import data  # noqa: E402
+from rse_fast.evaluate import PROTOCOLS, Case, attacks, command, evaluate, rows, run  # noqa: E402
+from rse_fast.evaluate.target import Target, derive  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def nearest_mean(noisy: bool) -> torch.nn.Module:
+    """Digits by the nearest class mean, as two convolutions with a BatchNorm between them that does nothing."""
+    part = data.digits().train
+    images = part.images.float() / 255
+    means = torch.stack([images[part.labels == k].mean(0) for k in range(10)])
+    first, norm, last = torch.nn.Conv2d(1, 10, 8), torch.nn.BatchNorm2d(10, eps=0), torch.nn.Conv2d(10, 10, 1, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(means)
+        first.bias.copy_(-means.square().sum((1, 2, 3)) / 2)
+        last.weight.copy_(torch.eye(10)[..., None, None])
+    net = torch.nn.Sequential(first, norm, last, torch.nn.Flatten())
+    return (rse_fast.convert(net, 0.2, 0.1) if noisy else net).eval()
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    return nearest_mean(True)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return nearest_mean(False)
+
+
+@pytest.fixture(scope="module")
+def test_part():
+    return data.digits().test
+
+
+def without_times(found):
+    return {key: {k: v for k, v in row.items() if k != "seconds"} for key, row in found.items()}
+
+
+def evaluated(target, part, cases, out, images=6, seed=5, **options):
+    out.mkdir(exist_ok=True)
+    evaluate(target, part.images[:images], part.labels[:images], cases, out, seed=seed, **options)
+    return rows.read(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------- streams of noise
+def test_attacks_that_reseed_or_switch_modes_change_nothing(noisy, test_part, monkeypatch):
+    x, y = test_part.images[:3].float() / 255, test_part.labels[:3]
+    seen = {}
+
+    def method(name, rude):
+        def attack(case, queries, x, y):
+            for _ in range(3):
+                if rude:
+                    torch.manual_seed(0)
+                    np.random.seed(0)
+                    queries.train()
+                    noisy.train()
+                seen.setdefault(name, []).append(queries(x))
+                if rude:
+                    queries.eval()
+                    noisy.eval()
+            return [x], torch.zeros(len(x), dtype=torch.bool)
+
+        return attack
+
+    for fuse in (True, False):
+        seen.clear()
+        statistics = {name: buffer.clone() for name, buffer in noisy.named_buffers()}
+        for name in ("rude", "polite"):
+            monkeypatch.setitem(attacks.METHODS, name, method(name, name == "rude"))
+            target = Target(noisy, 4, dtype="float32")
+            target.classifier("deployed", 4).fuse = fuse
+            before = torch.get_rng_state()
+            attacks.run(Case(name, name, eot=4), target.queries(Case(name, name, eot=4), 7), None, x, y, 1)
+            assert torch.equal(torch.get_rng_state(), before)
+        for rude, polite in zip(seen["rude"], seen["polite"], strict=True):
+            assert torch.equal(rude, polite)
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(seen["rude"], seen["rude"][1:], strict=False))  # fresh noise at every query
+        assert all(torch.equal(buffer, statistics[name]) for name, buffer in noisy.named_buffers())
+
+
+class Spy(Target):
+    """Notes every seed that a classifier was given, and for what."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scored, self.asked = [], []
+
+    def queries(self, case, seed):
+        queries = super().queries(case, seed)
+        queries.register_forward_pre_hook(lambda module, inputs: self.asked.append(derive(module.seed, module.calls)))
+        return queries
+
+    def answer(self, victim, x, seed, image0, draws=None):
+        self.scored.append(seed)
+        return super().answer(victim, x, seed, image0, draws)
+
+
+def test_attack_selection_and_scoring_have_noise_of_their_own(noisy, test_part, tmp_path):
+    spy = Spy(noisy, 3)
+    case = Case("p", "pgd", eps=0.1, steps=3, eot=2, restarts=2, by_draws=True)
+    found = evaluated(spy, test_part, [case], tmp_path, repeats=4)
+    assert len(spy.asked) == 2 * (3 + 1)  # restarts x (steps and foolbox's own verdict)
+    sizes = {*run.DRAWS, 3}
+    assert len(spy.scored) == 2 + 4 + len(sizes)  # candidates (one seed, so that they compare), repeats, sizes of ensembles
+    assert len({*spy.asked, *spy.scored}) == 8 + 1 + 4 + len(sizes)
+    assert set(found["p", 0]["seeds"]) <= set(spy.scored) and len(set(found["p", 0]["seeds"])) == 4
+
+
+def test_answers_are_those_of_the_deployed_ensemble(noisy, test_part, tmp_path):
+    found = evaluated(Target(noisy, 3), test_part, [Case("clean", "clean")], tmp_path, images=70)
+    ensemble = rse_fast.Ensemble(noisy, 3)
+    for start, stop in ((0, 64), (64, 70)):  # two batches
+        x = test_part.images[start:stop].float() / 255
+        for r, seed in enumerate(found["clean", start]["seeds"]):
+            expected = ensemble.predict(x, seed=seed, image0=start).labels.tolist()
+            assert [found["clean", i]["answers"][r] for i in range(start, stop)] == expected
+    assert {row["l2"] for row in found.values()} == {0.0}
+
+
+def test_fixed_seed_and_noise_off_are_what_their_attack_saw(noisy, test_part):
+    x = test_part.images[:4].float() / 255
+    target = Target(noisy, 3, dtype="float32")
+    fixed = target.queries(Case("a", "pgd", eot=3, victim="fixed-seed"), 9)
+    first, again = fixed(x), fixed(x)
+    assert torch.equal(first, again) and not fixed.random
+    assert (first.exp() - target.answer("fixed-seed", x, fixed.seed, 0).probs).abs().max() < 1e-5
+    off = target.queries(Case("b", "pgd", victim="noise-off"), 9)
+    with rse_fast.noise_off(noisy):
+        expected = noisy(x).log_softmax(-1)
+    assert (off(x) - expected).abs().max() < 1e-4 and (target.answer("noise-off", x, 1, 0).probs - expected.exp()).abs().max() < 1e-5
+    assert all(layer.noise_enabled for layer in noise_layers(noisy).values())  # the ablation has a copy of its own
+    draw = target.queries(Case("c", "pgd", eot=20, source="fixed-draw"), 9)
+    assert draw.classifier.draws == 1 and torch.equal(draw(x), draw(x))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ attacks
+SHORT = [
+    Case("clean", "clean"), Case("noise", "noise", eps=0.2), Case("noise-l2", "noise", "L2", eps=1.0), Case("fgsm", "fgsm", eps=0.2, eot=2),
+    Case("pgd", "pgd", eps=0.2, steps=5, eot=2), Case("pgd-l2", "pgd", "L2", eps=1.0, steps=5, eot=2, restarts=2),
+    Case("apgd-ce", "apgd-ce", eps=0.2, steps=6, eot=2), Case("apgd-dlr", "apgd-dlr", "L2", eps=1.0, steps=6, eot=2),
+    Case("autoattack", "autoattack", eps=0.2, steps=6, eot=2), Case("square", "square", eps=0.2, steps=20, eot=2),
+    Case("cw", "cw", "L2", steps=10, eot=2), Case("cw-c", "cw-c", "L2", steps=10, eot=2, c=0.1),
+    Case("transfer", "pgd", eps=0.2, steps=5, source="plain"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short(noisy, plain, test_part, tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("short")
+    return evaluated(Target(noisy, 3, plain=plain), test_part, SHORT, out)
+
+
+def test_every_method_stays_in_its_ball_and_uses_it(short):
+    assert {name for name, _ in short} == {case.name for case in SHORT} and len(short) == 6 * len(SHORT)
+    assert {case.method for case in SHORT} == attacks.METHODS.keys()
+    for case in SHORT:
+        own = [short[case.name, i] for i in range(6)]
+        norms = [row["linf" if case.norm == "Linf" else "l2"] for row in own]
+        if case.eps:
+            assert max(norms) <= case.eps * (1 + 1e-5) + 1e-6, case.name
+        if case.method not in ("clean", "square", "autoattack"):  # these leave alone what they cannot fool, or what was wrong before
+            assert min(norms) > 0, case.name
+        if case.method in ("fgsm", "pgd"):
+            assert min(norms) > (0.95 if case.norm == "Linf" else 0.8) * case.eps, case.name
+
+
+def test_attacks_attack(short):
+    def right(name):
+        return sum(answer == short[name, i]["label"] for i in range(6) for answer in short[name, i]["answers"])
+
+    assert right("pgd") < right("noise") and right("apgd-ce") < right("noise")
+    assert [short["pgd", i]["queries"] for i in range(6)] == [6.0] * 6
+
+
+def test_a_case_gives_the_same_rows_again_and_other_rows_with_another_seed(noisy, plain, test_part, tmp_path, short):
+    cases = [case for case in SHORT if case.name in ("pgd-l2", "apgd-ce", "square", "autoattack")]
+    target = Target(noisy, 3, plain=plain)
+    torch.manual_seed(torch.seed())
+    again = evaluated(target, test_part, cases, tmp_path / "again")
+    assert without_times(again) == {key: row for key, row in without_times(short).items() if key in again}
+    other = evaluated(target, test_part, cases, tmp_path / "other", seed=6)
+    assert all(other["pgd-l2", i]["linf"] != again["pgd-l2", i]["linf"] for i in range(6))
+
+
+def test_an_attack_that_leaves_its_ball_is_an_error(noisy, test_part, tmp_path, monkeypatch):
+    for change in (0.3, float("nan")):
+        def leave(case, queries, x, y, change=change):
+            return [(x + change).clamp(0, 1)], torch.zeros(6, dtype=torch.bool)
+
+        monkeypatch.setitem(attacks.METHODS, "fgsm", leave)
+        with pytest.raises(RuntimeError, match="left its ball"):
+            evaluated(Target(noisy, 3), test_part, [Case("a", "fgsm", eps=0.1)], tmp_path)
+        assert rows.read(tmp_path) == {}
+
+
+def test_restarts_keep_the_image_with_the_lowest_probability_of_the_truth(noisy, test_part):
+    x, y = test_part.images[:5].float() / 255, test_part.labels[:5]
+    target, candidates = Target(noisy, 3), [x, 1 - x, x.flip(-1)]
+    probs = torch.stack([target.answer("deployed", c, 3, 0).probs.gather(-1, y[:, None])[:, 0] for c in candidates])
+    calls = iter(candidates)
+    case = Case("a", "pgd", eps=1.0, restarts=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attacks.METHODS, "pgd", lambda *args: ([next(calls)], torch.zeros(5, dtype=torch.bool)))
+        found = attacks.run(case, target.queries(case, 1), lambda images: target.answer("deployed", images, 3, 0), x, y, 2)
+    for i, choice in enumerate(probs.argmin(0).tolist()):
+        assert torch.equal(found.images[i], candidates[choice][i])
+
+
+def test_carlini_wagner_without_success_ends_where_its_search_did(noisy, test_part):
+    x, y = test_part.images[:4].float() / 255, test_part.labels[:4]
+    wrong = torch.where(Target(noisy, 20).answer("deployed", x, 1, 0).labels == y, y, -1)
+    queries = Target(noisy, 20).queries(Case("a", "cw", "L2", steps=3, eot=20), 1)
+    closest, last, found = attacks._carlini_wagner(
+        Case("a", "cw", "L2", steps=3), queries, x, y, binary_search_steps=1, stepsize=1e-3, initial_const=1e-3
+    )
+    unfooled = ~found & (wrong == y)
+    assert unfooled.any()
+    assert torch.equal(closest[unfooled], last[unfooled]) and 0 < (last - x).abs().max() < 0.02  # not foolbox's zeros
+
+
+def test_a_deterministic_network_is_attacked_as_it_is(plain, test_part, tmp_path):
+    target = Target(plain, 10)
+    assert target.draws == 0
+    for name, protocol in PROTOCOLS.items():
+        cases = protocol.cases([0.1, 0.2], 0.5, 0, False)
+        assert all(case.eot == 1 and case.source == case.victim == "deployed" for case in cases), name
+        assert not any("eot" in case.name for case in cases)
+    found = evaluated(target, test_part, [Case("p", "pgd", eps=0.2, steps=5), Case("c", "clean")], tmp_path, repeats=2)
+    x = test_part.images[:6].float() / 255
+    assert [found["c", i]["answers"] for i in range(6)] == [[label] * 2 for label in plain(x).argmax(-1).tolist()]
+
+
+# ------------------------------------------------------------------------------------------- interrupts, processes, the command line
+def make_network():
+    return nearest_mean(True)
+
+
+ARGS = ["--model", "test_evaluate:make_network", "--data", "digits", "--protocol", "quick", "--eps", "0.1", "0.2", "--seed", "3",
+        "--draws", "3", "--repeats", "2", "--images", "40"]  # fmt: skip
+ONLY = ["--only", "clean", "pgd20-Linf-0.1-eot20", "pgd20-Linf-0.2-eot20", "fgsm-Linf-0.2-eot20"]
+
+
+def main(*options, **environment):
+    """The command line in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(os.path.dirname(__file__))
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return command.main(list(options))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main(*ARGS, *ONLY, "--out", str(out)) == 0
+    return out
+
+
+def test_a_killed_run_loses_one_batch_at_most_and_resumes_to_the_same_table(whole, tmp_path):
+    path = tmp_path / "rows-0.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rse_fast.cli", "evaluate", *ARGS, *ONLY, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 40):  # within the second case
+        time.sleep(0.002)
+    killed = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    assert killed, process.communicate()[1]
+    process.communicate()
+    kept = rows.read(tmp_path)
+    assert 40 < len(kept) < 4 * 40 and (len(kept) % 40) % 16 == 0  # batches of 16 images at EOT 20
+    with open(path, "ab") as file:
+        file.write(b'{"case": "pgd20-Linf-0.2-eo')  # what a process that is killed while it writes leaves behind
+    assert rows.read(tmp_path) == kept
+    assert main(*ARGS, *ONLY, "--out", str(tmp_path)) == 0
+    after = rows.read(tmp_path)
+    assert without_times(after) == without_times(rows.read(whole))
+    assert all(after[key] == row for key, row in kept.items())  # times included: nothing was done again
+    tables = [(out / "report.md").read_text().partition("## Cost")[0] for out in (tmp_path, whole)]
+    assert tables[0] == tables[1]
+
+
+def test_processes_share_the_batches_and_the_last_one_reports(whole, tmp_path):
+    for rank in "01":
+        assert not (tmp_path / "report.md").exists()
+        assert main(*ARGS, *ONLY, "--out", str(tmp_path), RANK=rank, WORLD_SIZE="2") == 0
+    lines = [len((tmp_path / f"rows-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    assert sum(lines) == 4 * 40 and min(lines) > 0
+    assert without_times(rows.read(tmp_path)) == without_times(rows.read(whole))
+    assert (tmp_path / "report.md").is_file()
+
+
+def test_the_folder_of_another_evaluation_is_refused(whole, capsys):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    for change in (["--draws", "4"], ["--seed", "4"], ["--images", "39"], ["--protocol", "sanity"]):
+        assert main(*ARGS, *change, "--out", str(whole)) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert change[0].lstrip("-") in line and change[1] in line
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "--run, --model"), (["--model", "nowhere:at_all"], "--model"), (["--model", "math:floor"], "--model"),
+        (["--run", "nowhere"], "config"), (["--model", "test_evaluate:make_plain", "--weights", "nowhere.safetensors"], "--weights"),
+        (["--model", "test_evaluate:make_plain", "--only", "nothing"], "--only"),
+        (["--model", "test_evaluate:make_plain", "--plain", "test_evaluate:make_noisy"], "--plain"),
+        (["--model", "test_evaluate:make_plain", "--data", "nowhere"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(options, words, tmp_path, capsys):
+    assert main(*options, "--images", "2", "--out", str(tmp_path / "out")) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("rse-fast evaluate: ") and words in line
+
+
+@pytest.mark.parametrize("options", [["--eps", "0"], ["--eps", "1/0"], ["--draws", "0"], ["--images", "-1"], ["--protocol", "x"]])
+def test_bad_options_are_refused_by_name(options, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(options)
+    assert end.value.code == 2 and f"argument {options[0]}" in capsys.readouterr().err
+
+
+def make_plain():
+    return SmallNet(10, 1, width=2)
+
+
+def make_noisy():
+    return torch.nn.Sequential(NoisyConv2d(1, 2, 3))
+
+
+def test_a_part_that_is_sorted_by_class_is_shuffled():
+    images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1)
+    for labels, given in (([0, 0, 0, 1, 1, 1, 2, 2], False), ([0, 1, 0, 2, 0, 1, 2, 2], True)):
+        found, chosen, order = command._images(data.Part(images, torch.tensor(labels)), 5)
+        assert (found.flatten().tolist() == [0, 1, 2, 3, 4]) == given and ("shuffle" in order) != given
+        assert chosen.tolist() == [labels[i] for i in found.flatten().tolist()]
+
+
+def test_rows_that_are_no_rows_are_an_error(tmp_path):
+    (tmp_path / "rows-0.jsonl").write_text('{"case": "a", "index": 0}\nnonsense\n')
+    with pytest.raises(ValueError, match="line 2"):
+        rows.read(tmp_path)
+
+
+def test_settings_name_what_was_evaluated(whole):
+    settings = json.loads((whole / "evaluation.json").read_text())
+    assert settings["draws"] == 3 and settings["sigmas"] == [0.1, 0.2] and settings["seed"] == 3 and settings["images"] == 40
+    assert len(settings["weights"]) == 64
