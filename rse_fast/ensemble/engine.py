@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rse_fast import functional
-from rse_fast.ensemble import fuse, gradient, plan
+from rse_fast.ensemble import fuse, gradient, plan, quantize
 from rse_fast.ensemble.early_exit import make as make_criterion
 from rse_fast.ensemble.graphs import Graphs
 from rse_fast.ensemble.runner import Runner, has_bfloat16, mismatch
@@ -60,7 +60,10 @@ class Ensemble(nn.Module):
             call repeat the same noise, hence the model deterministic and attackable: for audits and tests only.
         chunk_rows: most rows (images x draws) of a packed batch. Default: by the free memory and a sweet spot that the first large call
             measures. Where memory runs out all the same, the batch is run again in halves, and later ones are no larger.
-        dtype: "auto" is bfloat16 where the hardware computes in it and float32 otherwise; or float32, bfloat16, float16.
+        dtype: "auto" is bfloat16 where the hardware computes in it and float32 otherwise; or float32, bfloat16, float16. "int8" runs noisy
+            convolutions on bytes, the noise being the dither, and the rest as "auto" does: on the CPU, for inference only (no gradient).
+            `quantization` tells which layers stayed in the higher precision, and why.
+        calibration: for "int8", batches of images [N, C, H, W] like those to come; the steps are chosen on them, with the noise on.
         fuse: run an optimised snapshot of the model, renewed by itself when a parameter, buffer or noise switch has changed (`refresh`
             forces it). False runs the live model in its own dtype, under autocast for a lower one.
         early_exit: None takes all draws of every image. "exact": an image stops when its remaining draws cannot change its label, which
@@ -75,15 +78,20 @@ class Ensemble(nn.Module):
     """
 
     def __init__(
-        self, model, draws=10, *, seed=None, chunk_rows=None, dtype="auto", fuse=True, early_exit=None, backend="auto", graphs=None
-    ):
+        self, model, draws=10, *, seed=None, chunk_rows=None, dtype="auto", fuse=True, early_exit=None, calibration=None,
+        backend="auto", graphs=None,
+    ):  # fmt: skip
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if not noise_layers(model):
             raise ValueError("model must have noisy layers, got none; rse_fast.convert(model) adds them")
-        if not isinstance(dtype, (str, torch.dtype)) or (dtype != "auto" and dtype not in DTYPES):
-            raise ValueError(f"dtype must be 'auto', float32, bfloat16 or float16, got {dtype!r}")
+        if not isinstance(dtype, (str, torch.dtype)) or (dtype not in ("auto", "int8") and dtype not in DTYPES):
+            raise ValueError(f"dtype must be 'auto', float32, bfloat16, float16 or 'int8', got {dtype!r}")
+        if dtype == "int8" and not fuse:
+            raise ValueError("fuse must be True for dtype 'int8', which runs a snapshot of the model, got False")
+        if dtype != "int8" and calibration is not None:
+            raise ValueError(f"calibration is for dtype 'int8' alone, got it with dtype {dtype!r}")
         if backend not in functional.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, functional.BACKENDS))}, got {backend!r}")
         if graphs not in (None, True, False):
@@ -93,6 +101,7 @@ class Ensemble(nn.Module):
         self.chunk_rows = None if chunk_rows is None else _count("chunk_rows", chunk_rows)
         make_criterion(early_exit, self.draws, 1)  # raises if it names none
         self.dtype, self.fuse, self.early_exit, self.backend, self.graphs = dtype, bool(fuse), early_exit, backend, graphs
+        self.calibration = quantize.check_calibration(calibration) if dtype == "int8" else None
         number_layers(model)
         self.model = model
         self._lock = threading.Lock()
@@ -103,6 +112,8 @@ class Ensemble(nn.Module):
         """Log of the mean softmax, float32 [B, K]; differentiable in ``x``, so a gradient is the gradient of the whole ensemble,
         exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`)."""
         x, seed = self._input(x), self._seed_tensor(self._call_seed(None), x)
+        if self.dtype == "int8":
+            quantize.check_no_gradient(x)
         rows = []
         with self._model(x) as model:
             for _, draw, logits in self._passes(model, x, seed, 0):
@@ -142,6 +153,14 @@ class Ensemble(nn.Module):
         """Takes a new snapshot of the model at the next call."""
         with self._lock:
             self._prepared = None
+
+    @property
+    def quantization(self) -> quantize.Report | None:
+        """Which layers run in int8, and which do not and why; None for other dtypes. Calibrates, if no call has done so yet."""
+        if self.calibration is None:
+            return None
+        with self._model(self._input(self.calibration[0])):
+            return self._quantization
 
     def __getstate__(self):
         return {**self.__dict__, "_lock": None, "_prepared": None}  # a copy takes its own snapshot
@@ -267,7 +286,7 @@ class Ensemble(nn.Module):
 
     # -------------------------------------------------------------------------------------------------------------- preparation
     def _resolve_dtype(self, device):
-        if self.dtype != "auto":
+        if self.dtype not in ("auto", "int8"):
             return DTYPES[self.dtype]
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
@@ -302,14 +321,40 @@ class Ensemble(nn.Module):
         noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
         if self.fuse:
             runner = self._fused(x, compute, noisy)
+            if self.dtype == "int8":
+                self._to_int8(runner, x)
         else:
             parameter = next(self.model.parameters(), None)
             with _eval_mode(self.model):
                 runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x)
-        planner = plan.planner(self.model, (x.shape[1:], compute, self.fuse), x.device, runner.row_bytes)
+        planner = plan.planner(self.model, (x.shape[1:], "int8" if self.dtype == "int8" else compute, self.fuse), x.device, runner.row_bytes)
         if x.device.type == "cuda" and self.graphs is not False:
             return Prepared(runner, Graphs(runner, always=self.graphs is True), planner)
         return Prepared(runner, runner, planner)
+
+    def _to_int8(self, runner, x):
+        """Makes a runner of a fused snapshot run an int8 one."""
+        quantize.check_available(x.device)
+        if x.shape[1:] != self.calibration[0].shape[1:]:
+            wanted, got = tuple(x.shape[1:]), tuple(self.calibration[0].shape[1:])
+            raise ValueError(f"calibration must have images of the shape of x, {wanted}, got {got}")
+        names = list(noise_layers(self.model))
+        if not isinstance(runner.model, torch.fx.GraphModule):
+            self._quantization = quantize.Report({}, dict.fromkeys(names, "the model runs unfused"), quantize.weight_bits())
+            return
+
+        def rewrite(graph):
+            def run():
+                image0 = 0
+                for batch in itertools.chain.from_iterable(b.split(plan.SWEET_SPOT["cpu"]) for b in self.calibration):
+                    with Scope(torch.tensor(0), len(batch), 1, image0, backend=self.backend):
+                        graph(batch.contiguous(memory_format=torch.channels_last))
+                    image0 += len(batch)
+
+            with torch.no_grad():
+                self._quantization = quantize.quantize(graph, names, run, self._resolve_dtype(x.device))
+
+        runner.model, _ = fuse.snapshot(self.model, self._resolve_dtype(x.device), rewrite)
 
     def _fused(self, x, dtype, noisy):
         """A runner of a fused snapshot; of an unfused one where that cannot be had, with a warning."""

@@ -7,6 +7,7 @@ order, which it would otherwise bring them into at every call.
 
 import operator
 from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
@@ -24,10 +25,13 @@ _INPLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, oper
 _FRESH = (operator.add, operator.sub, operator.mul, torch.add, torch.cat)  # calls whose result is new memory
 
 
-def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, str | None]:
+def snapshot(
+    model: nn.Module, dtype: torch.dtype, rewrite: Callable[[torch.fx.GraphModule], None] | None = None
+) -> tuple[nn.Module, str | None]:
     """A `copy` of ``model``, fused.
 
-    Returns (copy, None), or (unfused copy, why) when the model cannot be traced.
+    Returns (copy, None), or (unfused copy, why) when the model cannot be traced. ``rewrite`` may change the traced model, in float32,
+    once its BatchNorms are folded and before anything else is done.
     """
     wide = torch.promote_types(dtype, torch.float32)  # folding is done in float32 at least
     copied, problem = copy(model, wide), None
@@ -41,6 +45,8 @@ def snapshot(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, str | Non
     else:
         copied = torch.fx.GraphModule(copied, graph)
         fold_batch_norm(copied)
+        if rewrite is not None:
+            rewrite(copied)
         merge_activations(copied)
         pack_weights(copied)
     return _lay_out(copied, dtype), problem

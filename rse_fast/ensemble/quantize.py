@@ -1,0 +1,388 @@
+"""Turns noisy convolutions of a traced model into int8 ones; the noise is the dither of their rounding.
+
+A quantised layer takes its input to bytes in the pass that adds the noise (`add_noise_u8`), with one step and zero point a tensor, chosen
+on calibration batches with the noise on. Weights are symmetric bytes, one step an output channel. The convolution is oneDNN's, and does a
+ReLU that alone reads it. Where the result goes to quantised layers only, directly or through max-pools, it stays in bytes; everything else,
+additions and concatenations among it, happens in the model's own dtype.
+
+Where the calibration shows that bytes would disturb a layer's output by more than `LIMIT` of what the layer's own noise does, it stays in
+the higher precision, and so does what cannot be quantised; the `Report` says which and why.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rse_fast import functional
+from rse_fast.ensemble.fuse import _has_hooks, _is_simple
+from rse_fast.nn import NoiseLayer, NoisyConv2d
+
+# A layer is quantised where the root mean square of its error stays below this share of the standard deviation that its own noise gives
+# its output. Errors of layers and noises of layers add up alike, so this bounds the network's error in units of its noise, too.
+LIMIT = 0.5
+
+_SAMPLES = 2**16  # values kept of each batch to choose a step by
+_PATCHES = 2**22  # values of patches that each batch adds to a layer's covariance
+_BLOCK = 64  # weights rounded before the others are told
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was quantised.
+
+    quantized: names of the layers that run in int8, in execution order, each with its error as a share of its own noise (see `LIMIT`).
+    kept: names of the layers that run in the higher precision, each with the reason.
+    weight_bits: 8, or 7 on processors whose int8 products would saturate with 8.
+    """
+
+    quantized: dict[str, float]
+    kept: dict[str, str]
+    weight_bits: int
+
+    def __str__(self):
+        lines = [f"int8: {len(self.quantized)} of {len(self.quantized) + len(self.kept)} layers, weights of {self.weight_bits} bits"]
+        return "\n".join([*lines, *(f"  {name}: higher precision, {reason}" for name, reason in self.kept.items())])
+
+
+def check_available(device: torch.device) -> None:
+    """Raises RuntimeError unless int8 convolutions run on ``device``."""
+    if device.type != "cpu":
+        raise RuntimeError(f"dtype 'int8' runs on the CPU only, but the model is on {device}; take bfloat16 or float16 there")
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv_pointwise"):
+        raise RuntimeError("dtype 'int8' needs a torch with oneDNN's int8 convolutions (torch.ops.onednn.qconv_pointwise)")
+
+
+def check_calibration(batches) -> tuple[torch.Tensor, ...]:
+    """The calibration batches as float32 tensors [N, C, H, W] of one image shape on the CPU.
+
+    Raises TypeError or ValueError where there is none, or they are of no use.
+    """
+    if batches is None:
+        raise ValueError("calibration must give batches of images [N, C, H, W] for dtype 'int8', got None; some hundred images will do")
+    batches = (batches,) if isinstance(batches, torch.Tensor) else tuple(batches)
+    for batch in batches:
+        if not isinstance(batch, torch.Tensor) or not batch.is_floating_point():
+            got = batch.dtype if isinstance(batch, torch.Tensor) else type(batch).__name__
+            raise TypeError(f"calibration must give floating-point tensors (images scaled to [0, 1]), got {got}")
+        if batch.dim() != 4 or batch.shape[1:] != batches[0].shape[1:]:
+            shapes = ", ".join(str(tuple(b.shape)) for b in (batches[0], batch))
+            raise ValueError(f"calibration must give batches [N, C, H, W] of one image shape, got {shapes}")
+        if not bool(batch.isfinite().all()):
+            raise ValueError("calibration must give finite images, got NaN or infinite pixels")
+    if not sum(map(len, batches)):
+        raise ValueError("calibration must give at least one image, got none")
+    return tuple(batch.detach().float() for batch in batches if len(batch))
+
+
+def check_no_gradient(x: torch.Tensor) -> None:
+    """Raises RuntimeError where a gradient of ``x`` is asked for."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "an ensemble of dtype 'int8' is for inference and has no gradient: call it under torch.no_grad(), or for attacks take an "
+            "Ensemble of the same model with dtype 'float32' or 'bfloat16'"
+        )
+
+
+def weight_bits() -> int:
+    """8 with VNNI or AMX. Without, products of bytes are added in pairs in 16 bits, which 8-bit weights can overflow, silently."""
+    return 8 if getattr(torch.cpu, "_is_vnni_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 7
+
+
+def quantize(model: torch.fx.GraphModule, names: Sequence[str], run: Callable[[], None], dtype: torch.dtype) -> Report:
+    """Quantises, in place, what it can of a traced model in float32, whose BatchNorms are folded as far as they can be.
+
+    names: of the noisy layers, by stream. run: runs the calibration batches through ``model``, with the noise on and the same noise at
+    every call; it is called twice. dtype: of the results that are no bytes.
+    """
+    bits = weight_bits()
+    layers, kept = _candidates(model, names)
+    observers = {node: _Observer(layer) for node, layer in layers.items()}
+    _replace(model, observers)
+    run()
+    quantized = {node: observers[node].quantized(bits) for node in layers}
+    comparisons = {node: _Comparison(conv) for node, conv in quantized.items()}
+    _replace(model, comparisons)
+    run()
+    errors = {node: comparison.relative_error() for node, comparison in comparisons.items()}
+    for node, error in errors.items():
+        name = names[layers[node].stream]
+        if error > LIMIT:
+            kept[name] = f"its error would be {error:.2f} of its own noise (limit {LIMIT})"
+            _replace(model, {node: layers[node]})
+            del quantized[node]
+        else:
+            quantized[node].bias += comparisons[node].bias()
+            quantized[node].output_dtype = dtype
+    _replace(model, quantized)
+    _merge_relu(model, quantized)
+    _keep_bytes(model, {node: (conv, observers[node].output) for node, conv in quantized.items()})
+    model.delete_all_unused_submodules()
+    model.recompile()
+    return Report({names[layers[node].stream]: errors[node] for node in quantized}, kept, bits)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- the layer
+class QuantizedConv(nn.Module):
+    """A noisy 2-D convolution on bytes, and a ReLU of its result if ``relu``.
+
+    noisy: (step, zero point) of the input with its noise. source: of an input [N, C, H, W] in bytes; None: it is float. output: of a
+    result in bytes; None: it is ``output_dtype``.
+    """
+
+    def __init__(self, layer: NoisyConv2d, noisy: tuple[float, int], bits: int, moments: torch.Tensor):
+        super().__init__()
+        self.layer, self.noisy, self.source, self.output = layer, noisy, None, None
+        self.relu, self.output_dtype = False, torch.float32
+        self.geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        # 7 bits: 2 * 255 * 64 < 2^15
+        weight, steps = quantize_weight(layer.weight.detach(), 127 if bits == 8 else 64, moments)
+        # Plain attributes: a cast of the model must not reach what is float32 by nature, and the vendor's packed tensor is opaque.
+        self.steps, self.zeros = steps, torch.zeros(len(steps), dtype=torch.int64)
+        self.bias = torch.zeros_like(steps) if layer.bias is None else layer.bias.detach().float().clone()
+        self.packed = torch.ops.onednn.qconv_prepack(weight, steps, *noisy, *map(list, self.geometry[:3]), layer.groups, None)
+
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution of noisy bytes."""
+        step, zero_point, dtype = (1.0, 0, self.output_dtype) if self.output is None else (*self.output, torch.uint8)
+        return torch.ops.onednn.qconv_pointwise(
+            x, *self.noisy, self.packed, self.steps, self.zeros, self.bias, *self.geometry, step, zero_point, dtype,
+            "relu" if self.relu else "none", [], "",
+        )  # fmt: skip
+
+    def forward(self, input):  # the name that nn.Conv2d gives it
+        check_no_gradient(input)
+        return self.convolve(self.to_bytes(input, self.layer.noise_arguments(input)))
+
+    def to_bytes(self, x: torch.Tensor, noise: dict) -> torch.Tensor:
+        """Noise and rounding in one pass."""
+        step, zero_point = self.source or (None, 0)
+        units = {} if step is None else {"scale": step, "shift": -step * zero_point}
+        return functional.add_noise_u8(x, noise["sigma"], *self.noisy, **units, **{k: v for k, v in noise.items() if k != "sigma"})
+
+    def extra_repr(self):
+        step, zero_point = self.noisy
+        return f"input step={step:.4g}, zero_point={zero_point}, output={'float' if self.output is None else 'bytes'}"
+
+
+class BytesMaxPool(nn.Module):
+    """`nn.MaxPool2d` of bytes, without ceil_mode and dilation: the larger of shifted slices. Torch's own fails on bytes of real sizes."""
+
+    def __init__(self, pool: nn.MaxPool2d):
+        super().__init__()
+        pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)  # noqa: E731
+        self.kernel, self.stride, self.padding = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
+
+    def forward(self, input):
+        x, (vertical, horizontal) = input, self.padding
+        if vertical or horizontal:
+            x = nn.functional.pad(x, (horizontal, horizontal, vertical, vertical))  # with 0, which no byte is below
+        for dim, kernel, stride in zip((2, 3), self.kernel, self.stride, strict=True):
+            last = (x.shape[dim] - kernel) // stride * stride
+            slices = [x[(slice(None),) * dim + (slice(i, last + i + 1, stride),)] for i in range(kernel)]
+            x = slices[0]
+            for other in slices[1:]:
+                x = torch.maximum(x, other)
+        return x
+
+
+def quantize_weight(weight: torch.Tensor, most: int, moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 weight in [-most, most], float32 step [Cout]) of a float32 weight [Cout, Cin / groups, kh, kw].
+
+    The steps are those of least square error. moments: float64 [groups, K, K], the covariance of an output's K inputs. Weights are rounded
+    one input after the other, and those to come take over what the rounding did to the output as far as inputs correlate (GPTQ, Frantar
+    et al., ICLR 2023, arXiv 2210.17323): systematic errors do not average out over the draws, so they count most.
+    """
+    groups, terms = moments.shape[:2]
+    rest = weight.double().reshape(groups, -1, terms)
+    largest = rest.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    best, steps = torch.full_like(largest, math.inf), largest / most
+    for share in torch.linspace(0.6, 1.0, 21).tolist():
+        step = (share * largest / most)[..., None]
+        error = ((rest / step).round().clamp(-most, most) * step - rest).square().sum(-1)
+        best, steps = torch.minimum(best, error), torch.where(error < best, step[..., 0], steps)
+    steps = steps.float().double()
+    damped = moments + 1e-6 * moments.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(terms, dtype=torch.float64)
+    # Row k: how the inputs after k make up for an error at k, by the inverse covariance of what is not rounded yet.
+    pull = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    quantized = torch.empty_like(rest)
+    for first in range(0, terms, _BLOCK):
+        last = min(first + _BLOCK, terms)
+        errors = torch.empty_like(rest[..., first:last])
+        for k in range(first, last):
+            quantized[..., k] = (rest[..., k] / steps).round().clamp(-most, most)
+            errors[..., k - first] = (rest[..., k] - quantized[..., k] * steps) / pull[:, None, k, k]
+            rest[..., k:last] -= errors[..., k - first, None] * pull[:, None, k, k:last]
+        rest[..., last:] -= errors @ pull[:, first:last, last:]
+    return quantized.to(torch.int8).reshape(weight.shape), steps.float().flatten()
+
+
+# ------------------------------------------------------------------------------------------------------------------------ calibration
+class _Range:
+    """What is known of a tensor's values: both ends, and a sample."""
+
+    def __init__(self):
+        self.low, self.high, self.samples = math.inf, -math.inf, []
+
+    def add(self, x: torch.Tensor) -> None:
+        low, high = torch.aminmax(x)
+        self.low, self.high = min(self.low, low.item()), max(self.high, high.item())
+        flat = x.permute(0, 2, 3, 1).reshape(-1) if x.dim() == 4 else x.reshape(-1)
+        self.samples.append(flat[:: 1 + len(flat) // _SAMPLES].float())
+
+    def choose(self, relu: bool = False) -> tuple[float, int]:
+        """(step, zero point) of least square error on the sample, of values after a ReLU or as they are."""
+        samples = torch.cat(self.samples)
+        samples = samples.relu() if relu else samples
+        low, high = min(0.0, 0.0 if relu else self.low), max(0.0, self.high)
+        if not math.isfinite(high - low):
+            raise ValueError(f"calibration must give finite activations, got values in [{self.low}, {self.high}]")
+        if high == low:
+            return 1.0, 0
+        best, chosen = math.inf, None
+        for share in torch.linspace(0.8, 1.0, 21).tolist():
+            step = share * (high - low) / 255
+            zero_point = round(-share * low / step)
+            error = samples - step * ((samples / step).round() + zero_point).clamp(0, 255).sub(zero_point)
+            if (power := error.square().mean().item()) < best:
+                best, chosen = power, (step, zero_point)
+        return chosen
+
+
+class _Observer(nn.Module):
+    """The layer itself; the ranges of its noisy input and of its output; and the covariance of each output's inputs."""
+
+    def __init__(self, layer: NoisyConv2d):
+        super().__init__()
+        self.layer, self.noisy, self.output = layer, _Range(), _Range()
+        self.count, self.sum, self.products = 0, 0.0, 0.0
+
+    def forward(self, input):
+        layer = self.layer
+        noisy = functional.add_noise(input, **layer.noise_arguments(input))
+        y = layer._conv_forward(noisy, layer.weight, layer.bias)
+        self.noisy.add(noisy)
+        self.output.add(y)
+        terms, positions = layer.weight[0].numel() * layer.groups, y[0, 0].numel()
+        rows = max(1, 4 * _PATCHES // (terms * positions))  # what is unfolded for a moment, of which a part is taken
+        patches = nn.functional.unfold(noisy[:rows], layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        patches = patches.movedim(1, -1).reshape(-1, layer.groups, terms // layer.groups)
+        patches = patches[:: 1 + len(patches) * terms // _PATCHES].movedim(1, 0)  # [groups, patches, terms]
+        self.count += patches.shape[1]
+        self.sum, self.products = self.sum + patches.double().sum(1), self.products + (patches.mT @ patches).double()
+        return y
+
+    def quantized(self, bits: int) -> "QuantizedConv":
+        mean = self.sum / self.count
+        moments = self.products / self.count - mean[:, :, None] * mean[:, None, :]
+        return QuantizedConv(self.layer, self.noisy.choose(), bits, moments)
+
+
+class _Comparison(nn.Module):
+    """The layer itself, and how its int8 form differs from it on the same input and noise."""
+
+    def __init__(self, quantized: QuantizedConv):
+        super().__init__()
+        self.layer, self.quantized = quantized.layer, quantized
+        self.rows, self.mean, self.power = 0, 0.0, 0.0  # of float minus int8, per channel
+
+    def forward(self, input):
+        noise = self.layer.noise_arguments(input)
+        y = self.layer._conv_forward(functional.add_noise(input, **noise), self.layer.weight, self.layer.bias)
+        difference = (y - self.quantized.convolve(self.quantized.to_bytes(input, noise))).double()
+        self.rows += difference.numel() // difference.shape[1]
+        self.mean, self.power = self.mean + difference.sum((0, 2, 3)), self.power + difference.square().sum((0, 2, 3))
+        return y
+
+    def bias(self) -> torch.Tensor:
+        return (self.mean / self.rows).float()
+
+    def relative_error(self) -> float:
+        """Root mean square of the difference, without its mean, over that of what the layer's own noise makes of its output."""
+        layer, sigma = self.layer, self.layer.current_sigma().double()
+        weight = layer.weight.detach().double().square().sum((2, 3))  # [Cout, Cin / groups]
+        if sigma.dim():
+            sigma = sigma.reshape(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)  # of each output's inputs
+        noise = (weight * sigma.square()).sum(1)
+        error = self.power / self.rows - (self.mean / self.rows).square()
+        return float((error.clamp_min(0).mean() / noise.mean()).sqrt()) if noise.any() else math.inf
+
+
+# -------------------------------------------------------------------------------------------------------------------------- the graph
+def _candidates(model, names) -> tuple[dict[torch.fx.Node, NoisyConv2d], dict[str, str]]:
+    """The layers that can be quantised, by the node that calls them, in order; and what cannot, with the reason."""
+    found, kept, calls = {}, {}, {}
+    for node in model.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(model.get_submodule(node.target), []).append(node)
+    for layer, nodes in calls.items():
+        noisy = isinstance(layer, NoiseLayer)
+        if not noisy and not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
+            continue
+        name = names[layer.stream] if noisy else nodes[0].target.removeprefix("0.")
+        if not isinstance(layer, nn.modules.conv._ConvNd):
+            kept[name] = "no convolution"
+        elif not noisy or not layer.noise_enabled or not bool((layer.current_sigma() > 0).all()):
+            kept[name] = "its input has no noise to dither the rounding"
+        elif type(layer) is not NoisyConv2d or not _is_simple(layer) or _has_hooks(layer):
+            kept[name] = "no plain 2-D convolution with zero padding"
+        elif len(nodes) > 1 or len(nodes[0].args) != 1:
+            kept[name] = "it is called more than once, or by keyword"
+        else:
+            found[nodes[0]] = layer
+    return found, kept
+
+
+def _replace(model, modules: dict[torch.fx.Node, nn.Module]) -> None:
+    """Makes each node call this module."""
+    for node, module in modules.items():
+        node.target = f"rse_fast_int8_{node.name}"
+        model.add_submodule(node.target, module)
+    model.recompile()
+
+
+def _merge_relu(model, quantized: dict[torch.fx.Node, QuantizedConv]) -> None:
+    """Lets each convolution do the ReLU that alone reads it."""
+    for node, conv in quantized.items():
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        if user is not None and _is_relu(model, user):
+            conv.relu = True
+            user.replace_all_uses_with(node)
+            model.graph.erase_node(user)
+
+
+def _keep_bytes(model, quantized: dict[torch.fx.Node, tuple[QuantizedConv, _Range]]) -> None:
+    """Lets results that only quantised layers read, directly or through max-pools, stay in bytes."""
+    for node, (conv, observed) in quantized.items():
+        pools, readers, rest = {}, [], list(node.users)
+        while rest:
+            user = rest.pop()
+            pool = model.get_submodule(user.target) if user.op == "call_module" else None
+            if user in quantized:
+                readers.append(user)
+            elif _is_pool(pool):
+                pools[user] = BytesMaxPool(pool)
+                rest += user.users
+            else:
+                break
+        else:
+            conv.output = observed.choose(conv.relu)
+            for reader in readers:
+                quantized[reader][0].source = conv.output
+            _replace(model, pools)
+
+
+def _is_relu(model, node) -> bool:
+    if node.op == "call_module":
+        module = model.get_submodule(node.target)
+        return type(module) is nn.ReLU and not _has_hooks(module)
+    if node.op == "call_function":
+        return node.target in (torch.relu, nn.functional.relu)
+    return node.op == "call_method" and node.target in ("relu", "relu_")
+
+
+def _is_pool(module) -> bool:
+    simple = type(module) is nn.MaxPool2d and not (module.ceil_mode or module.return_indices) and module.dilation in (1, (1, 1))
+    return simple and not _has_hooks(module)
