@@ -327,7 +327,8 @@ class Ensemble(nn.Module):
             parameter = next(self.model.parameters(), None)
             with _eval_mode(self.model):
                 runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x)
-        planner = plan.planner(self.model, (x.shape[1:], "int8" if self.dtype == "int8" else compute, self.fuse), x.device, runner.row_bytes)
+        kind = x.shape[1:], "int8" if self.dtype == "int8" else compute, self.fuse
+        planner = plan.planner(self.model, kind, x.device, runner.row_bytes)
         if x.device.type == "cuda" and self.graphs is not False:
             return Prepared(runner, Graphs(runner, always=self.graphs is True), planner)
         return Prepared(runner, runner, planner)
