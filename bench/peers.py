@@ -82,14 +82,6 @@ def baal(model: nn.Module):
     return lambda x, draws: wrapper.predict_on_batch(x, draws).float().softmax(1).mean(-1)
 
 
-def foolbox_eot(model: nn.Module, draws: int, device: torch.device):
-    """foolbox's EOT wrapper around the eager network: mean logits of ``draws`` passes, one after the other; differentiable."""
-    import foolbox
-
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=device)
-    return foolbox.models.ExpectationOverTransformationWrapper(wrapped, n_steps=draws)
-
-
 def smoothing_loop(model: nn.Module, sigma: float, classes: int, batch: int = 400):
     """The certificate as the authors of randomized smoothing sample it (Cohen et al. 2019), written from its description.
 

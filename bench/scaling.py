@@ -86,6 +86,16 @@ def measured_rate(found: dict, kind: str) -> tuple[float, str] | None:
     return max(rates, default=None)
 
 
+def trained_rate(found: dict, kind: str) -> float | None:
+    """Images a second of rse-fast's training step in suite "train", the largest over batches and dtypes."""
+    rates = []
+    for row in found["rows"]:
+        match = re.fullmatch(rf"{kind} \d+x\d+ B=(\d+) .*", row["case"])
+        if match and row["suite"] == "train" and row["metric"] == "steps" and row["implementation"] == "rse_fast" and row["p50"]:
+            rates.append(row["p50"] * int(match[1]))
+    return max(rates, default=None)
+
+
 # ---------------------------------------------------------------------------------------------------------------- many devices
 def inference(rate: float, devices: int, draws: int = 10) -> float:
     """Images/s: images are independent, and each device draws its own noise from the seed, so nothing is exchanged but results."""
@@ -93,11 +103,11 @@ def inference(rate: float, devices: int, draws: int = 10) -> float:
 
 
 def training(rate: float, parameters: float, devices: int) -> tuple[float, float, float]:
-    """(images/s if gradients are exchanged during backward, images/s if after it, seconds of the exchange).
+    """(images/s if gradients are exchanged during backward, images/s if after it, seconds of the exchange), at ``rate`` images/s a device.
 
-    A step is three forward passes of ``BATCH`` images; the exchange is a ring all-reduce of float32 gradients, whose slowest link counts.
+    A step is ``BATCH`` images a device; the exchange is a ring all-reduce of float32 gradients, whose slowest link counts.
     """
-    step = 3 * BATCH / rate
+    step = BATCH / rate
     link = NVLINK if devices <= 8 else NETWORK
     exchange = 2 * (devices - 1) / devices * 4 * parameters / (link * 1e9)
     return BATCH * devices / max(step, exchange), BATCH * devices / (step + exchange), exchange
@@ -146,15 +156,16 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _rates(kind: str, measured) -> list[tuple[str, float, str]]:
-    """(device, passes a second, how it is known) of each device measured, and of the predicted GPU where none was."""
+def _rates(kind: str, measured) -> list[tuple[str, float, str, float | None]]:
+    """(device, passes a second, how that is known, training images a second if measured) of each device measured, and of the predicted
+    GPU where none was."""
     known = []
     for path, found in measured:
         if rate := measured_rate(found, kind):
             name = results.machine(found["rows"][0])
-            known.append((name, rate[0], f"measured: {rate[1]} in {path}"))
+            known.append((name, rate[0], f"measured: {rate[1]} in {path}", trained_rate(found, kind)))
     if all(row["device"] == "cpu" for _, found in measured for row in found["rows"]):
-        known.append((GPU["name"], predicted_rate(kind), "predicted"))
+        known.append((GPU["name"], predicted_rate(kind), "predicted", None))
     return known
 
 
@@ -170,7 +181,7 @@ def _one_device(measured) -> list[str]:
     ]
     for kind in ("VGG16", "ResNeXt29", "ResNet-50"):
         w = work(kind)
-        for name, rate, how in _rates(kind, measured):
+        for name, rate, how, _ in _rates(kind, measured):
             counts = (f"{w['multiply_adds'] / 1e9:.3g} G", f"{w['elements'] / 1e6:.3g} M", f"{w['parameters'] / 1e6:.3g} M")
             lines.append(_row(kind, *counts, name, f"{rate:,.0f}", how))
     return lines
@@ -181,10 +192,11 @@ def _assumptions() -> list[str]:
         "- The noise is a pure function of (seed, layer, draw, image, position), so images, draws or both can be dealt out to devices",
         "  in any way and the result is the same; what is exchanged is 4 bytes a class and image at the end.",
         "- Inference: 10 draws an image, no early exit.",
-        f"- Training: {BATCH} images a device and step, one draw; a step costs three forward passes. Gradients are float32 and go round a",
+        f"- Training: {BATCH} images a device and step, one draw; where no step was measured it costs three forward passes an image.",
+        "  Gradients are float32 and go round a",
         f"  ring: `2 (N - 1) / N x 4 P` bytes a device and step, over links of {NVLINK:g} GB/s a direction within a node of 8 (NVLink)",
-        f"  and {NETWORK:g} GB/s between nodes (400 Gbit/s). First figure: the exchange hides behind backward as far as it can; second:",
-        "  it does not.",
+        f"  and {NETWORK:g} GB/s between nodes (400 Gbit/s). The larger figure: the exchange hides behind backward as far as it can;",
+        "  the smaller: it does not.",
         f"- Certification: {IMAGES:,} images at n = {VOTES:,} (and n0 = 100), every vote taken; images are dealt out whole.",
         "- Data loading, stragglers and failures are left out. Several devices multiply what one does: also where one was measured,",
         "  figures for more than one are predicted.",
@@ -194,13 +206,13 @@ def _assumptions() -> list[str]:
 def _plan(kind: str, measured) -> list[str]:
     parameters = work(kind)["parameters"]
     lines = ["| device | how many | inference, images/s | training, images/s | exchange a step | certification |", "|---" * 6 + "|"]
-    for name, rate, how in _rates(kind, measured):
+    for name, rate, how, trained in _rates(kind, measured):
         for devices in DEVICES:
-            fast, slow, exchange = training(rate, parameters, devices)
+            fast, slow, exchange = training(trained or rate / 3, parameters, devices)
             hours = certification(rate, devices)
             time = f"{hours:.3g} hours" if hours < 1000 else f"{hours / 8766:.3g} years"
             known = how.partition(":")[0] if devices == 1 else "predicted"
-            step = f"{fast:,.0f} to {slow:,.0f}" if devices > 1 else f"{fast:,.0f}"
+            step = f"{slow:,.0f} to {fast:,.0f} (predicted)" if devices > 1 else f"{fast:,.0f} ({'measured' if trained else 'predicted'})"
             together = f"{inference(rate, devices):,.0f} ({known})"
-            lines.append(_row(name, str(devices), together, f"{step} (predicted)", f"{1e3 * exchange:.2g} ms", f"{time} (predicted)"))
+            lines.append(_row(name, str(devices), together, step, f"{1e3 * exchange:.2g} ms", f"{time} (predicted)"))
     return lines

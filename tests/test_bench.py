@@ -230,7 +230,7 @@ def test_work_is_counted_and_the_plan_follows_from_it(tmp_path):
     assert scaling.inference(1000, 8) == 800
     assert scaling.certification(1000, 64) == pytest.approx(782 * 100_100 / 1000 / 3600)
     hidden, exposed, exchange = scaling.training(1000, 1e9, 8)  # 4 GB of gradients take longer than they can hide
-    assert exchange == pytest.approx(2 * 7 / 8 * 4 / 450) and exposed < hidden <= 1000 / 3 * 8
+    assert exchange == pytest.approx(2 * 7 / 8 * 4 / 450) and exposed < hidden <= 1000 * 8
 
     page, path = tmp_path / "SCALING.md", tmp_path / "r.json"
     case = ensemble.case_name("VGG16", 16, 10)
@@ -238,4 +238,5 @@ def test_work_is_counted_and_the_plan_follows_from_it(tmp_path):
     scaling.write(page, [path])
     text = page.read_text()
     assert f"| 200 | measured: {case}" in text and "| a processor | 8 | 160 (predicted)" in text
+    assert "| a processor | 1 | 20 (measured) | 67 (predicted) |" in text  # three passes a training image
     assert "| H200 SXM | 1 | " in text and "H200 SXM | 1 | 0" not in text and text.count("measured: ") == 1
