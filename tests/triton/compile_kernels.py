@@ -10,7 +10,7 @@ import triton
 from conftest import POINTERS, kernels
 
 from rse_fast.kernels import triton as package
-from rse_fast.kernels.triton import aot, conv, launcher
+from rse_fast.kernels.triton import aot, config, conv, launcher
 
 TABLE = Path(aot.__file__).resolve().parents[2] / "bench" / "results" / "aot.md"
 
@@ -122,6 +122,31 @@ def test_counting_weighs_loops():
 def test_a_table_is_read_as_it_was_written(results):
     text = aot.table(results)
     assert len(aot.read_table(text)) == len(results) and aot.table(aot.read_table(text)) == text
+
+
+def test_what_autotuning_finds_is_kept_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv(config.CACHE_VARIABLE, str(tmp_path / "new"))
+    default, *others = (conv.Tile(64, 64, 64, 128, stages) for stages in (3, 2, 4, 1))
+    milliseconds, measured = {3: 2.0, 2: 1.0, 4: 3.0}, []
+
+    def measure(run, warmup, rep):
+        return run()
+
+    def run(tile):
+        measured.append(tile.stages)
+        if tile.stages == 1:
+            raise triton.runtime.errors.OutOfResources(10, 1, "shared memory")
+        return milliseconds[tile.stages]
+
+    assert config.searched("a", default, others, run, None) == default and not measured  # while a graph is captured
+    assert config.searched("a", default, others, run, measure).stages == 2 and sorted(measured) == [1, 2, 3, 4]
+    config._found.clear()  # another process
+    assert config.searched("a", default, [], run, measure).stages == 2 and len(measured) == 4
+    assert config.searched("b", default, others[2:], run, measure) == default  # what does not fit the device is passed over
+    config._found.clear()
+    config._write_cache({**config._read_cache(), "a": {"width": 3}})  # written by a version that described launches otherwise
+    assert config.searched("a", default, others, run, measure).stages == 2 and len(measured) == 10
+    assert set(config._read_cache()) == {"a", "b"} and [path.name for path in (tmp_path / "new").iterdir()] == ["autotune.json"]
 
 
 class Driver:
