@@ -34,12 +34,15 @@ def built(compiler, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_python():
-    """``run_python(*args, cwd=None, **env)`` runs this Python and returns the finished process (text); RSE_FAST_* and CXX only from env."""
+    """``run_python(*args, cwd=None, timeout=300, **env)`` runs this Python and returns the finished process (text).
 
-    def run(*args, cwd=None, **env):
+    RSE_FAST_* and CXX come from env alone.
+    """
+
+    def run(*args, cwd=None, timeout=300, **env):
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RSE_FAST_") and name != "CXX"}
         return subprocess.run(
-            [sys.executable, *map(str, args)], cwd=cwd, env={**inherited, **env}, capture_output=True, text=True, timeout=300
+            [sys.executable, *map(str, args)], cwd=cwd, env={**inherited, **env}, capture_output=True, text=True, timeout=timeout
         )
 
     return run

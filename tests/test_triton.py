@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,22 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def proof(run_python, tmp_path_factory):
-    """Runs the test files of one kind in a fresh process; returns (finished process, forms of the kernels launched)."""
+    """Runs each test file of one kind in a fresh process, two at a time; returns (finished processes, forms of the kernels launched)."""
 
     def run(kind, **env):
-        record = tmp_path_factory.mktemp(kind) / "launched"
-        files = sorted(HERE.glob(f"{kind}_*.py"))
+        folder = tmp_path_factory.mktemp(kind)
+        files = sorted(HERE.glob(f"{kind}_*.py"), key=lambda file: -file.stat().st_size)
         assert files
-        done = run_python("-m", "pytest", "-q", "-x", *files, RSE_FAST_TEST_LAUNCHED=str(record), OMP_NUM_THREADS="1", **env)
-        return done, set(record.read_text().splitlines()) if record.exists() else set()
+
+        def one(file):
+            record = folder / file.stem
+            more = dict(RSE_FAST_TEST_LAUNCHED=str(record), OMP_NUM_THREADS="1", **env)
+            done = run_python("-m", "pytest", "-q", "-x", file, timeout=1200, **more)
+            return done, record.read_text().splitlines() if record.exists() else []
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(one, files))
+        return [done for done, _ in found], {form for _, forms in found for form in forms}
 
     return run
 
@@ -56,12 +65,14 @@ def kernels_in_the_sources() -> set:
 
 @needs_triton
 def test_in_the_interpreter(interpreted):
-    assert interpreted[0].returncode == 0, interpreted[0].stdout[-8000:] + interpreted[0].stderr[-2000:]
+    for done in interpreted[0]:
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @needs_triton
 def test_ahead_of_time(compiled):
-    assert compiled[0].returncode == 0, compiled[0].stdout[-8000:] + compiled[0].stderr[-2000:]
+    for done in compiled[0]:
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @needs_triton

@@ -4,8 +4,9 @@
 and ``device_*.py`` on the device, which is then torch's default device.
 
 In an interpreting process (TRITON_INTERPRET=1) faults of the interpreter are repaired: float32 becomes bfloat16 and fp8 by rounding to
-nearest even, carries included; `tl.dot` takes bfloat16 operands as numbers, not as their bits; the type of AMD's fp8 is known. Every
-launch is recorded: the kernel, its operand's dtype, its options.
+nearest even, carries included; `tl.dot` takes bfloat16 operands as numbers, not as their bits; the type of AMD's fp8 is known; bounds of
+loops may be arrays of one value (triton before 3.7 with numpy from 2.4 on). Every launch is recorded: the kernel, its operand's dtype,
+its options.
 """
 
 import inspect
@@ -89,14 +90,15 @@ def _repair_interpreter():
             a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
         return dot(self, a, b, d, *options)
 
-    def patch_lang_with_fnuz(function):
+    def patch_lang_further(function):
         scope = patch_lang(function)
+        tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
         to_ir = tl.core.dtype.to_ir
         tl.core.dtype.to_ir = lambda self, builder: builder.get_fp8e4b8_ty() if self == tl.float8e4b8 else to_ir(self, builder)
         return scope
 
     interpreter._convert_float = rounding_convert
-    interpreter._patch_lang = patch_lang_with_fnuz
+    interpreter._patch_lang = patch_lang_further
     interpreter.InterpreterBuilder.create_dot = dot_of_numbers
 
 
