@@ -75,6 +75,14 @@ def test_fp8_is_rounded_once_with_the_noise_and_saturates(backend, dtype, rng):
     assert y.float().abs().max() == torch.finfo(dtype).max and y.float().isfinite().all()
 
 
+def test_a_result_of_another_dtype_is_rounded_once(backend, rng):
+    x, w = torch.zeros(2, 3, 4, 4).bfloat16(), torch.randn(5, 3, 1, 1).bfloat16()
+    more = dict(images=2, draws=2, backend=backend, **WHERE)
+    noise = functional.add_noise(torch.zeros(2, 5, 4, 4), 30.0, **more)
+    assert torch.equal(functional.conv_activate_noise(x, w, 30.0, dtype=torch.float32, **more), noise)
+    assert torch.equal(functional.conv_activate_noise(x, w, 30.0, dtype=torch.int8, **more), noise.round().clamp(-128, 127).to(torch.int8))
+
+
 def test_opcheck(rng):
     at, each = (torch.tensor(3), 3, 2, 2, 1, 5), torch.rand(6)
     byte = torch.randint(-9, 9, (2, 4, 5, 6), dtype=torch.int8), torch.randint(-9, 9, (6, 4, 1, 1), dtype=torch.int8)
