@@ -1,0 +1,118 @@
+"""Suite "attack": the gradient of an n-draw ensemble's loss (expectation over transformation), as an attack asks for it at every step.
+
+The peers run one draw after the other: foolbox's wrapper, which averages logits, and n separate backward passes, which average losses.
+"""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+
+import rse_fast
+from rse_fast.ensemble.engine import has_bfloat16
+
+from . import networks, peers
+from .measure import Refused, Row, compare, device, peak_memory, ratio, selected, target
+from .networks import SIGMAS
+
+# (network, batch, draws), and the draws at which memory is compared
+CASES = {"cpu": (("VGG16", 16, 20), ("SmallNet", 16, 20)), "cuda": (("VGG16", 64, 20), ("ResNet-50", 16, 20))}
+MORE_DRAWS = 100
+
+
+def of_log_probabilities(model, x, y):
+    """d (-log p_y) / dx, where the model gives log-probabilities or logits."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(nn.functional.cross_entropy(model(x).float(), y, reduction="sum"), x)[0]
+
+
+def foolbox_wrapper(model, x, y, draws, weights):
+    """foolbox's ExpectationOverTransformationWrapper under its own `value_and_grad`; ``weights``: gradients of the weights are computed
+    as well, as happens where nobody switches them off."""
+    import eagerpy
+    import foolbox
+
+    model = copy.deepcopy(model).requires_grad_(weights)
+    wrapped = foolbox.models.ExpectationOverTransformationWrapper(foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device), draws)
+    y = eagerpy.astensor(y)
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        _, g = eagerpy.value_and_grad(lambda images: eagerpy.crossentropy(wrapped(images), y).sum(), eagerpy.astensor(x))
+        return g.raw
+
+    return run
+
+
+def separate(model, x, y, draws):
+    """The mean of the gradients of ``draws`` noisy passes, as AutoAttack's eot_iter has it."""
+    return sum(of_log_probabilities(model, x, y) for _ in range(draws)) / draws
+
+
+class Reference:
+    """The mean direction of many separate passes. An implementation's gradient must point there, as far as chance allows."""
+
+    def __init__(self, model, x, y, draws):
+        self.mean = separate(model, x, y, 3 * draws)
+        self.chance = min(self.cosine(separate(model, x, y, draws)) for _ in range(3))
+
+    def cosine(self, g):
+        return nn.functional.cosine_similarity(g.flatten(1).float(), self.mean.flatten(1)).mean().item()
+
+    def check(self, name, first, second) -> None:
+        if not first.isfinite().all() or self.cosine(first) < 0.8 * self.chance:
+            raise Refused(f"its gradient's cosine to the reference is {self.cosine(first):.3g}, that of separate passes {self.chance:.3g}")
+        if torch.equal(first, second):
+            raise Refused("two calls gave the same noise")
+
+
+def measure(kind: str, batch: int, draws: int) -> tuple[list[Row], list[dict]]:
+    where, side = device(), networks.KINDS[kind][1]
+    plain = networks.plain(kind, where).requires_grad_(False)
+    noisy = rse_fast.convert(copy.deepcopy(plain), *SIGMAS)
+    eager = peers.eager_rse(plain, *SIGMAS).to(memory_format=torch.channels_last)
+    x = networks.images(batch, side, where)
+    y = plain(x).argmax(-1)
+
+    def autocast():
+        def run():
+            with torch.autocast(where.type, torch.bfloat16):
+                return separate(eager, x, y, draws)
+
+        return run
+
+    def ours(dtype, count=draws):
+        ensemble = rse_fast.Ensemble(noisy, count, dtype=dtype)
+        return lambda: of_log_probabilities(ensemble, x, y)
+
+    builders = {
+        "rse_fast": lambda: ours("auto"),
+        "foolbox wrapper": lambda: foolbox_wrapper(eager, x, y, draws, weights=True),
+        "foolbox wrapper, weights frozen": lambda: foolbox_wrapper(eager, x, y, draws, weights=False),
+        "separate backward passes": lambda: lambda: separate(eager, x, y, draws),
+    }
+    if has_bfloat16(where):
+        builders["rse_fast float32"] = lambda: ours("float32")
+        builders["separate backward passes, bfloat16 autocast"] = autocast
+    case = f"{kind} {side}x{side} B={batch} n={draws}"
+    reference = Reference(eager, x, y, draws)
+    rows, rates = compare("attack", case, "images", "images/s", batch, builders, reference.check, seconds=6, least=3, rounds=15)
+    peak = {name: peak_memory(builders[name]()) for name in list(builders)[:4] if selected(name) and rates[name]}
+    if selected("rse_fast"):
+        peak[f"rse_fast, n={MORE_DRAWS}"] = peak_memory(ours("auto", MORE_DRAWS))
+    rows += [Row("attack", case, name, "peak memory", "MB", *[value] * 3) for name, value in peak.items()]
+    fastest = max((rates[name] for name in builders if not name.startswith("rse_fast") and rates[name]), default=None)
+    low = has_bfloat16(where)
+    wanted = [
+        target("attack", case, "against foolbox's wrapper", ratio(rates["rse_fast"], rates["foolbox wrapper"]) if low else None, 2, "x",
+               needs="" if low else "a processor with bfloat16"),
+        target("attack", case, "against the fastest peer", ratio(rates["rse_fast"], fastest), 1, "x"),
+        target("attack", case, f"peak memory, n={MORE_DRAWS} over n={draws}",
+               ratio(peak.get(f"rse_fast, n={MORE_DRAWS}"), peak.get("rse_fast")), 1.5, "x", at_most=True),
+    ]  # fmt: skip
+    return rows, wanted
+
+
+def cases() -> dict:
+    return {f"{k} B={b} n={n}": functools.partial(measure, k, b, n) for k, b, n in CASES[device().type]}
