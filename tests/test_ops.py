@@ -73,6 +73,12 @@ def test_opcheck(rng):
             raise AssertionError(f"{op}{tuple(a.shape if isinstance(a, torch.Tensor) else a for a in args)}") from error
 
 
+def test_each_kind_of_device_has_an_implementation_of_one_schema():
+    for op in (ops.add_noise, ops.activate_noise, ops.conv_activate_noise, ops.noisy_conv, ops.noisy_linear, ops.sigma_grad):
+        for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(op.default.name(), key), (op, key)
+
+
 # ----------------------------------------------------------------------------------------------- gradients in float64, torch backend
 def double(*shape):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
