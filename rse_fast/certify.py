@@ -230,7 +230,7 @@ def _votes(ensemble, layer, x, index, start, stop, seed):
     def grid(t):
         return t.double().div_(step).round_()
 
-    for image, draw in plan.chunks(len(x), stop - start, ensemble._rows(x)):
+    for image, draw in plan.chunks(len(x), stop - start, ensemble.rows(x)):
         first = torch.tensor(start + draw.start, device=x.device)
         images, draws = image.stop - image.start, draw.stop - draw.start
         places = torch.stack([index[image], first.expand(images)], 1)

@@ -7,13 +7,9 @@ index alone, so a run that was killed and continued gives the table of one that 
 
 import argparse
 import csv
-import hashlib
-import importlib
 import json
 import math
-import os
 import platform
-import secrets
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -22,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rse_fast import data, train
+from rse_fast import data, workload
 from rse_fast.certify import COVERS, certify, clopper_pearson, input_noise
 from rse_fast.ensemble import Ensemble
 
@@ -51,17 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
-        model, part, source = _source(args)
+        model, part, rows, facts = workload.load(args)
         ensemble = Ensemble(model, dtype=args.dtype, chunk_rows=args.chunk_rows)
-        rows = range(0, len(part), args.every)[: args.images]
-        if not len(rows):
-            raise ValueError(f"--part: {args.part} of the data set has no images")
-        sigma = float(input_noise(model, _images(part, rows[:1], args.device)).current_sigma())
-        settings = source | {
-            "part": args.part, "every": args.every, "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha,
-            "radii": args.radius, "dtype": str(ensemble._resolve_dtype(torch.device(args.device)))[6:],
+        sigma = float(input_noise(model, workload.images(part, rows[:1], args.device)).current_sigma())
+        settings = facts | {
+            "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha, "radii": args.radius,
+            "dtype": str(ensemble._resolve_dtype(torch.device(args.device)))[6:],
         }  # fmt: skip
-        settings = _open(args.out, settings, args.seed)
+        settings = workload.open_folder(args.out, "certify.json", settings, args.seed)
         _run(args, ensemble, part, rows, settings)
     except (ValueError, TypeError) as error:
         print(f"rse-fast certify: {error}", file=sys.stderr)
@@ -77,84 +70,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser():
     parser = argparse.ArgumentParser(prog="rse-fast certify", description=__doc__.partition("\n\n")[0].replace("``", ""))
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder of rse-fast train")
-    parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="in place of RUN: returns a converted model with its weights")
-    parser.add_argument("--data", help="data set, as in rse-fast train (default: the run's, or digits)")
-    parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
-    parser.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th image (default: %(default)s)")
-    parser.add_argument("--images", type=int, metavar="N", help="at most N images")
+    workload.add_arguments(parser)
     parser.add_argument("--n0", type=int, default=100, help="draws that select the class (default: %(default)s)")
     parser.add_argument("--n", type=int, default=10_000, help="draws that estimate its share (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=1e-3, help="probability that an image's statement is wrong (default: %(default)s)")
     parser.add_argument("--radius", type=float, nargs="+", metavar="R", help="stop an image when 'radius >= R' is decided for each R")
-    parser.add_argument("--seed", type=int, help="of the noise (default: fresh, kept in the folder)")
-    parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
-    parser.add_argument("--chunk-rows", type=int, metavar="ROWS", help="most rows of a packed batch")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("certified"), metavar="DIR", help="new, or to continue (default: %(default)s)")
     return parser
 
 
-def _source(args):
-    """The model, the part of the data set, and what names them."""
-    if (args.run is None) == (args.model is None):
-        raise ValueError("RUN, --model: expected one of the two")
-    for name in ("every", "images"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {value}")
-    sys.path.insert(0, os.getcwd())  # where a user's own module is
-    if args.run is not None:
-        config = train.Config.load(args.run / "config.json")
-        model = train.load_model(args.run)
-        splits = data.load(args.data, progress=True) if args.data else train.load_data(config)
-    else:
-        module, _, function = args.model.partition(":")
-        try:
-            model = getattr(importlib.import_module(module), function)()
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"--model: expected package.module:function, got {args.model!r} ({error})") from error
-        splits = data.load(args.data or "digits", progress=True)
-    model = model.to(args.device).eval()
-    source = {"model": args.model or str(args.run), "weights": digest(model.state_dict()), "data": splits.name}
-    part = getattr(splits, args.part)
-    return model, part, source | {"labels": digest({"labels": part.labels})}
-
-
-def digest(tensors) -> str:
-    """SHA-256 of names, types and values."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _images(part, rows, device):
-    """Images of the rows (a range) as float32 in [0, 1]."""
-    (images,) = part.fetch([torch.tensor(rows)])
-    return images.to(device).float().div_(255)
-
-
-# ------------------------------------------------------------------------------------------------------------------- the folder
-def _open(out: Path, settings: dict, seed: int | None) -> dict:
-    """Makes the folder, or checks that it is one of these settings; returns them with the seed."""
-    path = out / "certify.json"
-    if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        settings = settings | {"seed": secrets.randbits(63) if seed is None else seed}
-        data.write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
-        return settings
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"--out: cannot read {str(path)!r}: {error}") from error
-    wanted = settings | {"seed": found.get("seed") if seed is None else seed}
-    differing = [f"{name} {found.get(name)!r} there, {value!r} here" for name, value in wanted.items() if found.get(name) != value]
-    if differing:
-        raise ValueError(f"--out: {str(out)!r} holds certificates of something else ({'; '.join(differing)}); name another folder")
-    return found
-
-
+# -------------------------------------------------------------------------------------------------------------------- the table
 def read_table(path: Path) -> list[Row]:
     """The whole lines of a table; a last one that was cut off is not there. Raises ValueError for another file."""
     text = path.read_text() if path.exists() else ""
@@ -177,11 +102,11 @@ def _run(args, ensemble, part, rows, settings):
         if not file.tell():
             file.write(("\t".join(COLUMNS) + "\n").encode())
         # As many neighbours at once as the selection's draws leave room for, so that a large device is not idle.
-        x = _images(part, rows[:1], args.device)
-        size = max(1, ensemble._rows(x) // args.n0) if args.every == 1 else 1
+        x = workload.images(part, rows[:1], args.device)
+        size = max(1, ensemble.rows(x) // args.n0) if args.every == 1 else 1
         waiting = [i for i in rows if i not in done]
         with tqdm(total=len(rows), initial=len(rows) - len(waiting), unit="image", disable=None) as bar:
-            for group in _groups(waiting, size):
+            for group in workload.neighbours(waiting, size):
                 for row in _certify(args, ensemble, part, group, settings):
                     table.append(row)
                     file.write(("\t".join(map(str, asdict(row).values())) + "\n").encode())
@@ -197,21 +122,10 @@ def _run(args, ensemble, part, rows, settings):
     print(markdown(summary).partition("\n\n## ")[0])
 
 
-def _groups(indices, size):
-    """Cuts indices into runs of neighbours, at most ``size`` of them."""
-    start = 0
-    for i in range(1, len(indices) + 1):
-        if i == len(indices) or i - start == size or indices[i] != indices[i - 1] + 1:
-            yield range(indices[start], indices[i - 1] + 1)
-            start = i
-
-
 def _certify(args, ensemble, part, group, settings):
     begin = time.perf_counter()
-    out = certify(
-        ensemble, _images(part, group, args.device), n0=args.n0, n=args.n, alpha=args.alpha, seed=settings["seed"], radii=args.radius,
-        image0=group[0],
-    )  # fmt: skip
+    x = workload.images(part, group, args.device)
+    out = certify(ensemble, x, n0=args.n0, n=args.n, alpha=args.alpha, seed=settings["seed"], radii=args.radius, image0=group[0])
     seconds = (time.perf_counter() - begin) / len(group)
     for i, index in enumerate(group):
         label, predicted = int(part.labels[index]), int(out.labels[i])

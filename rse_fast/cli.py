@@ -10,6 +10,7 @@ COMMANDS = {
     "demo": ("rse_fast.demo", "demo", "train a small network and its RSE version on real images, attack both, write a report"),
     "train": ("rse_fast.train.command", "train", "train a network, plain or defended, with checkpoints that lose nothing"),
     "evaluate": ("rse_fast.evaluate.command", "attacks", "attack a network by a protocol; a report of what is left of its accuracy"),
+    "predict": ("rse_fast.predict_cli", "train", "label a data set with the ensemble, on one or many devices"),
     "certify": ("rse_fast.certify_cli", "certify", "certified L2 radius of every image of a test set; a table, a picture, a summary"),
     "bench": ("rse_fast.bench.__main__", "bench", "measure rse-fast beside its peers and limits; tables, pictures, comparisons"),
     "doctor": ("rse_fast.doctor", None, "print versions, devices, the CPU library, the active backends and where seeds come from"),

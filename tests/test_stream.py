@@ -8,7 +8,7 @@ from torch import nn
 
 import rse_fast
 from rse_fast.ensemble import early_exit
-from rse_fast.ensemble.stream import Pool, in_order
+from rse_fast.ensemble.stream import GROWTH, Pool, in_order
 
 CLASSES = 5
 
@@ -168,6 +168,24 @@ def test_pool_serves_adversarial_draws_exactly():
     assert torch.equal(torch.cat([t.index for t in results]), torch.arange(50))
     assert torch.equal(labels, table.softmax(-1).double().sum(1).argmax(1))
     assert max(calls) <= 8
+
+
+@pytest.mark.parametrize("how", ["exact", 0.999])
+def test_rounds_of_the_last_images_grow(how):
+    # Two classes with draws that alternate are never decided: without growth, a single image would run a draw or two at a time to the end.
+    draws, sizes = 1000, []
+
+    def run(x, places, m):
+        sizes.append(m)
+        number = places[:, 1] + torch.arange(m)[:, None]
+        return torch.where((number % 2 == 0)[..., None], torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0]))
+
+    pool = Pool(run, 2, draws, 400, early_exit.make(how, draws, 2), torch.device("cpu"))
+    pool.put(torch.zeros(1, 1), 0)
+    while pool.busy:
+        finished = pool.step()
+    assert finished.used.tolist() == [draws] and sum(sizes) >= draws
+    assert len(sizes) <= 14 and all(b <= max(GROWTH * sum(sizes[:i]), 600) for i, b in enumerate(sizes[1:], 1))
 
 
 @pytest.mark.parametrize("bad", ["sure", 0.3, 1.0, 2, float("nan")])

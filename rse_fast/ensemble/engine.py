@@ -149,6 +149,11 @@ class Ensemble(nn.Module):
         """
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
+    def rows(self, x: torch.Tensor) -> int:
+        """Rows (images x draws) of a full packed batch of images like x [B, ...] at present."""
+        with self._model(self._input(x)) as model:
+            return model.planner.rows(self.chunk_rows)
+
     def refresh(self) -> None:
         """Takes a new snapshot of the model at the next call."""
         with self._lock:
@@ -193,10 +198,6 @@ class Ensemble(nn.Module):
     def _seed_tensor(seed, x):
         return functional.seed_tensor(seed, x.device)
 
-    def _rows(self, x):
-        with self._model(x) as model:
-            return model.planner.rows(self.chunk_rows)
-
     def _all_draws(self, x, seed, image0):
         """The `Tally` of every draw of every image."""
         with self._model(x) as model:
@@ -218,7 +219,7 @@ class Ensemble(nn.Module):
         with self._model(x) as model:
             classes = model.classes
         criterion = make_criterion(self.early_exit, draws, max(classes, 1))
-        return Pool(run, classes, draws, self._rows(x), criterion, x.device)
+        return Pool(run, classes, draws, self.rows(x), criterion, x.device)
 
     def logits_at(self, x: torch.Tensor, places: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None) -> torch.Tensor:
         """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``places[i, 1] ..`` of image ``places[i, 0]``

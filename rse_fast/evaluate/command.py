@@ -92,7 +92,7 @@ def _parser():
 
 
 def _run(args, command: str) -> None:
-    from rse_fast.certify_cli import digest
+    from rse_fast.workload import digest
 
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:

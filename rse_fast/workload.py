@@ -1,0 +1,108 @@
+"""What the commands work on: a model, a part of a data set, and a folder of results that a killed run continues."""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rse_fast import data, train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `load` reads."""
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder of rse-fast train")
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="in place of RUN: returns a converted model with its weights")
+    parser.add_argument("--data", help="data set, as in rse-fast train (default: the run's, or digits)")
+    parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th image (default: %(default)s)")
+    parser.add_argument("--images", type=int, metavar="N", help="at most N images")
+    parser.add_argument("--seed", type=int, help="of the noise (default: fresh, kept in the folder)")
+    parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
+    parser.add_argument("--chunk-rows", type=int, metavar="ROWS", help="most rows of a packed batch")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+
+
+def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
+    """The model in eval mode on its device, the part of the data set, the images wanted of it, and what names all of that.
+
+    Raises ValueError naming the option.
+    """
+    if (args.run is None) == (args.model is None):
+        raise ValueError("RUN, --model: expected one of the two")
+    for name in ("every", "images"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {value}")
+    sys.path.insert(0, os.getcwd())  # where a user's own module is
+    if args.run is not None:
+        config = train.Config.load(args.run / "config.json")
+        model = train.load_model(args.run)
+        splits = data.load(args.data, progress=True) if args.data else train.load_data(config)
+    else:
+        module, _, function = args.model.partition(":")
+        try:
+            model = getattr(importlib.import_module(module), function)()
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"--model: expected package.module:function, got {args.model!r} ({error})") from error
+        splits = data.load(args.data or "digits", progress=True)
+    model = model.to(args.device).eval()
+    part = getattr(splits, args.part)
+    rows = range(0, len(part), args.every)[: args.images]
+    if not len(rows):
+        raise ValueError(f"--part: {args.part} of the data set has no images")
+    facts = {"model": args.model or str(args.run), "weights": digest(model.state_dict()), "data": splits.name}
+    facts |= {"labels": digest({"labels": part.labels}), "part": args.part, "every": args.every}
+    return model, part, rows, facts
+
+
+def images(part: data.Part, rows: range, device: str | torch.device) -> torch.Tensor:
+    """Images of the rows as float32 [len(rows), C, H, W] in [0, 1]."""
+    (fetched,) = part.fetch([torch.tensor(rows)])
+    return fetched.to(device).float().div_(255)
+
+
+def neighbours(indices: Sequence[int], most: int) -> Iterator[range]:
+    """Cuts ascending indices into ranges of neighbours, at most ``most`` of them each."""
+    start = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or i - start == most or indices[i] != indices[i - 1] + 1:
+            yield range(indices[start], indices[i - 1] + 1)
+            start = i
+
+
+def open_folder(out: Path, name: str, settings: dict, seed: int | None) -> dict:
+    """Makes the folder with its settings file, or checks that it is one of these settings; returns them with the seed.
+
+    Raises ValueError where the folder holds results of something else.
+    """
+    path = out / name
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        settings = settings | {"seed": secrets.randbits(63) if seed is None else seed}
+        data.write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+        return settings
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--out: cannot read {str(path)!r}: {error}") from error
+    wanted = settings | {"seed": found.get("seed") if seed is None else seed}
+    differing = [f"{name} {found.get(name)!r} there, {value!r} here" for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        raise ValueError(f"--out: {str(out)!r} holds results of something else ({'; '.join(differing)}); name another folder")
+    return found
+
+
+def digest(tensors) -> str:
+    """SHA-256 of names, types and values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""``rse-fast predict``: the same lines from one process and from several, and from a run that was killed and continued."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import rse_fast
+from rse_fast import data, predict_cli
+from rse_fast.models import SmallNet
+
+ARGUMENTS = ["--model", "predicted:net", "--images", "30", "--draws", "12", "--seed", "5", "--dtype", "float32", "--device", "cpu"]
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = rse_fast.convert(SmallNet(in_channels=1, width=8), 0.3, 0.2)
+    x = data.digits().train.images[:64].float() / 255
+    with rse_fast.noise_off(model):  # noise in training differs from rank to rank
+        for _ in range(3):
+            model.train()(x)  # running statistics
+    with torch.no_grad():
+        list(model.modules())[-1].weight.mul_(4)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    here = str(Path(__file__).parent)
+    (tmp_path / "predicted.py").write_text(f"import sys; sys.path.insert(0, {here!r})\nfrom test_predict_cli import net\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("how", [[], ["--early-exit", "exact"]])
+def test_two_processes_predict_what_one_does(folder, how):
+    assert predict_cli.main([*ARGUMENTS, *how, "--out", "one"]) == 0
+    one = lines(folder / "one")
+    assert [row["index"] for row in one] == list(range(30)) and len({row["predicted"] for row in one}) > 1
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rse_fast.cli", "predict"]
+    done = subprocess.run([*command, *ARGUMENTS, *how, "--out", "two"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    counts = [len((folder / "two" / f"predictions-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    assert counts == [15, 15]
+    for a, b in zip(one, lines(folder / "two"), strict=True):
+        for name in ("index", "label", "predicted", "draws_used"):
+            assert a[name] == b[name], (name, a, b)
+        assert abs(a["probability"] - b["probability"]) < 1e-5
+
+
+def test_a_killed_run_continues(folder, capsys):
+    assert predict_cli.main([*ARGUMENTS, "--out", "whole"]) == 0
+    whole = lines(folder / "whole")
+    (folder / "part").mkdir()
+    (folder / "part" / "predict.json").write_text((folder / "whole" / "predict.json").read_text())
+    text = (folder / "whole" / "predictions-0.jsonl").read_text()
+    (folder / "part" / "predictions-0.jsonl").write_text(text[: len(text) // 2])  # ends within a line
+    kept = text[: len(text) // 2].count("\n")
+    assert predict_cli.main([*ARGUMENTS, "--out", "part"]) == 0
+    again = lines(folder / "part")
+    assert again[:kept] == whole[:kept]
+    assert [row["predicted"] for row in again] == [row["predicted"] for row in whole]
+
+    assert predict_cli.main([*ARGUMENTS, "--draws", "3", "--out", "part"]) == 2
+    assert "holds results of something else (draws 12 there, 3 here)" in capsys.readouterr().err
+    (folder / "part" / "predictions-7.jsonl").write_text("nonsense\n")
+    assert predict_cli.main([*ARGUMENTS, "--out", "part"]) == 2
+    assert "predictions-7.jsonl' is damaged" in capsys.readouterr().err
+
+
+def test_bad_input_is_named(folder, capsys):
+    assert predict_cli.main(["--out", "x"]) == 2
+    assert "RUN, --model: expected one of the two" in capsys.readouterr().err
+    assert predict_cli.main(["--model", "nothing:here", "--out", "x"]) == 2
+    assert "--model: expected package.module:function, got 'nothing:here'" in capsys.readouterr().err
+    assert predict_cli.main([*ARGUMENTS, "--draws", "0", "--out", "x"]) == 2
+    assert "draws must be at least 1, got 0" in capsys.readouterr().err
+    assert not (folder / "x").exists()
