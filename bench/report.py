@@ -123,12 +123,16 @@ def markdown(found: dict, name: str) -> str:
         for (metric, unit), table in _pivots(rows, suite).items():
             label = ", ".join(part for part in (metric, unit) if part)
             lines += ["", f"{heading}: {label}", "", *table]
-    here = "CPU" if rows[0]["device"] == "cpu" else "GPU"
+    here = hardware(found)
     meant = "two cores with AVX-512 BF16" if here == "CPU" else "an H200"
     lines += ["", f"Targets, set for {meant}:", "", "| task | measured | target | holds |", "|---|---|---|---|"]
     judged = promises.judge(found["targets"])
     lines += [f"| {p.task} | {measured(t)} | {wanted(t)} | {verdict(t)} |" for p, t in judged if p.hardware == here]
     return "\n".join(lines)
+
+
+def hardware(found: dict) -> str:
+    return "CPU" if found["rows"][0]["device"] == "cpu" else "GPU"
 
 
 def _pivots(rows: list[dict], suite: str) -> dict[tuple, list[str]]:
@@ -169,12 +173,17 @@ def write_readme(readme: Path, paths: list[Path]) -> None:
     text = readme.read_text()
     if len(re.findall(re.escape(BEGIN), text)) != 1 or text.find(END) < text.find(BEGIN):
         raise ValueError(f"{readme} must hold {BEGIN} once and {END} after it")
-    parts = []
+    parts, seen = [], set()
     for path in paths:
         found = results.load(path)
         if not found["rows"]:
             raise ValueError(f"{path} holds no results")
         parts.append(markdown(found, str(path)))
+        seen.add(hardware(found))
+    for missing in sorted({"CPU", "GPU"} - seen):
+        unmeasured = [f"| {p.task} | {wanted(t)} |" for p, t in promises.judge([]) if p.hardware == missing]
+        heading = [f"### Not measured: needs a {missing}", "", "| task | target |", "|---|---|"]
+        parts.append("\n".join(heading + unmeasured))
     command = f"{COMMAND} {' '.join(map(str, paths))}"
     before, rest = text.split(BEGIN)
     body = "\n\n".join([f"Written by `{command}` from results of `rse-fast bench`.", *parts])

@@ -190,6 +190,7 @@ def test_the_readme_block_is_replaced_and_nothing_else(tmp_path):
     once = readme.read_text()
     assert once.startswith(f"above\n{report.BEGIN}\n") and once.endswith(f"\n{report.END}\nbelow\n") and "\nold\n" not in once
     assert "| rse_fast | 2.5 |" in once and "peer, not timed: it fails" in once and "a processor" in once
+    assert once.count("needs a GPU") == 1 and "needs a CPU" not in once
     report.write_readme(readme, [path])
     assert readme.read_text() == once
     readme.write_text("no markers")
