@@ -24,8 +24,9 @@ bench demo test: export OMP_WAIT_POLICY ?= passive
 demo: $(VENV)/installed-demo
 	$(BIN)/rse-fast demo $(ARGS)
 
+# One process a core; what a file's tests share is made once, so a file stays in one process.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
