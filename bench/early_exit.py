@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 from torch import nn
 
 import rse_fast
-from rse_fast.models import VGG16
+from rse_fast.data import write_atomically
+from rse_fast.models import VGG16, SmallNet
 
 from .measure import Refused, Row, compare, device, ratio, target
 from .networks import SIGMAS
@@ -15,25 +17,27 @@ from .networks import SIGMAS
 CONFIDENCE = 0.999
 
 
-def trained(steps: int = 120) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """(noisy VGG16, test images [N, 3, 32, 32], test labels [N]): noisy SGD on scikit-learn's handwritten digits scaled up to 32x32.
+def trained(network: type[nn.Module] = VGG16, side: int = 32, steps: int = 120, **options) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """(noisy network, test images [N, 3, side, side], test labels [N]): noisy SGD on scikit-learn's handwritten digits.
 
-    Kept in the cache folder (RSE_FAST_CACHE, by default ``~/.cache/rse-fast``): on a small CPU the training takes minutes.
+    side: what their 8x8 pixels are scaled up to. options: of the network. Kept in the cache folder (RSE_FAST_CACHE, by default
+    ``~/.cache/rse-fast``): on a small CPU the training of VGG16 takes minutes.
     """
     from sklearn.datasets import load_digits
 
     digits, where = load_digits(), device()
     x = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
-    x = nn.functional.interpolate(x, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1).contiguous().to(where)
+    x = nn.functional.interpolate(x, size=(side, side), mode="bilinear").expand(-1, 3, -1, -1).contiguous().to(where)
     y = torch.from_numpy(digits.target).to(where)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(where)
     train, test = order[:1400], order[1400:]
     torch.manual_seed(0)
-    model = rse_fast.convert(VGG16(), *SIGMAS).to(where)
+    model = rse_fast.convert(network(**options), *SIGMAS).to(where)
     folder = Path(os.environ.get("RSE_FAST_CACHE") or Path.home() / ".cache" / "rse-fast")
-    file = folder / f"bench-vgg16-digits-{steps}-{torch.__version__}.pt"
+    kind = "-".join([network.__name__.lower(), *map(str, options.values()), f"digits{side}", str(steps), torch.__version__])
+    file = folder / f"bench-{kind}.safetensors"
     if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True, map_location=where))
+        model.load_state_dict(load_file(file, device=str(where)))
         return model.eval(), x[test], y[test]
     model.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -45,8 +49,8 @@ def trained(steps: int = 120) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
         optimizer.step()
         schedule.step()
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), file.with_suffix(".tmp"))
-    file.with_suffix(".tmp").rename(file)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(file, lambda out: out.write(save(weights)))
     return model.eval(), x[test], y[test]
 
 
@@ -116,5 +120,37 @@ def agreement() -> tuple[list[Row], list[dict]]:
     return rows, [target("early_exit", case, "labels equal to those of all draws", equal, 0.999, "")]
 
 
+def limit(far: int = 100_000, most: int = 3000, hard: int = 40, seeds: int = 5) -> tuple[list[Row], list[dict]]:
+    """Labels at a confidence against those of so many draws that chance is gone, on the ``hard`` images whose two best classes are closest.
+
+    Nothing is timed. A narrow network, trained for seconds: what counts here is many draws of undecided images, not its accuracy.
+    """
+    model, x, _ = trained(SmallNet, 8, 40, width=8)
+    best, second = rse_fast.Ensemble(model, 100, seed=0).predict(x).probs.topk(2).values.unbind(-1)
+    x = x[(best - second).argsort()[:hard]]
+    case = f"narrow SmallNet on digits, {hard} hardest images against {far} draws"
+    reference = rse_fast.Ensemble(model, far, seed=1, chunk_rows=4000).predict(x)
+    rows, wanted = [], []
+    for confidence in (0.9, 0.99, 0.999):
+        ensemble = rse_fast.Ensemble(model, most, early_exit=confidence, chunk_rows=500)
+        early = [ensemble.predict(x, seed=2 + i) for i in range(seeds)]
+        used = torch.stack([out.draws_used for out in early]).float()
+        decided = used < most  # the others took all draws, and nothing is claimed for them
+        equal = torch.stack([out.labels == reference.labels for out in early])[decided].float().mean().item()
+        name = f"rse_fast, early_exit={confidence}"
+        rows += [
+            Row("early_exit", case, name, f"decided within {most} draws", "", *[decided.float().mean().item()] * 3),
+            Row("early_exit", case, name, f"decided labels equal to those of {far} draws", "", equal, equal, equal),
+            Row("early_exit", case, name, "draws used", "draws", *[used.quantile(q).item() for q in (0.2, 0.5, 0.8)]),
+        ]
+        wanted.append(target("early_exit", case, f"early_exit={confidence}, decided labels equal to the limit's", equal, confidence, ""))
+    return rows, wanted
+
+
 def cases() -> dict:
-    return {"VGG16 on digits B=16 n=10": ten_draws, "VGG16 on digits n=100": hundred_draws, "VGG16 on digits n=100, labels": agreement}
+    return {
+        "VGG16 on digits B=16 n=10": ten_draws,
+        "VGG16 on digits n=100": hundred_draws,
+        "VGG16 on digits n=100, labels": agreement,
+        "narrow SmallNet on digits, 100000 draws": limit,
+    }
