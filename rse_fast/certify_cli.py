@@ -10,9 +10,11 @@ import csv
 import json
 import math
 import platform
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -45,27 +47,36 @@ COLUMNS = [f.name for f in fields(Row)]
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        model, part, rows, facts = workload.load(args)
-        ensemble = Ensemble(model, dtype=args.dtype, chunk_rows=args.chunk_rows)
-        sigma = float(input_noise(model, workload.images(part, rows[:1], args.device)).current_sigma())
-        settings = facts | {
-            "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha, "radii": args.radius,
-            "dtype": str(ensemble._resolve_dtype(torch.device(args.device)))[6:],
-        }  # fmt: skip
-        settings = workload.open_folder(args.out, "certify.json", settings, args.seed)
-        _run(args, ensemble, part, rows, settings)
+        run(argv)
     except (ValueError, TypeError) as error:
         print(f"rse-fast certify: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"rse-fast certify: {error}; what was certified before is in {args.out}", file=sys.stderr)
+        print(f"rse-fast certify: {error}; what was certified before is in --out", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; the same command continues in {args.out}", file=sys.stderr)
+        print("interrupted; the same command continues in the same folder", file=sys.stderr)
         return 130
     return 0
+
+
+def run(argv: list[str]) -> dict:
+    """What the command does. Returns its summary (see `summarise`).
+
+    Raises ValueError or TypeError naming the option, OSError for a folder that cannot be written.
+    """
+    args = _parser().parse_args(argv)
+    model, part, rows, facts = workload.load(args)
+    ensemble = Ensemble(model, dtype=args.dtype, chunk_rows=args.chunk_rows)
+    sigma = float(input_noise(model, workload.images(part, rows[:1], args.device)).current_sigma())
+    settings = facts | {
+        "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha, "radii": args.radius,
+        "dtype": str(ensemble._resolve_dtype(torch.device(args.device)))[6:],
+    }  # fmt: skip
+    settings = workload.open_folder(args.out, "certify.json", settings, args.seed)
+    return _run(args, ensemble, part, rows, settings, shlex.join(["rse-fast", "certify", *argv]))
 
 
 def _parser():
@@ -92,7 +103,7 @@ def read_table(path: Path) -> list[Row]:
         raise ValueError(f"--out: {str(path)!r} is damaged ({error})") from error
 
 
-def _run(args, ensemble, part, rows, settings):
+def _run(args, ensemble, part, rows, settings, command):
     path = args.out / "certified.tsv"
     table = read_table(path)
     done = {row.index for row in table}
@@ -115,11 +126,12 @@ def _run(args, ensemble, part, rows, settings):
                 bar.set_postfix_str(f"certified {sum(r.correct for r in table) / len(table):.1%}")
     wanted = set(rows)
     table = sorted((row for row in table if row.index in wanted), key=lambda row: row.index)
-    summary = summarise(table, settings)
+    summary = summarise(table, settings, command)
     data.write_atomically(args.out / "summary.json", lambda file: file.write(json.dumps(summary, indent=1).encode()))
     data.write_atomically(args.out / "summary.md", lambda file: file.write(markdown(summary).encode()))
     data.write_atomically(args.out / "certified.png", lambda file: draw(table, settings, file))
     print(markdown(summary).partition("\n\n## ")[0])
+    return summary
 
 
 def _certify(args, ensemble, part, group, settings):
@@ -143,12 +155,14 @@ def certified_accuracy(table: list[Row], radius: float) -> tuple[float, float, f
     return count / len(table), float(low), float(high)
 
 
-def summarise(table: list[Row], settings: dict) -> dict:
-    """Everything that `markdown` says, JSON-serialisable: settings, one entry a radius, costs, versions and what a certificate covers."""
+def summarise(table: list[Row], settings: dict, command: str) -> dict:
+    """Everything that `markdown` says, JSON-serialisable: settings, one entry a radius, costs, versions, what a certificate covers, and
+    the command that made it."""
     largest = max(row.radius for row in table)
     radii = settings["radii"] or [r for r in RADII if r <= largest or r == 0]
     keys = ("accuracy", "low", "high")
     return {
+        "command": command,
         "settings": settings,
         "images": len(table),
         "certified": [{"radius": r} | dict(zip(keys, certified_accuracy(table, r), strict=True)) for r in radii],
@@ -157,7 +171,7 @@ def summarise(table: list[Row], settings: dict) -> dict:
         "mean_radius": sum(row.radius * row.correct for row in table) / len(table),
         "draws_per_image": settings["n0"] + sum(row.draws for row in table) / len(table),
         "seconds_per_image": sum(row.seconds for row in table) / len(table),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "rse-fast": version("rse-fast")},
         "covers": COVERS,
     }
 
@@ -189,6 +203,9 @@ def markdown(summary: dict) -> str:
             "## What a certificate covers",
             "",
             summary["covers"],
+            "",
+            f"Made by `{summary['command']}`, seed {s['seed']}; {', '.join(f'{n} {v}' for n, v in summary['versions'].items())}; "
+            f"{summary['images'] * summary['seconds_per_image']:.0f} s in all.",
             "",
         ]
     )

@@ -156,6 +156,6 @@ def test_the_curve_counts_what_is_right_and_certified():
     table = [Row(i, label, p, r, int(label == p), 0.6, 3, 5, 0.1) for i, (label, p, r) in enumerate(rows)]
     assert [certify_cli.certified_accuracy(table, r)[0] for r in (0, 0.2, 0.3, 0.5, 0.6)] == [0.5, 0.5, 0.25, 0.25, 0.0]
     settings = {"n0": 1, "radii": None, "n": 5}
-    summary = certify_cli.summarise(table, settings)
+    summary = certify_cli.summarise(table, settings, "rse-fast certify")
     assert (summary["abstained"], summary["wrong"], summary["mean_radius"]) == (0.25, 0.25, pytest.approx(0.175))
     assert summary["draws_per_image"] == 6 and [c["radius"] for c in summary["certified"]] == [0, 0.1, 0.25, 0.5, 0.75]

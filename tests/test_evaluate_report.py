@@ -156,7 +156,7 @@ def results(rng):
                 "images": IMAGES, "draws": 10, "sigmas": [0.1, 0.2], "seed": 3}  # fmt: skip
     machine = {"device": "cpu", "processor": "x", "system": "y", "threads": 1, "processes": 1}
     return {"settings": settings, "classes": ["cat", "dog", "cow"], "shape": [3, 5, 4], "command": "rse-fast evaluate", "machine": machine,
-            "versions": {"torch": "1"}, "seconds": 1.0} | summarise(cases, rows), rows  # fmt: skip
+            "versions": {"torch": "1"}, "seconds": 1.0, "attack_seconds": 9.0} | summarise(cases, rows), rows  # fmt: skip
 
 
 def test_report_pictures_and_json(results, tmp_path):

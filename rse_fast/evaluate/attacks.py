@@ -147,9 +147,24 @@ def _autoattack(case, queries, x, y):
 
     version = "rand" if queries.random else "standard"
     attack = AutoAttack(queries, norm=case.norm, eps=case.eps, seed=_seed(), version=version, device=x.device)
-    attack.apgd.eot_iter, attack.apgd.n_iter = 1, case.steps  # the draws are packed inside each query
-    images, answers = attack.run_standard_evaluation(x, y, batch_size=len(x))
-    return [images], answers != y
+    attack.apgd.eot_iter = 1  # the draws are packed inside each query
+    attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = case.steps  # 100 are the version's own
+    attack.square.n_queries = 50 * case.steps
+    with torch.no_grad():
+        classes = queries(x[:1]).shape[1]
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
+    attack.attacks_to_run = [name for name in attack.attacks_to_run if classes >= CLASSES.get(name, 2)]
+    if not queries.random:
+        images, answers = attack.run_standard_evaluation(x, y, batch_size=len(x))
+        return [images], answers != y
+    # The attacks of the version, on every image and for the largest loss. Run by the library they pass over an image that one query found
+    # wrong, and give the original where no query was: scored again, both would flatter the defence.
+    candidates = []
+    for name in attack.attacks_to_run:
+        attack.apgd.loss = name.removeprefix("apgd-")
+        candidates.append(attack.apgd.perturb(x, y, best_loss=True))
+    with torch.no_grad():
+        return candidates, torch.stack([queries(images).argmax(-1) != y for images in candidates]).any(0)
 
 
 def _seed() -> int:
@@ -157,6 +172,7 @@ def _seed() -> int:
     return int(torch.randint(2**31, ()))
 
 
+CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # without which the loss of an attack is not defined
 METHODS = {
     "clean": _clean, "noise": _noise, "fgsm": _fgsm, "pgd": _pgd, "cw": _cw, "cw-c": _cw_c, "apgd-ce": _apgd, "apgd-dlr": _apgd,
     "square": _square, "autoattack": _autoattack,

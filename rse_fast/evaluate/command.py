@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from rse_fast import data
-from rse_fast.evaluate import report, rows
+from rse_fast.evaluate import attacks, report, rows
 from rse_fast.evaluate.protocols import PROTOCOLS
 from rse_fast.evaluate.run import evaluate
 from rse_fast.evaluate.summary import summarise
@@ -35,17 +35,16 @@ _ORDER_SEED = 0  # of the order of a test part that is sorted by class
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, also if a check failed; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser().parse_args(argv)
     try:
-        _run(args, shlex.join(["rse-fast", "evaluate", *argv]))
+        run(argv)
     except (ValueError, TypeError) as error:
         print(f"rse-fast evaluate: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"rse-fast evaluate: {error}; what was measured before is in {args.out}", file=sys.stderr)
+        print(f"rse-fast evaluate: {error}; what was measured before is in --out", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; the same command continues in {args.out}", file=sys.stderr)
+        print("interrupted; the same command continues in the same folder", file=sys.stderr)
         return 130
     return 0
 
@@ -91,9 +90,14 @@ def _parser():
     return parser
 
 
-def _run(args, command: str) -> None:
+def run(argv: list[str]) -> dict | None:
+    """What the command does. Returns the results, as in ``results.json`` but for the rows; None where other processes are not done.
+
+    Raises ValueError or TypeError naming the option, OSError for a folder that cannot be written.
+    """
     from rse_fast.workload import digest
 
+    args, command = _parser().parse_args(argv), shlex.join(["rse-fast", "evaluate", *argv])
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -109,6 +113,7 @@ def _run(args, command: str) -> None:
     target = Target(model, args.draws, plain=plain, dtype=args.dtype)
     images, labels, order = _images(getattr(splits, args.part), args.images or protocol.images)
     cases = protocol.cases(args.eps, args.l2, target.draws, plain is not None)
+    cases = [case for case in cases if len(splits.classes) >= attacks.CLASSES.get(case.method, 2)]
     settings = {
         "protocol": args.protocol, "model": args.model or str(args.run), "weights": digest(model.state_dict()),
         "plain": args.plain, "plain_weights": digest(plain.state_dict()) if plain is not None else None,
@@ -130,18 +135,21 @@ def _run(args, command: str) -> None:
     missing = sum((case.name, index) not in found for case in chosen for index in range(len(labels)))
     if missing and ranks > 1:
         print(f"process {rank} is done; {missing} rows are left to others, and the last of them writes the report", flush=True)
-        return
+        return None
     results = {
         "settings": settings, "classes": list(splits.classes), "shape": list(images.shape[1:]), "command": command,
         "machine": {"device": args.device, "processor": _processor(args.device), "system": platform.platform(),
                     "threads": torch.get_num_threads(), "processes": ranks},
         "versions": {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
-        "seconds": time.perf_counter() - begin, **summarise(cases, found),
+        "seconds": time.perf_counter() - begin, "attack_seconds": sum(row["seconds"] for row in found.values()), **summarise(cases, found),
     }  # fmt: skip
+    for name, entry in results["cases"].items():
+        entry["command"] = shlex.join(["rse-fast", "evaluate", *argv, "--seed", str(settings["seed"]), "--only", name])
     certified = args.certified or (args.run / "certified" if args.run else None)
     report.write(args.out, results, images, list(found.values()), certified)
     print(report.headline(results))
     print(f"report: {args.out / 'report.md'}")
+    return results
 
 
 def load(source: str, weights: Path | None, device: str) -> nn.Module:

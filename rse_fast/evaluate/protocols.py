@@ -100,6 +100,12 @@ def _adaptive(eps, l2, draws):
     yield Case(f"square-Linf-{main:.4g}-5000", "square", "Linf", main, 5000, draws)
 
 
+def _table(eps, l2, draws):
+    yield from (case for case in _paper(eps, l2, draws) if case.c <= 0.2)
+    yield from (pgd(eps[-1], 40, eot) for eot in EOT)
+    yield Case(f"autoattack-Linf-{eps[-1]:.4g}-eot20", "autoattack", "Linf", eps[-1], 100, 20)
+
+
 def _sanity(eps, l2, draws):
     main = eps[-1]
     yield Case(f"noise-Linf-{main:.4g}", "noise", eps=main)
@@ -117,5 +123,6 @@ PROTOCOLS = {
     "paper": Protocol(1600, "replication of the paper: C&W L2 with fixed c on the first 1600 test images"),
     "adaptive": Protocol(500, "everything we know: EOT to a plateau, restarts, APGD, AutoAttack, C&W, Square, transfers, sanity"),
     "sanity": Protocol(100, "whether the attacks work at all"),
+    "table": Protocol(200, "the columns of a table of defences: C&W with fixed c, PGD over EOT, AutoAttack"),
 }
-_CASES = dict(zip(PROTOCOLS.values(), (_quick, _paper, _adaptive, _sanity), strict=True))
+_CASES = dict(zip(PROTOCOLS.values(), (_quick, _paper, _adaptive, _sanity, _table), strict=True))

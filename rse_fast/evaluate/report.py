@@ -109,11 +109,12 @@ def markdown(results: dict, pictures: list[str], certified: str | None = None) -
             (e["name"], f"{e['seconds_per_image']:.3g}", f"{e['attack_queries']:.0f}", str(e["eot"])) for e in results["cases"].values()
         ]),
         "## How to repeat it",
-        f"`{results['command']}` with `--seed {settings['seed']}`; one line of the table: the same with `--only CASE`. "
+        f"`{results['command']}` with `--seed {settings['seed']}`; one line of the table: the same with `--only CASE` (written out "
+        "in results.json, `cases.CASE.command`). It continues what is in its folder; another `--out` measures anew. "
         + ", ".join(f"{name} {number}" for name, number in results["versions"].items())
         + f"; {machine['system']}, {machine['device']} ({machine['processor']}, {machine['threads']} threads, {machine['processes']} "
-        f"process(es)); {results['seconds']:.0f} s for what was left to do. Rows: `rows-*.jsonl`, all figures: "
-        "[results.json](results.json).",
+        f"process(es)). Wall time: {results['seconds']:.0f} s of this call; attacks {results['attack_seconds']:.0f} s over all calls and "
+        "processes. Rows: `rows-*.jsonl`, all figures: [results.json](results.json).",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -124,9 +125,7 @@ def _bullets(checks):
 
 def _not_run(settings):
     text = "" if settings["plain"] or not settings["draws"] else "No plain network was given, so transfer from one was not tried. "
-    return text + {"quick": "This protocol is a first look; `adaptive` is the evaluation.", "sanity": "", "adaptive": "", "paper": ""}[
-        settings["protocol"]
-    ]
+    return text + ("This protocol is a first look; `adaptive` is the evaluation." if settings["protocol"] == "quick" else "")
 
 
 def _tables(results):
