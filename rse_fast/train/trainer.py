@@ -147,7 +147,7 @@ class Trainer:
         with self._autocast():
             loss, accuracy = defences.batch_loss(config, self.model, self._forward, images, labels, self.teacher)
         self._sums += torch.stack([loss.detach().double(), accuracy.double(), torch.ones_like(self._sums[0])])
-        if config.sigma_regulariser:  # as in Learn2Perturb (Jeddi et al., CVPR 2020), without its schedule
+        if config.sigma_regulariser and self._layers:  # as in Learn2Perturb (Jeddi et al., CVPR 2020), without its schedule
             loss = loss - config.sigma_regulariser * torch.stack([layer.current_sigma().sqrt().mean() for layer in self._layers]).mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -224,7 +224,7 @@ class Trainer:
     def _warm_up(self, step):
         """Sets the fixed sigmas of a step: they grow linearly until ``sigma_warmup`` epochs are over."""
         steps = self.config.sigma_warmup * self.steps_per_epoch
-        if step <= steps:
+        if step < steps + 1:  # also at the first step of full strength
             self._set_sigmas(self._train_sigmas, min(1.0, (step + 1) / (steps + 1)))
 
     def _set_sigmas(self, sigmas, factor=1.0, model=None):
