@@ -213,6 +213,16 @@ def test_another_configuration_does_not_continue_a_run_but_another_machine_does(
     assert_equal_runs(whole[0], run)
 
 
+def test_other_images_do_not_continue_a_run(tmp_path, rng, capsys):
+    settings = config(write_images(tmp_path / "images.npz", rng), epochs=1)
+    train(settings, tmp_path / "run")
+    drop_end(tmp_path / "run")
+    write_images(tmp_path / "images.npz", rng, train=150)
+    assert main(["--resume", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "data: expected what the run was trained on" in said and "'train': 108" in said and "'train': 135" in said
+
+
 def test_weights_of_another_model_are_refused(run):
     settings = dataclasses.replace(Config.load(run / "config.json"), model="tiny_training:net_without_batch_statistics")
     settings.save(run / "config.json")

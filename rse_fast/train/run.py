@@ -43,11 +43,11 @@ def train(config: Config, out: str | Path, *, resume: bool = False, from_step: i
         teacher = None
         if config.defence == "distillation":
             plain = dataclasses.replace(config, defence="plain")
-            row = _train(plain, out / "teacher", resume, None, ranks, stopped, None)
+            row = _train(plain, out / "teacher", resume, None, ranks, stopped, student=config)
             if row["event"] == "stop":
                 return row
             teacher = load_model(out / "teacher")
-        return _train(config, out, resume, from_step, ranks, stopped, teacher)
+        return _train(config, out, resume, from_step, ranks, stopped, teacher=teacher)
 
 
 def load_model(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> nn.Module:
@@ -81,21 +81,26 @@ def load_data(config: Config) -> data.Splits:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- one run
-def _train(config, out, resume, from_step, ranks: Ranks, stopped, teacher):
+def _train(config, out, resume, from_step, ranks: Ranks, stopped, teacher=None, student=None):
+    """One run. student: the configuration of the distillation around it, if it is a teacher's."""
     rows = read(out / "log.jsonl")
     if resume and rows and rows[-1]["event"] == "end" and from_step is None:
         return rows[-1]
     splits = load_data(config)
+    facts = {"name": splits.name, "classes": list(splits.classes), "shape": list(splits.train.shape)}
+    facts |= {name: len(getattr(splits, name)) for name in ("train", "val", "test")}
+    if resume and (out / "data.json").exists() and (known := _read_json(out / "data.json")) != facts:
+        raise ValueError(f"data: expected what the run was trained on, {known}, got {facts} from {config.data!r}")
     trainer = Trainer(config, splits, ranks, teacher)
     saved = _Saved(out, config, ranks)
     begun = resume and saved.restore(trainer, from_step)
     log = None
     if ranks.main:
         out.mkdir(parents=True, exist_ok=True)
-        facts = {"name": splits.name, "classes": splits.classes, "shape": splits.train.shape}
-        facts |= {name: len(getattr(splits, name)) for name in ("train", "val", "test")}
         data.write_atomically(out / "data.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
         config.save(out / "config.json")  # the last: with it, the folder is a run's
+        if student is not None:  # whose folder is this one's parent, and a run's from now on: it can be continued
+            student.save(out.parent / "config.json")
         log = Log(out, trainer.step if begun else 0, trainer.epoch)
         log.write(_start_row(trainer, begun))
     try:
