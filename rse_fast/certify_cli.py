@@ -13,6 +13,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +70,11 @@ def run(argv: list[str]) -> dict:
     """
     args = _parser().parse_args(argv)
     model, part, rows, facts = workload.load(args)
+    labels = torch.as_tensor(part.labels)
+    some, all_classes = len(labels[list(rows)].unique()), len(labels.unique())
+    if bool((labels[1:] >= labels[:-1]).all()) and some < min(all_classes, len(rows)):
+        text = f"--images: the part is sorted by class, and these {len(rows)} images are of {some} of its {all_classes} classes; "
+        warnings.warn(text + f"--every {max(1, len(labels) // len(rows))} takes as many of all", RuntimeWarning, stacklevel=2)
     ensemble = Ensemble(model, dtype=args.dtype, chunk_rows=args.chunk_rows)
     sigma = float(input_noise(model, workload.images(part, rows[:1], args.device)).current_sigma())
     settings = facts | {

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import certify_model
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +100,20 @@ def test_a_training_run_is_certified_with_its_data(tmp_path, capsys):
     train.train(dataclasses.replace(config, defence="plain"), tmp_path / "plain")
     assert cli.main(["certify", str(tmp_path / "plain"), "--out", str(out)]) == 2
     assert "model must have noisy layers" in capsys.readouterr().err
+
+
+def test_images_of_one_class_only_are_told(tmp_path, rng):
+    images = rng.integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
+    for name, labels in (("sorted", np.arange(12) // 4), ("mixed", np.arange(12) % 3)):
+        np.savez(tmp_path / f"{name}.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    given = ["--data", tmp_path / "sorted.npz", "--images", 3]
+    with pytest.warns(RuntimeWarning, match="these 3 images are of 1 of its 3 classes; --every 4 takes"):
+        assert run(tmp_path / "a", *given) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(tmp_path / "b", *given, "--every", 4) == 0
+        assert run(tmp_path / "c", "--data", tmp_path / "mixed.npz", "--images", 2) == 0
+    assert [row.label for row in read_table(tmp_path / "b" / "certified.tsv")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
