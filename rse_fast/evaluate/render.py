@@ -20,8 +20,11 @@ def radius(eps: float) -> str:
 
 
 def markdown_table(rows: list[tuple[str, ...]]) -> str:
+    """The first row is the header. Columns of figures are set to the right."""
     header, *body = rows
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    columns = zip(*body, strict=True) if body else [()] * len(header)
+    rule = ["---:" if all(cell.strip("*")[:1].isdigit() or cell == "–" for cell in column) else "---" for column in columns]
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(rule) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 

@@ -91,8 +91,8 @@ def markdown(results: dict, pictures: list[str], certified: str | None = None) -
     ensemble = f"ensemble of {settings['draws']} draws, sigmas {', '.join(f'{s:g}' for s in settings['sigmas'])}"
     parts += [
         f"Model: {settings['model']} ({ensemble if settings['draws'] else 'deterministic'}; weights {settings['weights'][:12]}). "
-        f"Data: {settings['data']}, {settings['part']} part, {settings['order']} {settings['images']} images. Seed {settings['seed']}. "
-        f"{_not_run(settings)}",
+        f"Data: {settings['data']}, {settings['part']} part, {settings['images']} images, the {settings['order']}. "
+        f"Seed {settings['seed']}. {_not_run(settings)}".rstrip(),
         *_tables(results),
         _how_to_read(results),
     ]
@@ -109,8 +109,8 @@ def markdown(results: dict, pictures: list[str], certified: str | None = None) -
             (e["name"], f"{e['seconds_per_image']:.3g}", f"{e['attack_queries']:.0f}", str(e["eot"])) for e in results["cases"].values()
         ]),
         "## How to repeat it",
-        f"`{results['command']}` with `--seed {settings['seed']}`; one line of the table: the same with `--only CASE` (written out "
-        "in results.json, `cases.CASE.command`). It continues what is in its folder; another `--out` measures anew. "
+        f"`{results['command']}`, seed {settings['seed']}; one line of the table: the same with `--only CASE` and the seed (written out in "
+        "results.json, `cases.CASE.command`). It continues what is in its folder; another `--out` measures anew. "
         + ", ".join(f"{name} {number}" for name, number in results["versions"].items())
         + f"; {machine['system']}, {machine['device']} ({machine['processor']}, {machine['threads']} threads, {machine['processes']} "
         f"process(es)). Wall time: {results['seconds']:.0f} s of this call; attacks {results['attack_seconds']:.0f} s over all calls and "
@@ -201,11 +201,13 @@ def _eps_figure(results):
     axes = figure.add_subplot()
     prepare(axes, "eps: largest change of a pixel, pixels in 0..1")
     clean = results["cases"].get("clean")
-    for eot, style in zip(sorted({e["eot"] for e in pgd}), _styles(), strict=False):
+    numbers, width = sorted({e["eot"] for e in pgd}), max(e["eps"] for e in pgd) / 60
+    for place, (eot, style) in enumerate(zip(numbers, _styles(), strict=False)):
         points = sorted((e["eps"], e["accuracy"]) for e in pgd if e["eot"] == eot)
         points = ([(0.0, clean["accuracy"])] if clean else []) + points
         radii, estimates = zip(*points, strict=True)
-        axes.errorbar(radii, [100 * e["mean"] for e in estimates], errors(estimates), label=f"EOT {eot}", capsize=3, **style)
+        beside = [r + width * (place - (len(numbers) - 1) / 2) for r in radii]  # bars that lay on each other could not be told apart
+        axes.errorbar(beside, [100 * e["mean"] for e in estimates], errors(estimates), label=f"EOT {eot}", capsize=3, **style)
     ticks = sorted({e["eps"] for e in pgd})
     axes.set_xticks([0, *ticks], ["0", *map(radius, ticks)])
     _finish(axes, results, f"PGD-20, {pgd[0]['images']} images (bars: 95 % intervals)")
@@ -241,10 +243,11 @@ def _eot_figure(results):
     figure = new_figure(6.4, 4.2)
     axes = figure.add_subplot()
     prepare(axes, "EOT: draws behind each gradient of the attack")
-    for plateau, style in zip(results["eot"], _styles(), strict=False):
+    for place, (plateau, style) in enumerate(zip(results["eot"], _styles(), strict=False)):
         draws, estimates = zip(*((p["eot"], p["accuracy"]) for p in plateau["points"]), strict=True)
         label = f"PGD-{plateau['steps']}, {plateau['norm']} {radius(plateau['eps'])}" + ("" if plateau["plateau"] else " (no plateau)")
-        axes.errorbar(draws, [100 * e["mean"] for e in estimates], errors(estimates), label=label, capsize=3, **style)
+        beside = [n * 1.04 ** (place - (len(results["eot"]) - 1) / 2) for n in draws]
+        axes.errorbar(beside, [100 * e["mean"] for e in estimates], errors(estimates), label=label, capsize=3, **style)
     axes.set_xscale("log")
     axes.minorticks_off()
     ticks = sorted({p["eot"] for plateau in results["eot"] for p in plateau["points"]})
@@ -276,7 +279,10 @@ def _examples(results, images, rows):
         e for e in results["cases"].values()
         if e["name"] in kept and e["method"] not in ("clean", "noise") and e["source"] == e["victim"] == "deployed" and e["eps"] != LARGE
     ]  # fmt: skip
-    chosen = sorted(chosen, key=lambda e: e["accuracy"]["mean"])[:3]
+    strongest = {}  # of each kind: images of one attack with more or fewer draws look alike
+    for e in sorted(chosen, key=lambda e: e["accuracy"]["mean"]):
+        strongest.setdefault((e["method"], e["norm"]), e)
+    chosen = list(strongest.values())[:3]
     if not chosen:
         return None
     count = min(len(kept[chosen[0]["name"]]), len(images))
@@ -290,7 +296,7 @@ def _examples(results, images, rows):
         pixels = [torch.frombuffer(bytearray(base64.b64decode(r["example"])), dtype=torch.uint8) for r in own]
         pixels = torch.stack([p.view(height, width, channels).permute(2, 0, 1) for p in pixels]).float() / 255
         strength = radius(e["eps"]) if e["eps"] else f"c = {e['c']:g}" if e["c"] else "smallest L2"
-        example_row(axes_row, f"{e['method']}\n{e['norm']} {strength}\nEOT {e['eot']}", pixels, [r["answers"][0] for r in own], labels,
-                    results["classes"])  # fmt: skip
+        name = f"{_METHODS[e['method']].partition(' (')[0]}\n{e['norm']} {strength}\nEOT {e['eot']}"
+        example_row(axes_row, name, pixels, [r["answers"][0] for r in own], labels, results["classes"])
     figure.suptitle("The strongest attacks, and the label that the first scoring gives (✗: wrong)", fontsize=10)
     return figure

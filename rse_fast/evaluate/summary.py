@@ -4,6 +4,7 @@ import statistics
 
 from rse_fast.evaluate.estimate import estimate, paired_difference
 from rse_fast.evaluate.protocols import LARGE, PAPER_C, Case
+from rse_fast.evaluate.render import radius
 
 
 def summarise(cases: list[Case], rows: dict[tuple[str, int], dict]) -> dict:
@@ -151,8 +152,8 @@ def checks(table: dict, shares: dict) -> list[dict]:
             at_least_as_strong(f"white box against transfer from {e['source']}", best["name"], e["name"], meaning)
     for plateau in plateaus(table, shares):
         one, before, last = (plateau["points"][i] for i in (0, -2, -1))
-        text = f"PGD-{plateau['steps']} {plateau['norm']} {plateau['eps']:.4g}: from EOT {before['eot']} to {last['eot']} the accuracy "
-        text += f"changes by {-100 * plateau['gain']:+.1f} ± {100 * plateau['margin']:.1f} points, to "
+        text = f"PGD-{plateau['steps']} {plateau['norm']} {radius(plateau['eps'])}: from EOT {before['eot']} to {last['eot']} the accuracy "
+        text += f"changes by {0 - 100 * plateau['gain']:+.1f} ± {100 * plateau['margin']:.1f} points, to "
         text += f"{100 * last['accuracy']['mean']:.1f} % (EOT {one['eot']}: {100 * one['accuracy']['mean']:.1f} %)"
         text += "" if plateau["plateau"] else ": more draws in the gradient still find more, so no figure of it is final"
         add("plateau over EOT", plateau["plateau"], text)
