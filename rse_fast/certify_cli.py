@@ -231,7 +231,7 @@ def draw(table: list[Row], settings: dict, file) -> None:
     axes = figure.add_subplot()
     axes.fill_between(steps, low, high, step="pre", alpha=0.2, linewidth=0)
     axes.step(steps, accuracy, where="pre")
-    axes.set(xlabel="L2 radius (pixels in 0..1)", ylabel="certified accuracy (%)", xlim=(0, None), ylim=(0, 100))
+    axes.set(xlabel="L2 radius (pixels in 0..1)", ylabel="certified accuracy (%)", xlim=(0, steps[-1]), ylim=(0, 100))
     axes.set_title(f"sigma {settings['sigma']:.3g}, n = {settings['n']}, alpha = {settings['alpha']:g}, {len(table)} images", fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -321,6 +322,16 @@ def test_a_killed_run_loses_one_batch_at_most_and_resumes_to_the_same_table(whol
     assert all(after[key] == row for key, row in kept.items())  # times included: nothing was done again
     tables = [(out / "report.md").read_text().partition("## Cost")[0] for out in (tmp_path, whole)]
     assert tables[0] == tables[1]
+
+
+def test_the_command_of_a_figure_makes_it_again(whole, tmp_path):
+    results = json.loads((whole / "results.json").read_text())
+    name = "fgsm-Linf-0.2-eot20"
+    _, verb, *options = shlex.split(results["cases"][name]["command"])
+    assert verb == "evaluate" and main(*options, "--out", str(tmp_path)) == 0
+    again = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert again.keys() == {name} and again[name]["accuracy"] == results["cases"][name]["accuracy"]
+    assert results["attack_seconds"] == pytest.approx(sum(row["seconds"] for row in rows.read(whole).values()))
 
 
 def test_processes_share_the_batches_and_the_last_one_reports(whole, tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from rse_fast.evaluate import PROTOCOLS, Case, report
 from rse_fast.evaluate.estimate import paired_difference, wilson_interval
+from rse_fast.evaluate.render import markdown_table
 from rse_fast.evaluate.summary import summarise
 
 Image = pytest.importorskip("PIL.Image")
@@ -180,6 +181,11 @@ def test_report_pictures_and_json(results, tmp_path):
     assert "worst of 3 queries" in text and "## Replication" in text
     everything = json.loads((tmp_path / "results.json").read_text())
     assert len(everything["rows"]) == len(rows) and everything["cases"].keys() == results["cases"].keys()
+
+
+def test_columns_of_figures_are_set_to_the_right():
+    table = markdown_table([("a", "b", "c"), ("x", "1 ± 2", "c = 1"), ("1", "–", "2")])
+    assert table.splitlines()[1] == "|---|---:|---|" and markdown_table([("a", "b")]).splitlines()[1:] == ["|---:|---:|"]
 
 
 def test_failed_checks_are_the_first_thing_said(results):
