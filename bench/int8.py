@@ -1,21 +1,12 @@
-"""Suite "int8": ensembles on bytes against those of the higher precision; what the vendor's convolution allows; whether labels agree.
-
-``python -m rse_fast.bench.int8 --weights FILE --data FOLDER`` shows the agreement of a trained `SmallNet` (its state dict as safetensors)
-on the test images of a folder; without them, that of a VGG16 trained on digits for a few minutes, as in the suite.
-"""
-
-import argparse
-import copy
-from pathlib import Path
+"""Suite "int8": ensembles on bytes against those of the higher precision; what the vendor's convolution allows; whether labels agree."""
 
 import torch
 
 import rse_fast
 from rse_fast.ensemble.engine import has_bfloat16
 from rse_fast.ensemble.quantize import weight_bits
-from rse_fast.models import SmallNet
 
-from . import early_exit, networks
+from . import networks, trained
 from .ensemble import distance
 from .measure import Refused, Row, compare, device, ratio, target
 from .networks import SIGMAS
@@ -84,7 +75,7 @@ def vendor() -> tuple[list[Row], list[dict]]:
 
 def agreement() -> tuple[list[Row], list[dict]]:
     """Labels of int8 against float32 with the same noise, on a VGG16 trained on digits."""
-    model, x, y = early_exit.trained()
+    model, x, y = trained.digits()
     return compared("VGG16 on digits n=10", model, x[64:], y[64:], x[:64])
 
 
@@ -118,36 +109,3 @@ def cases() -> dict:
     if device().type != "cpu":
         return {}
     return {"VGG16 32x32 B=16 n=10": speed, "VGG16's 3x3 convolutions": vendor, "VGG16 on digits n=10, labels": agreement}
-
-
-def main() -> None:
-    from safetensors.torch import load_file
-
-    from rse_fast import data
-
-    from . import report
-
-    parser = argparse.ArgumentParser(prog="python -m rse_fast.bench.int8", description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, help="safetensors of a trained SmallNet's state dict, RSE 0.2/0.1")
-    parser.add_argument("--data", type=Path, help="folder of its images, as for `rse-fast demo --data`")
-    parser.add_argument("--images", type=int, default=2000, help="test images (default: %(default)s)")
-    arguments = parser.parse_args()
-    if (arguments.weights is None) != (arguments.data is None):
-        parser.error("--weights and --data go together")
-    if arguments.weights is None:
-        rows, targets = agreement()
-    else:
-        splits = data.image_folder(arguments.data)
-        model = rse_fast.convert(SmallNet(len(splits.classes)), *SIGMAS)
-        model.load_state_dict(load_file(arguments.weights))
-        images, labels = next(data.batches(splits.test, arguments.images))
-        calibration, _ = next(data.batches(splits.val, 256))
-        rows, targets = compared(f"SmallNet on {splits.name} n=10", copy.deepcopy(model).eval(), images, labels, calibration)
-    for row in rows:
-        report.console.print(f"{row.implementation}: {row.metric} {row.p50:.4g}")
-    for line in targets:
-        report.console.print(f"{line['what']}: {line['value']:.4g}, wanted {line['target']:g}: {'yes' if line['holds'] else 'NO'}")
-
-
-if __name__ == "__main__":
-    main()
