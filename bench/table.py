@@ -19,7 +19,6 @@ from rse_fast import certify_cli, data, train
 from rse_fast.evaluate import command
 from rse_fast.evaluate.protocols import PROTOCOLS
 from rse_fast.evaluate.render import markdown_table, percent
-from rse_fast.train.config import DEFENCES
 from rse_fast.train.log import read
 
 EPS, RADIUS = "8/255", 0.25  # L-infinity of PGD and AutoAttack; L2 that is certified
@@ -37,6 +36,7 @@ PAPER = {  # Liu et al. 2018: CIFAR-10, VGG16, accuracy in % of the columns clea
     "distillation": (84.1, 49.9, 17.7, 4.6, 3.1, 1.4), "brelu": (90.3, 75.1, 47.9, 30.9, 20.7, 13.5),
     "rse": (88.6, 87.4, 83.7, 75.8, 61.9, 28.0),
 }  # fmt: skip
+DEFENCES = (*PAPER, "rse+adversarial")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,7 +185,7 @@ def markdown(table: dict) -> str:
     if len({(row["settings"]["labels"], row["settings"]["order"]) for row in rows.values() if "settings" in row}) > 1:
         notes = ["- The rows are of different images: compare none of them."]
     notes += [f"- {defence}: {note}." for defence, row in rows.items() for note in row["notes"]]
-    absent = [f"- {defence}, {', '.join(columns)}: {reason}." for defence, row in rows.items() for reason, columns in _by_reason(row)]
+    absent = [f"- {defence}{columns}: {reason}." for defence, row in rows.items() for reason, columns in _by_reason(row)]
     parts = ["# Defences under attack"]
     if notes:
         parts += ["**Checks that failed. Until they are explained, read these rows as too favourable.**", "\n".join(notes)]
@@ -198,15 +198,19 @@ def markdown(table: dict) -> str:
     )
     if absent:
         parts += ["## What is absent", "\n".join(absent)]
-    parts += ["## What was measured", "\n".join(f"- {defence}: {_facts(row)}" for defence, row in rows.items() if row["trained"])]
-    parts += ["## Beside the paper's figures", _differences(rows)]
+    if trained := [f"- {defence}: {_facts(row)}" for defence, row in rows.items() if row["trained"]]:
+        parts += ["## What was measured", "\n".join(trained)]
+    if measured := {defence: row for defence, row in rows.items() if row["cells"]}:
+        parts += ["## Beside the paper's figures", _differences(measured)]
     parts += ["## How to repeat it", f"`{table['command']}`. The command behind each figure, every configuration and seed: table.json."]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _by_reason(row):
-    reasons = dict.fromkeys(row["absent"].values())
-    return [(reason, [column for column in COLUMNS if row["absent"].get(column) == reason]) for reason in reasons]
+    """(reason, names of the columns that it concerns, or nothing where these are all) for each reason."""
+    for reason in dict.fromkeys(row["absent"].values()):
+        columns = [column for column in COLUMNS if row["absent"].get(column) == reason]
+        yield reason, f" ({', '.join(columns)})" * (len(columns) < len(COLUMNS))
 
 
 def _lines(defence, row):
@@ -230,11 +234,8 @@ def _facts(row):
     return text + "."
 
 
-def _differences(rows):
+def _differences(measured):
     """What distinguishes these rows from the paper's, and by how much they differ."""
-    measured = {defence: row for defence, row in rows.items() if row["cells"]}
-    if not measured:
-        return ""
     lines = [
         "The paper's networks are VGG16, trained for 200 epochs on the published CIFAR-10; those here are named above, and a smaller "
         "network or a shorter training costs clean accuracy first.",

@@ -57,7 +57,7 @@ def test_a_table_is_made_continued_and_reused(tiny, tmp_path, monkeypatch, capsy
     half = read(out)["rows"]
     assert half["plain"]["absent"].keys() == {table.CERTIFIED} and half["plain"]["cells"].keys() == set(table.ATTACKED)
     assert half["rse"]["trained"] and set(half["rse"]["absent"].values()) == {"not done yet"}
-    assert "- rse, clean, c = 0.01, " in (out / "table.md").read_text()
+    assert "\n- rse: not done yet.\n" in (out / "table.md").read_text()
     kept = contents(out)
 
     assert table.main(tiny) == 1  # plain has no certificate
@@ -66,6 +66,7 @@ def test_a_table_is_made_continued_and_reused(tiny, tmp_path, monkeypatch, capsy
     found = read(out)["rows"]
     assert not found["rse"]["absent"] and found["plain"]["cells"] == half["plain"]["cells"]
     assert "deterministic" in found["plain"]["absent"][table.CERTIFIED]
+    assert f"\n- plain ({table.CERTIFIED}): a deterministic" in (out / "table.md").read_text()
 
     # Figures are those of the parts, each with an interval and the command that made it.
     results = json.loads((out / "rse/evaluation/results.json").read_text())
@@ -152,4 +153,4 @@ def test_the_columns_are_the_cases_of_the_protocol():
         cases = PROTOCOLS["table"].cases([8 / 255], 0.5, draws, False)
         fits = [[case for case in cases if what.items() <= vars(case).items()] for what in table.ATTACKED.values()]
         assert all(fits) and sum(map(len, fits)) == len(cases)
-    assert certify_cli.RADII.count(table.RADIUS) == 1
+    assert certify_cli.RADII.count(table.RADIUS) == 1 and set(table.DEFENCES) == set(train.config.DEFENCES)
