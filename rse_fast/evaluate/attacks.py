@@ -136,10 +136,18 @@ def _apgd(case, queries, x, y):
 def _square(case, queries, x, y):
     from pyautoattack.square import SquareAttack
 
-    attack = SquareAttack(queries, norm=case.norm, n_queries=case.steps, eps=case.eps, n_restarts=1, seed=_seed(), device=x.device)
+    options = {"norm": case.norm, "n_queries": case.steps, "eps": case.eps, "n_restarts": 1, "seed": _seed(), "device": x.device}
     with torch.no_grad():
-        images = attack.perturb(x, y)
-    return [images], (images != x).flatten(1).any(-1)
+        if not queries.random:
+            images = SquareAttack(queries, **options).perturb(x, y)
+            return [images], (images != x).flatten(1).any(-1)
+        # One lucky query would end the search for an image, and without one the original would come back. So the true class is put ahead
+        # by more than a query can take from it: every query is spent, and where the search ended counts.
+        ahead = torch.zeros_like(queries(x)).scatter_(1, y[:, None], 2 * _LEAST)
+        attack = SquareAttack(lambda images: queries(images).clamp_min(-_LEAST) + ahead, **options)
+        attack.init_hyperparam(x)
+        _, images = attack.attack_single_run(x, y)
+        return [images], queries(images).argmax(-1) != y
 
 
 def _autoattack(case, queries, x, y):
@@ -172,6 +180,7 @@ def _seed() -> int:
     return int(torch.randint(2**31, ()))
 
 
+_LEAST = 64.0  # log-probabilities below -64 are all the same to Square
 CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # without which the loss of an attack is not defined
 METHODS = {
     "clean": _clean, "noise": _noise, "fgsm": _fgsm, "pgd": _pgd, "cw": _cw, "cw-c": _cw_c, "apgd-ce": _apgd, "apgd-dlr": _apgd,
