@@ -86,6 +86,15 @@ def test_weights_are_rounded_for_correlated_inputs(rng):
     assert torch.equal(rounded.double(), nearest)  # independent inputs: each weight by itself
 
 
+def test_few_images_to_calibrate_on(rng):
+    """Fewer patches than a layer has inputs: their covariance has no inverse. What is measured is then coarse, not an error."""
+    model, x = rse_fast.convert(SmallNet()).eval(), torch.rand(4, 3, 8, 8)  # 4 x 4 patches of 1152 inputs
+    ensemble = int8(model, x)
+    assert ensemble.quantization.quantized
+    off = (ensemble.predict(x, 1).probs - rse_fast.Ensemble(model, 10, dtype="float32").predict(x, 1).probs).abs().max()
+    assert 0 < off < 0.1
+
+
 @pytest.mark.parametrize("kernel,stride,padding", ((2, 2, 0), (3, 2, 1), ((1, 3), (2, 1), (0, 1)), (3, 1, 0)))
 def test_pool_of_bytes(kernel, stride, padding, rng):
     pool = nn.MaxPool2d(kernel, stride, padding)

@@ -204,7 +204,8 @@ def quantize_weight(weight: torch.Tensor, most: int, moments: torch.Tensor) -> t
         error = ((rest / step).round().clamp(-most, most) * step - rest).square().sum(-1)
         best, steps = torch.minimum(best, error), torch.where(error < best, step[..., 0], steps)
     steps = steps.float().double()
-    damped = moments + 1e-6 * moments.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(terms, dtype=torch.float64)
+    # Damped as there, by a hundredth: few images give moments of low rank, in which rounding leaves negative eigenvalues.
+    damped = moments + 0.01 * moments.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(terms, dtype=torch.float64)
     # Row k: how the inputs after k make up for an error at k, by the inverse covariance of what is not rounded yet.
     pull = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     quantized = torch.empty_like(rest)
