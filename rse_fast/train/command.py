@@ -22,10 +22,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--resume: names the run, its folder and its configuration; leave --out and --config out")
         if args.from_step is not None and args.resume is None:
             raise ValueError("--from-step: needs --resume")
-        out = args.resume or args.out or Path("runs") / f"{given.get('model', 'small').replace(':', '.')}-{given.get('defence', 'rse')}"
         source = args.resume / "config.json" if args.resume else args.config
         config = Config.load(source) if source else Config()
         config = dataclasses.replace(config, **_implied(config, given), **given)
+        out = args.resume or args.out or Path("runs") / f"{config.model.replace(':', '.')}-{config.defence}"
         if ":" in config.model:
             sys.path.insert(0, os.getcwd())  # where a user's own module is
         row = train(config, out, resume=args.resume is not None, from_step=args.from_step)
