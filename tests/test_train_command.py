@@ -163,8 +163,8 @@ def test_bad_fields_are_named_before_anything_is_written(images, tmp_path, monke
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "cannot read"), ("[1]", "got list"), ('{"lr": 0.1, "momentun": 1}', "momentun"), ('{"lr": "0.1"}', "^lr: expected float"),
-        ('{"epochs": true}', "^epochs: expected int"), ('{"epochs": 2.0}', "^epochs: expected int"), ('{"lr": null}', "^lr: expected float"),
+        ("{", "cannot read"), ("[1]", "got list"), ('{"lr": 0.1, "momentun": 1}', "momentun"), ('{"lr": "1"}', "^lr: expected float"),
+        ('{"epochs": true}', "^epochs: expected int"), ('{"epochs": 2.0}', "^epochs: expected"), ('{"lr": null}', "^lr: expected float"),
         ('{"lr": NaN}', "^lr: expected a number above 0"), ('{"defence": "none"}', "^defence: expected one of plain, rse"),
     ],
 )  # fmt: skip
@@ -190,7 +190,8 @@ def test_rows_of_the_log(run):
     assert all(row.keys() == {"event", "step", "epoch", "loss", "lr", "sigma", "seconds"} for row in rows if row["event"] == "step")
     more = {"event", "step", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "sigma", "seconds"}
     assert all(row.keys() == more for row in rows if row["event"] == "epoch")
-    assert rows[-1].keys() == {"event", "step", "best_score", "best_epoch", "test_images", "test_accuracy", "draws", "test_ensemble_accuracy"}
+    best, test = {"best_score", "best_epoch"}, {"test_images", "test_accuracy", "draws", "test_ensemble_accuracy"}
+    assert rows[-1].keys() == {"event", "step"} | best | test
     assert rows[-1]["best_score"] == max(row["val_accuracy"] for row in rows if row["event"] == "epoch")
 
 

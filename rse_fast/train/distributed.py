@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,13 @@ class Ranks:
             values = values.clone()
             distributed.all_reduce(values)
         return values
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Gives ``tensors`` the values that they have in rank 0, in place."""
+        if self.size > 1:
+            for values in tensors:
+                distributed.broadcast(dense := values.contiguous(), 0)
+                values.copy_(dense)
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds in any process: so that all of them stop at the same step."""

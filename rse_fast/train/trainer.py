@@ -78,7 +78,7 @@ class Trainer:
         self._forward = self.model
         if self.ranks.size > 1:
             self._forward = nn.parallel.DistributedDataParallel(self.model, [device] if device.type == "cuda" else None)
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch's steps: loss, accuracy, their number
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch's images: loss, accuracy, number
         self._batches: Iterator | None = None
         self._validation: Iterator | None = None
 
@@ -144,9 +144,11 @@ class Trainer:
         torch.manual_seed(derived_seed(config.seed, _TRAINING, self.step, self.ranks.rank))
         self._warm_up(self.step)
         self.model.train()
+        if config.adversarial:  # attacks act on the model itself, whose statistics DistributedDataParallel shares at its own forward only
+            self.ranks.share(self.model.buffers())
         with self._autocast():
             loss, accuracy = defences.batch_loss(config, self.model, self._forward, images, labels, self.teacher)
-        self._sums += torch.stack([loss.detach().double(), accuracy.double(), torch.ones_like(self._sums[0])])
+        self._sums += len(labels) * torch.stack([loss.detach().double(), accuracy.double(), torch.ones_like(self._sums[0])])
         if config.sigma_regulariser and self._layers:  # as in Learn2Perturb (Jeddi et al., CVPR 2020), without its schedule
             loss = loss - config.sigma_regulariser * torch.stack([layer.current_sigma().sqrt().mean() for layer in self._layers]).mean()
         self.optimizer.zero_grad()
@@ -180,9 +182,10 @@ class Trainer:
     def _validate(self):
         """Yields None after each batch, and then the row of the epoch."""
         config, model, device = self.config, self.evaluated, self.ranks.device
-        loss, accuracy, steps = self.ranks.total(self._sums).tolist()
-        row = self._row("epoch", loss=loss / steps, accuracy=accuracy / steps, lr=self.optimizer.param_groups[0]["lr"])
+        loss, accuracy, count = self.ranks.total(self._sums).tolist()
+        row = self._row("epoch", loss=loss / count, accuracy=accuracy / count, lr=self.optimizer.param_groups[0]["lr"])
         row["epoch"] = self.epoch + 1
+        self.ranks.share(model.buffers())  # what is validated is what is kept: rank 0's
         self._set_sigmas(self._test_sigmas, model=model)
         torch.manual_seed(derived_seed(config.seed, _VALIDATION, self.epoch, self.ranks.rank))
         model.eval()
