@@ -284,12 +284,14 @@ def test_a_model_of_the_users_own(images, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_training_is_the_same_training(images, tmp_path, compiler):
+@pytest.mark.parametrize(("defence", "error"), [("plain", 1e-3), ("rse", 0.1)])
+def test_compiled_training_is_the_same_training(images, tmp_path, compiler, defence, error):
+    """With noise it is so on average: compiled code draws its seeds from another generator."""
     figures = []
     for name, flags in (("eager", []), ("compiled", ["--compile"])):
-        assert main(["--data", str(images), "--out", str(tmp_path / name), *TINY, *flags]) == 0
+        assert main(["--data", str(images), "--out", str(tmp_path / name), *TINY, "--defence", defence, *flags]) == 0
         figures.append([row["loss"] for row in read(tmp_path / name / "log.jsonl") if "loss" in row])
-    assert np.allclose(*figures, rtol=1e-3)
+    assert np.allclose(*figures, rtol=error)
     assert json.loads((tmp_path / "compiled" / "config.json").read_text())["compile"]
     assert load_model(tmp_path / "compiled").state_dict().keys() == load_model(tmp_path / "eager").state_dict().keys()
 
