@@ -52,14 +52,14 @@ def save(folder: Path, step: int, run: str, parts: dict[str, dict[str, Tensor]],
         manifest = {"format": _FORMAT, "run": run, "step": step, "files": files}
         write_through(temporary / _MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         sync_folder(temporary)
-        if target.exists():  # of the same step: what was there is the same, or damaged
-            shutil.rmtree(target)
+        if target.exists():  # of the same step, before its validation or before an interrupt; moved away rather than deleted: that is quick
+            os.rename(target, temporary.with_suffix(".old"))
         os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(folder)
-    for old in find(folder)[keep:]:
+    for old in [*folder.glob(".step-*"), *find(folder)[keep:]]:
         shutil.rmtree(old)
     return target
 
