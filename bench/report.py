@@ -103,7 +103,7 @@ COMMAND = "rse-fast bench --readme"
 HEADINGS = {
     "noise": "`x + sigma * eps` on 4M elements",
     "ensemble": "The ensemble of n draws",
-    "early_exit": "Early exit, on a network trained for a minute on scikit-learn's digits (easy images, so many leave early)",
+    "early_exit": "Early exit, on trained networks (handwritten digits are easy images, so many leave early)",
     "int8": "8-bit ensembles",
     "train": "Training",
     "attack": "Attacks",
