@@ -56,7 +56,8 @@ def main() -> None:
             Labeller,
             fn_constructor_args=(run, arguments.draws, arguments.early_exit, arguments.seed, "cuda" if arguments.gpus else "cpu"),
             batch_size=256,
-            concurrency=arguments.actors,
+            compute=ray.data.ActorPoolStrategy(size=arguments.actors),
+            num_cpus=0.5,  # on a machine of as many cores as actors, something must be left for the tasks that hand out the indices
             num_gpus=arguments.gpus,
         )
         .sort("index")
