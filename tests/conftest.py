@@ -99,3 +99,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_cache_elsewhere(monkeypatch, tmp_path_factory):
+    """For tests that read data sets: they never touch the user's cache."""
+    monkeypatch.delenv("RSE_FAST_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))

@@ -51,7 +51,7 @@ def plain():
 
 
 @pytest.fixture(scope="module")
-def test_part():
+def digits():
     return data.digits().test
 
 
@@ -66,8 +66,8 @@ def evaluated(target, part, cases, out, images=6, seed=5, **options):
 
 
 # ---------------------------------------------------------------------------------------------------------------- streams of noise
-def test_attacks_that_reseed_or_switch_modes_change_nothing(noisy, test_part, monkeypatch):
-    x, y = test_part.images[:3].float() / 255, test_part.labels[:3]
+def test_attacks_that_reseed_or_switch_modes_change_nothing(noisy, digits, monkeypatch):
+    x, y = digits.images[:3].float() / 255, digits.labels[:3]
     seen = {}
 
     def method(name, rude):
@@ -119,10 +119,10 @@ class Spy(Target):
         return super().answer(victim, x, seed, image0, draws)
 
 
-def test_attack_selection_and_scoring_have_noise_of_their_own(noisy, test_part, tmp_path):
+def test_attack_selection_and_scoring_have_noise_of_their_own(noisy, digits, tmp_path):
     spy = Spy(noisy, 3)
     case = Case("p", "pgd", eps=0.1, steps=3, eot=2, restarts=2, by_draws=True)
-    found = evaluated(spy, test_part, [case], tmp_path, repeats=4)
+    found = evaluated(spy, digits, [case], tmp_path, repeats=4)
     assert len(spy.asked) == 2 * (3 + 1)  # restarts x (steps and foolbox's own verdict)
     sizes = {*run.DRAWS, 3}
     assert len(spy.scored) == 2 + 4 + len(sizes)  # candidates (one seed, so that they compare), repeats, sizes of ensembles
@@ -130,19 +130,19 @@ def test_attack_selection_and_scoring_have_noise_of_their_own(noisy, test_part, 
     assert set(found["p", 0]["seeds"]) <= set(spy.scored) and len(set(found["p", 0]["seeds"])) == 4
 
 
-def test_answers_are_those_of_the_deployed_ensemble(noisy, test_part, tmp_path):
-    found = evaluated(Target(noisy, 3), test_part, [Case("clean", "clean")], tmp_path, images=70)
+def test_answers_are_those_of_the_deployed_ensemble(noisy, digits, tmp_path):
+    found = evaluated(Target(noisy, 3), digits, [Case("clean", "clean")], tmp_path, images=70)
     ensemble = rse_fast.Ensemble(noisy, 3)
     for start, stop in ((0, 64), (64, 70)):  # two batches
-        x = test_part.images[start:stop].float() / 255
+        x = digits.images[start:stop].float() / 255
         for r, seed in enumerate(found["clean", start]["seeds"]):
             expected = ensemble.predict(x, seed=seed, image0=start).labels.tolist()
             assert [found["clean", i]["answers"][r] for i in range(start, stop)] == expected
     assert {row["l2"] for row in found.values()} == {0.0}
 
 
-def test_fixed_seed_and_noise_off_are_what_their_attack_saw(noisy, test_part):
-    x = test_part.images[:4].float() / 255
+def test_fixed_seed_and_noise_off_are_what_their_attack_saw(noisy, digits):
+    x = digits.images[:4].float() / 255
     target = Target(noisy, 3, dtype="float32")
     fixed = target.queries(Case("a", "pgd", eot=3, victim="fixed-seed"), 9)
     first, again = fixed(x), fixed(x)
@@ -169,10 +169,10 @@ SHORT = [
 
 
 @pytest.fixture(scope="module")
-def short(noisy, plain, test_part, tmp_path_factory):
+def short(noisy, plain, digits, tmp_path_factory):
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("short")
-    return evaluated(Target(noisy, 3, plain=plain), test_part, SHORT, out)
+    return evaluated(Target(noisy, 3, plain=plain), digits, SHORT, out)
 
 
 def test_every_method_stays_in_its_ball_and_uses_it(short):
@@ -198,34 +198,34 @@ def test_attacks_attack(short):
     assert [short["square", i]["queries"] for i in range(6)] == [20 + 3.0] * 6  # a lucky query ends nothing; start, classes, verdict
 
 
-def test_a_case_gives_the_same_rows_again_and_other_rows_with_another_seed(noisy, plain, test_part, tmp_path, short):
+def test_a_case_gives_the_same_rows_again_and_other_rows_with_another_seed(noisy, plain, digits, tmp_path, short):
     cases = [case for case in SHORT if case.name in ("pgd-l2", "apgd-ce", "square", "autoattack")]
     target = Target(noisy, 3, plain=plain)
     torch.manual_seed(torch.seed())
-    again = evaluated(target, test_part, cases, tmp_path / "again")
+    again = evaluated(target, digits, cases, tmp_path / "again")
     assert without_times(again) == {key: row for key, row in without_times(short).items() if key in again}
-    other = evaluated(target, test_part, cases, tmp_path / "other", seed=6)
+    other = evaluated(target, digits, cases, tmp_path / "other", seed=6)
     assert all(other["pgd-l2", i]["linf"] != again["pgd-l2", i]["linf"] for i in range(6))
 
 
-def test_an_attack_that_leaves_its_ball_is_an_error(noisy, test_part, tmp_path, monkeypatch):
+def test_an_attack_that_leaves_its_ball_is_an_error(noisy, digits, tmp_path, monkeypatch):
     for change in (0.3, float("nan")):
         def leave(case, queries, x, y, change=change):
             return [(x + change).clamp(0, 1)], torch.zeros(6, dtype=torch.bool)
 
         monkeypatch.setitem(attacks.METHODS, "fgsm", leave)
         with pytest.raises(RuntimeError, match="left its ball"):
-            evaluated(Target(noisy, 3), test_part, [Case("a", "fgsm", eps=0.1)], tmp_path)
+            evaluated(Target(noisy, 3), digits, [Case("a", "fgsm", eps=0.1)], tmp_path)
         assert rows.read(tmp_path) == {}
 
 
 @pytest.mark.parametrize("classes", (2, 3, 4))
 @pytest.mark.parametrize("convert", (True, False), ids=("noisy", "plain"))
-def test_autoattack_with_few_classes(classes, convert, test_part, rng):
+def test_autoattack_with_few_classes(classes, convert, digits, rng):
     """The library's versions ask for ten: with fewer they would stop on an index, losses that need more classes are left out."""
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(108, classes))
     target = Target(rse_fast.convert(net, 0.05, 0.02) if convert else net, 2)
-    x = test_part.images[:6].float() / 255
+    x = digits.images[:6].float() / 255
     y = target.answer("deployed", x, 1, 0).labels
     y[0] = (y[0] + 1) % classes  # wrong before
     case = Case("a", "autoattack", eps=0.3, steps=5, eot=2)
@@ -236,8 +236,8 @@ def test_autoattack_with_few_classes(classes, convert, test_part, rng):
     assert convert or (found.verdict == (target.answer("deployed", found.images, 5, 0).labels != y)).all()
 
 
-def test_restarts_keep_the_image_with_the_lowest_probability_of_the_truth(noisy, test_part):
-    x, y = test_part.images[:5].float() / 255, test_part.labels[:5]
+def test_restarts_keep_the_image_with_the_lowest_probability_of_the_truth(noisy, digits):
+    x, y = digits.images[:5].float() / 255, digits.labels[:5]
     target, candidates = Target(noisy, 3), [x, 1 - x, x.flip(-1)]
     probs = torch.stack([target.answer("deployed", c, 3, 0).probs.gather(-1, y[:, None])[:, 0] for c in candidates])
     calls = iter(candidates)
@@ -249,8 +249,8 @@ def test_restarts_keep_the_image_with_the_lowest_probability_of_the_truth(noisy,
         assert torch.equal(found.images[i], candidates[choice][i])
 
 
-def test_carlini_wagner_without_success_ends_where_its_search_did(noisy, test_part):
-    x, y = test_part.images[:4].float() / 255, test_part.labels[:4]
+def test_carlini_wagner_without_success_ends_where_its_search_did(noisy, digits):
+    x, y = digits.images[:4].float() / 255, digits.labels[:4]
     wrong = torch.where(Target(noisy, 20).answer("deployed", x, 1, 0).labels == y, y, -1)
     queries = Target(noisy, 20).queries(Case("a", "cw", "L2", steps=3, eot=20), 1)
     closest, last, found = attacks._carlini_wagner(
@@ -261,15 +261,15 @@ def test_carlini_wagner_without_success_ends_where_its_search_did(noisy, test_pa
     assert torch.equal(closest[unfooled], last[unfooled]) and 0 < (last - x).abs().max() < 0.02  # not foolbox's zeros
 
 
-def test_a_deterministic_network_is_attacked_as_it_is(plain, test_part, tmp_path):
+def test_a_deterministic_network_is_attacked_as_it_is(plain, digits, tmp_path):
     target = Target(plain, 10)
     assert target.draws == 0
     for name, protocol in PROTOCOLS.items():
         cases = protocol.cases([0.1, 0.2], 0.5, 0, False)
         assert all(case.eot == 1 and case.source == case.victim == "deployed" for case in cases), name
         assert not any("eot" in case.name for case in cases)
-    found = evaluated(target, test_part, [Case("p", "pgd", eps=0.2, steps=5), Case("c", "clean")], tmp_path, repeats=2)
-    x = test_part.images[:6].float() / 255
+    found = evaluated(target, digits, [Case("p", "pgd", eps=0.2, steps=5), Case("c", "clean")], tmp_path, repeats=2)
+    x = digits.images[:6].float() / 255
     assert [found["c", i]["answers"] for i in range(6)] == [[label] * 2 for label in plain(x).argmax(-1).tolist()]
 
 
