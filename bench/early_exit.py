@@ -83,7 +83,7 @@ def agreement(name: str, model, x, y) -> tuple[list[Row], list[dict]]:
     ]
 
 
-def limit(far: int = 100_000, most: int = 3000, hard: int = 40, seeds: int = 5) -> tuple[list[Row], list[dict]]:
+def many_draws(far: int = 100_000, most: int = 3000, hard: int = 40, seeds: int = 5) -> tuple[list[Row], list[dict]]:
     """Labels at a confidence against those of so many draws that chance is gone, on the ``hard`` images whose two best classes are closest.
 
     Nothing is timed. A narrow network, trained for seconds: what counts here is many draws of undecided images, not its accuracy.
@@ -116,5 +116,5 @@ def cases() -> dict:
         f"{name} B=16 n=10": lambda: ten_draws(name, *trained.digits()),
         f"{name} n=100": lambda: hundred_draws(name, *trained.digits()[:2]),
         f"{name} n=100, labels": lambda: agreement(name, *trained.digits()),
-        "narrow SmallNet on digits, 100000 draws": limit,
+        "narrow SmallNet on digits, 100000 draws": many_draws,
     }

@@ -195,6 +195,20 @@ def drop_end(run: Path) -> None:
     (run / "log.jsonl").write_text("".join(lines[:-1]))
 
 
+def test_killed_between_two_checkpoints_of_one_step_the_first_is_there(run, whole):
+    """The only one was moved aside, and the other of its step was not in its place yet."""
+    folder = run / "checkpoints"
+    newest, previous = checkpoint.find(folder)
+    shutil.rmtree(newest)
+    moved = previous.rename(folder / f".{previous.name}.old")
+    shutil.copytree(moved, folder / f".{previous.name}.0123abcd")  # the other one
+    drop_end(run)
+    assert checkpoint.find(folder) == [moved]
+    assert train(Config.load(run / "config.json"), run, resume=True)["event"] == "end"
+    assert_equal_runs(whole[0], run)
+    assert [path.name for path in folder.iterdir()] == ["step-00000024"]  # nothing hidden is left
+
+
 def test_nothing_is_offered_where_nothing_is_whole(run, capsys):
     for path in checkpoint.find(run / "checkpoints"):
         flip_one_bit(path / "state.pt")

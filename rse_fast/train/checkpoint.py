@@ -38,7 +38,7 @@ def save(folder: Path, step: int, run: str, parts: dict[str, dict[str, Tensor]],
     from safetensors.torch import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step-*"):  # of a process that was killed
+    for leftover in set(folder.glob(".step-*")).difference(find(folder)):  # of a process that was killed
         shutil.rmtree(leftover)
     target = folder / f"step-{step:08}"
     temporary = folder / f".{target.name}.{secrets.token_hex(4)}"
@@ -52,8 +52,8 @@ def save(folder: Path, step: int, run: str, parts: dict[str, dict[str, Tensor]],
         manifest = {"format": _FORMAT, "run": run, "step": step, "files": files}
         write_through(temporary / _MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         sync_folder(temporary)
-        if target.exists():  # of the same step, before its validation or before an interrupt; moved away rather than deleted: that is quick
-            os.rename(target, temporary.with_suffix(".old"))
+        if target.exists():  # of the same step, before its validation or an interrupt: `find` knows it until the new one is in its place
+            os.rename(target, folder / f".{target.name}.old")
         os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -65,9 +65,19 @@ def save(folder: Path, step: int, run: str, parts: dict[str, dict[str, Tensor]],
 
 
 def find(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, the newest first; not whether they are whole."""
-    names = (entry for entry in folder.iterdir() if re.fullmatch(r"step-\d{8,}", entry.name)) if folder.is_dir() else ()
-    return sorted(names, key=lambda entry: int(entry.name[5:]), reverse=True)
+    """The checkpoints in ``folder``, the newest first; not whether they are whole.
+
+    One that `save` had moved aside for another of its step, ``.step-STEP.old``, counts where it was killed before that was in place.
+    """
+    found = {}
+    for entry in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():  # a name that begins with a dot comes last
+        if re.fullmatch(r"step-\d{8,}|\.step-\d{8,}\.old", entry.name):
+            found.setdefault(_step(entry), entry)
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def _step(path):
+    return int(re.search(r"\d+", path.name)[0])
 
 
 def newest(folder: Path, run: str, step: int | None = None) -> tuple[dict[str, dict[str, Tensor]], dict]:
@@ -75,15 +85,15 @@ def newest(folder: Path, run: str, step: int | None = None) -> tuple[dict[str, d
 
     A damaged one is never skipped in silence: the CheckpointError says what is wrong with it and which older one is whole.
     """
-    found = [path for path in find(folder) if step is None or path.name == f"step-{step:08}"]
+    found = [path for path in find(folder) if step is None or _step(path) == step]
     if not found:
         raise CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} in {str(folder)!r}")
     try:
         return load(found[0], run)
     except CheckpointError as error:
         for older in find(folder):
-            if int(older.name[5:]) < int(found[0].name[5:]) and _problem(older, run) is None:
-                raise CheckpointError(f"{error}; the one of step {int(older.name[5:])} before it is whole") from error
+            if _step(older) < _step(found[0]) and _problem(older, run) is None:
+                raise CheckpointError(f"{error}; the one of step {_step(older)} before it is whole") from error
         raise CheckpointError(f"{error}; there is no whole one before it") from error
 
 
