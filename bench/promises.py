@@ -33,7 +33,7 @@ PROMISES = (
     Promise("CPU", "VGG16 32x32, B=16, n=10", "ensemble", "VGG16 * B=16 n=10", "rate", 110, "images/s"),
     Promise("CPU", "VGG16 B=16, n=10, cost over plain", "ensemble", "VGG16 * B=16 n=10", "cost over the plain*", 1.05, "x", True),
     Promise("CPU", "VGG16 trained, exact early exit", "early_exit", "VGG16*B=16 n=10", "rate with exact early exit*", 160, "images/s"),
-    Promise("CPU", "the same, against all draws", "early_exit", "VGG16*B=16 n=10", "exact early exit against all draws", 1.4, "x"),
+    Promise("CPU", "exact early exit against all draws", "early_exit", "VGG16*B=16 n=10", "exact early exit against all draws", 1.4, "x"),
     Promise("CPU", "n=100, early_exit=0.999 against all draws", "early_exit", "VGG16*n=100", "*against all draws", 5, "x"),
     Promise("CPU", "n=100, early_exit=0.999, labels equal", "early_exit", "VGG16*n=100, labels*", "labels equal*", 0.999, ""),
     Promise("CPU", "VGG16 32x32, B=1, n=10", "ensemble", "VGG16 * B=1 n=10", "rate", 90, "images/s"),
