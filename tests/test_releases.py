@@ -1,13 +1,12 @@
 """Data sets as published, CIFAR-10 and STL-10, and files of arrays: read without running what a pickle holds."""
 
 import pickle
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_images import Unpickled, make_folder, rng, rows_of
+from tiny_images import Python2Pickler, Unpickled, cifar_batches, make_folder, rng, rows_of, write_cifar
 
 from rse_fast import data
 
@@ -15,37 +14,6 @@ pytestmark = pytest.mark.usefixtures("no_cache_elsewhere")
 
 
 # Releases
-
-
-def cifar_batches(count: int = 20) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images uint8 [N, 3, 32, 32] and labels of six batches: all classes in each."""
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    return {name: (rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), np.arange(count) % 10) for name in names}
-
-
-class Python2Pickler(pickle._Pickler):
-    """Writes bytes as Python 2 wrote its strings, as in the published files."""
-
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def save_bytes(self, value):
-        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
-
-    dispatch[bytes] = save_bytes
-
-
-def write_cifar(folder: Path, batches: dict, kind: str) -> None:
-    for name, (images, labels) in batches.items():
-        if kind == "binary":
-            records = np.concatenate([labels[:, None].astype(np.uint8), images.reshape(len(images), -1)], axis=1)
-            (folder / f"{name}.bin").write_bytes(records.tobytes())
-            continue
-        content = {b"batch_label": name.encode(), b"labels": labels.tolist(), b"data": images.reshape(len(images), -1)}
-        with open(folder / name, "wb") as file:
-            if kind == "python 2":
-                Python2Pickler(file, protocol=2).dump(content)
-            else:
-                pickle.dump({key.decode(): value for key, value in content.items()}, file, protocol=int(kind))
 
 
 @pytest.mark.parametrize("kind", ["binary", "python 2", "2", "4"])

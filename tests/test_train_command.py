@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data import cifar_batches, make_folder, write_cifar
+from tiny_images import cifar_batches, make_folder, write_cifar
 from tiny_training import config, same, without_times, write_images
 
 pytest.importorskip("tqdm")

@@ -1,6 +1,9 @@
-"""What the tests of data sets share: images of random pixels, folders of them, and an object that shows whether it was unpickled."""
+"""What the tests of data sets share: images of random pixels, folders and CIFAR-10 files of them, and an object that shows whether it was
+unpickled."""
 
 import os
+import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +50,34 @@ class Unpickled:
 
 def cached_files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.npy"))
+
+
+def cifar_batches(count: int = 20) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images uint8 [N, 3, 32, 32] and labels of six batches: all classes in each."""
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    return {name: (rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), np.arange(count) % 10) for name in names}
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings, as in the published files."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, value):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+
+    dispatch[bytes] = save_bytes
+
+
+def write_cifar(folder: Path, batches: dict, kind: str) -> None:
+    for name, (images, labels) in batches.items():
+        if kind == "binary":
+            records = np.concatenate([labels[:, None].astype(np.uint8), images.reshape(len(images), -1)], axis=1)
+            (folder / f"{name}.bin").write_bytes(records.tobytes())
+            continue
+        content = {b"batch_label": name.encode(), b"labels": labels.tolist(), b"data": images.reshape(len(images), -1)}
+        with open(folder / name, "wb") as file:
+            if kind == "python 2":
+                Python2Pickler(file, protocol=2).dump(content)
+            else:
+                pickle.dump({key.decode(): value for key, value in content.items()}, file, protocol=int(kind))
