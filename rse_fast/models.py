@@ -1,4 +1,4 @@
-"""The networks of the Random Self-Ensemble paper in their CIFAR/STL form, and one small network for short runs.
+"""The networks of the Random Self-Ensemble paper in their CIFAR/STL form, and two small networks for CPUs.
 
 All are plain torch modules without noise; ``rse_fast.convert`` puts the noise in. They take float images [B, C, H, W] in [0, 1] and return
 logits [B, num_classes]. None of them normalises its input: the first noise layer acts on the pixels, so ``init_sigma`` is in pixel units,
@@ -156,7 +156,50 @@ class SmallNet(nn.Module):
         return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
 
 
-MODELS = {"small": SmallNet, "vgg16": VGG16, "resnext29": ResNeXt29, "model-a": ModelA}
+class _ResidualConv(nn.Module):
+    """x + relu(bn(conv(x))), a 3x3 convolution that keeps the shape."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.relu(self.bn(self.conv(x)))
+
+
+class SmallResNet(nn.Module):
+    """Seven 3x3 convolutions for 32x32 photographs, a quarter of an hour's training on two CPU cores.
+
+    One to 32 channels and a max-pool, then stages of 48, 96 and 192 channels, a max-pool before the second and third, each of a convolution
+    and a residual one (as in the networks of the DAWNBench competition); BatchNorm and ReLU after each, and a global average. 660,842
+    parameters, 25.6 million multiplications an image of 32x32: half of `SmallNet`'s, because all but the first convolution follow a pool.
+    Images from 8x8 up.
+    """
+
+    _STEM, _STAGES = 32, (48, 96, 192)
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        # Pooled before BatchNorm: at an eighth of the memory traffic of pooling after ReLU, which is the same where BatchNorm's scale is > 0.
+        conv, *rest = _conv_bn_relu(in_channels, self._STEM, bias=False)
+        layers = [conv, nn.MaxPool2d(2), *rest]
+        in_channels = self._STEM
+        for index, out_channels in enumerate(self._STAGES):
+            if index:
+                layers.append(nn.MaxPool2d(2))
+            layers += [*_conv_bn_relu(in_channels, out_channels, bias=False), _ResidualConv(out_channels)]
+            in_channels = out_channels
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(in_channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+
+
+MODELS = {"small": SmallNet, "small-resnet": SmallResNet, "vgg16": VGG16, "resnext29": ResNeXt29, "model-a": ModelA}
 
 
 def make(name: str, num_classes: int, in_channels: int) -> nn.Module:

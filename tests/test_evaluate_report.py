@@ -166,7 +166,7 @@ def test_report_pictures_and_json(results, tmp_path):
     report.write(tmp_path, results, images, list(rows.values()))
     text = (tmp_path / "report.md").read_text()
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert sorted(pictures) == ["accuracy-c.png", "accuracy-draws.png", "accuracy-eps.png", "eot.png", "examples.png"]
+    assert sorted(pictures) == ["accuracy-c.png", "accuracy-draws.png", "accuracy-eps.png", "cost.png", "eot.png", "examples.png"]
     for name in pictures:
         with Image.open(tmp_path / name) as picture:
             picture.load()

@@ -195,13 +195,13 @@ def test_what_does_not_fit_is_named(start, images):
         start(batch_size=109)
     with pytest.raises(ValueError, match="^teacher: "):
         start(defence="distillation")
-    with pytest.raises(ValueError, match="^model: expected one of small, vgg16, resnext29, model-a"):
+    with pytest.raises(ValueError, match="^model: expected one of small, small-resnet, vgg16, resnext29, model-a"):
         start(model="vgg")
     with pytest.raises(ValueError, match="^init_sigma must be positive"):
         start(learnable_sigma="layer", init_sigma=0.0)
 
 
-@pytest.mark.parametrize(("model", "size"), [("small", 8), ("vgg16", 32), ("resnext29", 16), ("model-a", 96)])
+@pytest.mark.parametrize(("model", "size"), [("small", 8), ("small-resnet", 16), ("vgg16", 32), ("resnext29", 16), ("model-a", 96)])
 def test_the_networks_train(tmp_path, rng, model, size):
     np.savez(
         tmp_path / "images.npz", train_images=rng.integers(0, 256, (12, 3, size, size), dtype=np.uint8), train_labels=np.arange(12) % 2,

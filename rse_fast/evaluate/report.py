@@ -28,6 +28,7 @@ _PICTURES = {
     "eot.png": "Accuracy against EOT: is there a plateau?",
     "accuracy-draws.png": "Accuracy against the number of draws",
     "examples.png": "Images and their adversarial versions",
+    "cost.png": "Cost per image",
 }
 _METHODS = {
     "clean": "no attack", "noise": "uniform random noise (foolbox)", "fgsm": "FGSM (foolbox)", "pgd": "PGD (foolbox)",
@@ -56,6 +57,7 @@ def write(out: Path, results: dict, images: Tensor, rows: list[dict], certified:
     figures = {
         "accuracy-eps.png": _eps_figure(results), "accuracy-c.png": _c_figure(results), "eot.png": _eot_figure(results),
         "accuracy-draws.png": _draws_figure(results), "examples.png": _examples(results, images, rows),
+        "cost.png": _cost_figure(results),
     }  # fmt: skip
     for name, figure in figures.items():
         if figure is None:
@@ -266,6 +268,27 @@ def _draws_figure(results):
         draws_panel(axes, points, style)
         axes.set_title(f"{name}, {points[0]['images']} images", fontsize=9)
     figure.suptitle("Accuracy against the number of draws (bands: 95 % intervals; the scales differ)", fontsize=10)
+    return figure
+
+
+def _cost_figure(results):
+    """Seconds of attack per image, a bar a case; the scale is logarithmic, since an attack costs up to thousands of times another."""
+    entries = [e for e in results["cases"].values() if e["seconds_per_image"] > 0]
+    if not entries:
+        return None
+    figure = new_figure(7.2, 1.4 + 0.24 * len(entries))
+    axes = figure.add_subplot()
+    bars = axes.barh([e["name"] for e in entries], [e["seconds_per_image"] for e in entries], color=COLOURS[0])
+    axes.bar_label(bars, [f"{e['seconds_per_image']:.2g}" for e in entries], padding=3, fontsize=8)
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.invert_yaxis()  # the order of the tables
+    axes.tick_params(axis="y", labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("seconds per image to find the adversarial one")
+    machine = results["machine"]
+    axes.set_title(f"{machine['device']}: {machine['processor']}, {machine['threads']} threads", fontsize=9)
     return figure
 
 
