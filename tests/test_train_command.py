@@ -112,6 +112,16 @@ def test_the_configuration_given_back_repeats_the_run_and_a_flag_changes_its_fie
     assert same(*(safetensors.load_file(folder / "best.safetensors") for folder in (run[0], tmp_path / "again")))
 
 
+def test_none_takes_an_optional_field_back(run, tmp_path):
+    config(Config.load(run[0] / "config.json").data, epochs=1, clip=0.5, learnable_sigma="layer", resize=8).save(tmp_path / "config.json")
+    none = ["--clip", "none", "--learnable-sigma", "none", "--resize", "none"]
+    assert main(["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run"), *none]) == 0
+    found = Config.load(tmp_path / "run" / "config.json")
+    assert (found.clip, found.learnable_sigma, found.resize) == (None, None, None)
+    with pytest.raises(SystemExit):
+        main(["--lr", "none"])
+
+
 def test_without_a_folder_the_run_is_named_after_model_and_defence(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--data", str(images), *TINY]) == 0

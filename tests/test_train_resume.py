@@ -231,10 +231,21 @@ def test_other_images_do_not_continue_a_run(tmp_path, rng, capsys):
     settings = config(write_images(tmp_path / "images.npz", rng), epochs=1)
     train(settings, tmp_path / "run")
     drop_end(tmp_path / "run")
-    write_images(tmp_path / "images.npz", rng, train=150)
-    assert main(["--resume", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "data: expected what the run was trained on" in said and "'train': 108" in said and "'train': 135" in said
+    for number, held in ((120, 108), (150, 135)):  # as many others, and more
+        write_images(tmp_path / "images.npz", rng, train=number)
+        assert main(["--resume", str(tmp_path / "run")]) == 2
+        said = capsys.readouterr().err
+        assert "data: expected what the run was trained on" in said and "'train': 108" in said and f"'train': {held}" in said
+
+
+def test_images_that_moved_continue_a_run(run, whole, images, tmp_path, capsys):
+    drop_end(run)
+    moved = tmp_path / "elsewhere" / "other.npz"
+    moved.parent.mkdir()
+    shutil.copy(images, moved)
+    assert main(["--resume", str(run), "--data", str(moved)]) == 0
+    assert_equal_runs(whole[0], run)
+    assert Config.load(run / "config.json").data == str(moved)
 
 
 def test_weights_of_another_model_are_refused(run):

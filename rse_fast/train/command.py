@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     full; 2 for bad input."""
     args = _parser().parse_args(argv)
     try:
-        given = {f.name: value for f in dataclasses.fields(Config) if (value := getattr(args, f.name)) is not None}
+        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
         if args.resume is not None and (args.out or args.config):
             raise ValueError("--resume: names the run, its folder and its configuration; leave --out and --config out")
         if args.from_step is not None and args.resume is None:
@@ -71,11 +71,26 @@ def _parser() -> argparse.ArgumentParser:
         rule, flag = f.metadata, "--" + f.name.replace("_", "-")
         text = rule["text"] + ("" if f.default is None else f" (default: {f.default})")
         if rule["kind"] is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            kind = _number if rule["kind"] is float else rule["kind"]
-            parser.add_argument(flag, type=kind, choices=rule["choices"], default=None, help=text, metavar=None if rule["choices"] else "X")
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            continue
+        kind = _number if rule["kind"] is float else rule["kind"]
+        if rule["optional"]:
+            text += "; none: not given, whatever the configuration says"
+            kind = _or_none(kind)
+        choices = rule["choices"] and [*rule["choices"], *[None] * rule["optional"]]
+        shown = None if choices is None else f"{{{','.join(map(str, rule['choices']))}}}"
+        parser.add_argument(flag, type=kind, choices=choices, help=text, metavar=shown or "X")
     return parser
+
+
+def _or_none(kind):
+    """Reads "none" as None and all else as ``kind``; named as that is, for messages."""
+
+    def read(text: str):
+        return None if text == "none" else kind(text)
+
+    read.__name__ = kind.__name__
+    return read
 
 
 def _number(text: str) -> float:

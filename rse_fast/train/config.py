@@ -89,8 +89,9 @@ class Config:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies what is computed: equal for configurations that differ in device, compilation and bookkeeping only."""
-        where = ("device", "workers", "compile", "keep", "save_steps", "log_steps")
+        """Identifies what is computed: equal for configurations that differ in device, compilation, bookkeeping and the place of the data
+        only. What the data are is for the run to check."""
+        where = ("data", "device", "workers", "compile", "keep", "save_steps", "log_steps")
         what = {name: value for name, value in dataclasses.asdict(self).items() if name not in where}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 

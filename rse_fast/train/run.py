@@ -5,6 +5,7 @@ best epoch on the validation images; ``curves.png``; with a distillation, ``teac
 """
 
 import dataclasses
+import hashlib
 import json
 import signal
 import time
@@ -31,7 +32,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, from_step: i
 
     resume: continue the run in ``out`` from its newest checkpoint, or from that of ``from_step``; a run that was killed before its first
     checkpoint begins anew, one that is complete is left as it is. The configuration must be the run's own, except for what concerns the
-    machine (`Config.fingerprint`).
+    machine (`Config.fingerprint`); the data may have moved, but must be the same.
 
     Under torchrun all processes call this; only rank 0 writes, all read the folder. Raises ValueError for bad input, CheckpointError (a
     ValueError) for a checkpoint that is damaged or of another run, FloatingPointError when training diverges, OSError for a full disk.
@@ -88,9 +89,11 @@ def _train(config, out, resume, from_step, ranks: Ranks, stopped, teacher=None, 
         return rows[-1]
     splits = load_data(config)
     facts = {"name": splits.name, "classes": list(splits.classes), "shape": list(splits.train.shape)}
-    facts |= {name: len(getattr(splits, name)) for name in ("train", "val", "test")}
-    if resume and (out / "data.json").exists() and (known := _read_json(out / "data.json")) != facts:
-        raise ValueError(f"data: expected what the run was trained on, {known}, got {facts} from {config.data!r}")
+    facts |= {name: len(getattr(splits, name)) for name in ("train", "val", "test")} | {"digest": _digest(splits.train)}
+    if resume and (out / "data.json").exists():
+        known = _read_json(out / "data.json")
+        if any(known.get(fact) != facts[fact] for fact in facts.keys() - {"name"}):  # a folder may be called otherwise
+            raise ValueError(f"data: expected what the run was trained on, {known}, got {facts} from {config.data!r}")
     trainer = Trainer(config, splits, ranks, teacher)
     saved = _Saved(out, config, ranks)
     begun = resume and saved.restore(trainer, from_step)
@@ -113,6 +116,14 @@ def _train(config, out, resume, from_step, ranks: Ranks, stopped, teacher=None, 
     finally:
         if log is not None:
             log.close()
+
+
+def _digest(part):
+    """SHA-256 of the labels in order and, where they are in memory, of the images: data that moved are the same, others are not."""
+    digest = hashlib.sha256(part.labels.contiguous().numpy())
+    if isinstance(part, data.Part):
+        digest.update(part.images.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _loop(trainer, saved, log, stopped):
