@@ -1,12 +1,16 @@
 """Suite "train": a training step with noise against the plain network's (the limit) and against eager noise layers: time and memory."""
 
 import copy
+import dataclasses
 import functools
 
 import torch
 from torch import nn
 
 import rse_fast
+from rse_fast import functional
+from rse_fast.kernels import cpu
+from rse_fast.nn import noise_layers
 
 from . import networks, peers
 from .measure import Refused, Row, compare, device, peak_memory, ratio, selected, target
@@ -17,6 +21,7 @@ CASES = {
     "cpu": (("VGG16", 32), ("ResNeXt29", 16), ("SmallNet", 64), ("ResNet-50", 2)),
     "cuda": (("VGG16", 512), ("ResNeXt29", 256), ("ResNet-50", 128)),
 }
+ALONE = "the noise alone (limit)"
 MOST = {"cpu": (1.10, 1.03), "cuda": (1.05, 1.01)}  # time and peak memory over the plain network's
 
 
@@ -60,6 +65,39 @@ class Step:
         return saved_bytes(lambda: (self.model, self.loss()))
 
 
+class NoiseAlone:
+    """The noise of a step and nothing else: each layer's input plus noise, for forward and again for backward, which has only the seed.
+
+    On a CPU the kernel writes to memory that is already mapped: a step with noise cannot do with less beyond the plain one's time. Returns
+    an element of the last result.
+    """
+
+    def __init__(self, step: Step):
+        self.inputs = []
+
+        def note(layer, args):
+            self.inputs.append((args[0].to(step.dtype), layer.current_sigma()))
+
+        hooks = [layer.register_forward_pre_hook(note) for layer in noise_layers(step.model).values()]
+        with torch.no_grad():
+            step.loss()
+        for hook in hooks:
+            hook.remove()
+        largest = max(x.numel() for x, _ in self.inputs)
+        self.out = torch.empty(largest, dtype=step.dtype, device=step.x.device)
+        self.seed = torch.tensor(7, device=step.x.device)
+
+    def __call__(self):
+        for x, sigma in 2 * self.inputs:
+            flat = x.is_contiguous(memory_format=torch.channels_last)
+            if x.is_cuda:
+                out = functional.add_noise(x, sigma, seed=self.seed)
+            else:
+                out = self.out[: x.numel()].as_strided(x.shape, x.stride())
+                cpu.add_noise(x, out, flat, sigma, self.seed, 0, len(x), 1, 0, 0, None, None, False)
+        return out.flatten()[0]
+
+
 def check(name, first, second) -> None:
     """Raises unless losses are finite and, with noise, those of two steps differ."""
     if not (first.isfinite() and second.isfinite()):
@@ -80,8 +118,9 @@ def measure(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[
     }
     steps = {name: Step(model, x, dtype) for name, model in models.items()}
     case = f"{kind} {side}x{side} B={batch} {str(dtype)[6:]}"
-    builders = {name: lambda step=step: step for name, step in steps.items()}
+    builders = {name: lambda step=step: step for name, step in steps.items()} | {ALONE: lambda: NoiseAlone(steps["rse_fast"])}
     rows, medians = compare("train", case, "steps", "steps/s", 1, builders, check, seconds=5, least=7)
+    rows = [_seconds(row) if row.implementation == ALONE else row for row in rows]
     saved = {name: step.saved() / 1e6 for name, step in steps.items() if selected(name)}
     peak = {name: peak_memory(step) for name, step in steps.items() if selected(name)}
     rows += [Row("train", case, name, "saved for backward", "MB", *[value] * 3) for name, value in saved.items()]
@@ -99,6 +138,12 @@ def measure(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[
         over("peak", ratio(peak.get(ours), peak.get(limit)), most_memory),
     ]
     return rows, wanted
+
+
+def _seconds(row: Row) -> Row:
+    """The noise alone is no rival whose steps/s could be compared: a row of its own, in milliseconds a step."""
+    times = {name: value and 1e3 / value for name, value in (("p20", row.p80), ("p50", row.p50), ("p80", row.p20))}
+    return dataclasses.replace(row, metric="time of the noise alone", unit="ms", **times)
 
 
 def cases() -> dict:

@@ -170,11 +170,12 @@ class _ResidualConv(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Seven 3x3 convolutions for 32x32 photographs, a quarter of an hour's training on two CPU cores.
+    """Seven 3x3 convolutions for photographs of 32x32, small enough to be trained on a CPU.
 
     One to 32 channels and a max-pool, then stages of 48, 96 and 192 channels, a max-pool before the second and third, each of a convolution
-    and a residual one (as in the networks of the DAWNBench competition); BatchNorm and ReLU after each, and a global average. 660,842
-    parameters, 25.6 million multiplications an image of 32x32: half of `SmallNet`'s, because all but the first convolution follow a pool.
+    and a residual one (as in the networks of the DAWNBench competition); BatchNorm and ReLU after each, and a global average.
+    660,842 parameters, 25.6 million multiplications an image of 32x32: half of `SmallNet`'s, because all but the first convolution follow
+    a pool.
     Images from 8x8 up.
     """
 
@@ -182,7 +183,7 @@ class SmallResNet(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
-        # Pooled before BatchNorm: at an eighth of the memory traffic of pooling after ReLU, which is the same where BatchNorm's scale is > 0.
+        # Pooled before BatchNorm and ReLU, which then have a quarter of the map; where BatchNorm's scale is positive that changes nothing.
         conv, *rest = _conv_bn_relu(in_channels, self._STEM, bias=False)
         layers = [conv, nn.MaxPool2d(2), *rest]
         in_channels = self._STEM

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rse_fast.models import VGG16, ModelA, ResNeXt29, SmallNet
+from rse_fast.models import VGG16, ModelA, ResNeXt29, SmallNet, SmallResNet
 
 
 def conv(c_in: int, c_out: int, k: int, bias: bool = False, groups: int = 1) -> int:
@@ -41,12 +41,18 @@ def small_net_parameters(in_channels: int = 3, width: int = 32) -> int:
     return sum(conv(a, b, 3) for a, b in zip([in_channels, *widths[:-1]], widths, strict=True)) + bn(*widths) + 4 * width * 10 + 10
 
 
+def small_resnet_parameters() -> int:
+    pairs = ((3, 32), (32, 48), (48, 48), (48, 96), (96, 96), (96, 192), (192, 192))
+    return sum(conv(a, b, 3) + bn(b) for a, b in pairs) + 192 * 10 + 10
+
+
 CASES = [
     # class, image shape, convolutions, parameters by hand, parameters as the docstring says
     pytest.param(VGG16, (3, 32, 32), 13, vgg16_parameters(), 14_728_266, id="VGG16"),
     pytest.param(ResNeXt29, (3, 32, 32), 31, resnext29_parameters(), 9_128_778, id="ResNeXt29"),
     pytest.param(ModelA, (3, 96, 96), 6, model_a_parameters(), 1_128_650, id="ModelA"),
     pytest.param(SmallNet, (3, 32, 32), 7, small_net_parameters(), 436_458, id="SmallNet"),
+    pytest.param(SmallResNet, (3, 32, 32), 7, small_resnet_parameters(), 660_842, id="SmallResNet"),
 ]
 
 
@@ -106,6 +112,8 @@ def test_every_parameter_gets_a_finite_gradient(build, shape, convs, by_hand, do
         (SmallNet, 1, 8),
         (SmallNet, 3, 4),
         (SmallNet, 3, 45),
+        (SmallResNet, 1, 8),
+        (SmallResNet, 3, 45),
     ],
 )
 def test_other_channels_and_sizes(build, in_channels, size):
