@@ -50,8 +50,9 @@ def philox_words() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "philox_words.so"
         source = str(Path(__file__).parent / "philox_words.cpp")
-        flags = (*build.UNITS[unit], *build.COMMON, "-Wno-unused-function", build.OPENMP, f"-I{sources}")
-        subprocess.run([*build.find_compiler(), *flags, "-shared", source, "-o", str(out)], check=True, capture_output=True)
+        compiler = build.find_compiler()
+        flags = (*build.unit_flags(unit, compiler, Path(folder)), *build.COMMON, "-Wno-unused-function", build.OPENMP, f"-I{sources}")
+        subprocess.run([*compiler, *flags, "-shared", source, "-o", str(out)], check=True, capture_output=True)
         return ctypes.CDLL(str(out))
 
 

@@ -118,7 +118,7 @@ void flat(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int64_t c
     const Sink<Y> sink(t.zero_point);
     Quads quads(quad, 1, flat_quad);
     int64_t channel = 4 * quad % channels;
-    const auto block = [&](Planes<D, Y> at) {
+    const auto block = [&](Planes<D, Y> at) __attribute__((always_inline)) {
         vf z[4];
         normals(row, quads, gain, z);
         transpose(z);
@@ -159,7 +159,7 @@ void planar(const Task& t, Planes<D, Y> p, const Row& row, int64_t group, int64_
     const vf one = splat(1.0f), gain = fold ? splat(t.sigma[0]) : one;
     const Sink<Y> sink(t.zero_point);
     Quads quads(first * step + group, step, [](int lane) { return lane; });
-    const auto block = [&](int64_t s, int64_t n) {
+    const auto block = [&](int64_t s, int64_t n) __attribute__((always_inline)) {
         vf z[4];
         normals(row, quads, gain, z);
 #pragma GCC unroll 4

@@ -37,7 +37,16 @@ typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));   // kLanes half w
 typedef uint8_t vb __attribute__((vector_size(kLanes)));        // kLanes bytes, as stored
 
 RSE_INLINE vf splat(float a) { return vf{} + a; }
-RSE_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+
+// a where the sign bit of `sign` is set, b elsewhere.
+RSE_INLINE vf select(vi sign, vf a, vf b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (vf)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)sign);
+#else
+    const vi mask = sign >> 31;
+    return (vf)((mask & (vi)a) | (~mask & (vi)b));
+#endif
+}
 
 // a * b + c, in one rounding where the unit has it. Spelled out, with contraction by the compiler off, because every path through
 // a unit must round alike: bits may not depend on the memory layout.
@@ -55,6 +64,10 @@ RSE_INLINE vf madd(vf a, vf b, vf c) {
 RSE_INLINE vf relu(vf a) {
 #if defined(__AVX512F__)
     return (vf)_mm512_max_ps(_mm512_setzero_ps(), (__m512)a);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps(_mm256_setzero_ps(), (__m256)a);
+#elif defined(__SSE2__)
+    return (vf)_mm_max_ps(_mm_setzero_ps(), (__m128)a);
 #else
     return (vf)((vi)a & ~(a < 0.0f));
 #endif
@@ -78,6 +91,8 @@ RSE_INLINE vq mul_wide(vq a, uint32_t m) {
 RSE_INLINE vu interleave_low(vq even, vq odd) {
 #if defined(__AVX512F__)
     return (vu)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
+#elif defined(__AVX2__)
+    return (vu)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xAA);
 #else
     return (vu)((even & 0xffffffffu) | (odd << 32));
 #endif
@@ -100,7 +115,7 @@ RSE_INLINE vf uniform(vu words) {
 #else
     // fl of an unsigned word: both halves convert exactly, so their sum is rounded once.
     const vf high = __builtin_convertvector((vi)(words >> 16), vf), low = __builtin_convertvector((vi)(words & 0xffffu), vf);
-    return (high * 0x1p16f + low) * 0x1p-32f + 0x1p-33f;
+    return madd(madd(high, splat(0x1p16f), low), splat(0x1p-32f), splat(0x1p-33f));
 #endif
 }
 
@@ -163,30 +178,27 @@ RSE_INLINE vf radius(vf u) {
     // u = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2 / 2 + f^3 P(f)
     const vi bits = (vi)u, e = (bits - 0x3f3504f3) >> 23;
     const vf f = (vf)(bits - (e << 23)) - 1.0f;
-    vf p = madd(f, splat(0.08748658f), splat(-0.1435411f));
-    p = madd(p, f, splat(0.1493525f));
-    p = madd(p, f, splat(-0.16565976f));
-    p = madd(p, f, splat(0.19959858f));
-    p = madd(p, f, splat(-0.25001729f));
-    p = madd(p, f, splat(0.33334004f));
+    vf p = madd(f, splat(-2 * 0.08748658f), splat(-2 * -0.1435411f));
+    p = madd(p, f, splat(-2 * 0.1493525f));
+    p = madd(p, f, splat(-2 * -0.16565976f));
+    p = madd(p, f, splat(-2 * 0.19959858f));
+    p = madd(p, f, splat(-2 * -0.25001729f));
+    p = madd(p, f, splat(-2 * 0.33334004f));
     // ln 2 in two parts: e times the first is exact.
-    const vf n = __builtin_convertvector(e, vf), small = madd(n, splat(-2.12194440e-4f), madd(f * f, madd(f, p, splat(-0.5f)), f));
-    const vf log = madd(n, splat(0.693359375f), small);
-    const vf l = log * -2.0f;
-    return sqrt((vf)((vi)l & (l > 0.0f)));
+    const vf n = __builtin_convertvector(e, vf), small = madd(n, splat(-2 * -2.12194440e-4f), madd(f * f, madd(f, p, splat(1.0f)), f * -2.0f));
+    return sqrt(relu(madd(n, splat(-2 * 0.693359375f), small)));
 }
 
 RSE_INLINE void polar(vf r, vf a, vf& x, vf& y) {
     // v = q / 2 + d, |d| <= 1/4: adding 1.5 * 2^23 / 2 rounds to a multiple of 1/2 and leaves q in the low bits.
-    const vf v = a * 0x1p-31f, k = v + 0x1.8p22f, d = v - (k - 0x1.8p22f), d2 = d * d;
-    const vi q = (vi)k;
+    const vf shift = splat(0x1.8p22f), scale = splat(0x1p-31f), k = madd(a, scale, shift), d = madd(a, scale, shift - k), d2 = d * d;
+    const vi q = (vi)k, odd = q << 31, half = q << 30, sign = vi{} + INT32_MIN;
     const vf cubic = madd(madd(d2, splat(-0.59173816f), splat(2.5500762f)), d2, splat(-5.1677184f));
     const vf sd = madd(d, splat(3.1415927f), d * d2 * cubic);
     const vf p = madd(madd(madd(d2, splat(0.23142954f), splat(-1.3350585f)), d2, splat(4.0587079f)), d2, splat(-4.9348022f));
     const vf cd = madd(p, d2, splat(1.0f));
-    const vi odd = -(q & 1);
-    x = r * (vf)((vi)select(odd, sd, cd) ^ (((q + 1) & 2) << 30));  // the sign of cos in quarters 1 and 2
-    y = r * (vf)((vi)select(odd, cd, sd) ^ ((q & 2) << 30));        // of sin in quarters 2 and 3
+    x = r * (vf)((vi)select(odd, sd, cd) ^ ((half ^ odd) & sign));  // cos is negative in quarters 1 and 2
+    y = r * (vf)((vi)select(odd, cd, sd) ^ (half & sign));          // sin in quarters 2 and 3
 }
 #endif
 
