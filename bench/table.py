@@ -246,6 +246,11 @@ def _differences(measured):
         lines.append("The images went through JPEG, which is lossy: neither clean nor attacked accuracy is that of the published set.")
     if any(row["config"]["defence"] == "adversarial" and row["config"]["attack"] != "fgsm" for row in measured.values()):
         lines.append("The paper retrained on FGSM images; here adversarial training is against PGD, which withstands far more.")
+    if "distillation" in measured:
+        lines.append(
+            "A distilled network is used at temperature 1, with logits as many times those of its training as the temperature there: a "
+            "fixed c weighs them as much more, while the softmax saturates and the gradients that PGD follows vanish."
+        )
     for defence, row in measured.items():
         own = {column: cell for column, cell in row["cells"].items() if cell.get("paper") is not None}
         if own:
