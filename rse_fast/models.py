@@ -23,7 +23,20 @@ def _conv_bn_relu(in_channels: int, out_channels: int, *, padding: int = 1, bias
     ]
 
 
-class VGG16(nn.Module):
+class _AveragedFeatures(nn.Module):
+    """``layers`` that end in ``channels``, a global average and a Linear head."""
+
+    def __init__(self, layers: list[nn.Module], channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+
+
+class VGG16(_AveragedFeatures):
     """VGG16 with BatchNorm and a single Linear head, for 32x32 images (Simonyan & Zisserman 2015; this form: Liu et al. 2018).
 
     13 convolutions, 14,728,266 parameters. As in the authors' code the convolutions keep their bias although BatchNorm follows.
@@ -33,19 +46,13 @@ class VGG16(nn.Module):
     _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
-        super().__init__()
         layers: list[nn.Module] = []
         for stage in self._STAGES:
             for out_channels in stage:
                 layers += _conv_bn_relu(in_channels, out_channels)
                 in_channels = out_channels
             layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(in_channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        super().__init__(layers, in_channels, num_classes)
 
 
 class _ResNeXtBlock(nn.Module):
@@ -104,7 +111,7 @@ class ResNeXt29(nn.Module):
         return self.classifier(torch.flatten(self.pool(x), 1))
 
 
-class ModelA(nn.Module):
+class ModelA(_AveragedFeatures):
     """The STL-10 network of the self-ensemble paper ("Model A"), for 96x96 images (Liu et al. 2018).
 
     Six 3x3 convolutions 32-64-128-128-256-256 with bias, the last two without padding; BatchNorm without affine parameters; max-pooling
@@ -116,22 +123,16 @@ class ModelA(nn.Module):
     _LAYERS = ((32, 1, True), (64, 1, True), (128, 1, True), (128, 1, True), (256, 0, False), (256, 0, True))
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
-        super().__init__()
         layers: list[nn.Module] = []
         for out_channels, padding, pool in self._LAYERS:
             layers += _conv_bn_relu(in_channels, out_channels, padding=padding, affine=False)
             if pool:
                 layers.append(nn.MaxPool2d(2))
             in_channels = out_channels
-        self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(in_channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        super().__init__(layers, in_channels, num_classes)
 
 
-class SmallNet(nn.Module):
+class SmallNet(_AveragedFeatures):
     """Seven 3x3 convolutions w-w-2w-2w-4w-4w-4w with BatchNorm and ReLU, two max-pools and a global average: the network of the demo.
 
     436,458 parameters at ``width=32``, ``in_channels=3``. Images from 4x4 up (8x8 digits as well as 32x32 photos): only two pools, so that
@@ -139,7 +140,6 @@ class SmallNet(nn.Module):
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 32) -> None:
-        super().__init__()
         layers: list[nn.Module] = []
         stages = ((width, width), (2 * width, 2 * width), (4 * width, 4 * width, 4 * width))
         for index, stage in enumerate(stages):
@@ -148,12 +148,7 @@ class SmallNet(nn.Module):
                 in_channels = out_channels
             if index < len(stages) - 1:
                 layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(in_channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        super().__init__(layers, in_channels, num_classes)
 
 
 class _ResidualConv(nn.Module):
@@ -169,7 +164,7 @@ class _ResidualConv(nn.Module):
         return x + self.relu(self.bn(self.conv(x)))
 
 
-class SmallResNet(nn.Module):
+class SmallResNet(_AveragedFeatures):
     """Seven 3x3 convolutions for photographs of 32x32, small enough to be trained on a CPU.
 
     One to 32 channels and a max-pool, then stages of 48, 96 and 192 channels, a max-pool before the second and third, each of a convolution
@@ -182,7 +177,6 @@ class SmallResNet(nn.Module):
     _STEM, _STAGES = 32, (48, 96, 192)
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
-        super().__init__()
         # Pooled before BatchNorm and ReLU, which then have a quarter of the map; where BatchNorm's scale is positive that changes nothing.
         conv, *rest = _conv_bn_relu(in_channels, self._STEM, bias=False)
         layers = [conv, nn.MaxPool2d(2), *rest]
@@ -192,12 +186,7 @@ class SmallResNet(nn.Module):
                 layers.append(nn.MaxPool2d(2))
             layers += [*_conv_bn_relu(in_channels, out_channels, bias=False), _ResidualConv(out_channels)]
             in_channels = out_channels
-        self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(in_channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        super().__init__(layers, in_channels, num_classes)
 
 
 MODELS = {"small": SmallNet, "small-resnet": SmallResNet, "vgg16": VGG16, "resnext29": ResNeXt29, "model-a": ModelA}
