@@ -134,7 +134,7 @@ class _Row:
             if last["event"] != "end":
                 raise ValueError(f"the run {str(self.run)!r} is not complete (its log ends with {last['event']!r})")
         else:
-            if found is not None and found.fingerprint != self.config.fingerprint:
+            if found is not None and (found.fingerprint, found.data) != (self.config.fingerprint, self.config.data):
                 raise ValueError(f"{str(self.run)!r} holds a run of another configuration; name another --out, or --reuse it")
             last = train.train(self.config, self.run, resume=found is not None)
             if last["event"] != "end":

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rse_fast
-from rse_fast import functional
+from rse_fast import functional, reference
 from rse_fast.kernels import cpu
 from rse_fast.nn import noise_layers
 
@@ -89,12 +89,11 @@ class NoiseAlone:
 
     def __call__(self):
         for x, sigma in 2 * self.inputs:
-            flat = x.is_contiguous(memory_format=torch.channels_last)
             if x.is_cuda:
                 out = functional.add_noise(x, sigma, seed=self.seed)
             else:
                 out = self.out[: x.numel()].as_strided(x.shape, x.stride())
-                cpu.add_noise(x, out, flat, sigma, self.seed, 0, len(x), 1, 0, 0, None, None, False)
+                cpu.add_noise(x, out, reference.layout(x) == "flat", sigma, self.seed, 0, len(x), 1, 0, 0, None, None, False)
         return out.flatten()[0]
 
 
@@ -120,7 +119,7 @@ def measure(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[
     case = f"{kind} {side}x{side} B={batch} {str(dtype)[6:]}"
     builders = {name: lambda step=step: step for name, step in steps.items()} | {ALONE: lambda: NoiseAlone(steps["rse_fast"])}
     rows, medians = compare("train", case, "steps", "steps/s", 1, builders, check, seconds=5, least=7)
-    rows = [_seconds(row) if row.implementation == ALONE else row for row in rows]
+    rows = [_milliseconds(row) if row.implementation == ALONE else row for row in rows]
     saved = {name: step.saved() / 1e6 for name, step in steps.items() if selected(name)}
     peak = {name: peak_memory(step) for name, step in steps.items() if selected(name)}
     rows += [Row("train", case, name, "saved for backward", "MB", *[value] * 3) for name, value in saved.items()]
@@ -140,7 +139,7 @@ def measure(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[
     return rows, wanted
 
 
-def _seconds(row: Row) -> Row:
+def _milliseconds(row: Row) -> Row:
     """The noise alone is no rival whose steps/s could be compared: a row of its own, in milliseconds a step."""
     times = {name: value and 1e3 / value for name, value in (("p20", row.p80), ("p50", row.p50), ("p80", row.p20))}
     return dataclasses.replace(row, metric="time of the noise alone", unit="ms", **times)

@@ -154,7 +154,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _check_device(name: str) -> None:
     try:
         torch.empty(1, device=name).item()
-    except Exception as error:  # torch raises RuntimeError, AssertionError and NotImplementedError for devices it does not have
+    except Exception as error:  # torch has several kinds for devices it does not have
         raise ValueError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
 
 

@@ -116,6 +116,12 @@ def test_another_configuration_and_diverged_runs_are_rows_with_a_reason(tiny, tm
     assert table.main(tiny) == 1
     rows = read(out)["rows"]
     assert "another configuration" in rows["plain"]["absent"]["clean"] and "training diverged" in rows["rse"]["absent"]["clean"]
+    # A run of other data, whole though it is, is not taken for one of these.
+    wanted = dataclasses.replace(train.Config.load(tmp_path / "config.json"), defence="plain", device="cpu")
+    dataclasses.replace(wanted, data="elsewhere.npz").save(out / "plain/run/config.json")
+    (out / "plain/run/log.jsonl").write_text('{"event": "end"}\n')
+    assert table.main(tiny) == 1
+    assert "another configuration" in read(out)["rows"]["plain"]["absent"]["clean"]
 
 
 def test_failed_checks_stand_first_and_rows_of_other_images_are_told():

@@ -118,7 +118,7 @@ void flat(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int64_t c
     const Sink<Y> sink(t.zero_point);
     Quads quads(quad, 1, flat_quad);
     int64_t channel = 4 * quad % channels;
-    const auto block = [&](Planes<D, Y> at) __attribute__((always_inline)) {
+    const auto block = [&](Planes<D, Y> at) __attribute__((always_inline)) {  // a call would keep what it captures in memory
         vf z[4];
         normals(row, quads, gain, z);
         transpose(z);

@@ -30,7 +30,7 @@ COMMON += ("-ffp-contract=off",)
 COMMON += ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 OPENMP = "-fopenmp"
 # GCC orders instructions after it has given them registers, which chains what shares one. Ordered before as well, the rounds of Philox and
-# the polynomials of Box-Muller overlap: 1.25 times the normals of the AVX2 unit. A compiler that does not know the flags does without.
+# the polynomials of Box-Muller overlap: 1.3 times the normals of the AVX2 unit. A compiler that does not know the flags does without.
 ORDER = {"avx2": ("-fschedule-insns", "-fsched-pressure", "--param=sched-pressure-algorithm=2")}
 
 # Left beside the modules when there is no library: the reason, which the loader and `rse-fast doctor` repeat.

@@ -175,7 +175,7 @@ RSE_INLINE vf sqrt(vf a) {
 }
 
 RSE_INLINE vf radius(vf u) {
-    // u = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2 / 2 + f^3 P(f)
+    // u = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2 / 2 + f^3 P(f), all times -2, which is exact
     const vi bits = (vi)u, e = (bits - 0x3f3504f3) >> 23;
     const vf f = (vf)(bits - (e << 23)) - 1.0f;
     vf p = madd(f, splat(-2 * 0.08748658f), splat(-2 * -0.1435411f));

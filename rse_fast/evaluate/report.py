@@ -287,8 +287,6 @@ def _cost_figure(results):
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("seconds per image to find the adversarial one")
-    machine = results["machine"]
-    axes.set_title(f"{machine['device']}: {machine['processor']}, {machine['threads']} threads", fontsize=9)
     return figure
 
 

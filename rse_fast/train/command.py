@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
             text += "; none: not given, whatever the configuration says"
             kind = _or_none(kind)
         choices = rule["choices"] and [*rule["choices"], *[None] * rule["optional"]]
-        shown = None if choices is None else f"{{{','.join(map(str, rule['choices']))}}}"
-        parser.add_argument(flag, type=kind, choices=choices, help=text, metavar=shown or "X")
+        shown = f"{{{','.join(rule['choices'])}}}" if choices else "X"
+        parser.add_argument(flag, type=kind, choices=choices, help=text, metavar=shown)
     return parser
 
 

@@ -56,7 +56,7 @@ def connect(device: str = "auto"):
     try:
         chosen = torch.empty(1, device=name).device
         torch.zeros(1, device=chosen).item()
-    except Exception as error:  # torch raises RuntimeError, AssertionError and NotImplementedError for devices it does not have
+    except Exception as error:  # torch has several kinds for devices it does not have
         raise ValueError(f"device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
     if size == 1:
         yield Ranks(0, 1, chosen)
