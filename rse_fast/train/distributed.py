@@ -1,6 +1,7 @@
 """The processes of one run, as torchrun starts them; without torchrun there is one."""
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ def connect(device: str = "auto"):
         torch.cuda.set_device(chosen)
     owner = not distributed.is_initialized()
     if owner:
+        # Imported before there is a group: its functions take the group of that moment as a default argument, and a group held there stays
+        # alive after it is destroyed, with threads that abort the process if they need the interpreter while it shuts down.
+        importlib.import_module("torch.distributed.nn.functional")
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), chosen)
