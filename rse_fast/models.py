@@ -189,7 +189,34 @@ class SmallResNet(_AveragedFeatures):
         super().__init__(layers, in_channels, num_classes)
 
 
-MODELS = {"small": SmallNet, "small-resnet": SmallResNet, "vgg16": VGG16, "resnext29": ResNeXt29, "model-a": ModelA}
+class SmallVGG(nn.Module):
+    """Seven 3x3 convolutions for photographs of 32x32: the most accurate of the small networks for a given time of training on a CPU.
+
+    One to 24 channels, then stages of 32, 96 and 192 channels, each of two convolutions with a max-pool behind the first, so that the wide
+    ones see small maps; BatchNorm and ReLU after each, the largest value of each channel, and a Linear head (the shape of the networks that
+    are trained in seconds on GPUs: Jordan, "94% on CIFAR-10 in 3.29 Seconds", 2024, at half the width and less).
+    628,290 parameters, 38.4 million multiplications an image of 32x32. Images from 8x8 up.
+    """
+
+    _STEM, _STAGES = 24, (32, 96, 192)
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        layers = _conv_bn_relu(in_channels, self._STEM, bias=False)
+        in_channels = self._STEM
+        for out_channels in self._STAGES:
+            conv, *rest = _conv_bn_relu(in_channels, out_channels, bias=False)
+            layers += [conv, nn.MaxPool2d(2), *rest, *_conv_bn_relu(out_channels, out_channels, bias=False)]
+            in_channels = out_channels
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveMaxPool2d(1)
+        self.classifier = nn.Linear(in_channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+
+
+MODELS = {"small": SmallNet, "small-vgg": SmallVGG, "small-resnet": SmallResNet, "vgg16": VGG16, "resnext29": ResNeXt29, "model-a": ModelA}
 
 
 def make(name: str, num_classes: int, in_channels: int) -> nn.Module:

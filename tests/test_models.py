@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rse_fast.models import VGG16, ModelA, ResNeXt29, SmallNet, SmallResNet
+from rse_fast.models import VGG16, ModelA, ResNeXt29, SmallNet, SmallResNet, SmallVGG
 
 
 def conv(c_in: int, c_out: int, k: int, bias: bool = False, groups: int = 1) -> int:
@@ -46,6 +46,11 @@ def small_resnet_parameters() -> int:
     return sum(conv(a, b, 3) + bn(b) for a, b in pairs) + 192 * 10 + 10
 
 
+def small_vgg_parameters() -> int:
+    pairs = ((3, 24), (24, 32), (32, 32), (32, 96), (96, 96), (96, 192), (192, 192))
+    return sum(conv(a, b, 3) + bn(b) for a, b in pairs) + 192 * 10 + 10
+
+
 CASES = [
     # class, image shape, convolutions, parameters by hand, parameters as the docstring says
     pytest.param(VGG16, (3, 32, 32), 13, vgg16_parameters(), 14_728_266, id="VGG16"),
@@ -53,6 +58,7 @@ CASES = [
     pytest.param(ModelA, (3, 96, 96), 6, model_a_parameters(), 1_128_650, id="ModelA"),
     pytest.param(SmallNet, (3, 32, 32), 7, small_net_parameters(), 436_458, id="SmallNet"),
     pytest.param(SmallResNet, (3, 32, 32), 7, small_resnet_parameters(), 660_842, id="SmallResNet"),
+    pytest.param(SmallVGG, (3, 32, 32), 7, small_vgg_parameters(), 628_290, id="SmallVGG"),
 ]
 
 
@@ -114,6 +120,8 @@ def test_every_parameter_gets_a_finite_gradient(build, shape, convs, by_hand, do
         (SmallNet, 3, 45),
         (SmallResNet, 1, 8),
         (SmallResNet, 3, 45),
+        (SmallVGG, 1, 8),
+        (SmallVGG, 3, 45),
     ],
 )
 def test_other_channels_and_sizes(build, in_channels, size):

@@ -195,13 +195,13 @@ def test_what_does_not_fit_is_named(start, images):
         start(batch_size=109)
     with pytest.raises(ValueError, match="^teacher: "):
         start(defence="distillation")
-    with pytest.raises(ValueError, match="^model: expected one of small, small-resnet, vgg16, resnext29, model-a"):
+    with pytest.raises(ValueError, match="^model: expected one of small, small-vgg, small-resnet, vgg16, resnext29, model-a"):
         start(model="vgg")
     with pytest.raises(ValueError, match="^init_sigma must be positive"):
         start(learnable_sigma="layer", init_sigma=0.0)
 
 
-@pytest.mark.parametrize(("model", "size"), [("small", 8), ("small-resnet", 16), ("vgg16", 32), ("resnext29", 16), ("model-a", 96)])
+@pytest.mark.parametrize(("model", "size"), [("small", 8), ("small-vgg", 16), ("small-resnet", 16), ("vgg16", 32), ("resnext29", 16), ("model-a", 96)])
 def test_the_networks_train(tmp_path, rng, model, size):
     np.savez(
         tmp_path / "images.npz", train_images=rng.integers(0, 256, (12, 3, size, size), dtype=np.uint8), train_labels=np.arange(12) % 2,
@@ -227,6 +227,19 @@ def test_draws_are_packed_into_the_batch_each_with_noise_of_its_own(start):
     draws = logits.unflatten(0, (3, -1))
     assert all((draws[a] - draws[b]).abs().amax(-1).min() > 0 for a, b in ((0, 1), (0, 2), (1, 2)))
     assert row["loss"] == pytest.approx(np.mean([cross_entropy(draw, labels).item() for draw in draws]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("pad", "dark"), [(0, 0), (None, 1), (3, 3)])
+def test_crops_are_padded_as_asked(start, pad, dark):
+    """An eighth of the 8 pixels where nothing is said. The widest black border that a batch shows is the padding."""
+    trainer = start(defence="plain", pad=pad)
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for _ in range(5):
+        trainer.advance()
+    empty = (torch.cat(seen) == 0).all(1)  # [N, 8, 8]
+    rows = empty.all(2)
+    assert max(rows.cumprod(1).sum(1).max(), rows.flip(1).cumprod(1).sum(1).max()) == dark
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

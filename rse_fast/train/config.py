@@ -28,7 +28,8 @@ class Config:
     val_fraction: float = _option(0.1, float, "share of the training images set aside for validation", above=0, high=0.9)
     lazy: bool = _option(False, bool, "decode the images of a folder anew at each use, in worker processes (ImageNet)")
     workers: int | None = _option(None, int, "processes (lazy) or threads that decode images", low=0)
-    model: str = _option("small", str, "small, small-resnet, vgg16, resnext29, model-a, or package.module:function")
+    pad: int | None = _option(None, int, "pixels of zero padding behind random crops; by default an eighth of the width", low=0)
+    model: str = _option("small", str, "small, small-vgg, small-resnet, vgg16, resnext29, model-a, or package.module:function")
     # Defence
     defence: str = _option("rse", str, "what the network is trained to withstand attacks with", choices=DEFENCES)
     init_sigma: float = _option(0.2, float, "noise before the first convolution, in pixel units", low=0)

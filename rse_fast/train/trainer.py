@@ -134,9 +134,10 @@ class Trainer:
     def _train_step(self):
         config = self.config
         if self._batches is None:
+            pad = self.splits.pad if config.pad is None else config.pad
             self._batches = shuffled(
                 self.splits.train, config.batch_size, seed=config.seed, epoch=self.epoch, start=self.step % self.steps_per_epoch,
-                rank=self.ranks.rank, ranks=self.ranks.size, pad=self.splits.pad, flip=self.splits.flip, device=self.ranks.device,
+                rank=self.ranks.rank, ranks=self.ranks.size, pad=pad, flip=self.splits.flip, device=self.ranks.device,
             )  # fmt: skip
         images, labels = next(self._batches)
         if config.channels_last:
