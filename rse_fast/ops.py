@@ -251,25 +251,29 @@ def _noisy_conv_backward(ctx, g):
     x, weight, sigma, seed, places = ctx.saved_tensors
     stream, images, draws, image0, draw0 = ctx.where
     needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
-    noisy = x
-    if needs_w:  # one transient buffer and the vendor's gradient: `kernels.triton.choices` says why
-        noisy = add_noise(x, sigma, seed, *ctx.where, None, None, False, ctx.backend, places)
-    elif x.shape[0] != images * draws:
-        noisy = x.expand(draws, *x.shape).flatten(0, 1)  # only its shape is read
-    stride, padding, dilation = ctx.conv
-    no_output_padding = [0] * len(stride)
     needs_b = needs_b and ctx.bias_sizes is not None
-    astray = (needs_w or needs_b) and _written_astray(noisy, weight, stride, padding)
-    g_noisy, g_w, g_b = torch.ops.aten.convolution_backward(
-        g, noisy, weight, ctx.bias_sizes, stride, padding, dilation, False, no_output_padding, ctx.groups,
-        [needs_x or needs_sigma, needs_w and not astray, needs_b and not astray],
-    )  # fmt: skip
-    if astray:
-        read = noisy[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
-        _, g_w, g_b = torch.ops.aten.convolution_backward(
-            g, read, weight, ctx.bias_sizes, [1] * len(stride), padding, dilation, False, no_output_padding, ctx.groups,
-            [False, needs_w, needs_b],
-        )  # fmt: skip
+    stride, padding, dilation = ctx.conv
+
+    def gradients(read, stride, needs):
+        return torch.ops.aten.convolution_backward(
+            g, read, weight, ctx.bias_sizes, stride, padding, dilation, False, [0] * len(stride), ctx.groups, needs
+        )
+
+    def packed():  # where only the shape is read
+        return x if x.shape[0] == images * draws else x.expand(draws, *x.shape).flatten(0, 1)
+
+    # Weight first, on its own: the noisy input is gone before the gradient of the input, as large as it, is there.
+    g_noisy = g_w = g_b = None
+    if needs_w or needs_b:
+        # One transient buffer and the vendor's gradient: `kernels.triton.choices` says why.
+        read = add_noise(x, sigma, seed, *ctx.where, None, None, False, ctx.backend, places) if needs_w else packed()
+        step = stride
+        if _written_astray(read, weight, stride, padding):
+            read, step = read[(slice(None), slice(None), *(slice(None, None, s) for s in stride))], [1] * len(stride)
+        _, g_w, g_b = gradients(read, step, [False, needs_w, needs_b])
+        del read
+    if needs_x or needs_sigma:
+        g_noisy = gradients(packed(), stride, [True, False, False])[0]
     g_x = _sum_draws(g_noisy, x.shape[0], images, draws) if needs_x else None
     g_sigma = sigma_grad(g_noisy, seed, *ctx.where, sigma.dim() == 1, ctx.backend, places) if needs_sigma else None
     return g_x, g_w, g_b, g_sigma, *[None] * 12

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import rse_fast
+from bench.measure import peak_memory
 from bench.train import saved_bytes
 from rse_fast import reference
 from rse_fast.models import VGG16, ResNeXt29
@@ -97,6 +98,20 @@ def test_peak_of_resident_memory_is_the_plain_networks(run_python):
     assert noisy[0] <= 1.03 * plain[0]
     assert noisy[1] <= 1.03 * plain[1], (plain, noisy)  # the step's own part, without Python, torch and the weights
     assert naive[1] > 1.1 * plain[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_holds_one_more_buffer_at_a_time(dtype):
+    """The noisy input that the weight's gradient reads and the gradient of the input have the same size: never both."""
+    plain, noisy = nn.Conv2d(16, 16, 3, padding=1, dtype=dtype), NoisyConv2d(16, 16, 3, padding=1, dtype=dtype)
+    x = torch.rand(4, 16, 64, 64, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def peak(layer):
+        y = layer(x)
+        g = torch.ones_like(y)
+        return peak_memory(lambda: torch.autograd.grad(y, [x, *layer.parameters()], g, retain_graph=True)) * 1e6 / x.nbytes
+
+    assert 1 <= peak(plain) and peak(noisy) < peak(plain) + 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------------------ gradients
