@@ -9,7 +9,7 @@ import rse_fast
 from rse_fast.ensemble.engine import has_bfloat16
 
 from . import networks, peers
-from .measure import Refused, Row, compare, device, ratio, target
+from .measure import Refused, Row, compare, device, ratio, selected, target
 from .networks import SIGMAS
 
 # (network, batch, draws) with every peer, and then with the few that show how throughput grows.
@@ -120,7 +120,29 @@ def measure(kind: str, batch: int, draws: int, every_peer: bool) -> tuple[list[R
             builders[f"plain network, packed {name} in chunks (limit)"] = functools.partial(limit, dtype, True)
     case = case_name(kind, batch, draws)
     rows, rates = compare("ensemble", case, "images", "images/s", batch, builders, reference.check, seconds=2.5, rounds=15, least=3)
-    return rows, targets(where, kind, batch, draws, case, rates) if every_peer else []
+    if not every_peer:
+        return rows, []
+    if selected("rse_fast"):
+        shares = time_shares(rse_fast.Ensemble(noisy, draws), x)
+        rows += [Row("ensemble", case, "rse_fast", f"time in {what}", "", *[share] * 3) for what, share in shares.items()]
+    return rows, targets(where, kind, batch, draws, case, rates)
+
+
+def time_shares(ensemble, x, calls: int = 3) -> dict[str, float]:
+    """Where the time of ``predict`` goes, as shares that sum to 1: of the calling thread on a CPU, of the device on a GPU."""
+    ensemble.predict(x)
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if x.is_cuda else [])]) as profile:
+        for _ in range(calls):
+            ensemble.predict(x)
+    shares = {"convolutions and linear layers": 0.0, "noise and what is fused into it": 0.0, "everything else": 0.0}
+    products, noise, rest = shares
+    for event in profile.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CPU:  # an operator; it has the time of the GPU kernels that it launched
+            kind = noise if event.key.startswith("rse_fast::") else products if "convolution" in event.key or "mm" in event.key else rest
+            shares[kind] += event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
+    total = sum(shares.values())
+    return {what: time / total for what, time in shares.items()}
 
 
 def targets(where, kind, batch, draws, case, rates) -> list[dict]:

@@ -69,6 +69,12 @@ def test_inputs_go_round_and_results_still_match_theirs(monkeypatch):
     assert [r.error for r in rows if r.implementation == "rse_fast"] == [""] and rows[0].p50 > 0
 
 
+def test_the_time_of_an_ensemble_is_told_by_what_takes_it():
+    noisy = rse_fast.convert(networks.plain("SmallNet", CPU), *networks.SIGMAS)
+    products, noise, rest = ensemble.time_shares(rse_fast.Ensemble(noisy, 10), networks.images(4, 32, CPU)).values()
+    assert products + noise + rest == pytest.approx(1) and products > noise > 0.01 and 0 < rest < 0.5
+
+
 def test_an_ensemble_of_other_noise_is_refused(rng):
     plain, x = networks.plain("SmallNet", CPU), networks.images(4, 16, CPU)
     known = ensemble.Reference(plain, x, 16)
