@@ -201,7 +201,9 @@ def test_what_does_not_fit_is_named(start, images):
         start(learnable_sigma="layer", init_sigma=0.0)
 
 
-@pytest.mark.parametrize(("model", "size"), [("small", 8), ("small-vgg", 16), ("small-resnet", 16), ("vgg16", 32), ("resnext29", 16), ("model-a", 96)])
+@pytest.mark.parametrize(
+    ("model", "size"), [("small", 8), ("small-vgg", 16), ("small-resnet", 16), ("vgg16", 32), ("resnext29", 16), ("model-a", 96)]
+)
 def test_the_networks_train(tmp_path, rng, model, size):
     np.savez(
         tmp_path / "images.npz", train_images=rng.integers(0, 256, (12, 3, size, size), dtype=np.uint8), train_labels=np.arange(12) % 2,
