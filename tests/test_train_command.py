@@ -101,6 +101,14 @@ def test_any_configuration_survives_its_file(tmp_path, rng):
         assert dataclasses.replace(settings, log_steps=settings.log_steps + 1).fingerprint == settings.fingerprint
 
 
+def test_a_field_of_later_versions_that_is_not_used_changes_no_run():
+    clip = next(f for f in dataclasses.fields(Config) if f.name == "clip")
+    more = [("later", "float | None", dataclasses.field(default=None, metadata=clip.metadata))]
+    later = dataclasses.make_dataclass("Later", more, bases=(Config,), frozen=True, kw_only=True)
+    assert later().fingerprint == Config().fingerprint != later(later=3.0).fingerprint
+    assert Config(clip=1.0).fingerprint != Config().fingerprint
+
+
 def test_the_configuration_given_back_repeats_the_run_and_a_flag_changes_its_field(run, tmp_path):
     source = str(run[0] / "config.json")
     assert main(["--config", source, "--out", str(tmp_path / "again")]) == 0

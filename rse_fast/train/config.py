@@ -91,9 +91,10 @@ class Config:
     @property
     def fingerprint(self) -> str:
         """Identifies what is computed: equal for configurations that differ in device, compilation, bookkeeping and the place of the data
-        only. What the data are is for the run to check."""
+        only. What the data are is for the run to check. A field that is None counts as absent, so that runs from before there was such a
+        field can go on."""
         where = ("data", "device", "workers", "compile", "keep", "save_steps", "log_steps")
-        what = {name: value for name, value in dataclasses.asdict(self).items() if name not in where}
+        what = {name: value for name, value in dataclasses.asdict(self).items() if name not in where and value is not None}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
