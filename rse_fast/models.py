@@ -1,4 +1,4 @@
-"""The networks of the Random Self-Ensemble paper in their CIFAR/STL form, and two small networks for CPUs.
+"""The networks of the Random Self-Ensemble paper in their CIFAR/STL form, and three small networks for CPUs.
 
 All are plain torch modules without noise; ``rse_fast.convert`` puts the noise in. They take float images [B, C, H, W] in [0, 1] and return
 logits [B, num_classes]. None of them normalises its input: the first noise layer acts on the pixels, so ``init_sigma`` is in pixel units,
@@ -190,7 +190,7 @@ class SmallResNet(_AveragedFeatures):
 
 
 class SmallVGG(nn.Module):
-    """Seven 3x3 convolutions for photographs of 32x32: the most accurate of the small networks for a given time of training on a CPU.
+    """Seven 3x3 convolutions for photographs of 32x32; for the same time of training on a CPU more accurate than `SmallResNet`.
 
     One to 24 channels, then stages of 32, 96 and 192 channels, each of two convolutions with a max-pool behind the first, so that the wide
     ones see small maps; BatchNorm and ReLU after each, the largest value of each channel, and a Linear head (the shape of the networks that
