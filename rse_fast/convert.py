@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from rse_fast import functional, ops
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
+from rse_fast.trace import Tracer
 
 __all__ = ["Description", "LayerDescription", "convert", "describe", "noise_off", "revert", "set_sigma"]
 
@@ -263,12 +264,12 @@ def first_executed(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
 
 
 def _first_traced(model, layers):
-    class Tracer(torch.fx.Tracer):
+    class OfLayers(Tracer):
         def is_leaf_module(self, module, name):
             return module in layers or (super().is_leaf_module(module, name) and not any(m in layers for m in module.modules()))
 
     try:
-        graph = Tracer().trace(model)
+        graph = OfLayers().trace(model)
         called = [model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"]
     except Exception:  # whatever a user's forward raises when it meets a proxy: the model is then not traceable
         return None

@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from rse_fast import functional
 from rse_fast.convert import tensor_attributes
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
+from rse_fast.trace import Tracer
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, NoisyConv1d, NoisyConv2d, NoisyConv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -67,7 +68,7 @@ def _lay_out(model, dtype):
     return model.to(memory_format=torch.channels_last) if any(p.dim() == 4 for p in model.parameters()) else model
 
 
-class _Tracer(torch.fx.Tracer):
+class _Tracer(Tracer):
     def is_leaf_module(self, module, name):
         return isinstance(module, NoiseLayer) or super().is_leaf_module(module, name)
 

@@ -1,0 +1,29 @@
+"""Tracing by torch.fx that other threads do not notice."""
+
+import threading
+
+import torch
+
+_one_at_a_time = threading.RLock()
+
+
+class Tracer(torch.fx.Tracer):
+    """torch.fx replaces ``nn.Module.__call__`` in the whole process while it traces. Here what other threads call passes through.
+
+    Of two traces at once the second waits: each puts back what it found; if that is the other's replacement, it stays for good.
+    """
+
+    def trace(self, root, concrete_args=None):
+        with _one_at_a_time:
+            self._thread = threading.get_ident()
+            return super().trace(root, concrete_args)
+
+    def call_module(self, m, forward, args, kwargs):
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
