@@ -137,10 +137,15 @@ def time_shares(ensemble, x, calls: int = 3) -> dict[str, float]:
             ensemble.predict(x)
     shares = {"convolutions and linear layers": 0.0, "noise and what is fused into it": 0.0, "everything else": 0.0}
     products, noise, rest = shares
+
+    def kind(operator):
+        if operator.startswith("rse_fast::"):
+            return noise
+        return products if "convolution" in operator or operator in ("aten::mm", "aten::addmm") else rest
+
     for event in profile.key_averages():
         if event.device_type == torch.autograd.DeviceType.CPU:  # an operator; it has the time of the GPU kernels that it launched
-            kind = noise if event.key.startswith("rse_fast::") else products if "convolution" in event.key or "mm" in event.key else rest
-            shares[kind] += event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
+            shares[kind(event.key)] += event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
     total = sum(shares.values())
     return {what: time / total for what, time in shares.items()}
 

@@ -260,7 +260,7 @@ def _noisy_conv_backward(ctx, g):
         )
 
     def packed():  # where only the shape is read
-        return x if x.shape[0] == images * draws else x.expand(draws, *x.shape).flatten(0, 1)
+        return x if x.shape[0] == images * draws else reference.packed_like(x, images * draws)
 
     # Weight first, on its own: the noisy input is gone before the gradient of the input, as large as it, is there.
     g_noisy = g_w = g_b = None

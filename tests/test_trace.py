@@ -32,7 +32,8 @@ def test_a_model_in_another_thread_runs_as_ever():
     assert torch.equal(found[0], layer(torch.ones(1, 2))) and len(graph.nodes) == 3
 
 
-def test_two_traces_at_once_leave_modules_as_they_were():
+def test_two_traces_at_once_leave_modules_as_they_were(monkeypatch):
+    monkeypatch.setattr(nn.Module, "__call__", nn.Module.__call__)  # put back behind a failure, which other tests would feel
     call, over, begun = nn.Module.__call__, threading.Event(), threading.Event()
     second = threading.Thread(target=lambda: Tracer().trace(Calls(lambda: (begun.set(), over.wait()))))
 
