@@ -19,7 +19,7 @@ def batches(part: Part, batch_size: int, *, rank: int = 0, ranks: int = 1, devic
     """Yields (images float32 [B, C, H, W] in [0, 1], labels int64 [B]) in order: of every ``ranks``-th image, beginning with ``rank``."""
     _check_batch_size(batch_size)
     rows = [chosen for chosen in torch.arange(rank, len(part), ranks).split(batch_size) if len(chosen)]
-    return ((_scaled(images, device), part.labels[chosen].to(device)) for chosen, images in _with_images(part, rows))
+    return ((_scaled(_moved(images, device)), _moved(part.labels[chosen], device)) for chosen, images in _with_images(part, rows))
 
 
 def shuffled(
@@ -45,8 +45,8 @@ def shuffled(
 def _shuffled(part, rows, seed, epoch, start, first, batch_size, pad, flip, device):
     for i, (chosen, images) in enumerate(_with_images(part, rows), start):
         generator = _generator(seed, _AUGMENTATION, epoch, i)
-        images = augment(images.to(device, non_blocking=True), generator, pad=pad, flip=flip, first=first, total=batch_size)
-        yield _scaled(images, device), part.labels[chosen].to(device)
+        images = augment(_moved(images, device), generator, pad=pad, flip=flip, first=first, total=batch_size)
+        yield _scaled(images), _moved(part.labels[chosen], device)
 
 
 def augment(images: Tensor, generator: torch.Generator, *, pad: int, flip: bool, first: int = 0, total: int | None = None) -> Tensor:
@@ -59,12 +59,13 @@ def augment(images: Tensor, generator: torch.Generator, *, pad: int, flip: bool,
     own = slice(first, first + count)
     total = count if total is None else total
     if pad:
-        offsets = torch.randint(2 * pad + 1, (2, total), generator=generator)[:, own].to(images.device)
+        offsets = torch.randint(2 * pad + 1, (2, total), generator=generator)[:, own]
+        offsets = _moved(offsets, images.device)
         padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, 2 * pad + 1, 2 * pad + 1, H, W], a view
         images = windows[torch.arange(count, device=images.device), :, offsets[0], offsets[1]]
     if flip:
-        mirrored = torch.rand(total, generator=generator)[own].to(images.device) < 0.5
+        mirrored = _moved(torch.rand(total, generator=generator)[own] < 0.5, images.device)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     return images
 
@@ -82,8 +83,15 @@ def _with_images(part, rows):
     return zip(rows, part.fetch(rows), strict=True)
 
 
-def _scaled(images: Tensor, device) -> Tensor:
-    return images.to(device, non_blocking=True).float().div_(255)
+def _moved(tensor: Tensor, device) -> Tensor:
+    """On the device; a GPU is not waited for, which from ordinary memory it would be."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return images.float().div_(255)
 
 
 def _check_batch_size(batch_size: int) -> None:
