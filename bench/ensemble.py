@@ -12,15 +12,19 @@ from . import networks, peers
 from .measure import Refused, Row, compare, device, ratio, selected, target
 from .networks import SIGMAS
 
-# (network, batch, draws) with every peer, and then with the few that show how throughput grows.
-FULL = {
-    "cpu": (("VGG16", 16, 10), ("VGG16", 1, 10), ("ResNeXt29", 4, 10), ("ResNet-50", 1, 10)),
-    "cuda": (("VGG16", 1024, 10), ("VGG16", 1, 10), ("VGG16", 8, 10), ("ResNeXt29", 256, 10), ("ResNet-50", 128, 10), ("ResNet-50", 1, 10)),
-}
-SWEEP = {
-    "cpu": (("VGG16", 4, 10), ("VGG16", 64, 10), ("VGG16", 4, 1), ("VGG16", 4, 50), ("VGG16", 4, 100)),
-    "cuda": (("VGG16", 64, 10), ("VGG16", 256, 10), ("VGG16", 64, 1), ("VGG16", 64, 50), ("VGG16", 64, 100), ("ResNet-50", 8, 10)),
-}
+# (network, batch, draws, peers): "all" of them; the "eager" ones; those that torch "compiles", searching for its fastest kernels as well,
+# for minutes; the "few" that show how throughput grows.
+CASES = {
+    "cpu": (
+        ("VGG16", 16, 10, "all"), ("VGG16", 1, 10, "all"), ("ResNeXt29", 4, 10, "all"), ("ResNet-50", 1, 10, "all"),
+        ("VGG16", 4, 10, "few"), ("VGG16", 64, 10, "few"), ("VGG16", 4, 1, "few"), ("VGG16", 4, 50, "few"), ("VGG16", 4, 100, "few"),
+    ),
+    "cuda": (
+        ("VGG16", 1024, 10, "all"), ("VGG16", 1, 10, "eager"), ("VGG16", 8, 10, "all"), ("ResNet-50", 128, 10, "all"),
+        ("ResNet-50", 1, 10, "eager"), ("ResNeXt29", 256, 10, "eager"), ("VGG16", 256, 10, "compiled"), ("VGG16", 64, 10, "few"),
+        ("VGG16", 64, 1, "few"), ("VGG16", 64, 50, "few"), ("VGG16", 64, 100, "few"), ("ResNet-50", 8, 10, "few"),
+    ),
+}  # fmt: skip
 CHUNK = {"cpu": 80, "cuda": 1024}  # rows: where the plain network's own throughput peaks
 
 
@@ -66,7 +70,7 @@ def check_exact(ensemble, model, x, rounding) -> None:
         raise Refused(f"the ensemble is off by {error:.3g} from sequential passes with the same noise")
 
 
-def measure(kind: str, batch: int, draws: int, every_peer: bool) -> tuple[list[Row], list[dict]]:
+def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], list[dict]]:
     """One case: rows for every implementation, and the targets it is held to. The images are the same at every call: weights and
     activations, hundreds of times larger, are what goes through the cache."""
     where, side = device(), networks.KINDS[kind][1]
@@ -86,12 +90,12 @@ def measure(kind: str, batch: int, draws: int, every_peer: bool) -> tuple[list[R
         model, cast = peers.deterministic(plain, dtype), x.to(dtype, **last)
         return lambda: peers.chunked(model, cast, draws, CHUNK[where.type] if chunk else batch * draws)
 
-    def autocast():
-        def run():
+    def autocast(run):
+        def low_precision():
             with torch.autocast(where.type, torch.bfloat16):
-                return peers.loop(eager, x, draws)
+                return run()
 
-        return run
+        return low_precision
 
     def bound(build, *arguments, **options):
         run = build(*arguments, **options)
@@ -99,28 +103,30 @@ def measure(kind: str, batch: int, draws: int, every_peer: bool) -> tuple[list[R
 
     dtypes = {"float32": torch.float32, **({"bfloat16": torch.bfloat16} if low else {})}
     builders = {"rse_fast": lambda: ours("auto")}
-    if every_peer and low:
+    if which != "few" and low:
         builders["rse_fast float32"] = lambda: ours("float32")
     builders["eager loop"] = lambda: lambda: peers.loop(eager, x, draws)
     builders["eager packed"] = lambda: lambda: peers.packed(eager, x, draws)
-    if every_peer:
+    if which != "few" and low:
+        builders["eager loop, bfloat16 autocast"] = lambda: autocast(lambda: peers.loop(eager, x, draws))
+        builders["eager packed, bfloat16 autocast"] = lambda: autocast(lambda: peers.packed(eager, x, draws))
+    for mode in {"all": ("default",), "compiled": ("default", "max-autotune")}.get(which, ()):
+        name = f"torch.compile {mode}".removesuffix(" default")
+        builders[f"{name} loop"] = lambda mode=mode: bound(peers.compiled, eager, packs=False, mode=mode)
+        builders[f"{name} packed"] = lambda mode=mode: bound(peers.compiled, eager, packs=True, mode=mode)
         if low:
-            builders["eager loop, bfloat16 autocast"] = autocast
-        builders["torch.compile loop"] = lambda: bound(peers.compiled, eager, packs=False)
-        builders["torch.compile packed"] = lambda: bound(peers.compiled, eager, packs=True)
-        if where.type == "cuda":
-            builders["torch.compile max-autotune loop"] = lambda: bound(peers.compiled, eager, packs=False, mode="max-autotune")
-            builders["torch.compile max-autotune packed"] = lambda: bound(peers.compiled, eager, packs=True, mode="max-autotune")
+            builders[f"{name} packed, bfloat16 autocast"] = lambda mode=mode: autocast(bound(peers.compiled, eager, packs=True, mode=mode))
+    if which == "all":
         builders["torch.vmap"] = lambda: lambda: peers.vmap(eager, x, draws)
         builders["pytorch-rse in a loop"] = lambda: bound(peers.pytorch_rse, plain, *SIGMAS)
         builders["baal ModelWrapper"] = lambda: bound(peers.baal, eager)
     for name, dtype in dtypes.items():
         builders[f"plain network, packed {name} (limit)"] = functools.partial(limit, dtype, False)
-        if every_peer:
+        if which != "few":
             builders[f"plain network, packed {name} in chunks (limit)"] = functools.partial(limit, dtype, True)
     case = case_name(kind, batch, draws)
     rows, rates = compare("ensemble", case, "images", "images/s", batch, builders, reference.check, seconds=2.5, rounds=15, least=3)
-    if not every_peer:
+    if which == "few":
         return rows, []
     if selected("rse_fast"):
         shares = time_shares(rse_fast.Ensemble(noisy, draws), x)
@@ -180,5 +186,4 @@ def case_name(kind: str, batch: int, draws: int) -> str:
 
 def cases() -> dict:
     where = device().type
-    chosen = [(*case, True) for case in FULL[where]] + [(*case, False) for case in SWEEP[where]]
-    return {case_name(*case[:3]): functools.partial(measure, *case) for case in chosen}
+    return {case_name(*case[:3]): functools.partial(measure, *case) for case in CASES[where]}

@@ -216,7 +216,7 @@ def seed_tensor(seed, device) -> torch.Tensor:
     value = integer("seed", seed)
     if not -(2**63) <= value < 2**63:
         value = (value + 2**63) % 2**64 - 2**63
-    return torch.tensor(value, device=device)
+    return torch.full((), value, dtype=torch.int64, device=device)  # made there: a copy could not be captured in a CUDA graph
 
 
 def check_sigma(name: str, sigma) -> None:
@@ -227,7 +227,7 @@ def check_sigma(name: str, sigma) -> None:
         if torch.compiler.is_compiling() or sigma.device.type != "cpu":
             return
         values = sigma.detach()
-        if not bool(((values >= 0) & values.float().isfinite()).all()):
+        if not (0 <= values.item() <= _MAX if values.dim() == 0 else bool(((values >= 0) & values.float().isfinite()).all())):
             raise ValueError(f"{name} must be finite and not negative, got {values.tolist()}")
     elif isinstance(sigma, bool) or not isinstance(sigma, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(sigma).__name__}")
@@ -272,7 +272,7 @@ def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0, posit
         if sigma.dtype == torch.float64 and x.dtype != torch.float64:
             sigma = sigma.float()
     else:
-        sigma = torch.tensor(float(sigma), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+        sigma = torch.full((), float(sigma), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     return sigma, seed_tensor(seed, x.device), stream, images, draws, image0, draw0
 
 
@@ -293,7 +293,7 @@ def _affine(name, value, channels, x):
     if not isinstance(value, torch.Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be None, a number or a tensor, got {type(value).__name__}")
-        value = torch.tensor(float(value))
+        value = torch.full((), float(value), dtype=torch.float64, device=x.device)
     if not value.is_floating_point() or value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, channels)):
         raise ValueError(f"{name} must be a float scalar or have one value for each of the {channels} channels, got {_describe(value)}")
     return value.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32).expand(channels)

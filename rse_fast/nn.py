@@ -79,10 +79,13 @@ class Scope:
             frame = frame.f_back
 
 
-def _rank() -> int:
-    """The distributed rank: equal generator seeds on all ranks must not give equal noise."""
+def ambient(device: torch.device) -> dict:
+    """A fresh seed from torch's generator of the device, and the distributed rank as the stream: equal generator seeds on all ranks must
+    not give equal noise."""
+    low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return {"seed": torch.randint(low, high, (), dtype=torch.int64, device=device), "stream": rank}
 
 
 class NoiseLayer(nn.Module):
@@ -131,9 +134,7 @@ class NoiseLayer(nn.Module):
         scope = getattr(_active, "scope", None)
         if scope is not None:
             return scope.arguments(self, x)
-        low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
-        seed = torch.randint(low, high, (), dtype=torch.int64, device=x.device)
-        return {"sigma": self.current_sigma(), "seed": seed, "stream": _rank()}
+        return {"sigma": self.current_sigma(), **ambient(x.device)}
 
     def _apply(self, fn, recurse=True):
         # model.half() or .bfloat16() must not round sigma: noise arithmetic is float32 whatever the model's dtype.

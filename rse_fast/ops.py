@@ -229,7 +229,7 @@ def _noisy_conv(
         sigma, bias = sigma.contiguous(), None if bias is None else bias.contiguous()
         where = seed, stream, images, draws, image0, draw0
         return triton.launcher("noisy_conv")(x, weight, bias, sigma, *where, stride, padding, dilation, places)
-    y = add_noise(x, sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend, places)
+    y = _add_noise(x, sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend, places)
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
@@ -370,6 +370,37 @@ def _under(key, function):
     return run
 
 
+def _differentiable(name, implementation, setup, backward):
+    """Registers the gradient of an op, as `torch.library.register_autograd` does at three times the cost of a call (torch 2.13): that
+    looks the whole schema up anew, argument by argument, each time."""
+    op = getattr(torch.ops.rse_fast, name).default
+    parameters = inspect.signature(implementation).parameters.values()
+    defaults = [parameter.default for parameter in parameters]  # of what the dispatcher leaves out
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            setup(ctx, (*args, *defaults[len(args) :]), output)
+            ctx.omitted = len(defaults) - len(args)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            found = backward(ctx, *grads)
+            return found[: len(found) - ctx.omitted]
+
+    def run(*args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Gradient.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    Gradient.__name__ = f"Gradient_{name}"
+    _lib.impl(name, run, "Autograd")
+
+
 for _name, _impl, _fake, _setup, _backward in (
     ("add_noise", _add_noise, _add_noise_fake, _add_noise_setup, _add_noise_backward),
     ("activate_noise", _activate_noise, _activate_noise_fake, _refuse_gradient, None),
@@ -381,6 +412,6 @@ for _name, _impl, _fake, _setup, _backward in (
     for _key in _KEYS:
         _lib.impl(_name, _under(_key, _impl), _key)
     torch.library.register_fake(f"rse_fast::{_name}", _fake, lib=_lib)
-    torch.library.register_autograd(f"rse_fast::{_name}", _backward, setup_context=_setup, lib=_lib)
+    _differentiable(_name, _impl, _setup, _backward)
 _lib.impl("add_noise_u8", _add_noise_u8, "CompositeExplicitAutograd")
 torch.library.register_fake("rse_fast::add_noise_u8", _add_noise_u8_fake, lib=_lib)

@@ -93,6 +93,7 @@ def test_any_configuration_survives_its_file(tmp_path, rng):
 
     for _ in range(30):
         fields = {f.name: value(f) for f in dataclasses.fields(Config)} | {"sigma_warmup": 0.25}
+        fields["graphs"] &= not fields["compile"]
         settings = Config(**fields)
         settings.save(tmp_path / "config.json")
         assert Config.load(tmp_path / "config.json") == settings

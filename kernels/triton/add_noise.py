@@ -10,9 +10,9 @@ import triton.language as tl
 
 from .config import (
     CANDIDATES,
-    DEFAULT,
     ENOUGH_32_BITS,
     Config,
+    default,
     divisor,
     fast_math,
     loop_steps,
@@ -234,7 +234,7 @@ def add_noise(
     with on_device(x):
         walk = f"{plan.__name__} affine{not one_value:d} pool{pool:d}"
         key = f"add_noise {walk} {x.dtype} C{x.shape[1]} 2^{out.numel().bit_length()}"
-        run(tuned(x, key, DEFAULT, CANDIDATES, run))
+        run(tuned(x, key, default(x.element_size(), not one_value or relu or pool), CANDIDATES, run))
 
 
 def _plan_flat(channels, lines, width, rows, itemsize, one_value, sigma_varies, pool, config: Config):

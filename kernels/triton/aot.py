@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from . import add_noise, conv, sigma_grad
 from .budgets import budget
-from .config import DEFAULT
+from .config import FUSED
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -92,7 +92,8 @@ def _noise_case(
     name, dtype, flat, channels, width, *, lines=1, rows=4096, affine=False, pool=False, lazy=False, main=False, **flags
 ) -> Case:
     plan = add_noise._plan_flat if flat else add_noise._plan_planar
-    kernel, _, shape = plan(channels, lines, width, rows, dtype.itemsize, not affine, flags.get("SIGMA_VARIES", False), pool, DEFAULT)
+    # The price of a tile: the prologue, the same for all tiles of a program, is spread over several.
+    kernel, _, shape = plan(channels, lines, width, rows, dtype.itemsize, not affine, flags.get("SIGMA_VARIES", False), pool, FUSED)
     pointer = _BITS[dtype]
     arguments = dict(
         x_ptr=pointer, y_ptr=pointer, clean_ptr=pointer if flags.get("CLEAN") else None, sigma_ptr="*fp32", seed_ptr="*i64",

@@ -26,9 +26,17 @@ class Config:
     steps: int
 
 
-# Noise is bound by issue slots and memory together: 16 elements a thread keep the registers few, a loop over tiles pays for the prologue.
-DEFAULT = Config(threads=128, quads=4, steps=8)
-CANDIDATES = [Config(t, q, s) for t in (128, 256) for q in (4, 8) for s in (1, 4, 8, 16)]
+# 16 elements a thread keep the registers few. Bare noise waits for memory, which many short programs serve best; with more fused in
+# front of it 16-bit noise is bound by issue slots as well, and a loop over tiles pays for the prologue (H100: bench/results).
+BARE, FUSED = Config(threads=128, quads=4, steps=1), Config(threads=128, quads=4, steps=8)
+
+
+def default(itemsize: int, fused: bool) -> Config:
+    """For values of so many bytes, with or without an affine map, activation or pool in front of the noise."""
+    return FUSED if fused and itemsize == 2 else BARE
+
+
+CANDIDATES = [Config(t, q, s) for t in (64, 128, 256) for q in (2, 4, 8) for s in (1, 4, 8)]
 
 # Samples of fewer elements are addressed by 32-bit offsets from their row.
 ENOUGH_32_BITS = 2**31

@@ -62,6 +62,7 @@ class Config:
     bf16: bool = _option(False, bool, "bfloat16 autocast")
     channels_last: bool = _option(True, bool, "memory layout of weights and activations")
     compile: bool = _option(False, bool, "torch.compile")
+    graphs: bool = _option(False, bool, "capture a step in a CUDA graph: for a network that does the same at each, launched at once")
     seed: int = _option(0, int, "of weights, order, augmentation and noise", low=0)
     # Bookkeeping
     keep: int = _option(3, int, "checkpoints that are kept", low=1)
@@ -77,6 +78,8 @@ class Config:
             raise ValueError("learnable_sigma: a learned sigma has no warm-up and no other value for tests; leave those out")
         if self.sigma_regulariser and not self.learnable_sigma:
             raise ValueError(f"sigma_regulariser: needs learnable_sigma, got {self.sigma_regulariser} for a fixed sigma")
+        if self.graphs and self.compile:
+            raise ValueError("graphs: a step is captured as it is, without compile; choose one of the two")
         if self.sigma_warmup > self.epochs:
             raise ValueError(f"sigma_warmup: expected at most the {self.epochs} epochs of the run, got {self.sigma_warmup}")
 
@@ -93,7 +96,7 @@ class Config:
         """Identifies what is computed: equal for configurations that differ in device, compilation, bookkeeping and the place of the data
         only. What the data are is for the run to check. A field that is None counts as absent, so that runs from before there was such a
         field can go on."""
-        where = ("data", "device", "workers", "compile", "keep", "save_steps", "log_steps")
+        where = ("data", "device", "workers", "compile", "graphs", "keep", "save_steps", "log_steps")
         what = {name: value for name, value in dataclasses.asdict(self).items() if name not in where and value is not None}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 

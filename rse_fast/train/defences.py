@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rse_fast.convert import convert, set_sigma
-from rse_fast.nn import GaussianNoise
+from rse_fast.functional import add_noise
+from rse_fast.nn import ambient
 from rse_fast.train.config import Config
 
 
@@ -51,7 +52,7 @@ def batch_loss(config: Config, model: nn.Module, forward, images: Tensor, labels
         else:
             images = attacked
     elif config.defence == "brelu":
-        images = GaussianNoise(config.augment_sigma)(images)
+        images = add_noise(images, config.augment_sigma, **ambient(images.device))
     draws = config.draws if config.noisy else 1
     logits = forward(images.repeat(draws, 1, 1, 1)).float()
     labels = labels.repeat(draws)

@@ -13,6 +13,7 @@ from rse_fast import models
 from rse_fast.data import Splits, batches, derived_seed, shuffled
 from rse_fast.nn import noise_layers
 from rse_fast.train import defences
+from rse_fast.train.captured import Captured
 from rse_fast.train.config import Config
 from rse_fast.train.distributed import Ranks
 
@@ -78,6 +79,9 @@ class Trainer:
         self._forward = self.model
         if self.ranks.size > 1:
             self._forward = nn.parallel.DistributedDataParallel(self.model, [device] if device.type == "cuda" else None)
+        if config.graphs and (device.type != "cuda" or self.ranks.size > 1):
+            raise ValueError(f"graphs: needs one process on a CUDA device, got {self.ranks.size} on {device}")
+        self._gradients = Captured(self._compute_gradients) if config.graphs else self._compute_gradients
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch's images: loss, accuracy, number
         self._batches: Iterator | None = None
         self._validation: Iterator | None = None
@@ -147,13 +151,8 @@ class Trainer:
         self.model.train()
         if config.adversarial:  # attacks act on the model itself, whose statistics DistributedDataParallel shares at its own forward only
             self.ranks.share(self.model.buffers())
-        with self._autocast():
-            loss, accuracy = defences.batch_loss(config, self.model, self._forward, images, labels, self.teacher)
-        self._sums += len(labels) * torch.stack([loss.detach().double(), accuracy.double(), torch.ones_like(self._sums[0])])
-        if config.sigma_regulariser and self._layers:  # as in Learn2Perturb (Jeddi et al., CVPR 2020), without its schedule
-            loss = loss - config.sigma_regulariser * torch.stack([layer.current_sigma().sqrt().mean() for layer in self._layers]).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
+        loss, accuracy, objective = self._gradients(images, labels)
+        self._sums += len(labels) * torch.stack([loss.double(), accuracy.double(), torch.ones_like(self._sums[0])])
         if config.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
@@ -167,8 +166,21 @@ class Trainer:
             self._batches = None
         if self.step % config.log_steps:
             return None
-        mean = (self.ranks.total(loss.detach()) / self.ranks.size).item()
+        mean = (self.ranks.total(objective) / self.ranks.size).item()
         return self._row("step", loss=mean, lr=rate)
+
+    def _compute_gradients(self, images, labels):
+        """(mean loss of the batch, its accuracy, what is minimised), without gradients; those of the parameters are left in them."""
+        config = self.config
+        with self._autocast():
+            loss, accuracy = defences.batch_loss(config, self.model, self._forward, images, labels, self.teacher)
+        objective = loss
+        if config.sigma_regulariser and self._layers:  # as in Learn2Perturb (Jeddi et al., CVPR 2020), without its schedule
+            spread = torch.stack([layer.current_sigma().sqrt().mean() for layer in self._layers]).mean()
+            objective = loss - config.sigma_regulariser * spread
+        self.optimizer.zero_grad()
+        objective.backward()
+        return loss.detach(), accuracy, objective.detach()
 
     def _row(self, event, **values):
         for name, value in values.items():

@@ -162,7 +162,7 @@ def test_nothing_but_the_arguments_enters(shape, seed, monkeypatch):
         assert torch.equal(launch(layout(x), sigma, seed, images=2, draws=3)[0], whole)
     monkeypatch.setattr("rse_fast.kernels.triton.config.ENOUGH_PROGRAMS", 1)
     for config in (Config(32, 4, 4), Config(64, 8, 1)):
-        monkeypatch.setattr(module, "DEFAULT", config)
+        monkeypatch.setattr(module, "default", lambda *_, config=config: config)
         for layout in (torch.clone, channels_last):
             assert torch.equal(launch(layout(x), sigma, seed, images=2, draws=3)[0], whole), config
 

@@ -109,13 +109,16 @@ def test_fp8_rounds_once_with_the_noise_as_dither(e4m3, seed):
     where = (seed, 3, 2, 2, 5, 9)
     exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
     want = reference.add_noise(exact, sigma.double(), *where, scale.double(), shift.double(), False)
+    # Hopper's units cut each product to 13 bits behind the largest one's first (DeepSeek-V3 report, section 3.5.2).
+    size = torch.nn.functional.conv2d(x.double().abs(), w.double().abs(), padding=1) * scale.double().view(-1, 1, 1)
+    allowed = 4e-4 + (2.0**-11 if x.is_cuda else 2.0**-20) * size.repeat(2, 1, 1, 1)
     in_float = conv.conv_activate_noise(x, w, sigma, *where, scale, shift, False, *SAME, dtype=torch.float32)
-    assert ((in_float.double() - want).abs() <= 1e-2 + want.abs() * 2.0**-12).all()
+    assert ((in_float.double() - want).abs() <= allowed).all()
     y = conv.conv_activate_noise(x, w, sigma, *where, scale, shift, False, *SAME)
     limit = torch.finfo(e4m3).max
     saturated = conv.conv_activate_noise(x, w, sigma, *where, scale * 1000, shift, False, *SAME)
     assert saturated.float().abs().max() == limit and saturated.float().isfinite().all()
-    assert y.dtype == e4m3 and ((y.double() - want).abs() <= want.abs() * (2.0**-4 + 2.0**-12) + 2.0**-10 + 1e-2).all()
+    assert y.dtype == e4m3 and ((y.double() - want).abs() <= (want.abs() + allowed) * 2.0**-4 + 2.0**-10 + allowed).all()
 
 
 def test_through_the_op_with_gradients(seed):

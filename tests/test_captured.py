@@ -1,0 +1,72 @@
+"""A training step as a CUDA graph: what a run computes is what it computes without, and no step waits for the device."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import config, write_images
+
+pytest.importorskip("tqdm")
+pytest.importorskip("safetensors.torch")
+
+from rse_fast.train import Trainer, load_data  # noqa: E402
+from rse_fast.train.distributed import Ranks  # noqa: E402
+
+CASES = {
+    "plain": {},
+    "rse": {"draws": 2, "sigma_warmup": 1.5},
+    "rse learnable": {"learnable_sigma": "channel", "sigma_regulariser": 0.1},
+    "rse bfloat16": {"bf16": True, "clip": 0.5},
+    "rse+adversarial": {"attack_steps": 2, "attack_draws": 2, "eps": 0.05},
+    "adversarial": {"attack": "fgsm"},
+    "brelu": {"ema": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
+
+
+def trainer(images, case, device="cuda", **fields):
+    settings = config(images, defence=case.split()[0], epochs=3, device=device, log_steps=1, **CASES[case], **fields)
+    return Trainer(settings, load_data(settings), Ranks(0, 1, torch.device(device)))
+
+
+def losses(trainer):
+    rows = []
+    while not trainer.complete:
+        rows.append(trainer.advance())
+    return torch.tensor([row.get("val_loss", row["loss"]) for row in rows if row])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_run_is_the_run(images, case):
+    """Step by step, over three epochs with their validation: noise, crops, attacks, rates and statistics are all in the losses."""
+    want, got = losses(trainer(images, case)), losses(trainer(images, case, graphs=True))
+    assert len(want) > 15 and (got - want).abs().max() <= (3e-2 if "bfloat16" in case else 2e-3), (got - want).abs()
+    other = losses(trainer(images, case, seed=1))
+    assert (other - want).abs().max() > 0.1  # the comparison could fail
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_no_step_waits_for_the_device(images, graphs):
+    run = trainer(images, "rse", graphs=graphs)
+    for _ in range(5):
+        run.advance()
+    object.__setattr__(run.config, "log_steps", 100)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.advance()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_without_a_gpu_it_is_refused(images):
+    with pytest.raises(ValueError, match="graphs: needs one process on a CUDA device, got 1 on cpu"):
+        trainer(images, "plain", "cpu", graphs=True)
+    with pytest.raises(ValueError, match="graphs.*compile"):
+        config(images, graphs=True, compile=True)
