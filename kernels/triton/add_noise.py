@@ -5,6 +5,8 @@ thread computes the noise of whole quads that lie where its 16-byte loads and st
 activation and noise; the noise is keyed by the pooled position.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -237,6 +239,7 @@ def add_noise(
         run(tuned(x, key, default(x.element_size(), not one_value or relu or pool), CANDIDATES, run))
 
 
+@functools.lru_cache(maxsize=1024)  # a layer asks the same at every call
 def _plan_flat(channels, lines, width, rows, itemsize, one_value, sigma_varies, pool, config: Config):
     """(kernel, programs, the arguments that say how the rows are tiled) for rows [S, C]."""
     if one_value and channels % 4 == 0 and not pool:
@@ -262,6 +265,7 @@ def _plan_flat(channels, lines, width, rows, itemsize, one_value, sigma_varies, 
     return _add_noise_flat_kernel, rows * tiles, shape
 
 
+@functools.lru_cache(maxsize=1024)  # a layer asks the same at every call
 def _plan_planar(channels, lines, width, rows, itemsize, one_value, sigma_varies, pool, config: Config):
     """(kernel, programs, the arguments that say how the rows are tiled) for rows [C, S]."""
     groups = triton.cdiv(channels, 4)
