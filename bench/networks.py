@@ -68,8 +68,10 @@ def settle(model: nn.Module, x: torch.Tensor) -> nn.Module:
     """Sets BatchNorm's statistics by one batch, and scales the last layer so that logits have standard deviation 1 over classes."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # a plain average, so one batch replaces what was there
+        norm.momentum = 1.0  # this batch replaces what was there
     model.train()(x)
+    for norm in norms:
+        norm.momentum = 0.1
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     spread = model.eval()(x).std(-1).mean()
     head.weight.mul_(1 / spread)

@@ -65,6 +65,18 @@ def test_no_step_waits_for_the_device(images, graphs):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_that_cannot_be_captured_raises_and_spoils_nothing(images):
+    run = trainer(images, "plain", graphs=True)
+    norm = next(m for m in run.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    norm.momentum = None  # reads the number of batches back from the device
+    with pytest.raises(RuntimeError):
+        losses(run)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert len(losses(trainer(images, "rse", graphs=True))) > 15
+
+
 def test_without_a_gpu_it_is_refused(images):
     with pytest.raises(ValueError, match="graphs: needs one process on a CUDA device, got 1 on cpu"):
         trainer(images, "plain", "cpu", graphs=True)

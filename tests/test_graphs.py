@@ -102,6 +102,8 @@ def test_a_model_that_cannot_be_captured_says_so_and_works(rng):
     with pytest.warns(RuntimeWarning, match="cannot be captured in a CUDA graph"):
         found = [ensemble.predict(x).probs for _ in range(4)]
     assert all(torch.equal(p, expected) for p in found) and captured(ensemble) == 0
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.rand(3, device="cuda").unique().numel() == 3  # torch's own generator still works
 
 
 def test_threads_on_streams_of_their_own(model):

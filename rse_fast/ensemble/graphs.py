@@ -1,5 +1,6 @@
 """CUDA graphs of packed batches: one launch in place of hundreds, which is what a batch of few rows waits for."""
 
+import contextlib
 import dataclasses
 import threading
 import warnings
@@ -12,6 +13,23 @@ from rse_fast.nn import Scope
 
 SMALL = 256  # rows up to which the launches, not the arithmetic, take the time
 MOST = 32  # graphs of one model; shapes beyond run without
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, **options):
+    """`torch.cuda.graph`, except that a capture that fails leaves the device's random generator and the current stream as they were.
+
+    torch (2.11) ends such a capture half-way: the generator would refuse every number from then on, in the whole process.
+    """
+    current = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=stream, **options):
+            yield
+    except BaseException:
+        torch.cuda.set_stream(current)
+        generator = torch.cuda.default_generators[current.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
 
 
 class Graphs:
@@ -74,7 +92,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         self._fresh(noise)
         # Other threads may go on using the device while this one captures.
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+        with capturing(graph, side, pool=self._pool, capture_error_mode="thread_local"):
             logits = self.run(static, noise)
         return graph, static, noise, logits
 

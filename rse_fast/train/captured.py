@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rse_fast.ensemble.graphs import capturing
+
 _WARM = 3  # calls that run as they are first: they compile kernels, pick algorithms and allocate what lives on
 
 
@@ -36,7 +38,7 @@ class Captured:
             return results
         self._inputs = [given.clone() for given in inputs]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        with capturing(graph, self._stream):
             self._results = self._function(*self._inputs)
         self._graph = graph
         return self(*inputs)
