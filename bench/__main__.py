@@ -7,7 +7,9 @@ figures. ``--compare`` and ``--compare-ref`` look for regressions; ``--report`` 
 import argparse
 import fnmatch
 import importlib
+import math
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -32,6 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=None, help="default: all that this machine can run")
     parser.add_argument("--case", default="*", metavar="GLOB", help="only cases whose name matches, such as '*B=16*'")
     parser.add_argument("--list", action="store_true", help="print the names of suites and cases, measure nothing")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="start no further case after so many seconds")
     parser.add_argument("--out", type=Path, default=Path("bench-results.json"), metavar="FILE", help="JSON; CSV beside it (%(default)s)")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="compare with the results of OLD.json; exit 1 on a regression")
     parser.add_argument("--compare-ref", metavar="GITREF", help="compare that commit and this checkout, measured in turns in one run")
@@ -64,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             print("\n".join(f"{suite}: {name}" for suite, name in chosen))
             return 0
         old = results.load(arguments.compare) if arguments.compare else None  # before it is overwritten, if it is the same file
-        new = measure_cases(chosen, arguments.out, arguments.only)
+        new = measure_cases(chosen, arguments.out, arguments.only, arguments.seconds)
         return verdict(old, new, arguments.tolerance) if arguments.compare else 0
     return show_report(arguments.out)
 
@@ -88,12 +91,15 @@ def cases(suites: list[str] | None, pattern: str) -> dict:
     return found
 
 
-def measure_cases(chosen: dict, out: Path, only: str) -> dict:
+def measure_cases(chosen: dict, out: Path, only: str, seconds: float) -> dict:
     """Measures, prints and merges into ``out`` case by case, so an interrupted run keeps what it has. Returns what was measured."""
-    measure.only = (only,)
+    measure.only, begin = (only,), time.monotonic()
     results.load(out)  # a file that is something else is an error now, not after minutes
     new = {"rows": [], "targets": []}
-    for (_, _), piece in chosen.items():
+    for (suite, name), piece in chosen.items():
+        if time.monotonic() - begin > seconds:
+            report.console.print(f"no time left for {suite}: {name}")
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those of peers; what goes wrong with them is in the table
             rows, targets = piece()

@@ -10,7 +10,7 @@ import torch
 
 import rse_fast
 from bench import ensemble, measure, networks, noise, peers, promises, report, results, scaling
-from bench.__main__ import main
+from bench.__main__ import main, measure_cases
 from rse_fast import reference
 
 CPU = torch.device("cpu")
@@ -223,6 +223,17 @@ def test_every_target_of_noise_and_ensemble_is_judged_by_what_they_measure():
     for (_, suite, task), t in judged.items():
         assert (t["holds"] is None) == (suite not in ("noise", "ensemble")), task
         assert t["holds"] is not None or t["needs"]
+
+
+def test_no_case_begins_when_the_time_is_up(tmp_path, capsys):
+    def piece(name):
+        return lambda: ([measure.Row("s", name, "rse_fast", "m", "u", 1.0, 1.0, 1.0)], [])
+
+    for seconds, kept in ((60, {"a", "b"}), (-1, set())):
+        out = tmp_path / f"{len(kept)}.json"
+        new = measure_cases({("s", name): piece(name) for name in "ab"}, out, "", seconds)
+        assert {r["case"] for r in new["rows"]} == {r["case"] for r in results.load(out)["rows"]} == kept
+    assert "no time left for s: b" in capsys.readouterr().out
 
 
 def test_fits_find_the_line_and_the_exponent():
