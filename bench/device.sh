@@ -5,7 +5,7 @@
 #   suites    rse-fast bench, starting no case later than SUITE_SECONDS (default 240)
 #   train     VGG16 for the paper's 200 epochs, plain and RSE, side by side on the images in DATA (about six minutes)
 #   checks    memory and race checks
-#   counters  hardware counters
+#   counters  hardware counters; what the host does in a training step
 # Results go to ${OUT:-bench/results/device}: a log of each stage, kernels.json and kernels.md, suites.json, the configurations, logs and
 # curves of training, failed.txt. Nothing is downloaded: torch, triton, numpy and pytest have to be there, setuptools and ninja should.
 set -uo pipefail
@@ -73,6 +73,7 @@ counters() {
             --section SchedulerStats --section WarpStateStats --section Occupancy --section LaunchStats \
             "$python" -m bench.gpu --once "$walk"
     done
+    step host "$python" -m bench.gpu --host
 }
 
 [ $# -gt 0 ] || set -- tests kernels suites checks counters

@@ -1,7 +1,7 @@
-"""``python -m bench.gpu [--out DIR] [--once NAME]``: the kernels on a GPU against a copy, eager torch and torch.compile; JSON and Markdown.
+"""``python -m bench.gpu [--out DIR]``: the kernels on a GPU against a copy, eager torch and torch.compile; JSON and Markdown.
 
 Bandwidth counts the bytes that have to move (each input read once, each output written once). ``--once`` launches one kernel a few
-times and measures nothing, for a profiler to watch.
+times and measures nothing, for a profiler to watch; ``--host`` profiles the host.
 """
 
 import argparse
@@ -16,10 +16,11 @@ import torch
 import triton
 from triton.testing import do_bench
 
+import rse_fast
 from rse_fast import functional, ops
 from rse_fast.kernels.triton import conv
 
-from . import measure
+from . import measure, networks, train
 from .peers import eager_noise
 
 GIB = 2**30
@@ -241,6 +242,20 @@ def once(name: str) -> None:
     torch.cuda.synchronize()
 
 
+def host() -> None:
+    """Prints where the host's time goes in training steps whose launches it cannot keep up with."""
+    model, x = rse_fast.convert(networks.plain("VGG16", torch.device("cuda"))), torch.rand(8, 3, 32, 32, device="cuda")
+    step = train.Step(model, x, torch.bfloat16)
+    for _ in range(5):
+        step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, with_stack=True) as profile:
+        for _ in range(10):
+            step()
+    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=60))
+    print(profile.key_averages(group_by_stack_n=3).table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+
+
 def run() -> tuple[list[measure.Row], list[dict]]:
     """The same cases as suite "gpu" of `rse-fast bench`: bandwidth, and the target of the noise."""
     torch.backends.cudnn.benchmark = True
@@ -267,7 +282,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/device"), help="folder for the results (default: %(default)s)")
     parser.add_argument("--once", choices=("flat", "planar"), help="launch one kernel and measure nothing")
+    parser.add_argument("--host", action="store_true", help="profile the host in training steps and measure nothing else")
     arguments = parser.parse_args()
+    if arguments.host:
+        host()
+        return 0
     if arguments.once:
         once(arguments.once)
         return 0
