@@ -70,7 +70,7 @@ class Ensemble(nn.Module):
             is that of all draws, always. A number c in (0.5, 1): it stops when, at confidence c, its label is that of infinitely many
             draws, and never later than ``draws``. `Prediction.draws_used` tells. For `predict` and `stream`; `forward` takes all draws.
         backend: of the noise, as in `rse_fast.functional.add_noise`.
-        graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None where they have few rows, True always, False
+        graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, True always, False
             never. Every replay has fresh noise. A model that cannot be captured runs without, after one warning.
 
     The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
