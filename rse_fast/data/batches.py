@@ -85,9 +85,9 @@ def _with_images(part, rows):
 
 def _moved(tensor: Tensor, device) -> Tensor:
     """On the device; a GPU is not waited for, which from ordinary memory it would be."""
-    if torch.device(device).type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _scaled(images: Tensor) -> Tensor:
