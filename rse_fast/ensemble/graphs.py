@@ -23,15 +23,19 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, **options)
 
     torch (2.11) ends such a capture half-way: the generator would refuse every number from then on, in the whole process.
     """
-    current = torch.cuda.current_stream()
+    current, cause = torch.cuda.current_stream(), None
     try:
         with torch.cuda.graph(graph, stream=stream, **options):
-            yield
-    except BaseException:
+            try:
+                yield
+            except BaseException as error:
+                cause = error  # the end of the capture raises as well, and less to the point
+                raise
+    except BaseException as error:
         torch.cuda.set_stream(current)
         generator = torch.cuda.default_generators[current.device_index]
         generator.graphsafe_set_state(generator.clone_state())
-        raise
+        raise (cause or error) from None
 
 
 class Graphs:
