@@ -11,10 +11,10 @@ import operator
 
 import torch
 
-from rse_fast import ops
+from rse_fast import ops, reference
 from rse_fast.kernels import cpu, triton
 
-__all__ = ["activate_noise", "add_noise", "add_noise_u8", "conv_activate_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
+__all__ = ["activate_noise", "add_noise", "add_noise_", "add_noise_u8", "conv_activate_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,6 +58,27 @@ def add_noise(
     places = _places(places, *noise[3:5], x.device)
     y = ops.add_noise(x, *noise, scale, shift, act == "relu", backend, places).movedim(1, channel_dim)
     return y.contiguous() if dense else y  # copies only where the channels stand between other dimensions
+
+
+def add_noise_(
+    x, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, backend="auto", places=None
+) -> torch.Tensor:
+    """`add_noise` in the memory of ``x``, which it returns: x [draws * images, C, *spatial] has a row for each of the result's and is
+    contiguous or channels last. For inference: it has no gradient. Everything else as in `add_noise`. Raises RuntimeError where an input
+    requires a gradient."""
+    _check_input("x", x, minimum=2)
+    if act not in (None, "relu"):
+        raise ValueError(f"act must be None or 'relu', got {act!r}")
+    if reference.layout(x) is None:
+        raise ValueError(f"x must be contiguous or channels last to be written in place, got strides {x.stride()}")
+    backend = _check_backend(backend, x)
+    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
+    if x.shape[0] != noise[3] * noise[4]:
+        raise ValueError(f"x must have draws * images = {noise[3] * noise[4]} rows to be written in place, got {x.shape[0]}")
+    scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
+    places = _places(places, *noise[3:5], x.device)
+    ops.add_noise_(x, *noise, scale, shift, act == "relu", backend, places)
+    return x
 
 
 def activate_noise(

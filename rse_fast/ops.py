@@ -18,6 +18,7 @@ _lib = torch.library.Library("rse_fast", "DEF")
 
 _NOISE = "Tensor sigma, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image0, SymInt draw0"
 _lib.define(f"add_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, Tensor? places=None) -> Tensor")
+_lib.define(f"add_noise_(Tensor(a!) x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, Tensor? places=None) -> ()")
 _lib.define(
     f"activate_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, bool pool, str backend, Tensor? places=None, "
     "bool keep=True) -> (Tensor noisy, Tensor clean)"
@@ -41,6 +42,7 @@ _lib.define(
 )
 
 add_noise = torch.ops.rse_fast.add_noise
+add_noise_ = torch.ops.rse_fast.add_noise_
 activate_noise = torch.ops.rse_fast.activate_noise
 add_noise_u8 = torch.ops.rse_fast.add_noise_u8
 conv_activate_noise = torch.ops.rse_fast.conv_activate_noise
@@ -89,6 +91,17 @@ def _add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shif
     launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
     launch(x, out, reference.layout(x) == "flat", sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
     return out
+
+
+def _add_noise_in_place(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None):
+    """x has a row for each row of the result and is dense, contiguous or channels last."""
+    where = seed, stream, images, draws, image0, draw0
+    if backend == "torch":
+        x.copy_(reference.add_noise(x, sigma, *where, scale, shift, relu, places))
+        return
+    sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
+    launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
+    launch(x, x, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, places)
 
 
 def _add_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None):
@@ -157,13 +170,6 @@ def _activate_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale,
 
 def _activate_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None, keep=True):
     return reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0] if keep else 0, pool)
-
-
-def _refuse_gradient(ctx, inputs, output):
-    raise RuntimeError(
-        "this op is for inference and has no gradient, but one of its inputs requires one: call it under torch.no_grad(), or take "
-        "add_noise or noisy_conv, which have one"
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- add_noise_u8
@@ -370,9 +376,15 @@ def _under(key, function):
     return run
 
 
+_NO_GRADIENT = (
+    "this op is for inference and has no gradient, but one of its inputs requires one: call it under torch.no_grad(), or take "
+    "add_noise or noisy_conv, which have one"
+)
+
+
 def _differentiable(name, implementation, setup, backward):
-    """Registers the gradient of an op, as `torch.library.register_autograd` does at three times the cost of a call (torch 2.13): that
-    looks the whole schema up anew, argument by argument, each time."""
+    """Registers the gradient of an op, or with ``backward`` None that it has none, as `torch.library.register_autograd` does at three
+    times the cost of a call (torch 2.13): that looks the whole schema up anew, argument by argument, each time."""
     op = getattr(torch.ops.rse_fast, name).default
     parameters = inspect.signature(implementation).parameters.values()
     defaults = [parameter.default for parameter in parameters]  # of what the dispatcher leaves out
@@ -393,6 +405,8 @@ def _differentiable(name, implementation, setup, backward):
 
     def run(*args):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if backward is None:
+                raise RuntimeError(_NO_GRADIENT)
             return Gradient.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -403,8 +417,9 @@ def _differentiable(name, implementation, setup, backward):
 
 for _name, _impl, _fake, _setup, _backward in (
     ("add_noise", _add_noise, _add_noise_fake, _add_noise_setup, _add_noise_backward),
-    ("activate_noise", _activate_noise, _activate_noise_fake, _refuse_gradient, None),
-    ("conv_activate_noise", _conv_activate_noise, _conv_activate_noise_fake, _refuse_gradient, None),
+    ("add_noise_", _add_noise_in_place, lambda *_: None, None, None),
+    ("activate_noise", _activate_noise, _activate_noise_fake, None, None),
+    ("conv_activate_noise", _conv_activate_noise, _conv_activate_noise_fake, None, None),
     ("noisy_conv", _noisy_conv, _noisy_conv_fake, _noisy_conv_setup, _noisy_conv_backward),
     ("noisy_linear", _noisy_linear, _noisy_linear_fake, _noisy_linear_setup, _noisy_linear_backward),
     ("sigma_grad", _sigma_grad, _sigma_grad_fake, _sigma_grad_setup, _sigma_grad_backward),

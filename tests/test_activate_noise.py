@@ -102,3 +102,46 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             functional.activate_noise(**{"sigma": 0.1, "seed": 1, **arguments})
+
+
+# --------------------------------------------------------------------------------------------------------------------- in place
+@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+@pytest.mark.parametrize("dtype", ROUNDING, ids=lambda d: str(d)[6:])
+def test_in_place_is_add_noise(backend, layout, dtype, rng):
+    """Bit for bit, in the memory that was given, for every form of the arguments."""
+    for shape, images, draws in (((6, 3, 9, 7), 2, 3), ((4, 8, 3, 2), 4, 1), ((2, 5, 7), 1, 2), ((3, 4), 3, 1), ((0, 3, 4, 4), 0, 2)):
+        x, each = layout(torch.randn(shape).to(dtype)), torch.rand(shape[1])
+        places = torch.tensor([[9 - i, i] for i in range(images)], dtype=torch.int64).reshape(-1, 2)
+        for sigma, options in (
+            (0.3, {}),
+            (each, {"scale": each + 1, "shift": each - 1, "act": "relu"}),
+            (each, {"act": "relu", "places": places}),
+        ):
+            options = {**WHERE, "images": images, "draws": draws, "backend": backend, **options}
+            want, y = functional.add_noise(x, sigma, **options), layout(x)
+            assert functional.add_noise_(y, sigma, **options) is y
+            assert torch.equal(y, want) and y.stride() == x.stride()
+
+
+def test_in_place_refuses_before_it_writes(rng):
+    x, each = torch.randn(4, 3, 5, 5), torch.rand(3)
+    kept = x.clone()
+    for error, message, call in (
+        (ValueError, "rows to be written in place", lambda: functional.add_noise_(x, 0.1, seed=1, images=4, draws=2)),
+        (ValueError, "contiguous or channels last", lambda: functional.add_noise_(x[..., ::2], 0.1, seed=1)),
+        (ValueError, "act", lambda: functional.add_noise_(x, 0.1, seed=1, act="tanh")),
+        (ValueError, "sigma", lambda: functional.add_noise_(x, -0.1, seed=1)),
+        (RuntimeError, "no gradient", lambda: functional.add_noise_(x, each.clone().requires_grad_(), seed=1)),
+        (RuntimeError, "no gradient", lambda: functional.add_noise_(x, 0.1, seed=1, scale=each.clone().requires_grad_())),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+        assert torch.equal(x, kept)
+
+
+def test_in_place_as_an_op(rng):
+    seed, each = torch.tensor(3), torch.rand(5)
+    x = torch.randn(6, 5, 4)
+    torch.library.opcheck(torch.ops.rse_fast.add_noise_, (x, each, seed, 1, 2, 3, 0, 0, each, None, True, "auto", None))
+    compiled = torch.compile(lambda x: functional.add_noise_(x * 2, 0.1, seed=seed) + 1, fullgraph=True)
+    assert torch.equal(compiled(x), functional.add_noise(x * 2, 0.1, seed=seed) + 1)

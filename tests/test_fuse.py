@@ -109,11 +109,12 @@ def test_shortcuts_added_in_place_do_not_hinder(seed):
     assert kinds(assert_same_function(model, seed)) == {"norms": 0, "relus": 0, "merged": 1, "shared": 0}
 
 
-@pytest.mark.parametrize(("cls", "merged", "shared"), [(VGG16, 12, 0), (ResNeXt29, 24, 6), (ModelA, 5, 0)])
-def test_networks_of_the_paper(cls, merged, shared):
+@pytest.mark.parametrize(("cls", "merged", "shared", "alone"), [(VGG16, 12, 0, 12), (ResNeXt29, 24, 6, 18), (ModelA, 5, 0, 5)])
+def test_networks_of_the_paper(cls, merged, shared, alone):
     # What is left is the ReLU in front of the head. In ResNeXt29 an identity shortcut reads two ReLUs a stage as well.
     snapshot, problem = fuse.snapshot(rse_fast.convert(cls()).eval(), torch.float32)
     assert problem is None and kinds(snapshot) == {"norms": 0, "relus": 1, "merged": merged, "shared": shared}
+    assert sum(m.alone for m in snapshot.modules() if isinstance(m, fuse.Activation)) == alone
 
 
 class Dense(nn.Module):

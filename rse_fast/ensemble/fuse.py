@@ -49,6 +49,7 @@ def snapshot(
         if rewrite is not None:
             rewrite(copied)
         merge_activations(copied)
+        find_private(copied)
         pack_weights(copied)
     return _lay_out(copied, dtype), problem
 
@@ -110,7 +111,10 @@ class Activation(nn.Module):
     """``[x * scale + shift] -> ReLU -> [2x2 max-pool] -> noise of a layer``, one pass over memory for all of it.
 
     affine: scale and shift [C], or None. Returns (noisy, clean) of x; clean, to which the noise was added, is complete if ``keep``.
+    alone: whether x is memory that nobody else reads, so that the result may take its place.
     """
+
+    alone = False
 
     def __init__(self, layer: nn.Module, pool: bool = False, affine: tuple[torch.Tensor, torch.Tensor] | None = None, keep: bool = False):
         super().__init__()
@@ -131,6 +135,9 @@ class Activation(nn.Module):
         options = {"scale": self.scale, "shift": self.shift, "act": "relu", **noise}
         if pool or self.keep:
             return functional.activate_noise(x, pool=pool, keep=self.keep, **options)
+        own = self.alone or pool != self.pool
+        if own and len(x) == noise["images"] * noise["draws"] and x.is_contiguous(memory_format=torch.channels_last):
+            return functional.add_noise_(x, **options), x  # no fresh memory, and the convolution that reads it finds it in the cache
         return functional.add_noise(x, **options), x
 
 
@@ -266,6 +273,19 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
             graph.erase_node(source)
     model.delete_all_unused_submodules()
     model.recompile()
+
+
+def find_private(model: torch.fx.GraphModule) -> None:
+    """Marks each `Activation` whose source is a convolution's new result that no other node reads."""
+    convolutions = (FusedConv, *_CONVOLUTIONS)
+    for node in model.graph.nodes:
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(module, FusedConv) or module.activation is None:
+            continue
+        (source,) = node.all_input_nodes
+        if source.op == "call_module" and len(source.users) == 1:
+            producer = model.get_submodule(source.target)
+            module.activation.alone = type(producer) in convolutions and not _has_hooks(producer)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:

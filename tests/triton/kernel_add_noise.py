@@ -126,6 +126,17 @@ def test_nan_and_infinity_pass(layout, seed):
         assert y.isnan().sum() == 1 and y.isinf().sum() == 1
 
 
+def test_in_place_is_the_same(seed):
+    """Every element is read before it is written, by the thread that writes it."""
+    for layout in (torch.clone, channels_last):
+        for shape in ((4, 12, 6, 5), (2, 3, 9, 8), (2, 64, 16, 16)):
+            x, each = layout(torch.randn(shape).bfloat16()), torch.rand(shape[1])
+            want, _ = launch(x, each, seed, images=shape[0] // 2, draws=2, scale=each, shift=-each, relu=True)
+            where = (seed, 3, shape[0] // 2, 2, 5, 7)
+            module.add_noise(x, x, layout is channels_last, each, *where, each, -each, True)
+            assert torch.equal(x, want)
+
+
 def test_zero_sigma_leaves_the_activation(seed):
     x = torch.randn(2, 5, 7)
     assert torch.equal(launch(x, torch.tensor(0.0), seed)[0], x)
