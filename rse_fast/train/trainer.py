@@ -81,7 +81,7 @@ class Trainer:
             self._forward = nn.parallel.DistributedDataParallel(self.model, [device] if device.type == "cuda" else None)
         if config.graphs and (device.type != "cuda" or self.ranks.size > 1):
             raise ValueError(f"graphs: needs one process on a CUDA device, got {self.ranks.size} on {device}")
-        self._gradients = Captured(self._compute_gradients) if config.graphs else self._compute_gradients
+        self._captured = Captured(self._gradients) if config.graphs else None
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch's images: loss, accuracy, number
         self._batches: Iterator | None = None
         self._validation: Iterator | None = None
@@ -151,7 +151,7 @@ class Trainer:
         self.model.train()
         if config.adversarial:  # attacks act on the model itself, whose statistics DistributedDataParallel shares at its own forward only
             self.ranks.share(self.model.buffers())
-        loss, accuracy, objective = self._gradients(images, labels)
+        loss, accuracy, objective = (self._captured or self._gradients)(images, labels)
         self._sums += len(labels) * torch.stack([loss.double(), accuracy.double(), torch.ones_like(self._sums[0])])
         if config.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -169,7 +169,7 @@ class Trainer:
         mean = (self.ranks.total(objective) / self.ranks.size).item()
         return self._row("step", loss=mean, lr=rate)
 
-    def _compute_gradients(self, images, labels):
+    def _gradients(self, images, labels):
         """(mean loss of the batch, its accuracy, what is minimised), without gradients; those of the parameters are left in them."""
         config = self.config
         with self._autocast():
