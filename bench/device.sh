@@ -3,7 +3,7 @@
 #   tests     the tests marked gpu, the sweep of all radius words among them (about two minutes: most of it compiles)
 #   kernels   noise and convolutions against a copy, the vendor and torch.compile
 #   suites    rse-fast bench, starting no case later than SUITE_SECONDS (default 240)
-#   train     VGG16 for the paper's 200 epochs, plain and RSE, side by side on the images in DATA (about six minutes)
+#   train     VGG16 for the paper's 200 epochs, plain and RSE, side by side on the images in DATA (by an H100's steps about five minutes)
 #   checks    memory and race checks
 #   counters  hardware counters; what the host does in a training step
 # Results go to ${OUT:-bench/results/device}: a log of each stage, kernels.json and kernels.md, suites.json, the configurations, logs and
@@ -44,7 +44,7 @@ train() {
     local work defence
     work=$(mktemp -d)  # checkpoints of each epoch: a disk in memory is best
     for defence in plain rse; do
-        step "train_$defence" "$python" -m rse_fast.cli train --data "${DATA:?names no folder of images}" --model vgg16 \
+        step "train_$defence" "$python" -m rse_fast.cli train --data "$DATA" --model vgg16 \
             --defence "$defence" --epochs 200 --batch-size 512 --lr 0.1 --schedule step --val-fraction 0.04 --bf16 --graphs \
             --device cuda --out "$work/$defence" &
     done
@@ -58,6 +58,7 @@ train() {
 }
 
 checks() {
+    command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not here: no memory and race checks"; return; }
     # Small shapes: each launch is slowed down many times over.
     for tool in memcheck racecheck; do
         step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
@@ -67,18 +68,20 @@ checks() {
 }
 
 counters() {
+    step host "$python" -m bench.gpu --host
+    command -v ncu >/dev/null || { echo "ncu is not here: no hardware counters"; return; }
     for walk in flat planar; do
         step "ncu_$walk" ncu --clock-control none --launch-count 1 --launch-skip 1 --kernel-name "regex:_add_noise_${walk}_kernel" \
             --section SpeedOfLight --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis --section InstructionStats \
             --section SchedulerStats --section WarpStateStats --section Occupancy --section LaunchStats \
             "$python" -m bench.gpu --once "$walk"
     done
-    step host "$python" -m bench.gpu --host
 }
 
 [ $# -gt 0 ] || set -- tests kernels suites checks counters
 for stage in "$@"; do
     case $stage in tests | kernels | suites | train | checks | counters) ;; *) echo "no stage $stage" >&2; exit 2 ;; esac
+    [ "$stage" != train ] || [ -d "${DATA:-}" ] || { echo "train: DATA names no folder of images" >&2; exit 2; }
 done
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device" >&2; exit 2; }
 step install "$python" -m pip install --no-deps --no-build-isolation -e .

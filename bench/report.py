@@ -101,7 +101,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMMAND = "rse-fast bench --readme"
 # What the suites' tables say above them in README.md; suites that are not here are not in it.
 HEADINGS = {
-    "noise": "`x + sigma * eps`",
+    "noise": "`x + sigma * eps`, by dtype, layout and number of elements",
     "ensemble": "The ensemble of n draws",
     "early_exit": "Early exit, on trained networks (handwritten digits are easy images, so many leave early)",
     "int8": "8-bit ensembles",

@@ -11,7 +11,7 @@ import operator
 
 import torch
 
-from rse_fast import ops, reference
+from rse_fast import ops
 from rse_fast.kernels import cpu, triton
 
 __all__ = ["activate_noise", "add_noise", "add_noise_", "add_noise_u8", "conv_activate_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
@@ -69,7 +69,7 @@ def add_noise_(
     _check_input("x", x, minimum=2)
     if act not in (None, "relu"):
         raise ValueError(f"act must be None or 'relu', got {act!r}")
-    if reference.layout(x) is None:
+    if not ops.writable(x):
         raise ValueError(f"x must be contiguous or channels last to be written in place, got strides {x.stride()}")
     backend = _check_backend(backend, x)
     noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)

@@ -73,6 +73,11 @@ def active_backend(x: torch.Tensor) -> str:
     return _KEYS.get(x.device.type.upper(), _any_backend)(x)
 
 
+def writable(x: torch.Tensor) -> bool:
+    """Whether `add_noise_` can write over ``x``: it is contiguous or channels last."""
+    return reference.layout(x) is not None
+
+
 def noise_choice(weight: torch.Tensor, groups: int) -> str:
     """Where a noisy convolution of ``weight`` and channels-last images like it makes its noise: "in_kernel" or "separate"."""
     if weight.dim() != 4 or active_backend(weight) != "triton":

@@ -58,11 +58,15 @@ def test_no_step_waits_for_the_device(images, graphs):
     for _ in range(5):
         run.advance()
     object.__setattr__(run.config, "log_steps", 100)
+    before = run.step
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run.advance()
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.zeros(1, device="cuda").item()  # a wait would be noticed
+        row = run.advance()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert run.step == before + 1 and row is None
 
 
 @pytest.mark.gpu

@@ -463,6 +463,16 @@ def test_hooks_that_change_what_flows(place, before, seed):
     assert_same_function(model, seed)
 
 
+def test_what_a_hook_has_seen_stays_as_it_was(seed):
+    """Noise goes over a convolution's result in place, but not over one that somebody may hold."""
+    model, seen = net(conv(3), conv(6), nn.ReLU(), conv(6), Head(6)).eval(), []
+    model[1].register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
+    snapshot, _ = fuse.snapshot(model, torch.float32)
+    with torch.no_grad():
+        run(snapshot, torch.rand(PACKED), seed)
+    assert seen and all(torch.equal(held, then) for held, then in seen)
+
+
 def test_backward_hooks_see_their_gradient(seed):
     model, seen = lively(rse_fast.convert(Net(functional_relu))).eval(), []
     model.conv2.register_full_backward_hook(lambda module, g_in, g_out: seen.append(g_out[0].shape))

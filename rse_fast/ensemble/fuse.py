@@ -49,7 +49,6 @@ def snapshot(
         if rewrite is not None:
             rewrite(copied)
         merge_activations(copied)
-        find_private(copied)
         pack_weights(copied)
     return _lay_out(copied, dtype), problem
 
@@ -114,11 +113,16 @@ class Activation(nn.Module):
     alone: whether x is memory that nobody else reads, so that the result may take its place.
     """
 
-    alone = False
-
-    def __init__(self, layer: nn.Module, pool: bool = False, affine: tuple[torch.Tensor, torch.Tensor] | None = None, keep: bool = False):
+    def __init__(
+        self,
+        layer: nn.Module,
+        pool: bool = False,
+        affine: tuple[torch.Tensor, torch.Tensor] | None = None,
+        keep: bool = False,
+        alone: bool = False,
+    ):
         super().__init__()
-        self.layer, self.pool, self.keep = layer, pool, keep
+        self.layer, self.pool, self.keep, self.alone = layer, pool, keep, alone
         self.scale, self.shift = affine or (None, None)  # no buffers: they stay in float32, as the noise arithmetic is
 
     def forward(self, x):
@@ -207,19 +211,22 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         layer = module_of(node, (NoisyConv2d,))
         return layer is not None and _is_simple(layer)
 
+    def is_fresh(node):
+        """Whether what it computes is new memory, which no hook has seen."""
+        return node.target in _FRESH or module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
+
     def is_private(node):
         """Whether its one reader alone sees what it computes: whoever reads the memory of an in-place ReLU's source reads the ReLU's."""
         if len(node.users) != 1:
             return False
-        if node.target in _FRESH or module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None:
+        if is_fresh(node):
             return True
         views = node.args[:1] if node.target is operator.iadd else node.all_input_nodes  # what its result may be a view of
         return node.op.startswith("call_") and all(map(is_private, views))
 
     def is_steady(node):
         """Whether what it computes is new memory that nobody writes to later, so that it may be read later than the graph says."""
-        fresh = node.target in _FRESH or module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
-        return fresh and not any(map(writes, node.users))
+        return is_fresh(node) and not any(map(writes, node.users))
 
     def writes(node):
         if node.op == "call_module":
@@ -249,9 +256,12 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         if readers and len(noisy) == len(readers):
             if pool is not None and affine is None and len(readers) > 1:
                 pool = None  # once, and not again for every reader
+            memory = source if affine is None else source.args[0]
+            alone = len(readers) == 1 and len(memory.users) == 1 and is_fresh(memory)
             for reader in readers:
                 layer = model.get_submodule(reader.target)
-                reader.target = add("fused", reader, FusedConv(layer, Activation(layer, pool is not None, affine)))
+                activation = Activation(layer, pool is not None, affine, alone=alone)
+                reader.target = add("fused", reader, FusedConv(layer, activation))
         elif once and (only is not None or not pools) and not any(map(writes, readers)):
             shared, value = once[0], node if only is None else only
             layer = model.get_submodule(shared.target)
@@ -273,19 +283,6 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
             graph.erase_node(source)
     model.delete_all_unused_submodules()
     model.recompile()
-
-
-def find_private(model: torch.fx.GraphModule) -> None:
-    """Marks each `Activation` whose source is a convolution's new result that no other node reads."""
-    convolutions = (FusedConv, *_CONVOLUTIONS)
-    for node in model.graph.nodes:
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
-        if not isinstance(module, FusedConv) or module.activation is None:
-            continue
-        (source,) = node.all_input_nodes
-        if source.op == "call_module" and len(source.users) == 1:
-            producer = model.get_submodule(source.target)
-            module.activation.alone = type(producer) in convolutions and not _has_hooks(producer)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
