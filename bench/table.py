@@ -182,7 +182,7 @@ def _write(out, table):
 def markdown(table: dict) -> str:
     """The text of table.md."""
     rows, notes = table["rows"], []
-    if len({(row["settings"]["labels"], row["settings"]["order"]) for row in rows.values() if "settings" in row}) > 1:
+    if len({tuple(row["settings"][key] for key in ("labels", "order", "images")) for row in rows.values() if "settings" in row}) > 1:
         notes = ["- The rows are of different images: compare none of them."]
     notes += [f"- {defence}: {note}." for defence, row in rows.items() for note in row["notes"]]
     absent = [f"- {defence}{columns}: {reason}." for defence, row in rows.items() for reason, columns in _by_reason(row)]

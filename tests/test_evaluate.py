@@ -345,9 +345,23 @@ def test_processes_share_the_batches_and_the_last_one_reports(whole, tmp_path):
     assert (tmp_path / "report.md").is_file()
 
 
+def test_a_folder_goes_on_to_more_images(whole, tmp_path):
+    def evaluated(images):
+        assert main(*ARGS, *ONLY, "--images", str(images), "--out", str(tmp_path)) == 0
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert {entry["images"] for entry in results["cases"].values()} == {results["settings"]["images"]} == {images}
+        return {name: entry["accuracy"] for name, entry in results["cases"].items()}, rows.read(tmp_path)
+
+    few, first = evaluated(24)
+    all_figures, every_row = evaluated(40)
+    assert without_times(every_row) == without_times(rows.read(whole))
+    assert all(every_row[key] == row for key, row in first.items() if "eot20" in key[0] and key[1] < 16)  # a full batch: not done again
+    assert evaluated(24)[0] == few != all_figures and rows.read(tmp_path) == every_row
+
+
 def test_the_folder_of_another_evaluation_is_refused(whole, capsys):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
-    for change in (["--draws", "4"], ["--seed", "4"], ["--images", "39"], ["--protocol", "sanity"]):
+    for change in (["--draws", "4"], ["--seed", "4"], ["--repeats", "4"], ["--protocol", "sanity"]):
         assert main(*ARGS, *change, "--out", str(whole)) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert change[0].lstrip("-") in line and change[1] in line
@@ -401,5 +415,5 @@ def test_rows_that_are_no_rows_are_an_error(tmp_path):
 
 def test_settings_name_what_was_evaluated(whole):
     settings = json.loads((whole / "evaluation.json").read_text())
-    assert settings["draws"] == 3 and settings["sigmas"] == [0.1, 0.2] and settings["seed"] == 3 and settings["images"] == 40
+    assert settings["draws"] == 3 and settings["sigmas"] == [0.1, 0.2] and settings["seed"] == 3
     assert len(settings["weights"]) == 64

@@ -1,15 +1,14 @@
 """``rse-fast evaluate``: a protocol of attacks on a trained network, and its report, in a folder that a killed run continues.
 
 The folder: ``evaluation.json`` (what is evaluated, and how), ``rows-RANK.jsonl`` (a line an image and attack, flushed batch by batch), and
-at the end ``report.md``, ``results.json`` and pictures. Under torchrun the batches are shared out among the processes.
+at the end ``report.md``, ``results.json`` and pictures. With more ``--images`` the same folder goes on to those; with fewer the report is
+of those alone, and no row is lost. Under torchrun the batches are shared out among the processes.
 """
 
 import argparse
 import importlib
-import json
 import os
 import platform
-import secrets
 import shlex
 import sys
 import time
@@ -29,6 +28,7 @@ from rse_fast.evaluate.target import Target
 from rse_fast.nn import noise_layers
 
 _PACKAGES = ("torch", "numpy", "rse-fast", "foolbox", "pyautoattack")
+_SETTINGS = "evaluation.json"
 _ORDER_SEED = 0  # of the order of a test part that is sorted by class
 
 
@@ -95,7 +95,7 @@ def run(argv: list[str]) -> dict | None:
 
     Raises ValueError or TypeError naming the option, OSError for a folder that cannot be written.
     """
-    from rse_fast.workload import digest
+    from rse_fast import workload
 
     args, command = _parser().parse_args(argv), shlex.join(["rse-fast", "evaluate", *argv])
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -111,18 +111,21 @@ def run(argv: list[str]) -> dict | None:
     splits = _splits(args)
     protocol, args.eps = PROTOCOLS[args.protocol], sorted(set(args.eps))
     target = Target(model, args.draws, plain=plain, dtype=args.dtype)
-    images, labels, order = _images(getattr(splits, args.part), args.images or protocol.images)
+    part = getattr(splits, args.part)
+    images, labels, order = _images(part, args.images or protocol.images)
     cases = protocol.cases(args.eps, args.l2, target.draws, plain is not None)
     cases = [case for case in cases if len(splits.classes) >= attacks.CLASSES.get(case.method, 2)]
     settings = {
-        "protocol": args.protocol, "model": args.model or str(args.run), "weights": digest(model.state_dict()),
-        "plain": args.plain, "plain_weights": digest(plain.state_dict()) if plain is not None else None,
-        "data": splits.name, "part": args.part, "order": order, "images": len(labels), "labels": digest({"labels": labels}),
+        "protocol": args.protocol, "model": args.model or str(args.run), "weights": workload.digest(model.state_dict()),
+        "plain": args.plain, "plain_weights": workload.digest(plain.state_dict()) if plain is not None else None,
+        "data": splits.name, "part": args.part, "order": order, "labels": workload.digest({"labels": torch.as_tensor(part.labels)}),
         "draws": target.draws, "sigmas": sorted({float(f"{s:.6g}") for layer in noise_layers(model).values()
                                                  for s in layer.current_sigma().detach().flatten().tolist()}),
         "eps": args.eps, "l2": args.l2, "repeats": args.repeats, "dtype": args.dtype, "device": torch.device(args.device).type,
     }  # fmt: skip
-    settings = open_folder(args.out, settings, args.seed, rank)
+    if rank:
+        _await(args.out / _SETTINGS)
+    settings = workload.open_folder(args.out, _SETTINGS, settings, args.seed)
     chosen = [case for case in cases if not args.only or case.name in args.only]
     if unknown := set(args.only or ()) - {case.name for case in cases}:
         raise ValueError(f"--only: expected cases of the protocol ({', '.join(c.name for c in cases)}), got {', '.join(sorted(unknown))}")
@@ -131,13 +134,14 @@ def run(argv: list[str]) -> dict | None:
         evaluate(
             target, images, labels, chosen, args.out, seed=settings["seed"], repeats=args.repeats, rank=rank, ranks=ranks, progress=progress
         )
-    found = rows.read(args.out)
+    found = {key: row for key, row in rows.read(args.out).items() if key[1] < len(labels)}  # others are of a run with more images
     missing = sum((case.name, index) not in found for case in chosen for index in range(len(labels)))
     if missing and ranks > 1:
         print(f"process {rank} is done; {missing} rows are left to others, and the last of them writes the report", flush=True)
         return None
     results = {
-        "settings": settings, "classes": list(splits.classes), "shape": list(images.shape[1:]), "command": command,
+        "settings": settings | {"images": len(labels)}, "classes": list(splits.classes), "shape": list(images.shape[1:]),
+        "command": command,
         "machine": {"device": args.device, "processor": _processor(args.device), "system": platform.platform(),
                     "threads": torch.get_num_threads(), "processes": ranks},
         "versions": {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
@@ -194,28 +198,13 @@ def _images(part, count):
     return images, labels[order], f"first of a fixed shuffle (seed {_ORDER_SEED})" if sorted_by_class else "first"
 
 
-def open_folder(out: Path, settings: dict, seed: int | None, rank: int) -> dict:
-    """Makes the folder, or checks that it is one of these settings; returns them with the seed. Other processes wait for the first."""
-    path = out / "evaluation.json"
-    if not path.exists() and rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        settings = settings | {"seed": secrets.randbits(63) if seed is None else seed}
-        data.write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
-        return settings
+def _await(path: Path) -> None:
+    """Until the first process has made the folder."""
     waited = time.monotonic()
     while not path.exists():
         if time.monotonic() - waited > 600:
             raise ValueError(f"--out: the first process has made no {str(path)!r} in ten minutes")
         time.sleep(0.1)
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"--out: cannot read {str(path)!r}: {error}") from error
-    wanted = settings | {"seed": found.get("seed") if seed is None else seed}
-    differing = [f"{name} {found.get(name)!r} there, {value!r} here" for name, value in wanted.items() if found.get(name) != value]
-    if differing:
-        raise ValueError(f"--out: {str(out)!r} holds an evaluation of something else ({'; '.join(differing)}); name another folder")
-    return found
 
 
 def _processor(device):

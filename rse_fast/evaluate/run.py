@@ -44,7 +44,7 @@ def evaluate(
 ) -> None:
     """Attacks uint8 images [N, C, H, W] with int64 labels [N] and appends one row an image and case to ``out``/rows-RANK.jsonl.
 
-    Rows that are there already are not computed again. seed: the master seed, from which all noise of attacks, selection and scoring is
+    A batch whose rows are all there is not done again. seed: the master seed, from which all noise of attacks, selection and scoring is
     derived. repeats: scorings of each image with fresh noise. rank, ranks: this process takes every ranks-th batch. progress: called
     with (case, images) after each batch, and once with what was there. Raises ValueError naming the argument.
     """
