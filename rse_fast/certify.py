@@ -20,6 +20,7 @@ as in Horvath et al., ICLR 2022).
 
 import copy
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def certify(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if n0 + n > 2**32:
         raise ValueError(f"n0 + n must be at most 2^32, got {n0 + n}")
-    if not isinstance(alpha, (int, float)) or not 0 < alpha < 1:
+    if not isinstance(alpha, numbers.Real) or not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), got {alpha!r}")
     radii = [] if radii is None else [float(r) for r in np.atleast_1d(radii)]
     if not all(0 <= r < math.inf for r in radii):
@@ -132,7 +133,7 @@ def certify(
     width = math.sqrt(x[0].numel() if len(x) else 0) * grid_step(sigma)
     reach = sigma * float(ndtri(largest_bound(n, alpha, bool(radii)))) - width
     if reach <= 0:
-        warnings.warn(f"n={n} draws can never decide at alpha={alpha}: every image will abstain", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"n={n} draws can never decide at alpha={alpha}: no radius above 0 can be certified", RuntimeWarning, stacklevel=2)
     elif beyond := [r for r in radii if r > reach]:
         text = f"radii {beyond} can never be certified with n={n} draws at alpha={alpha}: the largest radius is {reach:.4g}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)

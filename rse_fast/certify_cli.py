@@ -76,7 +76,9 @@ def run(argv: list[str]) -> dict:
         text = f"--images: the part is sorted by class, and these {len(rows)} images are of {some} of its {all_classes} classes; "
         warnings.warn(text + f"--every {max(1, len(labels) // len(rows))} takes as many of all", RuntimeWarning, stacklevel=2)
     ensemble = Ensemble(model, dtype=args.dtype, chunk_rows=args.chunk_rows)
-    sigma = float(input_noise(model, workload.images(part, rows[:1], args.device)).current_sigma())
+    x = workload.images(part, rows[:1], args.device)
+    certify(ensemble, x[:0], n0=args.n0, n=args.n, alpha=args.alpha, radii=args.radius)  # what it refuses leaves no folder
+    sigma = float(input_noise(model, x).current_sigma())
     settings = facts | {
         "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha, "radii": args.radius,
         "dtype": str(ensemble._resolve_dtype(torch.device(args.device)))[6:],

@@ -104,6 +104,10 @@ class NoiseLayer(nn.Module):
         """Gives the layer its sigma (a number or a float32 tensor, 0-dim or one per channel, >= 0; > 0 if learnable)."""
         functional.check_sigma("sigma", sigma)
         value = torch.as_tensor(sigma, dtype=torch.float32).detach().clone()
+        channels = getattr(self, "in_channels", None) or getattr(self, "in_features", None)  # 0 before a lazy layer knows
+        if value.dim() > 1 or (channels and value.numel() not in (1, channels)):
+            wanted = f"have shape [{channels}]" if channels else "have one value a channel"
+            raise ValueError(f"sigma must be a number or {wanted}, got shape {tuple(value.shape)}")
         like = next(self.parameters(recurse=False), None)
         value = value if like is None else value.to(like.device)
         if learnable:
@@ -175,6 +179,8 @@ class GaussianNoise(NoiseLayer):
 
     def __init__(self, sigma, channel_dim=1):
         super().__init__()
+        if functional.integer("channel_dim", channel_dim) == 0:
+            raise ValueError("channel_dim must not be 0, the dimension of the images, got 0")
         self.channel_dim = channel_dim
         self.init_noise(sigma)
 
@@ -255,6 +261,12 @@ def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
 
 
 def number_layers(model: nn.Module) -> None:
-    """Sets every noisy layer's stream to its index in module order, which is the same for a copy of the model."""
-    for index, layer in enumerate(noise_layers(model).values()):
+    """Sets every noisy layer's stream to its index in module order, which is the same for a copy of the model.
+
+    Raises ValueError for more than 65,536 layers, which a stream has no room for.
+    """
+    layers = noise_layers(model)
+    if len(layers) > 2**16:
+        raise ValueError(f"model must have at most 65536 noisy layers, got {len(layers)}")
+    for index, layer in enumerate(layers.values()):
         layer.stream = index

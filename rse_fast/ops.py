@@ -104,6 +104,8 @@ def _add_noise_in_place(x, sigma, seed, stream, images, draws, image0, draw0, sc
     if backend == "torch":
         x.copy_(reference.add_noise(x, sigma, *where, scale, shift, relu, places))
         return
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # autograd refuses to go back through what was kept of x before
     sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
     launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
     launch(x, x, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, places)

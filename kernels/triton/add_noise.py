@@ -222,21 +222,24 @@ def add_noise(
     lines, width = out.shape[-2:] if pool else (1, spatial)
     one_value = sigma.numel() == 1 and scale is None and shift is None
     arguments = dict(
-        x_ptr=x, y_ptr=out, clean_ptr=clean, sigma_ptr=sigma, scale_ptr=scale, shift_ptr=shift, seed_ptr=seed, places_ptr=places,
+        x_ptr=x, clean_ptr=clean, sigma_ptr=sigma, scale_ptr=scale, shift_ptr=shift, seed_ptr=seed, places_ptr=places,
         layer_stream=word(stream), images=images, image0=word(image0), draw0=word(draw0), repeats=images * draws // x.shape[0],
         width_in=x.shape[-1] if pool else 1, height_in=x.shape[-2] if pool else 1,
         SIGMA_VARIES=sigma.numel() > 1, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, RELU=relu, PLACES=places is not None,
         CLEAN=clean is not None, POOL=pool, WIDE=x[0].numel() >= ENOUGH_32_BITS, FAST=fast_math(),
     )  # fmt: skip
 
-    def run(config):
+    def run(config, y=out):
         kernel, programs, shape = plan(x.shape[1], lines, width, out.shape[0], x.element_size(), one_value, sigma.numel() > 1, pool, config)
-        kernel[(programs,)](**arguments, **shape)
+        kernel[(programs,)](y_ptr=y, **arguments, **shape)
+
+    def trial(config):
+        run(config, torch.empty_like(out))  # not over x, where the noise of all trials would pile up
 
     with on_device(x):
         walk = f"{plan.__name__} affine{not one_value:d} pool{pool:d}"
         key = f"add_noise {walk} {x.dtype} C{x.shape[1]} 2^{out.numel().bit_length()}"
-        run(tuned(x, key, default(x.element_size(), not one_value or relu or pool), CANDIDATES, run))
+        run(tuned(x, key, default(x.element_size(), not one_value or relu or pool), CANDIDATES, trial))
 
 
 @functools.lru_cache(maxsize=1024)  # a layer asks the same at every call

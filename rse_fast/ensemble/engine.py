@@ -122,7 +122,7 @@ class Ensemble(nn.Module):
                     rows.append(part)
                 else:
                     rows[-1] = torch.logaddexp(rows[-1], part)
-            empty = x.new_zeros((0, model.classes), dtype=torch.float32)
+            empty = x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()  # of no images, for the sake of their gradient
         return torch.cat(rows) - math.log(self.draws) if rows else empty
 
     @torch.no_grad()
@@ -130,6 +130,8 @@ class Ensemble(nn.Module):
         """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image0``, the index of the first image, address the noise:
         a data set predicted in parts, each with its own image0, gets the noise it would get as one batch."""
         x, seed, image0 = self._input(x), self._call_seed(seed), functional.integer("image0", image0)
+        if image0 < 0 or image0 + len(x) > 2**32:
+            raise ValueError(f"image0 must be in [0, 2^32 - {len(x)}], got {image0}")
         if self.early_exit is None:
             return self._prediction(self._all_draws(x, self._seed_tensor(seed, x), image0), seed)
         pool = self._pool(x, seed, self.draws)
@@ -192,6 +194,8 @@ class Ensemble(nn.Module):
     def _call_seed(self, seed):
         if seed is not None:
             return _seed(seed)
+        if self.seed is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("seed: a captured call would have the same noise at every replay; give a seed, or let graphs=True capture")
         return int.from_bytes(os.urandom(8), "little") if self.seed is None else self.seed
 
     @staticmethod
@@ -227,7 +231,8 @@ class Ensemble(nn.Module):
         with self._model(x) as model:
 
             def step(image, draw):
-                at = places[image] + torch.tensor([0, draw.start], device=x.device)
+                at = places[image].clone()
+                at[:, 1] += draw.start
                 images, draws = image.stop - image.start, draw.stop - draw.start
                 scope = Scope(seed, images, draws, backend=self.backend, places=at, silent=silent)
                 return self._logits(model, x[image], scope)
@@ -304,10 +309,13 @@ class Ensemble(nn.Module):
     def _model(self, x):
         """The callable that runs packed batches like ``x``."""
         with self._lock:
+            number_layers(self.model)  # an ensemble of a part of the model, or of more than it, numbers them otherwise
             state = self._state(x)
             if self._prepared is None or self._prepared[0] != state:
                 with torch.random.fork_rng(devices=[]):  # a forward that draws numbers of its own does so in dry runs, too
-                    self._prepared = state, self._prepare(x)
+                    prepared = self._prepare(x)
+                # What the state tells apart by its address is kept, so that nothing else can come to lie there.
+                self._prepared = state, prepared, [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
             prepared = self._prepared[1]
         with self._mode():
             yield prepared
@@ -453,8 +461,8 @@ def _eval_mode(model):
 
 def _count(name, value):
     value = functional.integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 1 <= value <= 2**32:  # draws are counted in 32 bits
+        raise ValueError(f"{name} must be at least 1{' and at most 2^32' if value > 1 else ''}, got {value}")
     return value
 
 

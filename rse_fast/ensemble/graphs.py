@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from rse_fast.ensemble.plan import out_of_memory
 from rse_fast.nn import Scope
 
 # Rows up to which launches may take longer than the arithmetic. On an H100 a noise layer and its convolution cost the host about 0.15 ms,
@@ -16,26 +17,34 @@ from rse_fast.nn import Scope
 MOST_ROWS = 4096
 MOST = 32  # graphs of one model; shapes beyond run without
 
+_one_capture = threading.Lock()  # `torch.cuda.graph` first waits for the whole device, which spoils a capture in another thread
+
 
 @contextlib.contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, **options):
-    """`torch.cuda.graph`, except that a capture that fails leaves the device's random generator and the current stream as they were.
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple):
+    """`torch.cuda.graph`, one at a time in the process, while other threads use the device; a capture that fails leaves no trace.
 
-    torch (2.11) ends such a capture half-way: the generator would refuse every number from then on, in the whole process.
+    torch (2.11) ends such a capture half-way: the current stream, the allocator and the device's random generator stay in it, and the
+    generator refuses every number, and every replay of other graphs, in the whole process.
     """
-    current, cause = torch.cuda.current_stream(), None
-    try:
-        with torch.cuda.graph(graph, stream=stream, **options):
-            try:
-                yield
-            except BaseException as error:
-                cause = error  # the end of the capture raises as well, and less to the point
-                raise
-    except BaseException as error:
-        torch.cuda.set_stream(current)
-        generator = torch.cuda.default_generators[current.device_index]
-        generator.graphsafe_set_state(generator.clone_state())
-        raise (cause or error) from None
+    with _one_capture:
+        current, cause = torch.cuda.current_stream(), None
+        try:
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                try:
+                    yield
+                except BaseException as error:
+                    cause = error  # the end of the capture raises as well, and less to the point
+                    raise
+        except BaseException as error:
+            torch.cuda.set_stream(current)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(current.device_index, pool)
+            with contextlib.suppress(RuntimeError), torch.cuda.graph(
+                torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"
+            ):
+                torch.zeros(1, device=current.device)  # the end of a capture that succeeds is the end of one for the generator as well
+            raise (cause or error) from None
 
 
 class Graphs:
@@ -43,13 +52,14 @@ class Graphs:
 
     run: (x [images, ...], scope) -> logits, without gradients. The seed, the images' indices and their first draws are device tensors of
     the graph, so each replay has the noise it is asked for. May be called from any thread and on any stream; replays follow each other.
-    always: whatever the number of rows; otherwise up to MOST_ROWS. What cannot be captured runs as it is, after one warning.
+    always: whatever the number of rows; otherwise up to MOST_ROWS. What cannot be captured runs as it is, after one warning. What
+    Python does in a forward pass, hooks and random numbers of the host among it, happens at the capture and not at a replay.
     """
 
     def __init__(self, run: Callable, always: bool):
         self.run, self.always, self.problem = run, always, None
         self._graphs, self._seen, self._lock = {}, Counter(), threading.Lock()
-        self._pool = self._done = None
+        self._pool = self._side = self._done = None
 
     def __call__(self, x: torch.Tensor, scope: Scope) -> torch.Tensor:
         key = x.shape, x.dtype, x.stride(), scope.images, scope.draws, scope.backend, scope.silent
@@ -68,6 +78,8 @@ class Graphs:
                 try:
                     self._graphs[key] = self._capture(x, scope)
                 except Exception as error:
+                    if out_of_memory(error):
+                        raise  # fewer rows may have a graph
                     self.problem = str(error).splitlines()[0] if str(error) else type(error).__name__
                     message = f"rse-fast: the model cannot be captured in a CUDA graph and runs without one ({self.problem})"
                     warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -81,24 +93,24 @@ class Graphs:
             scope.calls.update(noise.calls)
             return result
 
+    @torch.inference_mode(False)  # the tensors of a graph that is captured under inference_mode are written outside it as well
+    @torch.no_grad()
     def _capture(self, x, scope):
         places = torch.zeros((scope.images, 2), dtype=torch.int64, device=x.device)
         noise = dataclasses.replace(scope, seed=torch.zeros_like(scope.seed), image0=0, draw0=0, places=places, calls={})
         static = x.clone()
         self._set(noise, scope)
-        side = torch.cuda.Stream()
+        side = self._side = self._side or torch.cuda.Stream()  # one: torch keeps a workspace of cuBLAS for each
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # compiles kernels, picks algorithms, fills caches: none of it may happen in a capture
                 self._fresh(noise)
                 self.run(static, noise)
         torch.cuda.current_stream().wait_stream(side)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._fresh(noise)
-        # Other threads may go on using the device while this one captures.
-        with capturing(graph, side, pool=self._pool, capture_error_mode="thread_local"):
+        with capturing(graph, side, self._pool):
             logits = self.run(static, noise)
         return graph, static, noise, logits
 

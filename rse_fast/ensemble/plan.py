@@ -75,7 +75,7 @@ class Planner:
             try:
                 result = step(image, draw)
             except Exception as error:
-                if rows == 1 or not _out_of_memory(error):
+                if rows == 1 or not out_of_memory(error):
                     raise
             else:
                 yield image, draw, result
@@ -109,7 +109,7 @@ class Planner:
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()  # of the device would spoil a capture in another thread
         return time.perf_counter()
 
 
@@ -168,9 +168,13 @@ def shard(images: int, rank: int, world_size: int) -> slice:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- memory
-def _out_of_memory(error: Exception) -> bool:
+_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")  # the CPU's allocator; CUDA and Triton; cuBLAS and cuDNN
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory was what an operation lacked; only torch's own allocator of GPU memory has a class of errors for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)  # the CPU allocator has no class of its own
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
 
 

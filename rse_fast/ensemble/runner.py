@@ -1,5 +1,7 @@
 """A model made ready to run packed batches: how its batch is packed, in which dtype it computes, and whether a fused copy still is it."""
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -62,10 +64,22 @@ def run(model: nn.Module, x: torch.Tensor, scope: Scope, dtype: torch.dtype, com
     """``model``, whose parameters are in ``dtype``, computing in ``compute`` on x (packed, or to be packed by the first noise)."""
     # Never the caller's tensor: a forward that works in place would change it, and see its own work at the next chunk of draws.
     x = x.to(dtype, copy=True, memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
-    # Autocast also where the model is in low precision: its forward may make a float32 tensor on the way, as x.float() does.
+    # Autocast also where the model is in low precision: its forward may make a float32 tensor on the way, as x.float() does. Without its
+    # cache, which inside an autocast of the caller's would free, at the end of that, weights that a CUDA graph reads.
     low = compute != torch.float32
-    with scope, torch.autocast(x.device.type, compute if low else None, enabled=low):
+    with scope, torch.autocast(x.device.type, compute if low else None, enabled=low, cache_enabled=False):
         return model(x)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device):
+    """torch's generators of the CPU and of ``device`` begin at ``seed``, and are what they were afterwards; others are not touched."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
 
 
 @torch.no_grad()
@@ -76,13 +90,11 @@ def mismatch(fused: nn.Module, unfused: nn.Module, dtype: torch.dtype, x: torch.
     bfloat16 for float32: what everybody accepts who runs it so.
     """
     narrow = dtype if dtype.itemsize < 4 else torch.bfloat16
-    devices = [x.device] if x.device.type == "cuda" else []
     values = torch.rand((4, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).to(x.device)
 
     def logits(model, compute):
         scope = Scope(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2)
-        with torch.random.fork_rng(devices):  # a layer that draws numbers of its own shall draw the same
-            torch.manual_seed(0)
+        with seeded(0, x.device):  # a layer that draws numbers of its own shall draw the same
             return run(model, values, scope, compute, compute)
 
     try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rse_fast.ensemble.runner import seeded
 from rse_fast.evaluate.protocols import Case
 from rse_fast.evaluate.target import Answer, Queries, derive
 
@@ -32,11 +33,9 @@ def run(case: Case, queries: Queries, select: Callable[[Tensor], Answer], x: Ten
     """
     if case.method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {case.method!r}")
-    devices = [x.device] if x.device.type == "cuda" else []
     candidates, verdict = [], torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for restart in range(case.restarts):
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derive(seed, restart))
+        with seeded(derive(seed, restart), x.device):
             found, lucky = METHODS[case.method](case, queries, x, y)
         candidates += [images.detach().to(torch.float32) for images in found]
         verdict |= lucky

@@ -23,6 +23,10 @@ class Captured:
         self._graph = self._stream = None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.cuda.device(inputs[0].device):
+            return self._call(*inputs)
+
+    def _call(self, *inputs):
         if self._graph is not None:
             for kept, given in zip(self._inputs, inputs, strict=True):
                 kept.copy_(given)
@@ -38,7 +42,7 @@ class Captured:
             return results
         self._inputs = [given.clone() for given in inputs]
         graph = torch.cuda.CUDAGraph()
-        with capturing(graph, self._stream):
+        with capturing(graph, self._stream, torch.cuda.graph_pool_handle()):
             self._results = self._function(*self._inputs)
         self._graph = graph
-        return self(*inputs)
+        return self._call(*inputs)

@@ -73,7 +73,7 @@ class Trainer:
             self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
         self.average = None
         if config.ema:
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            self.average = AveragedModel(self.model, device, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         if config.compile:
             self.model.compile()
         self._forward = self.model
