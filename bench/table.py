@@ -230,7 +230,7 @@ def _facts(row):
         text += f"; attacked: {settings['images']} images of {settings['data']} ({settings['order']}), weights {settings['weights'][:12]}, "
         text += f"seed {settings['seed']}" + (f", {settings['draws']} draws, sigmas {settings['sigmas']}" if settings["draws"] else "")
     if CERTIFIED in row["cells"]:
-        text += f"; certified: {row['cells'][CERTIFIED]['accuracy']['images']} images"
+        text += f"; certified: {row['cells'][CERTIFIED]['accuracy']['images']} images, evenly spaced over the test part"
     return text + "."
 
 

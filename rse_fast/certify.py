@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rse_fast import functional, ops
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble, plan
+from rse_fast.ensemble.runner import seeded
 from rse_fast.nn import NoiseLayer, Scope, noise_layers
 
 COVERS = """\
@@ -41,7 +42,9 @@ noise is covered because the smoothed score is a Gaussian average of a function 
 image's statement is wrong with probability at most alpha over the draws, so of many images some may be wrong. It says nothing about other
 norms, about larger radii, or about the mean softmax of a few draws, which may give another label than the vote. Input noise is added
 exactly, on a grid (Voracek & Hein 2023), so rounding cannot break the certificate; what remains assumed is that the generator's normals,
-made of 32-bit words, are independent and normal. It holds for the number format and the weights it was made with, and for no others."""
+made of 32-bit words, are independent and normal. It holds for the weights it was made with and the number format they compute in, and for no
+others. In bfloat16 or float16 the network gets the sum of image and noise, rounded once; an `Ensemble` rounds the image before its noise
+comes, which moves the image: there the certified label is this procedure's, not that of `Ensemble.predict`."""
 
 SMALLEST_LOOK = 50  # draws at the first look of an early stop
 GRID = 20  # the step of the grid is the power of two below sigma, times 2^-GRID
@@ -105,7 +108,8 @@ def certify(
         image0: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
 
     Warns (RuntimeWarning) where n and alpha can never decide. Raises ValueError or TypeError naming the argument, also if the noise is not
-    at the input, switched off, zero, per channel, or learnable (``requires_grad_(False)`` on ``sigma_raw`` freezes it).
+    at the input, switched off, zero, per channel, or learnable (``requires_grad_(False)`` on ``sigma_raw`` freezes it), and if the logits of
+    an image depend on what is beside it in a batch.
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an rse_fast.Ensemble, got {type(ensemble).__name__}")
@@ -131,6 +135,7 @@ def certify(
     layer = input_noise(ensemble.model, x)
     sigma = float(layer.current_sigma())
     width = math.sqrt(x[0].numel() if len(x) else 0) * grid_step(sigma)
+    _check_rows(ensemble, x)
     reach = sigma * float(ndtri(largest_bound(n, alpha, bool(radii)))) - width
     if reach <= 0:
         warnings.warn(f"n={n} draws can never decide at alpha={alpha}: no radius above 0 can be certified", RuntimeWarning, stacklevel=2)
@@ -220,6 +225,15 @@ def grid_step(sigma: float) -> float:
     return 2.0 ** (math.floor(math.log2(sigma)) - GRID)
 
 
+def on_grid(t: torch.Tensor, step: float) -> torch.Tensor:
+    """Which multiple of ``step`` the values of a float32 tensor are next to, float64; halves go up.
+
+    Every cell then holds as many float32 numbers of one size. Halves to even, of which there are many, would make even multiples of
+    the noise the more likely ones, and a network could tell by that an image from one a step beside it.
+    """
+    return t.double().div_(step).add_(0.5).floor_()
+
+
 @torch.inference_mode()
 def _votes(ensemble, layer, x, index, start, stop, seed):
     """Votes int64 [A, K] of draws start .. stop - 1 of images x [A, ...], whose indices are ``index`` int64 [A]."""
@@ -227,10 +241,6 @@ def _votes(ensemble, layer, x, index, start, stop, seed):
         votes = torch.zeros(len(x), model.classes, dtype=torch.int64, device=x.device)
     seed, sigma = functional.seed_tensor(seed, x.device), layer.current_sigma()
     step = grid_step(float(sigma))
-
-    def grid(t):
-        return t.double().div_(step).round_()
-
     for image, draw in plan.chunks(len(x), stop - start, ensemble.rows(x)):
         first = torch.tensor(start + draw.start, device=x.device)
         images, draws = image.stop - image.start, draw.stop - draw.start
@@ -239,7 +249,7 @@ def _votes(ensemble, layer, x, index, start, stop, seed):
             torch.zeros(x[image].shape, device=x.device), sigma, seed=seed, stream=layer.stream, draws=draws, places=places,
             channel_dim=getattr(layer, "channel_dim", 1), backend=ensemble.backend,
         )  # fmt: skip
-        noisy = grid(noise).unflatten(0, (draws, images)).add_(grid(x[image])).mul_(step).float().flatten(0, 1)
+        noisy = on_grid(noise, step).unflatten(0, (draws, images)).add_(on_grid(x[image], step)).mul_(step).float().flatten(0, 1)
         # Every row is an image of its own here, with one draw: that of the inner noise.
         places = places.repeat(draws, 1)
         places[:, 1] += torch.arange(draws, device=x.device).repeat_interleave(images)
@@ -301,6 +311,30 @@ def input_noise(model: torch.nn.Module, x: torch.Tensor) -> NoiseLayer:
     if not float(sigma) > 0:
         raise ValueError(f"model must have noise at its input to be certified, got {where} with sigma 0")
     return layer
+
+
+@torch.inference_mode()
+def _check_rows(ensemble, x):
+    """Votes are independent, and those of a function of the noisy image, only if a row of logits depends on no other row and on no random
+    number but the seed's. Raises ValueError where two images show that it does; no image: unchecked."""
+    if not len(x):
+        return
+    images = torch.cat([x[:1], 1 - x[:1]])
+    places, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
+
+    def logits(rows, own):  # own: where random numbers of torch's begin
+        with seeded(own, x.device):
+            return ensemble.logits_at(images[:rows], places[:rows], 1, seed)[0, :1].float()
+
+    expected = logits(2, 0)
+    compute = torch.bfloat16 if ensemble.dtype == "int8" else ensemble._resolve_dtype(x.device)
+    limit = torch.finfo(compute).eps ** 0.5 * expected.norm()
+    for found, what in (
+        (logits(2, 1), "draws random numbers of its own, which the rows of a batch may share"),
+        (logits(1, 0), "gives an image other logits beside another image, as BatchNorm without running statistics does"),
+    ):
+        if (found - expected).norm() > limit:
+            raise ValueError(f"model must treat each row of a batch by itself to be certified; it {what}")
 
 
 def _first_noise(model, layers, x):

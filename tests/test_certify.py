@@ -12,7 +12,7 @@ from torch import nn
 
 import rse_fast
 from rse_fast import Ensemble, functional
-from rse_fast.certify import _votes, clopper_pearson, estimate, grid_step, largest_bound, looks
+from rse_fast.certify import _votes, clopper_pearson, estimate, grid_step, largest_bound, looks, on_grid
 from rse_fast.nn import GaussianNoise, number_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,11 +204,11 @@ def test_the_input_noise_is_a_fixed_grid_away_from_the_image(rng):
             seen.clear()
             _votes(ensemble, model.noise, image[None], torch.tensor([0]), 0, 5, 3)
             noisy = torch.cat([s for s in seen if len(s) > 1 and s.device.type == "cpu"])
-            clean = (image.double() / step).round() * step
+            clean = (image.double() / step + 0.5).floor() * step
             noises.append((noisy[:5] - clean) / step)
     expected = functional.add_noise(torch.zeros(1, 3, 4, 4), model.noise.sigma, seed=3, images=1, draws=5).double() / step
     for noise in noises[:3]:  # below 16 steps of 2^-24 a float32 holds the exact sum
-        assert torch.equal(noise, expected.round())
+        assert torch.equal(noise, (expected + 0.5).floor())
     assert (noises[3] - expected.round()).abs().max() <= 500 * 2.0**-24 / step  # the one rounding of the sum
 
 
@@ -222,6 +222,17 @@ def test_low_precision_is_part_of_the_network(rng):
     # A bfloat16 classifier is another one: its boundary is off by the rounding of 8 products and a bias, relative to |w|.
     slack = (8 + 1) * 2.0**-8 * (1 + 4 * SIGMA) * (model.linear.weight.abs().sum() + 1) / model.linear.weight.norm()
     assert (out.radius[known] <= exact[known] + slack).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("sigma", [0.12, 0.2, 0.25])
+def test_no_multiple_of_the_step_is_likelier_than_its_neighbours(sigma):
+    """Or the last bits of the sum would tell an image from another one a step beside it (Voracek & Hein 2023)."""
+    step = grid_step(sigma)
+    noise = functional.add_noise(torch.zeros(1, 3, 600, 600), sigma, seed=int(np.random.default_rng().integers(2**63)))
+    last_bits = torch.bincount(on_grid(noise, step).long().flatten() % 4, minlength=4)
+    assert scipy.stats.chisquare(last_bits.numpy()).pvalue > 1e-6
+    halves_to_even = torch.bincount((noise.double() / step).round().long().flatten() % 2, minlength=2)
+    assert scipy.stats.chisquare(halves_to_even.numpy()).pvalue < 1e-6  # what it guards against is seen
 
 
 # ------------------------------------------------------------------------------------------------------------------- what is refused

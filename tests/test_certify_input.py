@@ -93,6 +93,32 @@ REFUSED = {  # and what the message names
 }
 
 
+class Batch(nn.Module):
+    """What a row of it gives depends on the batch."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.noise, self.how = gaussian(), how
+
+    def forward(self, x):
+        x = self.noise(x).flatten(1)[:, :4]
+        return self.how(x)
+
+
+SHARED = {
+    "statistics of the batch": (lambda x: (x - x.mean(0)) / x.std(0, unbiased=False).add(0.1), "beside another image"),
+    "a random number for all": (lambda x: x + torch.rand(()) * x.new_tensor([1.0, 0, 0, 0]), "random numbers of its own"),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_rows_that_are_not_independent_are_refused(name, rng):
+    how, what = SHARED[name]
+    with pytest.raises(ValueError, match=what):
+        rse_fast.certify(rse_fast.Ensemble(Batch(how), seed=1), torch.rand(3, 3, 8, 8), n0=5, n=100)
+    rse_fast.certify(rse_fast.Ensemble(Batch(lambda x: x / x.norm(dim=1, keepdim=True)), seed=1), torch.rand(3, 3, 8, 8), n0=5, n=100)
+
+
 @pytest.mark.parametrize("name", FINE)
 def test_models_with_noise_at_the_input(name, rng):
     model = FINE[name]()

@@ -249,12 +249,28 @@ def test_restarts_keep_the_image_with_the_lowest_probability_of_the_truth(noisy,
         assert torch.equal(found.images[i], candidates[choice][i])
 
 
+def test_the_closest_image_that_other_draws_confirm_is_kept(noisy, digits):
+    """A candidate that one query found wrong, and no other does, is none; of those that are wrong the closest counts."""
+    x, y = digits.images[:6].float() / 255, digits.labels[:6]
+    target = Target(noisy, 3)
+    select = lambda images: target.answer("deployed", images, 3, 0)  # noqa: E731
+    near, wrong, far = (x + 1e-3).clamp(0, 1), 0.8 * (1 - x) + 0.1, 1 - x
+    assert (select(wrong).labels != y).all() and (select(far).labels != y).all()
+    confirmed = select(near).labels != y
+    assert not confirmed.all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attacks.METHODS, "cw", lambda *args: ([near, far, wrong], torch.ones(6, dtype=torch.bool)))
+        found = attacks.run(Case("a", "cw", "L2"), target.queries(Case("a", "cw", "L2"), 1), select, x, y, 2)
+    for i in range(6):
+        assert torch.equal(found.images[i], near[i] if confirmed[i] else wrong[i])
+
+
 def test_carlini_wagner_without_success_ends_where_its_search_did(noisy, digits):
     x, y = digits.images[:4].float() / 255, digits.labels[:4]
     wrong = torch.where(Target(noisy, 20).answer("deployed", x, 1, 0).labels == y, y, -1)
     queries = Target(noisy, 20).queries(Case("a", "cw", "L2", steps=3, eot=20), 1)
     closest, last, found = attacks._carlini_wagner(
-        Case("a", "cw", "L2", steps=3), queries, x, y, binary_search_steps=1, stepsize=1e-3, initial_const=1e-3
+        Case("a", "cw", "L2", steps=3), queries, x, y, binary_search_steps=1, stepsize=1e-3, initial_const=1e-3, confidence=0
     )
     unfooled = ~found & (wrong == y)
     assert unfooled.any()

@@ -46,7 +46,7 @@ def summary(**accuracy):
         else:
             value = accuracy[name] if name else next((v for n, v in defaults.items() if case.name.startswith(n)), 0.1)
         rows |= made(case, value)
-    return summarise(cases, rows)
+    return summarise(cases, rows, IMAGES)
 
 
 def failed(results):
@@ -59,7 +59,7 @@ def test_all_checks_pass_where_all_is_well():
     assert {check["name"] for check in results["checks"]} == {
         "large eps", "iterated against one step", "attack against random noise", "white box against black box",
         "white box against transfer from plain", "white box against transfer from noise-off",
-        "white box against transfer from fixed-draw", "ablation: fixed seed", "ablation: noise off",
+        "white box against transfer from fixed-draw", "ablation: fixed seed",
     }  # fmt: skip
 
 
@@ -83,13 +83,49 @@ def test_each_check_can_fail(case, accuracy, name):
     assert f"{100 * accuracy:.1f} %" in results["checks"][0]["text"]
 
 
+@pytest.mark.parametrize(
+    ("case", "accuracy", "name"),
+    [
+        ("apgd-ce-Linf", 0.1, "PGD against apgd-ce"),
+        ("autoattack-Linf", 0.1, "PGD against autoattack"),
+        ("autoattack-L2", 0.05, "smallest distance against autoattack, L2 0.5"),
+        ("pgd40-Linf-0.2-eot5", 0.6, "iterated against one step"),  # although others are strong
+    ],
+)
+def test_each_check_of_several_attacks_can_fail(case, accuracy, name):
+    cases = [
+        Case("fgsm", "fgsm", eps=0.2, eot=5), Case("pgd20-Linf-0.2-eot5", "pgd", eps=0.2, steps=20, eot=5),
+        Case("pgd40-Linf-0.2-eot5", "pgd", eps=0.2, steps=40, eot=5), Case("apgd-ce-Linf", "apgd-ce", eps=0.2, steps=100, eot=20),
+        Case("autoattack-Linf", "autoattack", eps=0.2, steps=100, eot=20), Case("cw", "cw", "L2", steps=200, eot=10),
+        Case("autoattack-L2", "autoattack", "L2", 0.5, 100, 20),
+    ]  # fmt: skip
+
+    def checked(**accuracies):
+        rows = {}
+        for each in cases:
+            value = accuracies.get(each.name, {"fgsm": 0.5, "cw": 0.2}.get(each.name, 0.4))
+            rows |= made(each, value, **({"l2": 0.4} if each.method == "cw" else {}))
+        return failed(summarise(cases, rows, IMAGES))
+
+    assert checked() == []
+    found = checked(**{case: accuracy})
+    assert name in found and all(other.startswith("PGD against") for other in found if other != name)
+
+
+def test_cases_of_fewer_images_are_left_out_by_name():
+    whole, part = Case("a", "fgsm", eps=0.1), Case("b", "pgd", eps=0.1)
+    rows = made(whole, 0.5) | {key: row for key, row in made(part, 0.0).items() if key[1] < IMAGES - 1}
+    results = summarise([whole, part], rows, IMAGES)
+    assert results["cases"].keys() == {"a"} and results["incomplete"] == ["b"]
+
+
 def test_plateau_over_eot():
     cases = [Case(f"p{eot}", "pgd", eps=0.1, steps=20, eot=eot) for eot in (1, 5, 20)]
     for last, plateau in ((0.4, True), (0.3, False), (0.45, True)):
         rows = {}
         for case, accuracy in zip(cases, (0.6, 0.4, last), strict=True):
             rows |= made(case, accuracy)
-        results = summarise(cases, rows)
+        results = summarise(cases, rows, IMAGES)
         (found,) = results["eot"]
         assert found["plateau"] == plateau == (failed(results) == [])
         assert [point["eot"] for point in found["points"]] == [1, 5, 20]
@@ -106,7 +142,7 @@ def test_figures_are_what_counting_gives(rng):
                    "queries": 3.0, "seconds": 2.0, "seeds": [0] * 4, "by_draws": {"1": answers[i][0], "10": answers[i][1]}}
         for i in range(50)
     }  # fmt: skip
-    results = summarise([case], rows)
+    results = summarise([case], rows, 50)
     entry, right = results["cases"]["a"], np.array(answers) == np.array(label)[:, None]
     assert entry["accuracy"]["repeats"] == pytest.approx(right.mean(0).tolist())
     assert entry["accuracy"]["mean"] == pytest.approx(right.mean()) and entry["accuracy"]["sd"] == pytest.approx(right.mean(0).std(ddof=1))
@@ -124,7 +160,7 @@ def test_replication_finds_the_l2_at_30_percent():
     assert [case.c for case in cases[1:]] == [0.01, 0.03, 0.06, 0.1, 0.2, 0.4, 1.0] and {case.steps for case in cases[1:]} == {300}
     for i, (case, accuracy) in enumerate(zip(cases, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.1), strict=True)):
         rows |= made(case, accuracy, l2=i / 10)
-    results = summarise(cases, rows)
+    results = summarise(cases, rows, IMAGES)
     assert results["replication"]["l2_at_30"] == pytest.approx(0.55)
     assert [column["c"] for column in results["replication"]["columns"]] == [case.c for case in cases[1:]]
 
@@ -153,11 +189,11 @@ def results(rng):
             row["example"] = base64.b64encode(bytes(rng.integers(0, 256, 3 * 5 * 4, dtype=np.uint8))).decode()
         if name in ("clean", "pgd20-Linf-0.03137-eot20"):
             row["by_draws"] = {"1": 1, "10": 2}
-    settings = {"protocol": "adaptive", "model": "m", "weights": "0" * 64, "plain": "p", "data": "d", "part": "test", "order": "first",
+    settings = {"protocol": "adaptive", "model": "m", "weights": "0" * 64, "plain": "p", "data": "d", "part": "test", "order": "first", "labels": "2" * 64,
                 "images": IMAGES, "draws": 10, "sigmas": [0.1, 0.2], "seed": 3}  # fmt: skip
     machine = {"device": "cpu", "processor": "x", "system": "y", "threads": 1, "processes": 1}
     return {"settings": settings, "classes": ["cat", "dog", "cow"], "shape": [3, 5, 4], "command": "rse-fast evaluate", "machine": machine,
-            "versions": {"torch": "1"}, "seconds": 1.0, "attack_seconds": 9.0} | summarise(cases, rows), rows  # fmt: skip
+            "versions": {"torch": "1"}, "seconds": 1.0, "attack_seconds": 9.0} | summarise(cases, rows, IMAGES), rows  # fmt: skip
 
 
 def test_report_pictures_and_json(results, tmp_path):
@@ -207,6 +243,8 @@ def test_certificates_become_a_section(results, tmp_path):
     out.mkdir()
     report.write(out, results, torch.zeros(IMAGES, 3, 5, 4, dtype=torch.uint8), list(rows.values()), folder)  # empty: nothing to add
     assert "Certified" not in (out / "report.md").read_text()
+    certified = {name: results["settings"][name] for name in ("weights", "labels", "part")}
+    (folder / "certify.json").write_text(json.dumps(certified))
     (folder / "summary.md").write_text("# Certified accuracy (L2)\n\n![c](certified.png)\n\n## What a certificate covers\n\nthis\n")
     (folder / "certified.png").write_bytes(b"picture")
     (folder / "certified.tsv").write_text("index\n")
@@ -214,3 +252,7 @@ def test_certificates_become_a_section(results, tmp_path):
     text = (out / "report.md").read_text()
     assert "\n## Certified accuracy (L2)\n" in text and "\n### What a certificate covers\n" in text
     assert (out / "certified.png").read_bytes() == b"picture" and (out / "certified.tsv").read_text() == "index\n"
+    (folder / "certify.json").write_text(json.dumps(certified | {"weights": "1" * 64}))
+    report.write(out, results, torch.zeros(IMAGES, 3, 5, 4, dtype=torch.uint8), list(rows.values()), folder)
+    text = (out / "report.md").read_text()
+    assert "are of something else (other weights)" in text and "What a certificate covers" not in text

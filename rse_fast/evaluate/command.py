@@ -145,7 +145,8 @@ def run(argv: list[str]) -> dict | None:
         "machine": {"device": args.device, "processor": _processor(args.device), "system": platform.platform(),
                     "threads": torch.get_num_threads(), "processes": ranks},
         "versions": {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
-        "seconds": time.perf_counter() - begin, "attack_seconds": sum(row["seconds"] for row in found.values()), **summarise(cases, found),
+        "seconds": time.perf_counter() - begin, "attack_seconds": sum(row["seconds"] for row in found.values()),
+        **summarise(cases, found, len(labels)),
     }  # fmt: skip
     for name, entry in results["cases"].items():
         entry["command"] = shlex.join(["rse-fast", "evaluate", *argv, "--seed", str(settings["seed"]), "--only", name])
