@@ -42,9 +42,9 @@ noise is covered because the smoothed score is a Gaussian average of a function 
 image's statement is wrong with probability at most alpha over the draws, so of many images some may be wrong. It says nothing about other
 norms, about larger radii, or about the mean softmax of a few draws, which may give another label than the vote. Input noise is added
 exactly, on a grid (Voracek & Hein 2023), so rounding cannot break the certificate; what remains assumed is that the generator's normals,
-made of 32-bit words, are independent and normal. It holds for the weights it was made with and the number format they compute in, and for no
-others. In bfloat16 or float16 the network gets the sum of image and noise, rounded once; an `Ensemble` rounds the image before its noise
-comes, which moves the image: there the certified label is this procedure's, not that of `Ensemble.predict`."""
+made of 32-bit words, are independent and normal. It holds for the weights it was made with and the number format they compute in, and for
+no others. In bfloat16 or float16 the network gets the sum of image and noise, rounded once; an `Ensemble` rounds the image before its
+noise comes, which moves the image: there the certified label is this procedure's, not that of `Ensemble.predict`."""
 
 SMALLEST_LOOK = 50  # draws at the first look of an early stop
 GRID = 20  # the step of the grid is the power of two below sigma, times 2^-GRID
@@ -108,8 +108,8 @@ def certify(
         image0: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
 
     Warns (RuntimeWarning) where n and alpha can never decide. Raises ValueError or TypeError naming the argument, also if the noise is not
-    at the input, switched off, zero, per channel, or learnable (``requires_grad_(False)`` on ``sigma_raw`` freezes it), and if the logits of
-    an image depend on what is beside it in a batch.
+    at the input, switched off, zero, per channel, or learnable (``requires_grad_(False)`` on ``sigma_raw`` freezes it), and if the logits
+    of an image depend on what is beside it in a batch.
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an rse_fast.Ensemble, got {type(ensemble).__name__}")

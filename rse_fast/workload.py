@@ -44,7 +44,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
     if args.run is not None:
         config = train.Config.load(args.run / "config.json")
         model = train.load_model(args.run)
-        splits = data.load(args.data, progress=True) if args.data else train.load_data(config)
+        splits = train.load_data(config, args.data)
     else:
         module, _, function = args.model.partition(":")
         try:

@@ -189,7 +189,8 @@ def results(rng):
             row["example"] = base64.b64encode(bytes(rng.integers(0, 256, 3 * 5 * 4, dtype=np.uint8))).decode()
         if name in ("clean", "pgd20-Linf-0.03137-eot20"):
             row["by_draws"] = {"1": 1, "10": 2}
-    settings = {"protocol": "adaptive", "model": "m", "weights": "0" * 64, "plain": "p", "data": "d", "part": "test", "order": "first", "labels": "2" * 64,
+    settings = {"protocol": "adaptive", "model": "m", "weights": "0" * 64, "plain": "p", "data": "d", "part": "test", "order": "first",
+                "labels": "2" * 64,
                 "images": IMAGES, "draws": 10, "sigmas": [0.1, 0.2], "seed": 3}  # fmt: skip
     machine = {"device": "cpu", "processor": "x", "system": "y", "threads": 1, "processes": 1}
     return {"settings": settings, "classes": ["cat", "dog", "cow"], "shape": [3, 5, 4], "command": "rse-fast evaluate", "machine": machine,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,13 +110,23 @@ class FilePart:
         return torch.from_numpy(np.ascontiguousarray(_decode(self.files[row], tuple(height_width), channels)))
 
     def fetch(self, selections: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yields the images uint8 [B, C, H, W] of each selection of rows (int64 [B])."""
+        """Yields the images uint8 [B, C, H, W] of each selection of rows (int64 [B]). Raises ValueError for a file that is no image."""
         rows = [selection.tolist() for selection in selections]
         generator = torch.Generator()  # of the workers' seeds, which nothing reads: the default generator is left alone
         pinned = torch.cuda.is_available()
-        return iter(
-            torch.utils.data.DataLoader(self, batch_sampler=rows, num_workers=self.workers, generator=generator, pin_memory=pinned)
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=rows, num_workers=self.workers, generator=generator, pin_memory=pinned, worker_init_fn=_leave_signals
         )
+        try:
+            yield from loader
+        except ValueError as error:  # a worker's comes with its traceback
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+def _leave_signals(worker: int) -> None:
+    """A signal to the whole process group, as torchrun sends it, is for the parent, which saves and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check_resize(resize: tuple[int, int] | int | None) -> tuple[int, int] | None:

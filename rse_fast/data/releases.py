@@ -105,7 +105,8 @@ def stl10(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits:
 
 def arrays(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits:
     """A ``.npz`` or ``.safetensors`` file with train_images, test_images (uint8 [N, C, H, W]) and train_labels, test_labels (integers [N],
-    from 0). The augmentation is that of photos, crop and flip. Raises ValueError for a file that cannot be read or holds something else."""
+    from 0, each class with images to train on). The augmentation is that of photos, crop and flip. Raises ValueError for a file that cannot
+    be read or holds something else."""
     file = Path(path)
     try:
         if file.suffix == ".npz":
@@ -125,11 +126,27 @@ def arrays(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits
         images, labels = found[f"{name}_images"], found[f"{name}_labels"]
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"path: expected {name}_images as uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}")
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not (labels >= 0).all():
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not ((labels >= 0) & (labels < 2**31)).all():
             raise ValueError(f"path: expected {name}_labels as {len(images)} integers >= 0, got {labels.dtype} {list(labels.shape)}")
+        if not len(images):
+            raise ValueError(f"path: expected images in {name}_images, got none")
         pairs.append((images, labels.astype(np.int64)))
-    classes = tuple(str(i) for i in range(1 + max(int(labels.max(initial=0)) for _, labels in pairs)))
+    (images, labels), (test_images, test_labels) = pairs
+    if images.shape[1:] != test_images.shape[1:]:
+        raise ValueError(f"path: expected test_images of the shape of train_images, {images.shape[1:]}, got {test_images.shape[1:]}")
+    if images.shape[1] not in (1, 3, 4) and images.shape[3] in (1, 3, 4):
+        raise ValueError(f"path: expected train_images as [N, C, H, W], got {list(images.shape)}, which looks like [N, H, W, C]")
+    known = np.unique(labels)
+    if len(known) < 2 or known[-1] != len(known) - 1:
+        raise ValueError(f"path: expected train_labels of at least two classes 0, 1, ..., each there, got {_few(known)}")
+    if test_labels.max() >= len(known):
+        raise ValueError(f"path: expected test_labels below {len(known)}, the classes of train_labels, got {test_labels.max()}")
+    classes = tuple(map(str, range(len(known))))
     return _with_val(file.stem, classes, *pairs, val_fraction, flip=True)
+
+
+def _few(values) -> str:
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
 def _with_val(name, classes, train, test, val_fraction, flip) -> Splits:

@@ -1,8 +1,8 @@
 """Adapters of foolbox and pyautoattack: one function a method, from images and labels to candidates for adversarial images.
 
 An attack on a random classifier keeps what one lucky query called adversarial. So an adapter gives candidates, what the library returns
-and where its search ended, and `run` picks, image by image, the one with the lowest probability of the true class in draws of their own; for
-an attack that looks for the closest image, the closest that is wrong in these draws.
+and where its search ended, and `run` picks, image by image, the one with the lowest probability of the true class in draws of their own;
+for an attack that looks for the closest image, the closest that is wrong in these draws.
 The libraries' own verdicts are kept beside (`Found.verdict`); no figure is made of them alone.
 """
 

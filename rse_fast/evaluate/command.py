@@ -182,11 +182,11 @@ def load(source: str, weights: Path | None, device: str) -> nn.Module:
 
 
 def _splits(args):
-    if args.data or args.run is None:
+    if args.run is None:
         return data.load(args.data or "digits", progress=True)
     from rse_fast import train
 
-    return train.load_data(train.Config.load(args.run / "config.json"))
+    return train.load_data(train.Config.load(args.run / "config.json"), args.data)
 
 
 def _images(part, count):

@@ -176,7 +176,9 @@ def _row(e):
 
 def _eot(e):
     """Draws behind each query of the attack, which one on another network, or on one draw, has not."""
-    return "–" if e["source"] in ("plain", "noise-off") or e["victim"] == "noise-off" else "1" if e["source"] == "fixed-draw" else str(e["eot"])
+    if e["source"] in ("plain", "noise-off") or e["victim"] == "noise-off":
+        return "–"
+    return "1" if e["source"] == "fixed-draw" else str(e["eot"])
 
 
 def _how_to_read(results):

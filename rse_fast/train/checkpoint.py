@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -31,7 +32,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save(folder: Path, step: int, run: str, parts: dict[str, dict[str, Tensor]], state: dict, keep: int) -> Path:
-    """Writes ``step-STEP`` into ``folder``, with ``NAME.safetensors`` for each of ``parts``, then removes all but the newest ``keep``.
+    """Writes ``step-STEP`` into ``folder``, with ``NAME.safetensors`` for each of ``parts``, then removes all but the newest ``keep``, and
+    those of later steps, which a run that goes on from an earlier one has left behind.
 
     run: identifies the run; `load` asks for it. An OSError (a full disk) leaves the older checkpoints as they were.
     """
@@ -47,7 +49,9 @@ def save(folder: Path, step: int, run: str, parts: dict[str, dict[str, Tensor]],
         for name, tensors in parts.items():
             content = to_bytes(tensors)
             write_through(temporary / f"{name}.safetensors", lambda file, content=content: file.write(content))
-        write_through(temporary / "state.pt", lambda file: torch.save(state, file))
+        content = io.BytesIO()  # torch.save itself makes a RuntimeError of a full disk
+        torch.save(state, content)
+        write_through(temporary / "state.pt", lambda file: file.write(content.getbuffer()))
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(temporary.iterdir())}
         manifest = {"format": _FORMAT, "run": run, "step": step, "files": files}
         write_through(temporary / _MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
@@ -59,7 +63,9 @@ def save(folder: Path, step: int, run: str, parts: dict[str, dict[str, Tensor]],
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(folder)
-    for old in [*folder.glob(".step-*"), *find(folder)[keep:]]:
+    found = find(folder)
+    later, own = [path for path in found if _step(path) > step], [path for path in found if _step(path) <= step]
+    for old in {*folder.glob(".step-*"), *later, *own[keep:]}:
         shutil.rmtree(old)
     return target
 

@@ -12,6 +12,9 @@ from rse_fast.data import write_atomically
 DEFENCES = ("plain", "rse", "adversarial", "distillation", "brelu", "rse+adversarial")
 
 
+_WHERE = ("data", "device", "workers", "compile", "graphs", "keep", "save_steps", "log_steps")  # fields that change no result
+
+
 def _option(default, kind, text, *, low=-math.inf, high=math.inf, above=-math.inf, choices=None):
     """A field of ``kind`` with its help text; numbers must be in [low, high] and greater than ``above``. A default of None allows None."""
     checks = {"kind": kind, "text": text, "low": low, "high": high, "above": above, "choices": choices, "optional": default is None}
@@ -63,7 +66,7 @@ class Config:
     channels_last: bool = _option(True, bool, "memory layout of weights and activations")
     compile: bool = _option(False, bool, "torch.compile")
     graphs: bool = _option(False, bool, "capture a step in a CUDA graph: for a network that does the same at each, launched at once")
-    seed: int = _option(0, int, "of weights, order, augmentation and noise", low=0)
+    seed: int = _option(0, int, "of weights, order, augmentation and noise", low=0, high=2**63 - 1)
     # Bookkeeping
     keep: int = _option(3, int, "checkpoints that are kept", low=1)
     save_steps: int | None = _option(None, int, "steps between checkpoints, besides one at the end of each epoch", low=1)
@@ -96,9 +99,13 @@ class Config:
         """Identifies what is computed: equal for configurations that differ in device, compilation, bookkeeping and the place of the data
         only. What the data are is for the run to check. A field that is None counts as absent, so that runs from before there was such a
         field can go on."""
-        where = ("data", "device", "workers", "compile", "graphs", "keep", "save_steps", "log_steps")
-        what = {name: value for name, value in dataclasses.asdict(self).items() if name not in where and value is not None}
+        what = {name: value for name, value in dataclasses.asdict(self).items() if name not in _WHERE and value is not None}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: "Config") -> list[tuple[str, object, object]]:
+        """(field, value here, value there) of what the fingerprints differ in."""
+        there = dataclasses.asdict(other)
+        return [(k, v, there[k]) for k, v in dataclasses.asdict(self).items() if k not in _WHERE and v != there[k]]
 
     def save(self, path: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"

@@ -1,6 +1,7 @@
 """The log of a run: one JSON object a line, always; TensorBoard as well where it is installed; a picture of the curves at the end."""
 
 import json
+import os
 from pathlib import Path
 
 from rse_fast.data import write_atomically
@@ -23,7 +24,9 @@ class Log:
 
     def write(self, row: dict) -> None:
         with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # as checkpoints are: the end of a run needs both
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, float):
@@ -47,7 +50,7 @@ def read(path: Path) -> list[dict]:
 
 
 def draw_curves(rows: list[dict], path: Path) -> None:
-    """Draws loss, accuracy, learning rate and sigma over the epochs as a PNG. Needs matplotlib."""
+    """Draws loss, accuracy, learning rate and sigma over the epochs as a PNG, if there are any. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     names = {
@@ -59,6 +62,8 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     epochs = [row for row in rows if row["event"] == "epoch"]
     steps = [row for row in rows if row["event"] == "step"]
     panels = {title: lines for title, lines in names.items() if any(name in row for row in epochs for name in lines)}
+    if not panels:
+        return
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, label in lines.items():

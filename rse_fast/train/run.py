@@ -39,16 +39,26 @@ def train(config: Config, out: str | Path, *, resume: bool = False, from_step: i
     """
     out = Path(out)
     with connect(config.device) as ranks, _stop_signals() as stopped:
-        if not resume and (out / "config.json").exists():
+        path = out / "config.json"
+        if not resume and (path.exists() or checkpoint.find(out / "checkpoints")):
             raise ValueError(f"out: {str(out)!r} holds a run already; resume it, or name another folder")
+        if path.exists() and (known := Config.load(path)).fingerprint != config.fingerprint:
+            differing = [f"{name} {value!r} there, {new!r} here" for name, value, new in known.differences(config)]
+            raise ValueError(f"resume: {str(out)!r} holds a run of another configuration ({'; '.join(differing)})")
         teacher = None
         if config.defence == "distillation":
             plain = dataclasses.replace(config, defence="plain")
-            row = _train(plain, out / "teacher", resume, None, ranks, stopped, student=config)
+            # from_step is the teacher's while that is under way, and the student's afterwards.
+            row = _train(plain, out / "teacher", resume, from_step if _under_way(out / "teacher") else None, ranks, stopped, student=config)
             if row["event"] == "stop":
                 return row
             teacher = load_model(out / "teacher")
         return _train(config, out, resume, from_step, ranks, stopped, teacher=teacher)
+
+
+def _under_way(run):
+    rows = read(run / "log.jsonl")
+    return bool(rows) and rows[-1]["event"] != "end"
 
 
 def load_model(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> nn.Module:
@@ -61,7 +71,7 @@ def load_model(run: str | Path, which: str = "best", device: str | torch.device 
     if which not in ("best", "last"):
         raise ValueError(f"which: expected best or last, got {which!r}")
     config = Config.load(run / "config.json")
-    facts = _read_json(run / "data.json")
+    facts = _read_facts(run)
     model = defences.protect(models.make(config.model, len(facts["classes"]), facts["shape"][0]), config)
     defences.use_test_sigma(model, config)
     if which == "best":
@@ -74,8 +84,11 @@ def load_model(run: str | Path, which: str = "best", device: str | torch.device 
     return model.to(device, memory_format=layout).eval()
 
 
-def load_data(config: Config) -> data.Splits:
-    """The data set that a configuration names. Raises ValueError for what cannot be read."""
+def load_data(config: Config, moved: str | None = None) -> data.Splits:
+    """The data set that a configuration names, or another (``moved``), decoded and split as it says. ValueError for what cannot be read."""
+    if moved is not None:
+        images = Path(moved).is_dir()  # of a file, or digits, the size and place are given
+        config = dataclasses.replace(config, data=moved, resize=config.resize if images else None, lazy=config.lazy and images)
     return data.load(
         config.data, resize=config.resize, val_fraction=config.val_fraction, workers=config.workers, lazy=config.lazy, progress=True
     )
@@ -89,10 +102,11 @@ def _train(config, out, resume, from_step, ranks: Ranks, stopped, teacher=None, 
         return rows[-1]
     splits = load_data(config)
     facts = {"name": splits.name, "classes": list(splits.classes), "shape": list(splits.train.shape)}
-    facts |= {name: len(getattr(splits, name)) for name in ("train", "val", "test")} | {"digest": _digest(splits.train)}
+    facts |= {name: len(getattr(splits, name)) for name in ("train", "val", "test")}
+    facts |= {"digest": _digest(splits.train), "val_digest": _digest(splits.val), "test_digest": _digest(splits.test)}
     if resume and (out / "data.json").exists():
-        known = _read_json(out / "data.json")
-        if any(known.get(fact) != facts[fact] for fact in facts.keys() - {"name"}):  # a folder may be called otherwise
+        known = _read_facts(out)
+        if any(known[fact] != facts[fact] for fact in (facts.keys() & known.keys()) - {"name"}):  # a folder may be called otherwise
             raise ValueError(f"data: expected what the run was trained on, {known}, got {facts} from {config.data!r}")
     trainer = Trainer(config, splits, ranks, teacher)
     saved = _Saved(out, config, ranks)
@@ -208,6 +222,8 @@ class _Saved:
             parts = {"model": checkpoint.weights(trainer.model)}
             if trainer.average is not None:
                 parts["average"] = checkpoint.weights(trainer.average.module)
+            if not all(bool(tensor.isfinite().all()) for part in parts.values() for tensor in part.values()):
+                raise FloatingPointError(f"training diverged: weights are not finite at step {trainer.step}; try a smaller lr or sigma")
             checkpoint.save(self.out / "checkpoints", trainer.step, self.config.fingerprint, parts, state, self.config.keep)
 
     def best(self, trainer: Trainer, row: dict) -> None:
@@ -235,6 +251,11 @@ class _Saved:
         if trainer.average is not None:
             _load_weights(trainer.average.module, parts["average"], folder)
         self.best_so_far = state.pop("best")
+        path = self.out / "best.safetensors"
+        if path.exists():  # it may be of an epoch after the checkpoint, whose accuracy the run does not reach again
+            found = _read_metadata(path)
+            if found["best_score"] > self.best_so_far.get("best_score", -1.0):
+                self.best_so_far = found
         trainer.load_state_dict(state)
         return True
 
@@ -256,9 +277,25 @@ def _read_weights(path):
         raise checkpoint.CheckpointError(f"cannot read the weights in {str(path)!r}: {error}") from error
 
 
-def _read_json(path):
+def _read_metadata(path):
+    from safetensors import SafetensorError, safe_open
+
     try:
-        return json.loads(path.read_text())
+        with safe_open(path, "pt") as file:
+            found = file.metadata()
+        return {"best_score": float(found["best_score"]), "best_epoch": int(found["best_epoch"])}
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"cannot read the weights in {str(path)!r}: {error!r}") from error
+
+
+def _read_facts(run):
+    """What data.json says of the data that a run is of."""
+    path = run / "data.json"
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or not {"classes", "shape", "train"} <= found.keys():
+            raise ValueError("expected the facts about a data set")
+        return found
     except (OSError, ValueError) as error:
         raise ValueError(f"run: cannot read {str(path)!r}: {error}") from error
 

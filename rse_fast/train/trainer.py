@@ -53,6 +53,7 @@ class Trainer:
         self.model = model.to(device, memory_format=layout)
         if self.ranks.size > 1 and device.type == "cuda":  # statistics of the whole batch; torch has this for GPUs only
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self._check_model()
         self._layers = list(noise_layers(self.model).values())
         self._train_sigmas = self._sigmas()
         defences.use_test_sigma(self.model, config)
@@ -85,6 +86,17 @@ class Trainer:
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch's images: loss, accuracy, number
         self._batches: Iterator | None = None
         self._validation: Iterator | None = None
+
+    def _check_model(self):
+        images = torch.zeros((1, *self.splits.train.shape), device=self.ranks.device)
+        wanted = f"images {list(images.shape[1:])} of {self.splits.name} into {len(self.splits.classes)} classes"
+        try:
+            with torch.no_grad(), self._autocast():
+                found = self.model.eval()(images).shape
+        except RuntimeError as error:
+            raise ValueError(f"model: {self.config.model!r} cannot sort {wanted}: {str(error).splitlines()[0]}") from error
+        if found != (1, len(self.splits.classes)):
+            raise ValueError(f"model: {self.config.model!r} cannot sort {wanted}: it returns shape {list(found)} for one")
 
     @property
     def complete(self) -> bool:
@@ -184,12 +196,16 @@ class Trainer:
 
     def _row(self, event, **values):
         for name, value in values.items():
-            if "loss" in name and not math.isfinite(value):
-                raise FloatingPointError(f"training diverged: {name} is {value} at step {self.step}; try a smaller lr or sigma")
+            if "loss" in name:
+                self._check_finite(name, value)
         row = {"event": event, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values}
         if self._layers:
             row["sigma"] = torch.stack([layer.current_sigma().detach().mean() for layer in self._layers]).mean().item()
         return row
+
+    def _check_finite(self, name, value):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"training diverged: {name} is {value} at step {self.step}; try a smaller lr or sigma")
 
     # ---------------------------------------------------------------------------------------------------------------- validation
     def _validate(self):
@@ -212,6 +228,7 @@ class Trainer:
             yield None
         self._set_sigmas(self._train_sigmas, model=model)
         loss, correct, robust = (self.ranks.total(sums) / len(self.splits.val)).tolist()
+        self._check_finite("val_loss", loss)
         row |= {"val_loss": loss, "val_accuracy": correct}
         if config.adversarial:
             row["val_attacked_accuracy"] = robust
