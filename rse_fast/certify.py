@@ -246,7 +246,8 @@ def _votes(ensemble, layer, x, index, start, stop, seed):
         images, draws = image.stop - image.start, draw.stop - draw.start
         places = torch.stack([index[image], first.expand(images)], 1)
         noise = functional.add_noise(
-            torch.zeros(x[image].shape, device=x.device), sigma, seed=seed, stream=layer.stream, draws=draws, places=places,
+            torch.zeros(x[image].shape, dtype=torch.float32, device=x.device),
+            sigma, seed=seed, stream=layer.stream, draws=draws, places=places,
             channel_dim=getattr(layer, "channel_dim", 1), backend=ensemble.backend,
         )  # fmt: skip
         noisy = on_grid(noise, step).unflatten(0, (draws, images)).add_(on_grid(x[image], step)).mul_(step).float().flatten(0, 1)

@@ -72,13 +72,17 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
                 f"got {_listing([f'{name}.out_proj'.lstrip('.')])}; exclude='*out_proj' leaves it plain"
             )
 
+    if patched := [name for name, module in layers.items() if "forward" in vars(module)]:
+        raise ValueError(f"model must have the forward of its classes, where noise is added, got one of its own in {_listing(patched)}")
+
     first = first_executed(model, list(layers.values()))
     classes = [noisy_class(module) for module in layers.values()]
     for module, noisy in zip(layers.values(), classes, strict=True):
         module.__class__ = noisy
         sigma = init_sigma if module is first else inner_sigma
         if learnable == "channel":
-            sigma = torch.full((module.in_features if isinstance(module, nn.Linear) else module.in_channels,), float(sigma))
+            channels = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+            sigma = torch.full((channels,), float(sigma), dtype=torch.float32)
         module.init_noise(sigma, bool(learnable))
     for encoder in model.modules():
         inside = [layer for layer in encoder.modules() if layer in layers.values()]
@@ -319,12 +323,14 @@ def noisy_class(module: nn.Module) -> type:
     cls = type(module)
     if parametrize.is_parametrized(module):  # torch made this class for the one module, on top of the class it had
         return _rebase(cls, _noisy_class(cls.__bases__[0]))
-    return _noisy_class(cls)
+    return _mixed_class(cls) if "_conv_forward" in vars(module) else _noisy_class(cls)  # patched, for tiled pictures: it shall be called
 
 
 def _noisy_class(cls):
-    if cls in _NOISY:
-        return _NOISY[cls]
+    return _NOISY[cls] if cls in _NOISY else _mixed_class(cls)
+
+
+def _mixed_class(cls):
     if cls not in _mixed:
         members = {"__reduce_ex__": _reduce, "__doc__": f"`{cls.__name__}` of its input plus Gaussian noise.", "plain": cls}
         if issubclass(cls, nn.Linear):

@@ -338,16 +338,18 @@ def _check_bias(bias, channels):
 def _check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES), triton_dtypes=triton.DTYPES) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if backend == "cpu" and not torch.compiler.is_compiling():
+    if backend == "cpu":
         if x.device.type != "cpu":
             raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {x.device}")
         if x.dtype not in cpu_dtypes:
             raise TypeError(f"backend 'cpu' takes {_names(cpu_dtypes)}, got {x.dtype}")
-        if (problem := cpu.load().problem) is not None:
+        if not torch.compiler.is_compiling() and (problem := cpu.load().problem) is not None:
             raise RuntimeError(f"backend 'cpu' is not available: {problem}")
-    if backend == "triton" and not torch.compiler.is_compiling():
+    if backend == "triton":
         if x.dtype not in triton_dtypes:
             raise TypeError(f"backend 'triton' takes {_names(triton_dtypes)}, got {x.dtype}")
+        if torch.compiler.is_compiling():
+            return backend
         if not triton.runs_on(x):
             raise ValueError(f"backend 'triton' needs tensors on a CUDA device from sm_80 on or a ROCm device, got {x.device}")
         if not triton.available():

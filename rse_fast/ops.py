@@ -10,6 +10,7 @@ import functools
 import inspect
 
 import torch
+from torch.autograd import forward_ad
 
 from rse_fast import reference
 from rse_fast.kernels import cpu, triton
@@ -338,13 +339,15 @@ def _sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, back
         where = stream, images, draws, image0, draw0
         return triton.launcher("sigma_grad")(g, reference.layout(g) == "flat", seed, *where, per_channel, places)
     # One draw of all images at a time: the transient eps stays that small, and the order of summation is fixed.
-    total = torch.zeros((g.shape[1],) if per_channel else (), dtype=torch.float64)
-    one, zeros = torch.ones(()), torch.zeros((images, *g.shape[1:]))
+    total = torch.zeros((g.shape[1],) if per_channel else (), dtype=torch.float64, device=g.device)
+    # Whatever torch's default type and device are.
+    real = {"dtype": torch.float32, "device": g.device}
+    one, zeros = torch.ones((), **real), torch.zeros((images, *g.shape[1:]), **real)
     if reference.layout(g) == "flat":
         zeros = reference.packed_like(g, images).float().zero_()
     over = [d for d in range(g.dim()) if d != 1 or not per_channel]
     for d in range(draws if images else 0):
-        at = None if places is None else places + torch.tensor([0, d])
+        at = None if places is None else places + torch.tensor([0, d], device=g.device)
         eps = add_noise(zeros, one, seed, stream, images, 1, image0, draw0 + d, None, None, False, backend, at)
         total += (eps * g[d * images : (d + 1) * images]).sum(over, dtype=torch.float64)
     return total.float()
@@ -372,10 +375,14 @@ def _sigma_grad_backward(ctx, gg):
 # ----------------------------------------------------------------------------------------------------------------- registration
 def _under(key, function):
     """``function`` as the implementation under a dispatch key: what "auto" means is settled there."""
-    index = list(inspect.signature(function).parameters).index("backend")
+    names = list(inspect.signature(function).parameters)
+    index, images = names.index("backend"), names.index("images")
 
     @functools.wraps(function)
     def run(*args):
+        if args[0].shape[0] not in (args[images], args[images] * args[images + 1]):  # a kernel would read beyond the input
+            rows = f"images={args[images]} or draws * images={args[images] * args[images + 1]}"
+            raise RuntimeError(f"{names[0]} must have {rows} rows, got {args[0].shape[0]} (a traced call holds for one batch size only)")
         if args[index] == "auto":
             args = (*args[:index], _KEYS[key](args[0]), *args[index + 1 :])
         return function(*args)
@@ -414,6 +421,8 @@ def _differentiable(name, implementation, setup, backward):
             return found[: len(found) - ctx.omitted]
 
     def run(*args):
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in args if torch.is_tensor(t)):
+            raise RuntimeError(f"rse_fast::{name} has no forward-mode derivative; take reverse mode (torch.autograd.grad, torch.func.vjp)")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             if backward is None:
                 raise RuntimeError(_NO_GRADIENT)

@@ -7,6 +7,7 @@ activation and noise; the noise is keyed by the pooled position.
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 

@@ -70,8 +70,9 @@ class Ensemble(nn.Module):
             is that of all draws, always. A number c in (0.5, 1): it stops when, at confidence c, its label is that of infinitely many
             draws, and never later than ``draws``. `Prediction.draws_used` tells. For `predict` and `stream`; `forward` takes all draws.
         backend: of the noise, as in `rse_fast.functional.add_noise`.
-        graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, True always, False
-            never. Every replay has fresh noise. A model that cannot be captured runs without, after one warning.
+        graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, and if no module has a hook,
+            which a replay does not call; True always; False never. Every replay has fresh noise. A model that cannot be captured runs
+            without, after one warning.
 
     The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
     fewer draws are a prefix of more. One ensemble may be called from many threads. Raises ValueError or TypeError naming the argument.
@@ -105,7 +106,7 @@ class Ensemble(nn.Module):
         number_layers(model)
         self.model = model
         self._lock = threading.Lock()
-        self._prepared = None
+        self._prepared, self._differentiated = None, False
 
     # ------------------------------------------------------------------------------------------------------------------ public
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,6 +115,8 @@ class Ensemble(nn.Module):
         x, seed = self._input(x), self._seed_tensor(self._call_seed(None), x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            self._differentiated = True  # from now on a snapshot is checked for its gradients as well
         rows = []
         with self._model(x) as model:
             for _, draw, logits in self._passes(model, x, seed, 0):
@@ -303,7 +306,7 @@ class Ensemble(nn.Module):
         switches = tuple(layer.noise_enabled for layer in noise_layers(self.model).values())
         if not switches:
             raise ValueError("model must have noisy layers, got none any more; rse_fast.convert(model) adds them")
-        return versions, switches, x.shape[1:], x.device
+        return versions, switches, x.shape[1:], x.device, self._differentiated
 
     @contextlib.contextmanager
     def _model(self, x):
@@ -335,10 +338,13 @@ class Ensemble(nn.Module):
         else:
             parameter = next(self.model.parameters(), None)
             with _eval_mode(self.model):
-                runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x)
+                runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
         kind = x.shape[1:], "int8" if self.dtype == "int8" else compute, self.fuse
         planner = plan.planner(self.model, kind, x.device, runner.row_bytes)
-        if x.device.type == "cuda" and self.graphs is not False:
+        if x.device.type == "cuda":
+            torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them
+        if x.device.type == "cuda" and (self.graphs or self.graphs is None and not hooked):
             return Prepared(runner, Graphs(runner, always=self.graphs is True), planner)
         return Prepared(runner, runner, planner)
 
@@ -371,7 +377,8 @@ class Ensemble(nn.Module):
         fused, problem = fuse.snapshot(self.model, dtype)
         runner = Runner(fused, dtype, dtype, noisy, x)
         if problem is None:
-            problem = mismatch(fused, fuse.copy(self.model, torch.float32), dtype, x)
+            unfused = fuse.copy(self.model, torch.float32, torch.contiguous_format)
+            problem = mismatch(fused, unfused, dtype, x, self._differentiated)
             if problem is None:
                 return runner
             runner = Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x)
@@ -401,6 +408,8 @@ class Stream:
     BACKLOG = 4  # packed batches of images held at most
 
     def __init__(self, ensemble: Ensemble, batches: Iterable[torch.Tensor], draws: int):
+        if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
+            raise TypeError(f"batches must be an iterable of tensors [B, ...], got {type(batches).__name__}")
         self.seed = ensemble._call_seed(None)
         self._ensemble, self._draws, self._pool = ensemble, draws, None
         self._predictions = self._run(iter(batches))
@@ -420,11 +429,17 @@ class Stream:
         """Share of the rows of the packed batches so far that counted as a draw of an image, in [0, 1]; nan before the first."""
         return self._pool.occupancy if self._pool else math.nan
 
+    def _checked(self, x, first):
+        x = self._ensemble._input(x)
+        if x.shape[1:] != first.shape[1:]:
+            raise ValueError(f"batches must have images of one shape, got {tuple(x.shape[1:])} after {tuple(first.shape[1:])}")
+        return x
+
     def _run(self, batches):
         first = next(batches, None)
         if first is None:
             return
-        inputs = (self._ensemble._input(x) for x in itertools.chain([first], batches))
+        inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
         self._pool = self._ensemble._pool(self._ensemble._input(first), self.seed, self._draws)
         tallies = in_order(inputs, self._pool, self.BACKLOG * self._pool.places)
         while True:
@@ -446,7 +461,7 @@ def _eval_mode(model):
     with _held_lock:
         for module in modules:
             _held.setdefault(module, [0, module.training])[0] += 1
-        model.eval()
+            module.training = False  # and nothing else that its train(False) does, which could not be taken back
     try:
         yield
     finally:

@@ -6,10 +6,12 @@ order, which it would otherwise bring them into at every call.
 """
 
 import operator
+import random
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -37,14 +39,18 @@ def snapshot(
     wide = torch.promote_types(dtype, torch.float32)  # folding is done in float32 at least
     copied, problem = copy(model, wide), None
     try:
-        before = torch.get_rng_state()
-        graph = _Tracer().trace(copied)
-        if not torch.equal(before, torch.get_rng_state()):
+        for _ in range(2):  # once more if numbers were drawn, which may have been in another thread
+            before = _random_state()
+            graph = _Tracer().trace(copied)
+            if _random_state() == before:
+                break
+        else:
             raise RuntimeError("its forward draws random numbers, which the graph would repeat")
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
         problem = f"it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
     else:
         copied = torch.fx.GraphModule(copied, graph)
+        _free_views(copied)
         fold_batch_norm(copied)
         if rewrite is not None:
             rewrite(copied)
@@ -53,19 +59,36 @@ def snapshot(
     return _lay_out(copied, dtype), problem
 
 
-def copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of ``model`` in eval mode and ``dtype``, channels last. Its parameters take no gradient; that of the input flows through it.
+def _random_state():
+    numbers = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), numbers[1].tobytes(), numbers[2:]
+
+
+def _free_views(model: torch.fx.GraphModule) -> None:
+    """Makes reshapes, in place, of views: a forward that flattens a contiguous map by x.view(N, -1) shall take a channels-last one."""
+    for node in model.graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
+            node.target = "reshape"
+    model.recompile()
+
+
+def copy(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format = torch.channels_last) -> nn.Module:
+    """A copy of ``model`` in eval mode, ``dtype`` and ``layout``. Its parameters take no gradient; that of the input flows through it.
 
     In a container, the model is called rather than its forward: its own hooks are traced too, and a model of one layer is a leaf.
     """
     # A tensor with a history, such as the weight that old-style weight_norm computes, cannot be copied as it is.
     memo = {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}
-    return _lay_out(nn.Sequential(deepcopy(model, memo).eval().requires_grad_(False)), dtype)
+    try:
+        copied = deepcopy(model, memo)
+    except Exception as error:  # what a lock or a tensor with a history in an attribute raises
+        raise TypeError(f"model cannot be copied ({error}); fuse=False runs the model itself") from error
+    return _lay_out(nn.Sequential(copied.eval().requires_grad_(False)), dtype, layout)
 
 
-def _lay_out(model, dtype):
+def _lay_out(model, dtype, layout=torch.channels_last):
     model = model.to(dtype)
-    return model.to(memory_format=torch.channels_last) if any(p.dim() == 4 for p in model.parameters()) else model
+    return model.to(memory_format=layout) if any(p.dim() == 4 for p in model.parameters()) else model
 
 
 class _Tracer(Tracer):

@@ -17,33 +17,54 @@ CHANCE = 4
 class Runner:
     """Runs a model in eval mode and ``dtype`` on packed batches of images like ``x``, computing in ``compute``.
 
-    noisy: whether any noise is switched on.
+    noisy: whether any noise is switched on. own: whether the model may be laid out in memory as it runs best.
 
     classes: length of the logits, 0 if unknown. packs_input: whether the batch is packed at the input, since something bypasses the first
-    noise. row_bytes: of all tensors that are alive at once, a row; None if unknown.
+    noise, or takes the rows for images behind it. layout: of images of 4 dimensions. row_bytes: of all tensors that are alive at once, a
+    row; None if unknown.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor, own: bool = True):
         self.model, self.dtype, self.compute, self.noisy = model, dtype, compute, noisy
-        self.row_bytes = None
+        self.row_bytes, self.layout, self.packs_input = None, torch.channels_last, True
         lazy = self._dry_run(x, packed=False)
-        self.packs_input = lazy is None
         shape = lazy or self._dry_run(x, packed=True)
-        self.classes = shape[1] if shape else self._count_classes(x)
+        packed = self._probe(x)
+        if isinstance(packed, RuntimeError) and "view size is not compatible" in str(packed):  # x.view(N, -1) of a contiguous map
+            self.layout = torch.contiguous_format
+            if own:
+                model.to(memory_format=self.layout)
+            lazy, packed = self._dry_run(x, packed=False), self._probe(x)
+            shape = lazy or self._dry_run(x, packed=True)
+        if lazy is not None:
+            self.packs_input = False
+            self.packs_input = isinstance(packed, torch.Tensor) and not self._agree(packed, self._probe(x))
+        if shape is None and isinstance(packed, torch.Tensor) and packed.dim() == 2:
+            shape = packed.shape
+        self.classes = shape[1] if shape else 0
 
     def __call__(self, x: torch.Tensor, scope: Scope) -> torch.Tensor:
         """Whatever the model returns for the packed batch that ``scope`` makes of images ``x``."""
         if self.packs_input and self.noisy:
             x = x.repeat(scope.draws, *[1] * (x.dim() - 1))
-        return run(self.model, x, scope, self.dtype, self.compute)
+        return run(self.model, x, scope, self.dtype, self.compute, self.layout)
 
-    def _count_classes(self, x):
-        """For a model that does not run without data: what one image gives, or 0 if there is none."""
-        if not len(x):
-            return 0
-        with torch.no_grad():
-            logits = self(x[:1], Scope(torch.zeros((), dtype=torch.int64, device=x.device), 1))
-        return logits.shape[-1] if isinstance(logits, torch.Tensor) and logits.dim() else 0
+    @torch.no_grad()
+    def _probe(self, x):
+        """What the model returns for 2 images of noise in 2 draws, or the exception that it raises."""
+        try:
+            with seeded(0, x.device):
+                return self(probe_images(x, 2), Scope(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2))
+        except Exception as error:
+            return error.with_traceback(None)
+
+    def _agree(self, packed, lazy):
+        """Whether packing at the first noise is packing: rows behind it that are taken for images come out in another order."""
+        if not isinstance(lazy, torch.Tensor) or lazy.shape != packed.shape:
+            return False
+        packed, lazy = packed.double(), lazy.double()
+        limit = torch.finfo(self.compute).eps ** 0.5 * packed.norm()  # other sizes of batch are summed in another order
+        return bool(((packed - lazy).norm() <= limit) | ~packed.isfinite().all())
 
     def _dry_run(self, x, packed):
         """Shape of the result on the meta device for 3 images in 2 draws, None if that fails: a skip connection that bypasses the
@@ -60,10 +81,15 @@ class Runner:
             return None
 
 
-def run(model: nn.Module, x: torch.Tensor, scope: Scope, dtype: torch.dtype, compute: torch.dtype):
+def probe_images(x: torch.Tensor, count: int) -> torch.Tensor:
+    """So many images like those of ``x``, of uniform noise, always the same."""
+    return torch.rand((count, *x.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(x.device)
+
+
+def run(model: nn.Module, x: torch.Tensor, scope: Scope, dtype: torch.dtype, compute: torch.dtype, layout=torch.channels_last):
     """``model``, whose parameters are in ``dtype``, computing in ``compute`` on x (packed, or to be packed by the first noise)."""
     # Never the caller's tensor: a forward that works in place would change it, and see its own work at the next chunk of draws.
-    x = x.to(dtype, copy=True, memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
+    x = x.to(dtype, copy=True, memory_format=layout if x.dim() == 4 else torch.preserve_format)
     # Autocast also where the model is in low precision: its forward may make a float32 tensor on the way, as x.float() does. Without its
     # cache, which inside an autocast of the caller's would free, at the end of that, weights that a CUDA graph reads.
     low = compute != torch.float32
@@ -82,37 +108,43 @@ def seeded(seed: int, device: torch.device):
         yield
 
 
-@torch.no_grad()
-def mismatch(fused: nn.Module, unfused: nn.Module, dtype: torch.dtype, x: torch.Tensor) -> str | None:
+def mismatch(fused: nn.Module, unfused: nn.Module, dtype: torch.dtype, x: torch.Tensor, gradients: bool) -> str | None:
     """None if ``fused``, in ``dtype``, computes what ``unfused``, in float32, computes; or what is wrong with it.
 
     Both run 2 images of noise like ``x`` in 2 draws with the same seed. The limit is the unfused model's own error in ``dtype``, or in
-    bfloat16 for float32: what everybody accepts who runs it so.
+    bfloat16 for float32: what everybody accepts who runs it so. gradients: the same for the gradient of the images, which a forward
+    may define otherwise than its values do (`torch.autograd.Function`, `torch.no_grad`), and a graph of the values does not know.
     """
     narrow = dtype if dtype.itemsize < 4 else torch.bfloat16
-    values = torch.rand((4, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).to(x.device)
 
-    def logits(model, compute):
+    def results(model, compute, layout):
+        values = probe_images(x, 4).requires_grad_(gradients)
         scope = Scope(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2)
-        with seeded(0, x.device):  # a layer that draws numbers of its own shall draw the same
-            return run(model, values, scope, compute, compute)
+        # A layer that draws numbers of its own shall draw the same.
+        with torch.set_grad_enabled(gradients), seeded(0, x.device):
+            logits = run(model, values, scope, compute, compute, layout)
+            if not gradients or not isinstance(logits, torch.Tensor):
+                return (logits,)
+            weights = torch.linspace(1, 2, logits.numel(), device=x.device).view(logits.shape)  # that no symmetry takes away
+            return logits.detach(), torch.autograd.grad((logits.float() * weights).sum(), values, materialize_grads=True)[0]
 
     try:
-        expected = logits(unfused, torch.float32)
-        own = logits(unfused.to(narrow), narrow)
+        expected = results(unfused, torch.float32, torch.contiguous_format)
+        own = results(unfused.to(narrow), narrow, torch.contiguous_format)
+        found = results(fused, dtype, torch.channels_last)
     except Exception as error:
         return f"a probe batch to check the fused model with failed ({type(error).__name__}: {error})"
-    if not isinstance(expected, torch.Tensor):
+    if not isinstance(expected[0], torch.Tensor):
         return None  # no logits: the ensemble says so
-    found = logits(fused, dtype)
-    if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
-        return "fused, it gives results of another shape"
-    error, own = (found.float() - expected).norm(), (own.float() - expected).norm()
-    limit = own * (1 if dtype == torch.float32 else CHANCE) + torch.finfo(torch.float32).eps * expected.norm()
-    if error <= limit or not bool(torch.isfinite(expected).all() & torch.isfinite(own)):
-        return None
-    error, own = error / expected.norm(), own / expected.norm()
-    return f"fused, it gives other results (relative error {error:.2g}, the unfused model's own in {narrow} is {own:.2g})"
+    for what, wanted, low, got in zip(("results", "gradients"), expected, own, found, strict=False):
+        if not isinstance(got, torch.Tensor) or got.shape != wanted.shape:
+            return "fused, it gives results of another shape"
+        error, low = (got.float() - wanted).norm(), (low.float() - wanted).norm()
+        limit = low * (1 if dtype == torch.float32 else CHANCE) + torch.finfo(torch.float32).eps * wanted.norm()
+        if not (error <= limit or not bool(torch.isfinite(wanted).all() & torch.isfinite(low))):
+            error, low = error / wanted.norm(), low / wanted.norm()
+            return f"fused, it gives other {what} (relative error {error:.2g}, the unfused model's own in {narrow} is {low:.2g})"
+    return None
 
 
 def has_bfloat16(device: torch.device) -> bool:
