@@ -157,6 +157,12 @@ def test_bad_input_is_one_line(more, message, tmp_path, capsys):
     assert error.startswith("rse-fast certify: ") and message in error and error.count("\n") == 1
 
 
+def test_what_is_refused_leaves_no_folder(tmp_path, capsys):
+    for wrong in (["--n", 0], ["--n0", 0], ["--alpha", 2], ["--radius", -1]):
+        assert run(tmp_path / "out", "--images", 1, *wrong) == 2
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_table_is_refused(tmp_path, capsys):
     assert run(tmp_path, "--images", 2) == 0
     table = tmp_path / "certified.tsv"

@@ -101,3 +101,42 @@ def test_sigma_may_be_any_real_number():
     for sigma in (1, 0.25, np.float32(0.25), np.float64(0.25), np.int64(1), torch.tensor(0.25), nn.Parameter(torch.tensor([0.25]))):
         layer = rse_fast.convert(nn.Conv2d(3, 4, 3), sigma)
         assert layer.sigma.item() == sigma and not layer.sigma.requires_grad
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused():
+    model = Net()
+    model.conv.forward = lambda x: x
+    with pytest.raises(ValueError, match="forward of its classes.*conv"):
+        rse_fast.convert(model)
+    assert type(model.conv) is nn.Conv2d
+
+
+def test_a_patched_convolution_is_called_and_gets_noise():
+    """As pictures that tile are made: the padding of one layer is replaced."""
+    plain, x = nn.Conv2d(3, 4, 3, padding=1), torch.rand(2, 3, 8, 8)
+    called = []
+
+    def patched(input, weight, bias):
+        called.append(input)
+        return nn.functional.conv2d(nn.functional.pad(input, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    plain._conv_forward = patched
+    want = plain(x)
+    noisy = rse_fast.convert(plain, 1e-6)
+    assert torch.allclose(noisy(x), want, atol=1e-3) and not torch.equal(noisy(x), noisy(x)) and len(called) > 1
+    assert type(rse_fast.revert(noisy)) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: NoisyConv2d(3, 4, 3, sigma=torch.ones(5)), ValueError, r"sigma must be a number or have shape \[3\], got shape \(5,\)"),
+        (lambda: rse_fast.nn.NoisyLinear(3, 4, sigma=torch.ones(2)), ValueError, r"sigma must be a number or have shape \[3\]"),
+        (lambda: rse_fast.nn.GaussianNoise(torch.ones(2, 2)), ValueError, "sigma must be a number or have one value a channel"),
+        (lambda: rse_fast.nn.GaussianNoise(0.1, 0), ValueError, "channel_dim must not be 0"),
+        (lambda: rse_fast.nn.GaussianNoise(0.1, "a"), TypeError, "channel_dim must be an integer, got str"),
+    ],
+)
+def test_layers_are_checked_when_they_are_made(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -469,3 +470,88 @@ def test_images_of_a_wrong_shape_raise_what_the_model_raises():
     ensemble = Ensemble(nn.Sequential(rse_fast.nn.NoisyConv2d(3, 4, 3), Head(4)), 3)
     with pytest.raises((ValueError, RuntimeError), match="channels"):
         ensemble.predict(torch.rand(2, 4, 10, 10))
+
+
+class TakesRowsForImages(nn.Module):
+    """Behind the first noise it shapes by the number of images that came in, which a packed batch is a multiple of."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.then, self.head = nn.Conv2d(3, 8, 3), nn.Conv1d(8, 16, 3), nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        h = self.conv(x).relu().reshape(x.shape[0], 8, -1)
+        return self.head(self.then(h).relu().mean(-1))
+
+
+class Views(nn.Module):
+    """x.view(N, -1) of a map, which is possible where it is contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(96, CLASSES)
+
+    def forward(self, x):
+        return self.head(nn.functional.max_pool2d(self.conv(x).relu(), 2).view(-1, 96))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(("net", "packs_input"), [(TakesRowsForImages, True), (Views, False)])
+def test_forwards_that_count_their_rows(net, packs_input, fuse, seed):
+    model, x = lively(rse_fast.convert(net())), images()
+    with torch.no_grad():
+        logits = sequential(model, x, 6, seed)
+    ensemble = Ensemble(model, 6, dtype="float32", fuse=fuse, chunk_rows=12)
+    assert_is(ensemble.predict(x, seed), logits, rounding(model, logits))
+    assert ensemble._prepared[1].runner.packs_input is packs_input
+    asks = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(ensemble(asks)[0, 0], asks)
+    assert found[0].any() and not found[1:].any()  # of one image, whatever lies beside it
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_an_ensemble_of_a_part_leaves_the_whole_as_it_was(fuse, seed):
+    model, x = NETS["plain"](), images()
+    ensemble = Ensemble(model, 4, seed=seed, fuse=fuse, dtype="float32")
+    before = ensemble.predict(x).probs
+    last = [layer for layer in rse_fast.nn.noise_layers(model).values()][-1]
+    Ensemble(nn.Sequential(last), 2)
+    assert last.stream == 0
+    ensemble.refresh()
+    assert torch.equal(ensemble.predict(x).probs, before)
+
+
+def test_a_parameter_that_was_replaced_is_noticed_wherever_the_new_one_lies(seed):
+    model, x = NETS["plain"](), images(2)
+    layer = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    ensemble = Ensemble(model, 2, seed=seed, dtype="float32")
+    seen = []
+    for _ in range(20):
+        for _ in range(2):  # the second may come to lie where the one before the first did
+            layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+        seen.append(ensemble.predict(x).probs)
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize("early_exit", [None, "exact"])
+@pytest.mark.parametrize("image0", [-1, 2**32 - 1])
+def test_indices_beyond_32_bits_are_refused(image0, early_exit):
+    ensemble = Ensemble(NETS["plain"](), 3, early_exit=early_exit)
+    with pytest.raises(ValueError, match=rf"image0 must be in \[0, 2\^32 - 2\], got {image0}"):
+        ensemble.predict(images(2), image0=image0)
+    with pytest.raises(ValueError, match="draws must be at least 1 and at most 2\\^32"):
+        Ensemble(NETS["plain"](), 2**32 + 1)
+
+
+def test_the_gradient_of_no_images_is_there():
+    x = images(0).requires_grad_()
+    Ensemble(NETS["plain"](), 3)(x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_what_cannot_be_copied_says_what_to_do():
+    model = NETS["plain"]()
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match="model cannot be copied.*fuse=False"):
+        Ensemble(model, 2).predict(images(1))
+    assert Ensemble(model, 2, fuse=False).predict(images(1)).labels.shape == (1,)

@@ -1,11 +1,14 @@
 """The gradient of an ensemble whose later packed batches are run again in backward: the same values, bounded memory, the same modes."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from small_nets import CLASSES, NETS, rounding, sequential
 from torch import nn
 
+import rse_fast
 from rse_fast import Ensemble
 from rse_fast.ensemble import gradient
 from rse_fast.nn import Scope
@@ -109,3 +112,55 @@ def test_a_second_backward_runs_the_batches_again(seed):
     logp = ensemble(x)[:, 0].sum()
     first, second = (torch.autograd.grad(logp, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second) and first.abs().max() > 0
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x * 255).round() / 255
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+class Own(nn.Module):
+    """Its gradient is not that of its values: ``how`` the images or a branch pass."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.conv, self.other, self.head = how, nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        if self.how is None:
+            with torch.no_grad():
+                left = self.conv(x).relu()
+        else:
+            left = self.conv(self.how(x)).relu()
+        return self.head((left + self.other(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", [Straight.apply, Reversed.apply, None], ids=["straight through", "reversed", "no_grad"])
+def test_a_gradient_that_the_model_defines_is_the_ensembles(how, seed):
+    model, x = rse_fast.convert(Own(how)).eval(), torch.rand(3, 3, 10, 10)
+    found = []
+    for fuse in (True, False):
+        ensemble = Ensemble(model, 4, seed=seed, dtype="float32", fuse=fuse)
+        probs = ensemble.predict(x).probs  # a snapshot for values alone, first
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            asks = x.clone().requires_grad_()
+            found.append(torch.autograd.grad(ensemble(asks)[:, 0].sum(), asks)[0])
+        assert any("gives other gradients" in str(w.message) for w in said) == fuse
+        assert (ensemble.predict(x).probs - probs).abs().max() < 1e-5
+    assert (found[0] - found[1]).norm() <= 1e-4 * found[1].norm()

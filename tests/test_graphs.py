@@ -131,3 +131,49 @@ def test_noise_that_is_switched_off_is_noticed(model):
     with rse_fast.noise_off(model):
         clean = [ensemble.predict(x).probs for _ in range(3)]
     assert torch.equal(noisy[0], noisy[2]) and torch.equal(clean[0], clean[2]) and not torch.equal(noisy[0], clean[0])
+
+
+def test_a_graph_of_inference_mode_is_replayed_outside(model):
+    x, ensemble = torch.rand(2, 3, 10, 10, device="cuda"), Ensemble(model, 4, seed=1)
+    with torch.inference_mode():
+        inside = [ensemble.predict(x).probs for _ in range(3)]
+    assert captured(ensemble) == 1 and torch.equal(ensemble.predict(x).probs, inside[0])
+
+
+def test_a_failed_capture_leaves_earlier_graphs_as_they_were(model, rng):
+    x, ensemble = torch.rand(2, 3, 10, 10, device="cuda"), Ensemble(model, 4, seed=1)
+    before = [ensemble.predict(x).probs for _ in range(3)][0]
+    numbers, graph = torch.empty(4, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        numbers.normal_()
+    bad = Ensemble(Synchronises().cuda().eval(), 4, seed=3, fuse=False)
+    with pytest.warns(RuntimeWarning, match="cannot be captured"):
+        for _ in range(3):
+            bad.predict(x)
+    assert captured(ensemble) == 1 and torch.equal(ensemble.predict(x).probs, before)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        graph.replay()
+        drawn.append(numbers.clone())
+    graph.replay()
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], numbers)  # of torch's generator, as ever
+
+
+def test_hooks_are_called_and_so_nothing_is_captured(model):
+    called = []
+    next(iter(rse_fast.nn.noise_layers(model).values())).register_forward_hook(lambda *_: called.append(1))
+    x, ensemble = torch.rand(2, 3, 10, 10, device="cuda"), Ensemble(model, 4, seed=1)
+    ensemble.predict(x)
+    for _ in range(3):
+        before = len(called)
+        ensemble.predict(x)
+        assert len(called) > before
+    assert captured(ensemble) is None
+
+
+def test_a_captured_call_without_a_seed_is_refused(model):
+    x, ensemble = torch.rand(2, 3, 10, 10, device="cuda"), Ensemble(model, 4)
+    ensemble.predict(x)
+    with pytest.raises(RuntimeError, match="same noise at every replay"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ensemble.predict(x)

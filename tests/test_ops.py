@@ -258,3 +258,50 @@ def test_noise_alone_holds_nothing(backend, rng):
     # With ReLU the input, which the layer that made it holds as a rule.
     bytes_held, addresses = held(functional.add_noise, x, 0.1, seed=SEED, scale=scale, shift=shift, act="relu", backend=backend)
     assert bytes_held == SMALL + x.nbytes + scale.nbytes + shift.nbytes and x.data_ptr() in addresses
+
+
+# ---------------------------------------------------------------------------------------------------------------- what would go wrong
+def test_forward_mode_is_refused():
+    """Below autograd the tangents would be lost, and every derivative be zero."""
+    x = torch.rand(2, 3, 4, 4)
+    weight = torch.rand(4, 3, 2, 2)
+    for function in (lambda x: functional.add_noise(x, 0.1, seed=1), lambda x: functional.noisy_conv2d(x, weight, None, 0.1, seed=1)):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(function, (x,), (torch.ones_like(x),))
+
+
+def test_rows_that_are_neither_images_nor_draws_are_refused(backend):
+    """A traced graph holds the number of images it was traced with; the kernels would read beyond a smaller batch."""
+    args = torch.tensor(0.1), SEED, 0, 4, 2, 0, 0
+    for rows in (1, 3, 5, 16):
+        x = torch.zeros(rows, 3, 2, 2)
+        with pytest.raises(RuntimeError, match=f"x must have images=4 or draws . images=8 rows, got {rows}"):
+            ops.add_noise(x, *args, None, None, False, backend)
+        with pytest.raises(RuntimeError, match=f"x must have .* rows, got {rows}"):
+            ops.noisy_conv(x, torch.zeros(2, 3, 1, 1), None, *args, [1, 1], [0, 0], [1, 1], 1, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_gradients_do_not_depend_on_the_default_type(dtype, backend):
+    x, w, g = torch.rand(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.randn(2, 4, 4, 4)
+    sigma = torch.tensor(0.5, requires_grad=True)
+
+    def found():
+        return torch.autograd.grad(functional.noisy_conv2d(x, w, None, sigma, seed=1, backend=backend), sigma, g)[0]
+
+    want = found()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(found(), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_noise_in_place_is_seen_by_autograd(backend):
+    x, w = torch.rand(2, 3, 4, 4), torch.ones((), requires_grad=True)
+    kept = (w * x).sum()
+    functional.add_noise_(x, 0.1, seed=1, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    with torch.inference_mode():
+        functional.add_noise_(torch.rand(2, 3, 4, 4), 0.1, seed=1, backend=backend)  # which counts no versions

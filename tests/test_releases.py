@@ -137,6 +137,23 @@ def test_arrays(tmp_path, suffix):
         data.arrays(write_arrays(path, stored))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {"train_labels": s["train_labels"] + 1}, "at least two classes 0, 1, ..., each there, got 1"),
+        (lambda s: {"train_labels": s["train_labels"] * 0}, "at least two classes"),
+        (lambda s: {"test_labels": s["test_labels"] + 100}, "expected test_labels below"),
+        (lambda s: {"test_images": s["test_images"][..., :-1]}, "expected test_images of the shape of train_images"),
+        (lambda s: {"test_images": s["test_images"][:0], "test_labels": s["test_labels"][:0]}, "expected images in test_images"),
+        (lambda s: {k: s[k].transpose(0, 2, 3, 1) for k in ("train_images", "test_images")}, "looks like \\[N, H, W, C\\]"),
+    ],
+)
+def test_arrays_that_would_train_something_else_are_refused(change, words, tmp_path):
+    stored = some_arrays()
+    with pytest.raises(ValueError, match=words):
+        data.arrays(write_arrays(tmp_path / "a.npz", stored | change(stored)))
+
+
 def test_arrays_hold_no_pickle(tmp_path):
     np.savez(tmp_path / "bad.npz", **some_arrays() | {"train_labels": np.array([Unpickled(tmp_path / "run")] * 30, dtype=object)})
     with pytest.raises(ValueError, match="^path: cannot read"):

@@ -192,3 +192,12 @@ def test_rounds_of_the_last_images_grow(how):
 def test_unknown_early_exit_is_an_error(bad):
     with pytest.raises(ValueError, match="early_exit must be"):
         rse_fast.Ensemble(network(), 4, early_exit=bad)
+
+
+def test_what_is_no_stream_of_images_is_refused():
+    ensemble = rse_fast.Ensemble(network(), 4, seed=1)
+    for batches in (images(3), 3):
+        with pytest.raises(TypeError, match="batches must be an iterable of tensors"):
+            ensemble.stream(batches)
+    with pytest.raises(ValueError, match=r"one shape, got \(3, 9, 9\) after \(3, 8, 8\)"):
+        list(ensemble.stream([images(2), torch.rand(2, 3, 9, 9)]))

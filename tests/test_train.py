@@ -383,3 +383,10 @@ def test_the_run_names_its_data(images, tmp_path):
     train(config(images, epochs=1), tmp_path / "run")
     facts = Path(tmp_path / "run" / "data.json").read_text()
     assert '"train": 108' in facts and '"val": 12' in facts and '"test": 30' in facts
+
+
+@pytest.mark.parametrize("model", ["vgg16", "model-a"])
+def test_a_network_that_does_not_take_the_images_is_refused_before_there_is_a_folder(model, tmp_path):
+    with pytest.raises(ValueError, match=f"model: '{model}' cannot sort images .1, 8, 8. of handwritten digits .8x8. into 10 classes"):
+        train(Config(data="digits", model=model, device="cpu", epochs=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -227,6 +227,84 @@ def test_another_configuration_does_not_continue_a_run_but_another_machine_does(
     assert_equal_runs(whole[0], run)
 
 
+def test_a_complete_run_of_another_configuration_is_not_taken_for_this_one(run, capsys):
+    assert main(["--resume", str(run), "--epochs", "9"]) == 2
+    assert "epochs 4 there, 9 here" in capsys.readouterr().err
+
+
+def test_going_on_from_an_earlier_step_leaves_the_later_ones(run, whole):
+    """Or the next resume would go on from a branch that was left, and a new checkpoint be the one too many."""
+    drop_end(run)
+    folder = run / "checkpoints"
+    assert [path.name[-2:] for path in checkpoint.find(folder)] == ["24", "23"]
+    settings = Config.load(run / "config.json")
+    parts, state = checkpoint.newest(folder, settings.fingerprint, 23)
+    checkpoint.save(folder, 7, settings.fingerprint, parts, state, keep=2)
+    assert [path.name[-2:] for path in checkpoint.find(folder)] == ["07"]
+
+
+def test_a_new_run_does_not_take_the_checkpoints_of_another_folder_for_its_own(run, capsys):
+    settings = Config.load(run / "config.json")
+    (run / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(settings, run)
+
+
+def test_the_best_epoch_that_is_told_is_that_of_the_weights(run):
+    """Killed between the best weights and their checkpoint, and not as good when the epoch is repeated, as with other processes."""
+    drop_end(run)
+    stored = safetensors.load_file(run / "best.safetensors")
+    (run / "best.safetensors").write_bytes(safetensors.save(stored, {"best_score": "1.5", "best_epoch": "3"}))
+    row = train(Config.load(run / "config.json"), run, resume=True, from_step=23)
+    assert row["best_score"] == 1.5 and row["best_epoch"] == 3
+
+
+def test_a_lost_log_does_not_keep_a_run_from_its_end(run):
+    (run / "log.jsonl").unlink()
+    assert train(Config.load(run / "config.json"), run, resume=True)["event"] == "end"
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(run, monkeypatch):
+    drop_end(run)
+    settings = Config.load(run / "config.json")
+    before = [path.name for path in checkpoint.find(run / "checkpoints")]
+    step = torch.optim.SGD.step
+
+    def diverges(self, *args):
+        step(self, *args)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", diverges)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        train(settings, run, resume=True, from_step=23)
+    assert [path.name for path in checkpoint.find(run / "checkpoints")] == before
+
+
+def test_sigterm_to_the_whole_group_is_the_parents_alone(tmp_path, rng):
+    """As torchrun sends it: workers that decode images outlive it, so that the parent can save."""
+    Image = pytest.importorskip("PIL.Image")
+    for kind in ("a", "b"):
+        (tmp_path / "images" / kind).mkdir(parents=True)
+        for i in range(60):
+            picture = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / "images" / kind / f"{i}.png")
+    command = [
+        sys.executable, "-m", "rse_fast.cli", "train", "--data", str(tmp_path / "images"), "--lazy", "--resize", "8", "--workers", "1",
+        "--model", "tiny_training:net", "--batch-size", "8", "--epochs", "500", "--device", "cpu", "--log-steps", "1", "--out",
+        str(tmp_path / "run"),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and len(read(log)) < 20:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and "and saved" in out, error
+    assert checkpoint.find(tmp_path / "run" / "checkpoints")[0].name == f"step-{read(log)[-1]['step']:08}"
+
+
 def test_other_images_do_not_continue_a_run(tmp_path, rng, capsys):
     settings = config(write_images(tmp_path / "images.npz", rng), epochs=1)
     train(settings, tmp_path / "run")

@@ -137,6 +137,7 @@ def test_autotuning_changes_no_bit_of_the_noise(monkeypatch, tmp_path):
     one = ([1, 1], [0, 0], [1, 1], 1, None, "triton", None)
     exact = (
         lambda: functional.add_noise(x, 0.3, seed=seed),
+        lambda: functional.add_noise_(x.clone(), 0.3, seed=seed),
         lambda: functional.activate_noise(images, 0.3, seed=seed, act="relu", pool=True)[0],
         lambda: ops.conv_activate_noise(byte, weight, sigma, *where, None, None, True, *one),
     )
