@@ -193,6 +193,7 @@ def compile_case(case: Case, target: str):
     if gpu.backend == "hip":
         options.pop("maxnreg", None)
         options["num_warps"] = max(1, options.get("num_warps", 4) // 2)  # as `config.warps` has it
+        options["num_stages"] = min(2, options.get("num_stages", 2))  # as `config.stages` has it
         arguments["FAST"] = False
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):

@@ -3,6 +3,9 @@
 # On every target, for every kernel.
 EVERYWHERE = {"spills": 0}
 
+# Bytes of shared memory that a program can have at most.
+SHARED = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
 # Noise kernels: no layout may be converted through shared memory.
 NOISE = {"shared": 0}
 
@@ -37,7 +40,7 @@ BY_CASE = {
 def budget(case: str, target: str) -> dict:
     """Quantity of `aot.Result` to its limit (a number at most, or the expression that a text matches) for one case on one target."""
     kind, dtype = case.split()[:2]
-    found = dict(EVERYWHERE)
+    found = EVERYWHERE | {"shared": SHARED[target]}
     if kind == "add_noise":
         found.update(NOISE)
     if kind == "conv":

@@ -78,6 +78,11 @@ def warps(threads: int) -> int:
     return max(1, threads // (32 if torch.version.hip is None else 64))
 
 
+def stages(most: int) -> int:
+    """Steps of a loop under way at once, `most` at most; AMD's 64 KiB of shared memory a program hold two."""
+    return most if torch.version.hip is None else min(most, 2)
+
+
 def register_limit(registers: int) -> dict:
     """The launch option that caps a thread's registers; only CUDA has it."""
     return {"maxnreg": registers} if fast_math() else {}

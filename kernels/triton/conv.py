@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import fast_math, on_device, tuned, warps, word
+from .config import fast_math, on_device, stages, tuned, warps, word
 from .philox import channels_last, key_words, normals, place
 
 __all__ = ["conv_activate_noise", "noisy_conv"]
@@ -229,7 +229,7 @@ class Tile:
 
     def arguments(self) -> dict:
         blocks = {"BLOCK_M": self.pixels, "BLOCK_N": self.channels, "BLOCK_K": self.depth}
-        return {**blocks, "num_warps": warps(self.threads), "num_stages": self.stages}
+        return {**blocks, "num_warps": warps(self.threads), "num_stages": stages(self.stages)}
 
 
 # (noise at the input, output channels of a tile): (pixels of a tile, threads). As large as registers without spills allow.
