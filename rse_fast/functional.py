@@ -352,8 +352,8 @@ def _check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES), triton_dtypes=trito
             return backend
         if not triton.runs_on(x):
             raise ValueError(f"backend 'triton' needs tensors on a CUDA device from sm_80 on or a ROCm device, got {x.device}")
-        if not triton.available():
-            raise RuntimeError("backend 'triton' is not available: the package triton is not installed (pip install triton)")
+        if (problem := triton.problem()) is not None:
+            raise RuntimeError(f"backend 'triton' is not available: {problem}")
     return backend
 
 

@@ -8,6 +8,7 @@ from the seed; no noise is ever stored.
 
 import functools
 import inspect
+import warnings
 
 import torch
 from torch.autograd import forward_ad
@@ -53,7 +54,17 @@ sigma_grad = torch.ops.rse_fast.sigma_grad
 
 
 def _cuda_backend(x):
-    return "triton" if triton.runs_on(x) and triton.available() else "torch"
+    if not triton.runs_on(x):
+        return "torch"
+    if triton.problem() is None:
+        return "triton"
+    _say_once(triton.problem())
+    return "torch"
+
+
+@functools.cache
+def _say_once(problem):
+    warnings.warn(f"rse-fast: noise on GPUs is made by plain torch operations, slowly: {problem}", RuntimeWarning, stacklevel=2)
 
 
 def _cpu_backend(x):

@@ -11,6 +11,7 @@ from torch import nn
 import rse_fast
 from rse_fast import Ensemble
 from rse_fast.ensemble import gradient
+from rse_fast.ensemble.plan import MEMORY_SHARE, SavedBytes
 from rse_fast.nn import Scope
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,3 +165,21 @@ def test_a_gradient_that_the_model_defines_is_the_ensembles(how, seed):
         assert any("gives other gradients" in str(w.message) for w in said) == fuse
         assert (ensemble.predict(x).probs - probs).abs().max() < 1e-5
     assert (found[0] - found[1]).norm() <= 1e-4 * found[1].norm()
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("net", ["plain", "residual", "bypass"])
+def test_what_is_kept_for_the_gradient_is_known_beforehand(net, fuse):
+    ensemble, x = Ensemble(NETS[net]().requires_grad_(False), 8, dtype="float32", fuse=fuse), torch.rand(2, 3, 10, 10, requires_grad=True)
+    ensemble(x)
+    runner = ensemble._prepared[1].runner
+    with SavedBytes(runner.model) as saved:
+        ensemble(x)
+    softmax = 2 * 8 * CLASSES * 4 * 4  # of logits, their softmax and sums: behind the model
+    assert 0.99 * saved.total - softmax <= 16 * runner.saved_bytes <= 1.25 * saved.total  # BatchNorm keeps more on the meta device
+    free = 6 * runner.saved_bytes * (gradient.KEEP + 1) / MEMORY_SHARE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rse_fast.ensemble.plan.free_memory", lambda device: free)
+        assert ensemble._prepared[1].planner.rows(gradient=True) == 6
+        expected, (found,) = ensemble(x).detach(), torch.autograd.grad(ensemble(x)[0, 0], x)
+    assert expected.isfinite().all() and found[0].any()

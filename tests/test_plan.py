@@ -111,6 +111,8 @@ def test_rows_follow_free_memory_and_what_the_user_wants():
     assert 0 < free < 2**50
     assert plan.Planner(CPU, row_bytes=1).rows() == plan.Planner(CPU).rows() == plan.SWEET_SPOT["cpu"]
     assert plan.Planner(CPU, row_bytes=free * plan.MEMORY_SHARE / 10.5).rows() in range(7, 14)  # free memory changes meanwhile
+    assert type(plan.Planner(CPU, row_bytes=free * plan.MEMORY_SHARE / 10.5).rows()) is int  # a number of rows to cut by
+    assert plan.Planner(CPU, row_bytes=1, gradient_bytes=free * plan.MEMORY_SHARE / 10.5).rows(gradient=True) in range(7, 14)
     assert plan.Planner(CPU, row_bytes=100 * free).rows() == 1
     assert plan.Planner(CPU, row_bytes=100 * free).rows(fixed=30) == 30
 

@@ -4,12 +4,13 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 
 import torch
 
 from . import choices
 
-__all__ = ["DTYPES", "LOW_PRECISION", "available", "convolves", "launcher", "noise_choice", "runs_on"]
+__all__ = ["DTYPES", "LOW_PRECISION", "convolves", "launcher", "noise_choice", "problem", "runs_on"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)  # operands of convolutions only
@@ -18,9 +19,14 @@ _MODULES = {"noisy_conv": "conv", "conv_activate_noise": "conv"}
 
 
 @functools.cache
-def available() -> bool:
-    """Whether triton can be imported; found without importing it."""
-    return importlib.util.find_spec("triton") is not None
+def problem() -> str | None:
+    """Why no kernel can run here, whatever the device, or None; found without importing triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None and os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton finds no C compiler, which it builds its launchers with (install gcc, or name one by CC)"
+    return None
 
 
 def runs_on(x: torch.Tensor) -> bool:

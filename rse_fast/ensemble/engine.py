@@ -271,7 +271,8 @@ class Ensemble(nn.Module):
             batch = functools.partial(self._chunk, model, seed, image0 + image.start, draw)
             return gradient.run(batch, x[image], next(number))
 
-        return model.planner.run(x.shape[0], self.draws, step, self.chunk_rows)
+        wanted = torch.is_grad_enabled() and (x.requires_grad or not self.fuse)
+        return model.planner.run(x.shape[0], self.draws, step, self.chunk_rows, wanted)
 
     def _chunk(self, model, seed, image0, draw, x):
         """`_logits` with the noise of given images and draws; backward may call it again, outside `_model`'s context."""
@@ -340,7 +341,8 @@ class Ensemble(nn.Module):
             with _eval_mode(self.model):
                 runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
         kind = x.shape[1:], "int8" if self.dtype == "int8" else compute, self.fuse
-        planner = plan.planner(self.model, kind, x.device, runner.row_bytes)
+        kept = (gradient.KEEP + 1) * runner.saved_bytes if runner.saved_bytes else None  # and one that is run again
+        planner = plan.planner(self.model, kind, x.device, runner.row_bytes, kept)
         if x.device.type == "cuda":
             torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them

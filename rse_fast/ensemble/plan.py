@@ -32,26 +32,30 @@ Piece = tuple[slice, slice]  # of images, of draws
 class Planner:
     """Rows of a packed batch for one (model, image shape, dtype, device); shared by every call, from any thread.
 
-    device: where the model runs. row_bytes: memory one row needs while it passes through the model, None if unknown.
+    device: where the model runs. row_bytes: memory one row needs while it passes through the model, None if unknown; gradient_bytes: where
+    the gradient of the images is wanted, of all packed batches that keep something for it.
     """
 
-    def __init__(self, device: torch.device, row_bytes: float | None = None):
-        self.device, self.row_bytes = device, row_bytes
+    def __init__(self, device: torch.device, row_bytes: float | None = None, gradient_bytes: float | None = None):
+        self.device, self.row_bytes, self.gradient_bytes = device, row_bytes, gradient_bytes
         self.sweet_spot = SWEET_SPOT.get(device.type, OTHER_DEVICES)
         self.measured = False
         self.limit = math.inf  # fewer rows than ran out of memory
 
-    def rows(self, fixed: int | None = None) -> int:
+    def rows(self, fixed: int | None = None, gradient: bool = False) -> int:
         """Rows of a full packed batch now. ``fixed``: what the user wants instead; memory that ran out still counts."""
         if fixed is not None:
             return min(fixed, self.limit)
-        return max(1, min(self.sweet_spot, self.limit, self._fits()))
+        return int(max(1, min(self.sweet_spot, self.limit, self._fits(self.gradient_bytes if gradient else self.row_bytes))))
 
-    def run(self, images: int, draws: int, step: Callable, fixed: int | None = None) -> Iterator[tuple[slice, slice, object]]:
+    def run(
+        self, images: int, draws: int, step: Callable, fixed: int | None = None, gradient: bool = False
+    ) -> Iterator[tuple[slice, slice, object]]:
         """Yields (image slice, draw slice, ``step(image slice, draw slice)``) until each draw of each image was there once.
 
         Images outermost; draws of one image in order. The first call with much work finds the sweet spot, by running packed batches of
         several sizes, each of which counts. When memory runs out, the batch is tried again in halves and later batches are no larger.
+        ``gradient``: that of the images will be wanted.
         """
         start = 0
         for rows in [] if fixed else self._trials(images * draws):
@@ -65,7 +69,7 @@ class Planner:
                 yield from results
             self._note(rows, seconds / ((stop - start) * draws))
             start = stop
-        for image, draw in chunks(images - start, draws, self.rows(fixed)):
+        for image, draw in chunks(images - start, draws, self.rows(fixed, gradient)):
             yield from self.attempt(slice(start + image.start, start + image.stop), draw, step)
 
     def attempt(self, image: slice, draw: slice, step: Callable) -> Iterator[tuple[slice, slice, object]]:
@@ -87,14 +91,14 @@ class Planner:
         for half in _halves(image, draw):
             yield from self.attempt(*half, step)
 
-    def _fits(self) -> float:
-        return math.inf if not self.row_bytes else free_memory(self.device) * MEMORY_SHARE // self.row_bytes
+    def _fits(self, row_bytes: float | None) -> float:
+        return math.inf if not row_bytes else free_memory(self.device) * MEMORY_SHARE // row_bytes
 
     def _trials(self, work: int) -> list[int]:
         """Sizes to try, twice each: the first run of a size also pays for what a library prepares for it. On a GPU three times: the second
         captures a CUDA graph."""
         times = 3 if self.device.type == "cuda" else 2
-        most = min(self.limit, self._fits())
+        most = min(self.limit, self._fits(self.row_bytes))
         sizes = [rows for rows in LADDER.get(self.device.type, ()) if rows <= most]
         if self.measured or torch.is_grad_enabled() or len(sizes) < 2 or times * sum(sizes) * _LEAST_WORK > work:
             return []
@@ -116,11 +120,11 @@ class Planner:
 _planners: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
 
 
-def planner(model: torch.nn.Module, key: tuple, device: torch.device, row_bytes: float | None) -> Planner:
+def planner(model: torch.nn.Module, key: tuple, device: torch.device, *row_bytes: float | None) -> Planner:
     """The planner of ``model`` for ``key`` (image shape, dtype, ...): what it learns outlives every snapshot of the model."""
     known = _planners.setdefault(model, {})
     if (key, device) not in known:
-        known[key, device] = Planner(device, row_bytes)
+        known[key, device] = Planner(device, *row_bytes)
     return known[key, device]
 
 
@@ -247,6 +251,29 @@ class PeakBytes(TorchDispatchMode):
         if not self._holders[key]:
             del self._holders[key]
             self.alive -= size
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes of what autograd keeps for backward within ``with``, each storage once: ``total``; not the model's own tensors."""
+
+    def __init__(self, model: torch.nn.Module):
+        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self.total, self._held = 0, []  # held, so that no storage comes to lie where one was counted
+
+        def pack(saved):
+            for tensor in _tensors(saved):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    own.add(storage._cdata)
+                    self._held.append(tensor)
+                    self.total += storage.nbytes()
+            return saved
+
+        super().__init__(pack, lambda saved: saved)
+
+    def __enter__(self):
+        super().__enter__()
+        return self
 
 
 def _tensors(tree):

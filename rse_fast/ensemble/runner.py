@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rse_fast.convert import meta_copy
-from rse_fast.ensemble.plan import PeakBytes
+from rse_fast.ensemble.plan import PeakBytes, SavedBytes
 from rse_fast.nn import Scope
 
 # A fused model in low precision may be so many times as far from float32 as the unfused one: both errors are sums of the same kind of
@@ -21,12 +21,13 @@ class Runner:
 
     classes: length of the logits, 0 if unknown. packs_input: whether the batch is packed at the input, since something bypasses the first
     noise, or takes the rows for images behind it. layout: of images of 4 dimensions. row_bytes: of all tensors that are alive at once, a
-    row; None if unknown.
+    row; saved_bytes: of those that are kept for the gradient of the images, a row; None if unknown.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor, own: bool = True):
         self.model, self.dtype, self.compute, self.noisy = model, dtype, compute, noisy
-        self.row_bytes, self.layout, self.packs_input = None, torch.channels_last, True
+        self.row_bytes = self.saved_bytes = None
+        self.layout, self.packs_input = torch.channels_last, True
         lazy = self._dry_run(x, packed=False)
         shape = lazy or self._dry_run(x, packed=True)
         packed = self._probe(x)
@@ -73,9 +74,17 @@ class Runner:
         shape = (images * (draws if packed and self.noisy else 1), *x.shape[1:])
         try:
             model, x = meta_copy(self.model).float(), torch.empty(shape, device="meta")
-            with torch.no_grad(), Scope(torch.zeros((), dtype=torch.int64), images, draws), PeakBytes() as memory:
+            seed = torch.zeros((), dtype=torch.int64, device="cpu")
+            scale = self.compute.itemsize / torch.float32.itemsize / (images * draws)
+            with torch.no_grad(), Scope(seed, images, draws), PeakBytes() as memory:
                 out = model(x)
-            self.row_bytes = memory.peak / (images * draws) * self.compute.itemsize / torch.float32.itemsize
+            self.row_bytes = memory.peak * scale
+            try:
+                with torch.enable_grad(), Scope(seed, images, draws), SavedBytes(model) as saved:
+                    model(x.requires_grad_())
+                self.saved_bytes = saved.total * scale
+            except Exception:  # a model without a gradient
+                self.saved_bytes = None
             return tuple(out.shape) if out.dim() == 2 and out.shape[0] == (images * draws if self.noisy else images) else None
         except Exception:
             return None
