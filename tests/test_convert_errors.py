@@ -140,3 +140,11 @@ def test_a_patched_convolution_is_called_and_gets_noise():
 def test_layers_are_checked_when_they_are_made(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_a_model_without_values_is_refused():
+    """sigma is no part of the state dict: what `to_empty` and `load_state_dict` make of a meta model would have none."""
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(ValueError, match="got meta tensors in"):
+        rse_fast.convert(model)

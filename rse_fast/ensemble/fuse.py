@@ -75,7 +75,7 @@ def _free_views(model: torch.fx.GraphModule) -> None:
 def copy(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format = torch.channels_last) -> nn.Module:
     """A copy of ``model`` in eval mode, ``dtype`` and ``layout``. Its parameters take no gradient; that of the input flows through it.
 
-    In a container, the model is called rather than its forward: its own hooks are traced too, and a model of one layer is a leaf.
+    In a container, the model is called rather than its forward: its own hooks are as well, and a model of one layer is a leaf.
     """
     # A tensor with a history, such as the weight that old-style weight_norm computes, cannot be copied as it is.
     memo = {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}
@@ -93,7 +93,8 @@ def _lay_out(model, dtype, layout=torch.channels_last):
 
 class _Tracer(Tracer):
     def is_leaf_module(self, module, name):
-        return isinstance(module, NoiseLayer) or super().is_leaf_module(module, name)
+        # A hook traced through would be called once, with a proxy, and never again.
+        return isinstance(module, NoiseLayer) or _has_hooks(module) or super().is_leaf_module(module, name)
 
 
 def fold_batch_norm(model: torch.fx.GraphModule) -> None:
