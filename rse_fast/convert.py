@@ -61,7 +61,7 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
         raise ValueError(f"model must have its lazy layers initialised by a first forward pass, got uninitialised {_listing(lazy)}")
 
     if meta := [name for name, module in layers.items() if any(p.is_meta for p in module.parameters())]:
-        raise ValueError(f"model must have its values before it gets noise, whose sigma is one of them, got meta tensors in {_listing(meta)}")
+        raise ValueError(f"model must have its values before it gets noise, as sigma is one of them, got meta tensors in {_listing(meta)}")
 
     for name, module in layers.items():
         if taken := sorted(attribute for attribute in _NOISE_NAMES if hasattr(module, attribute)):

@@ -510,10 +510,10 @@ def test_snapshots_share_nothing_with_the_model(seed):
 
 
 def test_a_hook_on_a_container_is_called_with_tensors_each_time(seed):
-    model = rse_fast.convert(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), nn.Conv2d(4, 5, 8), nn.Flatten()))
-    seen = []
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model, seen = rse_fast.convert(nn.Sequential(stem, nn.Conv2d(4, 5, 8), nn.Flatten())), []
     model.eval()[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    ensemble = Ensemble(model, 3, seed=seed, dtype="float32")
+    ensemble = rse_fast.Ensemble(model, 3, seed=int(seed), dtype="float32")
     ensemble.predict(torch.rand(2, 3, 10, 10))
     for _ in range(2):
         seen.clear()
