@@ -32,7 +32,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rse_fast import functional, ops
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble, plan
-from rse_fast.ensemble.runner import seeded
 from rse_fast.nn import NoiseLayer, Scope, noise_layers
 
 COVERS = """\
@@ -262,16 +261,18 @@ def _votes(ensemble, layer, x, index, start, stop, seed):
 
 # ------------------------------------------------------------------------------------------------------------- where the noise is
 class _Readers(TorchDispatchMode):
-    """Follows an image through a forward pass. ``noisy``: the streams of the noise that reads it; ``others``: other ops that do."""
+    """Follows an image through a forward pass. ``noisy``: the streams of the noise that reads it; ``others``: other ops that do.
+    ``random``: whether numbers of torch's generators were drawn."""
 
     def __init__(self, x):
         super().__init__()
-        self.image, self.noisy, self.others = [x], [], []
+        self.image, self.noisy, self.others, self.random = [x], [], [], False
 
     def _is_image(self, value):
         return any(value is t for t in self.image)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
         result = func(*args, **(kwargs or {}))
         tensors = torch.utils._pytree.tree_leaves((args, kwargs))
         if not any(map(self._is_image, tensors)):
@@ -323,19 +324,20 @@ def _check_rows(ensemble, x):
     images = torch.cat([x[:1], 1 - x[:1]])
     places, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
 
-    def logits(rows, own):  # own: where random numbers of torch's begin
-        with seeded(own, x.device):
-            return ensemble.logits_at(images[:rows], places[:rows], 1, seed)[0, :1].float()
+    with ensemble._model(x) as model:
+        random = model.runner.random
 
-    expected = logits(2, 0)
+    def logits(rows):
+        return ensemble.logits_at(images[:rows], places[:rows], 1, seed)[0, :1].float()
+
+    expected = logits(2)
     compute = torch.bfloat16 if ensemble.dtype == "int8" else ensemble._resolve_dtype(x.device)
     limit = torch.finfo(compute).eps ** 0.5 * expected.norm()
-    for found, what in (
-        (logits(2, 1), "draws random numbers of its own, which the rows of a batch may share"),
-        (logits(1, 0), "gives an image other logits beside another image, as BatchNorm without running statistics does"),
-    ):
-        if (found - expected).norm() > limit:
-            raise ValueError(f"model must treat each row of a batch by itself to be certified; it {what}")
+    rule = "model must treat each row of a batch by itself to be certified; it"
+    if random or (logits(2) - expected).norm() > limit:
+        raise ValueError(f"{rule} draws random numbers of its own, which the rows of a batch may share")
+    if (logits(1) - expected).norm() > limit:
+        raise ValueError(f"{rule} gives an image other logits beside another image, as BatchNorm without running statistics does")
 
 
 def _first_noise(model, layers, x):
@@ -343,10 +345,13 @@ def _first_noise(model, layers, x):
     copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
     for layer in noise_layers(copied).values():
         layer.noise_enabled = True
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    numbers = torch.get_rng_state()
+    with torch.inference_mode(False), torch.no_grad():
         image = x[:1].to(next(model.parameters(), x).dtype, copy=True)
         with Scope(torch.zeros((), dtype=torch.int64, device=x.device), 1), _Readers(image) as readers:
             copied(image)
+    if readers.random:
+        torch.set_rng_state(numbers)
     rule = "model must pass the image unchanged to the noise of one layer, and to nothing else, to be certified"
     if readers.others:
         raise ValueError(f"{rule}; got {', '.join(dict.fromkeys(readers.others))} reading it")

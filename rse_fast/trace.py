@@ -1,8 +1,9 @@
-"""Tracing by torch.fx that other threads do not notice."""
+"""Tracing by torch.fx that other threads do not notice, and what a forward pass draws."""
 
 import threading
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _one_at_a_time = threading.RLock()
 
@@ -27,3 +28,13 @@ class Tracer(torch.fx.Tracer):
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class Draws(TorchDispatchMode):
+    """``any``: whether this thread drew from a generator of torch's. The generator's state would tell of other threads as well."""
+
+    any = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.any |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))

@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import threading
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -422,3 +423,24 @@ def test_memory_does_not_grow_with_draws(how, seed):
             ensemble.predict(x, seed)
         peaks[draws] = memory.peak
     assert peaks[600] <= 1.05 * peaks[60], peaks
+
+
+def test_what_other_threads_draw_is_neither_taken_back_nor_taken_for_the_models():
+    """The generator is the process's: a snapshot that put it back would make a training in another thread repeat its noise."""
+    model, x, drawn, done = NETS["residual"](), torch.rand(2, 3, 10, 10), [], threading.Event()
+
+    def draw():
+        while not done.is_set():
+            drawn.append(int(torch.randint(2**62, ())))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(5):
+                Ensemble(model, 2, dtype="float32").predict(x)
+    finally:
+        done.set()
+        thread.join()
+    assert len(drawn) > 100 and len(set(drawn)) == len(drawn)

@@ -316,8 +316,10 @@ class Ensemble(nn.Module):
             number_layers(self.model)  # an ensemble of a part of the model, or of more than it, numbers them otherwise
             state = self._state(x)
             if self._prepared is None or self._prepared[0] != state:
-                with torch.random.fork_rng(devices=[]):  # a forward that draws numbers of its own does so in dry runs, too
-                    prepared = self._prepare(x)
+                numbers = torch.get_rng_state()
+                prepared = self._prepare(x)
+                if prepared.runner.random:  # a forward that draws numbers of its own did so in dry runs, too
+                    torch.set_rng_state(numbers)
                 # What the state tells apart by its address is kept, so that nothing else can come to lie there.
                 self._prepared = state, prepared, [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
             prepared = self._prepared[1]
@@ -380,7 +382,7 @@ class Ensemble(nn.Module):
         runner = Runner(fused, dtype, dtype, noisy, x)
         if problem is None:
             unfused = fuse.copy(self.model, torch.float32, torch.contiguous_format)
-            problem = mismatch(fused, unfused, dtype, x, self._differentiated)
+            problem = mismatch(runner, unfused, x, self._differentiated)
             if problem is None:
                 return runner
             runner = Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x)

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from rse_fast import functional
 from rse_fast.convert import tensor_attributes
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
-from rse_fast.trace import Tracer
+from rse_fast.trace import Draws, Tracer
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, NoisyConv1d, NoisyConv2d, NoisyConv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -39,10 +39,11 @@ def snapshot(
     wide = torch.promote_types(dtype, torch.float32)  # folding is done in float32 at least
     copied, problem = copy(model, wide), None
     try:
-        for _ in range(2):  # once more if numbers were drawn, which may have been in another thread
-            before = _random_state()
-            graph = _Tracer().trace(copied)
-            if _random_state() == before:
+        for _ in range(2):  # once more, as it may have been another thread that drew one of Python's or numpy's
+            before = _host_numbers()
+            with Draws() as draws:
+                graph = _Tracer().trace(copied)
+            if not draws.any and _host_numbers() == before:
                 break
         else:
             raise RuntimeError("its forward draws random numbers, which the graph would repeat")
@@ -59,9 +60,10 @@ def snapshot(
     return _lay_out(copied, dtype), problem
 
 
-def _random_state():
-    numbers = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), numbers[1].tobytes(), numbers[2:]
+def _host_numbers():
+    """State of the generators of Python and numpy."""
+    _, words, position, *gauss = np.random.get_state()
+    return random.getstate(), words.tobytes(), position, gauss
 
 
 def _free_views(model: torch.fx.GraphModule) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from rse_fast.convert import meta_copy
 from rse_fast.ensemble.plan import PeakBytes, SavedBytes
 from rse_fast.nn import Scope
+from rse_fast.trace import Draws
 
 # A fused model in low precision may be so many times as far from float32 as the unfused one: both errors are sums of the same kind of
 # roundings, whose sizes differ by chance. A wrong fusion is off by far more.
@@ -21,7 +22,8 @@ class Runner:
 
     classes: length of the logits, 0 if unknown. packs_input: whether the batch is packed at the input, since something bypasses the first
     noise, or takes the rows for images behind it. layout: of images of 4 dimensions. row_bytes: of all tensors that are alive at once, a
-    row; saved_bytes: of those that are kept for the gradient of the images, a row; None if unknown.
+    row; saved_bytes: of those that are kept for the gradient of the images, a row; None if unknown. random: whether the forward draws
+    numbers of torch's generators by itself.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor, own: bool = True):
@@ -30,16 +32,21 @@ class Runner:
         self.layout, self.packs_input = torch.channels_last, True
         lazy = self._dry_run(x, packed=False)
         shape = lazy or self._dry_run(x, packed=True)
-        packed = self._probe(x)
+        self.random = False
+        images = probe_images(x, 2)
+        with Draws() as draws:
+            packed = self._probe(images)
+        self.random = draws.any
         if isinstance(packed, RuntimeError) and "view size is not compatible" in str(packed):  # x.view(N, -1) of a contiguous map
             self.layout = torch.contiguous_format
             if own:
                 model.to(memory_format=self.layout)
-            lazy, packed = self._dry_run(x, packed=False), self._probe(x)
+            lazy, packed = self._dry_run(x, packed=False), self._probe(images)
             shape = lazy or self._dry_run(x, packed=True)
         if lazy is not None:
+            packed = self._probe(images) if self.random else packed
             self.packs_input = False
-            self.packs_input = isinstance(packed, torch.Tensor) and not self._agree(packed, self._probe(x))
+            self.packs_input = isinstance(packed, torch.Tensor) and not self._agree(packed, self._probe(images))
         if shape is None and isinstance(packed, torch.Tensor) and packed.dim() == 2:
             shape = packed.shape
         self.classes = shape[1] if shape else 0
@@ -51,11 +58,11 @@ class Runner:
         return run(self.model, x, scope, self.dtype, self.compute, self.layout)
 
     @torch.no_grad()
-    def _probe(self, x):
-        """What the model returns for 2 images of noise in 2 draws, or the exception that it raises."""
+    def _probe(self, images):
+        """What the model returns for 2 images in 2 draws, or the exception that it raises."""
         try:
-            with seeded(0, x.device):
-                return self(probe_images(x, 2), Scope(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2))
+            with seeded(0, images.device) if self.random else contextlib.nullcontext():
+                return self(images, Scope(torch.zeros((), dtype=torch.int64, device=images.device), 2, 2))
         except Exception as error:
             return error.with_traceback(None)
 
@@ -108,7 +115,10 @@ def run(model: nn.Module, x: torch.Tensor, scope: Scope, dtype: torch.dtype, com
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device):
-    """torch's generators of the CPU and of ``device`` begin at ``seed``, and are what they were afterwards; others are not touched."""
+    """torch's generators of the CPU and of ``device`` begin at ``seed``, and are what they were afterwards; others are not touched.
+
+    Other threads share these: to be used where there is a need alone.
+    """
     cuda = device.type == "cuda"
     with torch.random.fork_rng([device] if cuda else []):
         torch.default_generator.manual_seed(seed)
@@ -117,20 +127,21 @@ def seeded(seed: int, device: torch.device):
         yield
 
 
-def mismatch(fused: nn.Module, unfused: nn.Module, dtype: torch.dtype, x: torch.Tensor, gradients: bool) -> str | None:
-    """None if ``fused``, in ``dtype``, computes what ``unfused``, in float32, computes; or what is wrong with it.
+def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: bool) -> str | None:
+    """None if the fused model of ``runner``, in its dtype, computes what ``unfused``, in float32, computes; or what is wrong with it.
 
     Both run 2 images of noise like ``x`` in 2 draws with the same seed. The limit is the unfused model's own error in ``dtype``, or in
     bfloat16 for float32: what everybody accepts who runs it so. gradients: the same for the gradient of the images, which a forward
     may define otherwise than its values do (`torch.autograd.Function`, `torch.no_grad`), and a graph of the values does not know.
     """
+    dtype = runner.dtype
     narrow = dtype if dtype.itemsize < 4 else torch.bfloat16
 
     def results(model, compute, layout):
         values = probe_images(x, 4).requires_grad_(gradients)
         scope = Scope(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2)
         # A layer that draws numbers of its own shall draw the same.
-        with torch.set_grad_enabled(gradients), seeded(0, x.device):
+        with torch.set_grad_enabled(gradients), seeded(0, x.device) if runner.random else contextlib.nullcontext():
             logits = run(model, values, scope, compute, compute, layout)
             if not gradients or not isinstance(logits, torch.Tensor):
                 return (logits,)
@@ -140,7 +151,7 @@ def mismatch(fused: nn.Module, unfused: nn.Module, dtype: torch.dtype, x: torch.
     try:
         expected = results(unfused, torch.float32, torch.contiguous_format)
         own = results(unfused.to(narrow), narrow, torch.contiguous_format)
-        found = results(fused, dtype, torch.channels_last)
+        found = results(runner.model, dtype, torch.channels_last)
     except Exception as error:
         return f"a probe batch to check the fused model with failed ({type(error).__name__}: {error})"
     if not isinstance(expected[0], torch.Tensor):
