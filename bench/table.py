@@ -26,7 +26,7 @@ EPS, RADIUS = "8/255", 0.25  # L-infinity of PGD and AutoAttack; L2 that is cert
 ATTACKED = {
     "clean": {"method": "clean"},
     **{f"c = {c:g}": {"method": "cw-c", "c": c} for c in (0.01, 0.03, 0.06, 0.1, 0.2)},
-    f"PGD {EPS}": {"method": "pgd"},
+    f"PGD {EPS}": {"method": "pgd", "eps": 8 / 255},
     f"AutoAttack {EPS}": {"method": "autoattack"},
 }
 CERTIFIED = f"certified L2 {RADIUS:g}"
