@@ -124,12 +124,10 @@ def checks(table: dict, shares: dict, l2: dict) -> list[dict]:
     def add(name, passed, text):
         found.append({"name": name, "passed": bool(passed), "text": text})
 
-    def percent(name):
-        return f"{100 * table[name]['accuracy']['mean']:.1f} %"
-
     def at_least_as_strong(name, strong, weak, meaning, shares=shares):
         gap, margin = _compare(shares, strong, weak)
-        text = f"{strong} leaves {percent(strong)}, {weak} leaves {percent(weak)} (difference {100 * gap:+.1f} ± {100 * margin:.1f} points)"
+        left = [f"{name} leaves {100 * statistics.fmean(shares[name].values()):.1f} %" for name in (strong, weak)]
+        text = f"{left[0]}, {left[1]} (difference {100 * gap:+.1f} ± {100 * margin:.1f} points)"
         add(name, gap <= margin, text + ("" if gap <= margin else f": {meaning}"))
 
     attacks = [e for e in table.values() if e["victim"] == "deployed" and e["method"] != "clean"]
