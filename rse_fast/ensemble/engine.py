@@ -381,8 +381,7 @@ class Ensemble(nn.Module):
         fused, problem = fuse.snapshot(self.model, dtype)
         runner = Runner(fused, dtype, dtype, noisy, x)
         if problem is None:
-            unfused = fuse.copy(self.model, torch.float32, torch.contiguous_format)
-            problem = mismatch(runner, unfused, x, self._differentiated)
+            problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._differentiated)
             if problem is None:
                 return runner
             runner = Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x)

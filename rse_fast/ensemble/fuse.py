@@ -74,8 +74,8 @@ def _free_views(model: torch.fx.GraphModule) -> None:
     model.recompile()
 
 
-def copy(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format = torch.channels_last) -> nn.Module:
-    """A copy of ``model`` in eval mode, ``dtype`` and ``layout``. Its parameters take no gradient; that of the input flows through it.
+def copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of ``model`` in eval mode and ``dtype``, channels last. Its parameters take no gradient; that of the input flows through it.
 
     In a container, the model is called rather than its forward: its own hooks are as well, and a model of one layer is a leaf.
     """
@@ -85,12 +85,12 @@ def copy(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format = tor
         copied = deepcopy(model, memo)
     except Exception as error:  # what a lock or a tensor with a history in an attribute raises
         raise TypeError(f"model cannot be copied ({error}); fuse=False runs the model itself") from error
-    return _lay_out(nn.Sequential(copied.eval().requires_grad_(False)), dtype, layout)
+    return _lay_out(nn.Sequential(copied.eval().requires_grad_(False)), dtype)
 
 
-def _lay_out(model, dtype, layout=torch.channels_last):
+def _lay_out(model, dtype):
     model = model.to(dtype)
-    return model.to(memory_format=layout) if any(p.dim() == 4 for p in model.parameters()) else model
+    return model.to(memory_format=torch.channels_last) if any(p.dim() == 4 for p in model.parameters()) else model
 
 
 class _Tracer(Tracer):
