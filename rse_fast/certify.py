@@ -112,7 +112,7 @@ def certify(
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an rse_fast.Ensemble, got {type(ensemble).__name__}")
-    n0, n, image0 = (functional.integer(*pair) for pair in (("n0", n0), ("n", n), ("image0", image0)))
+    n0, n = functional.integer("n0", n0), functional.integer("n", n)
     for name, value in (("n0", n0), ("n", n)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -126,8 +126,7 @@ def certify(
     x, seed = ensemble._input(x), ensemble._call_seed(seed)
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, got infinite or NaN values")
-    if image0 < 0 or image0 + len(x) > 2**32:
-        raise ValueError(f"image0 must be in [0, 2^32 - {len(x)}], got {image0}")
+    image0 = functional.first_image(image0, len(x))
 
     from scipy.special import ndtr, ndtri
 

@@ -420,6 +420,14 @@ def integer(name, value) -> int:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
+def first_image(image0, images: int) -> int:
+    """``image0`` as an integer from which so many images can be counted in 32 bits."""
+    image0 = integer("image0", image0)
+    if image0 < 0 or image0 + images > 2**32:
+        raise ValueError(f"image0 must be in [0, 2^32 - {images}], got {image0}")
+    return image0
+
+
 def _names(dtypes) -> str:
     *first, last = (str(dtype)[6:] for dtype in dtypes)
     return f"{', '.join(first)} or {last}"

@@ -260,8 +260,8 @@ def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, NoiseLayer)}
 
 
-def number_layers(model: nn.Module) -> None:
-    """Sets every noisy layer's stream to its index in module order, which is the same for a copy of the model.
+def number_layers(model: nn.Module) -> dict[str, NoiseLayer]:
+    """Sets every noisy layer's stream to its index in module order, which is the same for a copy of the model; returns the layers.
 
     Raises ValueError for more than 65,536 layers, which a stream has no room for.
     """
@@ -270,3 +270,4 @@ def number_layers(model: nn.Module) -> None:
         raise ValueError(f"model must have at most 65536 noisy layers, got {len(layers)}")
     for index, layer in enumerate(layers.values()):
         layer.stream = index
+    return layers

@@ -393,7 +393,7 @@ def _under(key, function):
     def run(*args):
         if args[0].shape[0] not in (args[images], args[images] * args[images + 1]):  # a kernel would read beyond the input
             rows = f"images={args[images]} or draws * images={args[images] * args[images + 1]}"
-            raise RuntimeError(f"{names[0]} must have {rows} rows, got {args[0].shape[0]} (a traced call holds for one batch size only)")
+            raise ValueError(f"{names[0]} must have {rows} rows, got {args[0].shape[0]} (a traced call holds for one batch size only)")
         if args[index] == "auto":
             args = (*args[:index], _KEYS[key](args[0]), *args[index + 1 :])
         return function(*args)

@@ -275,9 +275,9 @@ def test_rows_that_are_neither_images_nor_draws_are_refused(backend):
     args = torch.tensor(0.1), SEED, 0, 4, 2, 0, 0
     for rows in (1, 3, 5, 16):
         x = torch.zeros(rows, 3, 2, 2)
-        with pytest.raises(RuntimeError, match=f"x must have images=4 or draws . images=8 rows, got {rows}"):
+        with pytest.raises(ValueError, match=f"x must have images=4 or draws . images=8 rows, got {rows}"):
             ops.add_noise(x, *args, None, None, False, backend)
-        with pytest.raises(RuntimeError, match=f"x must have .* rows, got {rows}"):
+        with pytest.raises(ValueError, match=f"x must have .* rows, got {rows}"):
             ops.noisy_conv(x, torch.zeros(2, 3, 1, 1), None, *args, [1, 1], [0, 0], [1, 1], 1, backend)
 
 

@@ -140,7 +140,7 @@ def test_arrays(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: {"train_labels": s["train_labels"] + 1}, "at least two classes 0, 1, ..., each there, got 1"),
+        (lambda s: {"train_labels": s["train_labels"] + 1}, "at least two classes 0, 1, ..., each there, got \\[1 "),
         (lambda s: {"train_labels": s["train_labels"] * 0}, "at least two classes"),
         (lambda s: {"test_labels": s["test_labels"] + 100}, "expected test_labels below"),
         (lambda s: {"test_images": s["test_images"][..., :-1]}, "expected test_images of the shape of train_images"),

@@ -138,15 +138,11 @@ def arrays(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits
         raise ValueError(f"path: expected train_images as [N, C, H, W], got {list(images.shape)}, which looks like [N, H, W, C]")
     known = np.unique(labels)
     if len(known) < 2 or known[-1] != len(known) - 1:
-        raise ValueError(f"path: expected train_labels of at least two classes 0, 1, ..., each there, got {_few(known)}")
+        raise ValueError(f"path: expected train_labels of at least two classes 0, 1, ..., each there, got {known}")
     if test_labels.max() >= len(known):
         raise ValueError(f"path: expected test_labels below {len(known)}, the classes of train_labels, got {test_labels.max()}")
     classes = tuple(map(str, range(len(known))))
     return _with_val(file.stem, classes, *pairs, val_fraction, flip=True)
-
-
-def _few(values) -> str:
-    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
 def _with_val(name, classes, train, test, val_fraction, flip) -> Splits:

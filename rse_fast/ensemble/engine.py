@@ -132,9 +132,8 @@ class Ensemble(nn.Module):
     def predict(self, x: torch.Tensor, seed: int | None = None, image0: int = 0) -> Prediction:
         """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image0``, the index of the first image, address the noise:
         a data set predicted in parts, each with its own image0, gets the noise it would get as one batch."""
-        x, seed, image0 = self._input(x), self._call_seed(seed), functional.integer("image0", image0)
-        if image0 < 0 or image0 + len(x) > 2**32:
-            raise ValueError(f"image0 must be in [0, 2^32 - {len(x)}], got {image0}")
+        x, seed = self._input(x), self._call_seed(seed)
+        image0 = functional.first_image(image0, len(x))
         if self.early_exit is None:
             return self._prediction(self._all_draws(x, self._seed_tensor(seed, x), image0), seed)
         pool = self._pool(x, seed, self.draws)
@@ -300,11 +299,11 @@ class Ensemble(nn.Module):
             return DTYPES[self.dtype]
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
-    def _state(self, x):
+    def _state(self, x, layers):
         """Changes whenever a snapshot is out of date: identity, version and place of every tensor, the switches, the shape of x."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-        switches = tuple(layer.noise_enabled for layer in noise_layers(self.model).values())
+        switches = tuple(layer.noise_enabled for layer in layers.values())
         if not switches:
             raise ValueError("model must have noisy layers, got none any more; rse_fast.convert(model) adds them")
         return versions, switches, x.shape[1:], x.device, self._differentiated
@@ -313,8 +312,8 @@ class Ensemble(nn.Module):
     def _model(self, x):
         """The callable that runs packed batches like ``x``."""
         with self._lock:
-            number_layers(self.model)  # an ensemble of a part of the model, or of more than it, numbers them otherwise
-            state = self._state(x)
+            # Numbered anew, as an ensemble of a part of the model, or of more than it, numbers its layers otherwise.
+            state = self._state(x, number_layers(self.model))
             if self._prepared is None or self._prepared[0] != state:
                 numbers = torch.get_rng_state()
                 prepared = self._prepare(x)
@@ -345,12 +344,12 @@ class Ensemble(nn.Module):
         kind = x.shape[1:], "int8" if self.dtype == "int8" else compute, self.fuse
         kept = (gradient.KEEP + 1) * runner.saved_bytes if runner.saved_bytes else None  # and one that is run again
         planner = plan.planner(self.model, kind, x.device, runner.row_bytes, kept)
-        if x.device.type == "cuda":
-            torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
+        if x.device.type != "cuda":
+            return Prepared(runner, runner, planner)
+        torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them
-        if x.device.type == "cuda" and (self.graphs or self.graphs is None and not hooked):
-            return Prepared(runner, Graphs(runner, always=self.graphs is True), planner)
-        return Prepared(runner, runner, planner)
+        captures = not hooked if self.graphs is None else self.graphs
+        return Prepared(runner, Graphs(runner, always=self.graphs is True) if captures else runner, planner)
 
     def _to_int8(self, runner, x):
         """Makes a runner of a fused snapshot run an int8 one."""

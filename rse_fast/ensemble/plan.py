@@ -120,11 +120,13 @@ class Planner:
 _planners: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
 
 
-def planner(model: torch.nn.Module, key: tuple, device: torch.device, *row_bytes: float | None) -> Planner:
+def planner(
+    model: torch.nn.Module, key: tuple, device: torch.device, row_bytes: float | None, gradient_bytes: float | None = None
+) -> Planner:
     """The planner of ``model`` for ``key`` (image shape, dtype, ...): what it learns outlives every snapshot of the model."""
     known = _planners.setdefault(model, {})
     if (key, device) not in known:
-        known[key, device] = Planner(device, *row_bytes)
+        known[key, device] = Planner(device, row_bytes, gradient_bytes)
     return known[key, device]
 
 
