@@ -233,7 +233,8 @@ def seed_tensor(seed, device) -> torch.Tensor:
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed must be an int or an int64 tensor of one value, got {_describe(seed)}")
-        return seed.reshape(()).to(device)
+        seed = seed.reshape(()) if seed.dim() else seed
+        return seed if seed.device == device else seed.to(device)
     value = integer("seed", seed)
     if not -(2**63) <= value < 2**63:
         value = (value + 2**63) % 2**64 - 2**63
@@ -247,9 +248,9 @@ def check_sigma(name: str, sigma) -> None:
             raise TypeError(f"{name} must be a floating-point tensor, got {_describe(sigma)}")
         if torch.compiler.is_compiling() or sigma.device.type != "cpu":
             return
-        values = sigma.detach()
-        if not (0 <= values.item() <= _MAX if values.dim() == 0 else bool(((values >= 0) & values.float().isfinite()).all())):
-            raise ValueError(f"{name} must be finite and not negative, got {values.tolist()}")
+        values = sigma.detach() if sigma.dim() else sigma.item()
+        if not (bool(((values >= 0) & values.float().isfinite()).all()) if sigma.dim() else 0 <= values <= _MAX):
+            raise ValueError(f"{name} must be finite and not negative, got {sigma.tolist()}")
     elif isinstance(sigma, bool) or not isinstance(sigma, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(sigma).__name__}")
     elif not 0 <= sigma <= _MAX:
@@ -272,22 +273,19 @@ def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0, posit
             f"for an input of {x.shape[0]} rows"
         )
     positions = math.prod(x.shape[1:]) // max(channels, 1) if positions is None else positions
-    for name, last in (
-        ("stream", stream + 1),
-        ("image0 + images", image0 + images),
-        ("draw0 + draws", draw0 + draws),
-        ("the number of channel quads in a sample", positions * ((channels + 3) // 4)),
-    ):
-        if last > _WORD:
-            raise ValueError(f"{name} must fit the 32-bit counter (at most 2^32), got {last}")
-    for name, value in (("stream", stream), ("image0", image0), ("draw0", draw0)):
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+    last = stream + 1, image0 + images, draw0 + draws, positions * ((channels + 3) // 4)
+    if any(value > _WORD for value in last):
+        names = "stream", "image0 + images", "draw0 + draws", "the number of channel quads in a sample"
+        name, value = next((n, v) for n, v in zip(names, last, strict=True) if v > _WORD)
+        raise ValueError(f"{name} must fit the 32-bit counter (at most 2^32), got {value}")
+    if stream < 0 or image0 < 0 or draw0 < 0:
+        name, value = next((n, v) for n, v in (("stream", stream), ("image0", image0), ("draw0", draw0)) if v < 0)
+        raise ValueError(f"{name} must not be negative, got {value}")
     check_sigma("sigma", sigma)
     if isinstance(sigma, torch.Tensor):
         if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] not in (1, channels)):
             raise ValueError(f"sigma must be a scalar or one value for each of {channels} channels, got shape {tuple(sigma.shape)}")
-        sigma = sigma.reshape(()) if sigma.numel() == 1 and channels != 1 else sigma
+        sigma = sigma.reshape(()) if sigma.dim() and sigma.numel() == 1 and channels != 1 else sigma
         if sigma.device != x.device or sigma.dtype not in (torch.float32, torch.float64):
             sigma = sigma.to(x.device, torch.float32)
         if sigma.dtype == torch.float64 and x.dtype != torch.float64:
@@ -399,6 +397,8 @@ def _string_padding(padding, kernel, stride, dilation):
 
 
 def _tuple(name, value, n, minimum):
+    if type(value) is tuple and len(value) == n and all(type(v) is int and v >= minimum for v in value):  # a layer's, at every call
+        return value
     value = (value,) * n if not isinstance(value, (tuple, list)) else tuple(value)
     if len(value) == 1:
         value = value * n

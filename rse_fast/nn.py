@@ -82,10 +82,9 @@ class Scope:
 def ambient(device: torch.device) -> dict:
     """A fresh seed from torch's generator of the device, and the distributed rank as the stream: equal generator seeds on all ranks must
     not give equal noise."""
-    low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     distributed = torch.distributed
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    return {"seed": torch.randint(low, high, (), dtype=torch.int64, device=device), "stream": rank}
+    return {"seed": torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device), "stream": rank}
 
 
 class NoiseLayer(nn.Module):

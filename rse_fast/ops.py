@@ -43,14 +43,14 @@ _lib.define(
     "bool per_channel, str backend, Tensor? places=None) -> Tensor"
 )
 
-add_noise = torch.ops.rse_fast.add_noise
-add_noise_ = torch.ops.rse_fast.add_noise_
-activate_noise = torch.ops.rse_fast.activate_noise
-add_noise_u8 = torch.ops.rse_fast.add_noise_u8
-conv_activate_noise = torch.ops.rse_fast.conv_activate_noise
-noisy_conv = torch.ops.rse_fast.noisy_conv
-noisy_linear = torch.ops.rse_fast.noisy_linear
-sigma_grad = torch.ops.rse_fast.sigma_grad
+add_noise = torch.ops.rse_fast.add_noise.default
+add_noise_ = torch.ops.rse_fast.add_noise_.default
+activate_noise = torch.ops.rse_fast.activate_noise.default
+add_noise_u8 = torch.ops.rse_fast.add_noise_u8.default
+conv_activate_noise = torch.ops.rse_fast.conv_activate_noise.default
+noisy_conv = torch.ops.rse_fast.noisy_conv.default
+noisy_linear = torch.ops.rse_fast.noisy_linear.default
+sigma_grad = torch.ops.rse_fast.sigma_grad.default
 
 
 def _cuda_backend(x):
@@ -101,12 +101,12 @@ def noise_choice(weight: torch.Tensor, groups: int) -> str:
 def _add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None):
     if backend == "torch":
         return reference.add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
-    if reference.layout(x) is None:
-        x = x.contiguous()
+    lies = reference.layout(x)
+    x = x if lies else x.contiguous()
     out = reference.packed_like(x, images * draws)
     sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
     launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
-    launch(x, out, reference.layout(x) == "flat", sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
+    launch(x, out, lies == "flat", sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
     return out
 
 
@@ -280,7 +280,7 @@ def _noisy_conv_backward(ctx, g):
     stride, padding, dilation = ctx.conv
 
     def gradients(read, stride, needs):
-        return torch.ops.aten.convolution_backward(
+        return torch.ops.aten.convolution_backward.default(
             g, read, weight, ctx.bias_sizes, stride, padding, dilation, False, [0] * len(stride), ctx.groups, needs
         )
 

@@ -69,6 +69,8 @@ def layout(x: torch.Tensor) -> str | None:
     """How ``x`` [rows, C, *spatial] lies in memory: "planar" (contiguous), "flat" (channels last) or None (neither)."""
     if x.is_contiguous():
         return "planar"
+    if x.dim() == 4:
+        return "flat" if x.is_contiguous(memory_format=torch.channels_last) else None
     return "flat" if x.movedim(1, -1).is_contiguous() else None
 
 
@@ -77,8 +79,11 @@ def packed_like(x: torch.Tensor, rows: int, pool: bool = False, dtype: torch.dty
 
     Contiguous where ``x`` is in neither layout.
     """
+    lies = layout(x)
+    if lies and rows == x.shape[0] and not pool and dtype is None:
+        return torch.empty_like(x)
     spatial = [n // 2 for n in x.shape[2:]] if pool else x.shape[2:]
-    if layout(x) != "flat":
+    if lies != "flat":
         return x.new_empty((rows, x.shape[1], *spatial), dtype=dtype)
     return x.new_empty((rows, *spatial, x.shape[1]), dtype=dtype).movedim(-1, 1)
 

@@ -5,7 +5,7 @@ thread computes the noise of whole quads that lie where its 16-byte loads and st
 activation and noise; the noise is keyed by the pooled position.
 """
 
-import functools
+import math
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from .config import (
     default,
     divisor,
     fast_math,
+    launch,
     loop_steps,
     on_device,
     register_limit,
@@ -101,7 +102,7 @@ _INTEGERS = ["layer_stream", "images", "image0", "draw0", "steps", "parts", "wid
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _add_noise_flat_kernel(
     x_ptr, y_ptr, clean_ptr, sigma_ptr, scale_ptr, shift_ptr, seed_ptr, places_ptr,
-    layer_stream, images, image0, draw0, repeats, tiles, steps, parts, width, lines, width_in, height_in, channel_units,
+    layer_stream, image0, draw0, images, repeats, tiles, steps, parts, width, lines, width_in, height_in, channel_units,
     UNIT: tl.constexpr, SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr,
     PLACES: tl.constexpr, CLEAN: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
     TILES_C: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, QUADS: tl.constexpr,
@@ -150,7 +151,7 @@ def _add_noise_flat_kernel(
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _add_noise_planar_kernel(
     x_ptr, y_ptr, clean_ptr, sigma_ptr, scale_ptr, shift_ptr, seed_ptr, places_ptr,
-    layer_stream, images, image0, draw0, repeats, tiles, steps, parts, width, lines, width_in, height_in, C, position_units,
+    layer_stream, image0, draw0, images, repeats, tiles, steps, parts, width, lines, width_in, height_in, C, position_units,
     UNIT: tl.constexpr, SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr,
     PLACES: tl.constexpr, CLEAN: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
     S_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr,
@@ -218,33 +219,37 @@ def add_noise(
     """
     if not out.numel():
         return
-    spatial = out[0, 0].numel()
-    plan = _plan_flat if flat or x[0, 0].numel() == 1 else _plan_planar
-    lines, width = out.shape[-2:] if pool else (1, spatial)
-    one_value = sigma.numel() == 1 and scale is None and shift is None
-    arguments = dict(
-        x_ptr=x, clean_ptr=clean, sigma_ptr=sigma, scale_ptr=scale, shift_ptr=shift, seed_ptr=seed, places_ptr=places,
-        layer_stream=word(stream), images=images, image0=word(image0), draw0=word(draw0), repeats=images * draws // x.shape[0],
-        width_in=x.shape[-1] if pool else 1, height_in=x.shape[-2] if pool else 1,
-        SIGMA_VARIES=sigma.numel() > 1, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, RELU=relu, PLACES=places is not None,
-        CLEAN=clean is not None, POOL=pool, WIDE=x[0].numel() >= ENOUGH_32_BITS, FAST=fast_math(),
-    )  # fmt: skip
+    words = word(stream), word(image0), word(draw0)
+    affine, varies = (scale is not None, shift is not None), sigma.numel() > 1
+    key = flat, x.dtype, x.shape, out.shape, images, varies, affine, relu, places is not None, clean is not None, pool
 
     def run(config, y=out):
-        kernel, programs, shape = plan(x.shape[1], lines, width, out.shape[0], x.element_size(), one_value, sigma.numel() > 1, pool, config)
-        kernel[(programs,)](y_ptr=y, **arguments, **shape)
+        launch(_plan, (x, y, clean, sigma, scale, shift, seed, places), words, *key, config)
 
     def trial(config):
         run(config, torch.empty_like(out))  # not over x, where the noise of all trials would pile up
 
     with on_device(x):
-        walk = f"{plan.__name__} affine{not one_value:d} pool{pool:d}"
-        key = f"add_noise {walk} {x.dtype} C{x.shape[1]} 2^{out.numel().bit_length()}"
-        run(tuned(x, key, default(x.element_size(), not one_value or relu or pool), CANDIDATES, trial))
+        fused = any(affine) or varies or relu or pool
+        walk = "add_noise", f"flat{flat:d}", f"fused{fused:d}", f"pool{pool:d}", x.dtype, f"C{x.shape[1]}"
+        run(tuned(x, default(x.element_size(), fused), CANDIDATES, trial, *walk, f"2^{out.numel().bit_length()}"))
 
 
-@functools.lru_cache(maxsize=1024)  # a layer asks the same at every call
-def _plan_flat(channels, lines, width, rows, itemsize, one_value, sigma_varies, pool, config: Config):
+def _plan(flat, dtype, shape_in, shape_out, images, varies, affine, relu, places, clean, pool, config: Config):
+    """(kernel, programs, arguments behind tensors and words) for rows of shape_out[1:], made of rows of shape_in[1:]."""
+    rows, channels, *spatial = shape_out
+    lines, width = spatial if pool else (1, math.prod(spatial))
+    plan = plan_flat if flat or math.prod(shape_in[2:]) == 1 else plan_planar  # of one position, rows lie either way
+    kernel, programs, tiling = plan(channels, lines, width, rows, dtype.itemsize, not (varies or any(affine)), varies, pool, config)
+    others = dict(
+        images=images, repeats=rows // shape_in[0], width_in=shape_in[3] if pool else 1, height_in=shape_in[2] if pool else 1,
+        SIGMA_VARIES=varies, HAS_SCALE=affine[0], HAS_SHIFT=affine[1], RELU=relu, PLACES=places, CLEAN=clean, POOL=pool,
+        WIDE=math.prod(shape_in[1:]) >= ENOUGH_32_BITS, FAST=fast_math(),
+    )  # fmt: skip
+    return kernel, programs, {**others, **tiling}
+
+
+def plan_flat(channels, lines, width, rows, itemsize, one_value, sigma_varies, pool, config: Config):
     """(kernel, programs, the arguments that say how the rows are tiled) for rows [S, C]."""
     if one_value and channels % 4 == 0 and not pool:
         # Channels do not matter then, and quads follow each other in memory: any cut of the row will do.
@@ -269,8 +274,7 @@ def _plan_flat(channels, lines, width, rows, itemsize, one_value, sigma_varies, 
     return _add_noise_flat_kernel, rows * tiles, shape
 
 
-@functools.lru_cache(maxsize=1024)  # a layer asks the same at every call
-def _plan_planar(channels, lines, width, rows, itemsize, one_value, sigma_varies, pool, config: Config):
+def plan_planar(channels, lines, width, rows, itemsize, one_value, sigma_varies, pool, config: Config):
     """(kernel, programs, the arguments that say how the rows are tiled) for rows [C, S]."""
     groups = triton.cdiv(channels, 4)
     run = divisor(width, 4 if pool else 16 // itemsize)

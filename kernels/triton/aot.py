@@ -91,7 +91,7 @@ _BITS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"
 def _noise_case(
     name, dtype, flat, channels, width, *, lines=1, rows=4096, affine=False, pool=False, lazy=False, main=False, **flags
 ) -> Case:
-    plan = add_noise._plan_flat if flat else add_noise._plan_planar
+    plan = add_noise.plan_flat if flat else add_noise.plan_planar
     # The price of a tile: the prologue, the same for all tiles of a program, is spread over several.
     kernel, _, shape = plan(channels, lines, width, rows, dtype.itemsize, not affine, flags.get("SIGMA_VARIES", False), pool, FUSED)
     pointer = _BITS[dtype]

@@ -4,6 +4,7 @@ Nothing here changes a value of the noise, which does not depend on tiles, grids
 """
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -58,6 +59,7 @@ def loop_steps(tiles: int, programs: int, most: int) -> int:
     return steps
 
 
+@functools.cache
 def fast_math() -> bool:
     """Whether kernels take CUDA's approximate functions, which neither HIP nor the interpreter has."""
     return torch.version.hip is None and not triton.knobs.runtime.interpret
@@ -70,7 +72,35 @@ def word(value: int) -> int:
 
 def on_device(x: torch.Tensor):
     """The context of the tensor's device, where a launch takes that device's current stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
+
+
+_launches = {}  # by what `launch` was given: how to launch again, and the arguments behind tensors and words
+
+
+def launch(plan, tensors: tuple, words: tuple, *key) -> None:
+    """Launches the kernel of ``plan(*key)`` on the current device, over so many programs, with ``tensors``, ``words`` and other arguments.
+
+    plan: a function of hashable values that returns (kernel, programs, others); the kernel's parameters are tensors, words, then others in
+    any order, and it is not specialised on words. Triton finds what it compiled by a search through all arguments, which takes several
+    times the host's time of the launch itself. Here a launch is known again by plan and key, and by what Triton reads of a tensor: device,
+    dtype, alignment to 16 bytes.
+    """
+    forms = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+    known = plan, tensors[0].device, *forms, *key
+    if (found := _launches.get(known)) is not None:
+        again, others = found
+        again(*tensors, *words, *others)
+        return
+    kernel, programs, others = plan(*key)
+    compiled = kernel[(programs,)](*tensors, *words, **others)
+    # On AMD, Triton reads the size of storages as well; an interpreted kernel leaves nothing.
+    if torch.version.hip is None and compiled is not None:
+        if len(_launches) >= 4096:  # shapes without end: begin anew
+            _launches.clear()
+        behind = kernel.arg_names[len(tensors) + len(words) :]
+        _launches[known] = compiled[programs, 1, 1], tuple(others[name] for name in behind)
 
 
 def warps(threads: int) -> int:
@@ -92,7 +122,7 @@ def register_limit(registers: int) -> dict:
 _found = {}  # (file, key): what the file said, so that a launch does not read it again
 
 
-def tuned(x: torch.Tensor, key: str, default, candidates: list, run):
+def tuned(x: torch.Tensor, default, candidates: list, run, *key):
     """`default`, or with RSE_FAST_AUTOTUNE=1 the fastest of `candidates` for `run(candidate)`, measured once and kept on disk.
 
     `key` names kernel, dtype and shape class; default and candidates are one dataclass. `run` launches the kernel and may do so any
@@ -100,7 +130,7 @@ def tuned(x: torch.Tensor, key: str, default, candidates: list, run):
     """
     if os.environ.get(AUTOTUNE_VARIABLE) != "1" or not x.is_cuda:
         return default
-    key = f"{torch.cuda.get_device_name(x.device)} | triton {triton.__version__} | {key}"
+    key = f"{torch.cuda.get_device_name(x.device)} | triton {triton.__version__} | {' '.join(map(str, key))}"
     measure = None if torch.cuda.is_current_stream_capturing() else triton.testing.do_bench
     return searched(key, default, candidates, run, measure)
 

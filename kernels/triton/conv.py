@@ -8,16 +8,18 @@ Which of them is taken for a convolution, and why its weight gradient has no ker
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import fast_math, on_device, stages, tuned, warps, word
+from .config import fast_math, launch, on_device, stages, tuned, warps, word
 from .philox import channels_last, key_words, normals, place
 
 __all__ = ["conv_activate_noise", "noisy_conv"]
+
 
 # ----------------------------------------------------------------------------------------------------------------------- device
 @triton.jit
@@ -50,7 +52,7 @@ _INTEGERS += ["stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _conv_kernel(
     x_ptr, w_ptr, y_ptr, scale_ptr, shift_ptr, sigma_ptr, seed_ptr, places_ptr,
-    layer_stream, images, image0, draw0, repeats, M, H, W, OH, OW, c_out,
+    layer_stream, image0, draw0, images, repeats, M, H, W, OH, OW, c_out,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, NOISE_IN: tl.constexpr, NOISE_OUT: tl.constexpr, LAZY: tl.constexpr,
     SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr, PLACES: tl.constexpr,
@@ -185,36 +187,48 @@ def conv_activate_noise(
 
 def _launch(x, weight, dtype, noise, stride, padding, dilation, *, NOISE_IN, NOISE_OUT, scale, shift, relu):
     sigma, seed, stream, images, draws, image0, draw0, places = noise
-    rows_in, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     c_out, _, KH, KW = weight.shape
     sizes = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip((height, width), padding, dilation, (KH, KW), stride, strict=True)
     ]
     y = torch.empty((images * draws, *sizes, c_out), dtype=dtype, device=x.device)
-    if not y.numel():
-        return y.movedim(-1, 1)
-    rows = images * draws if NOISE_IN else rows_in
-    out_unit = min(c_out & -c_out, 16)
-    pixels = rows * sizes[0] * sizes[1]
-    arguments = dict(
-        x_ptr=x, w_ptr=packed_weight(weight), y_ptr=y, scale_ptr=scale, shift_ptr=shift, sigma_ptr=sigma, seed_ptr=seed,
-        places_ptr=places, layer_stream=word(stream), images=images, image0=word(image0), draw0=word(draw0),
-        repeats=images * draws // rows, M=pixels, c_out=c_out // out_unit, H=height, W=width, OH=sizes[0], OW=sizes[1],
-        stride_h=stride[0], stride_w=stride[1], pad_h=padding[0], pad_w=padding[1], dilation_h=dilation[0], dilation_w=dilation[1],
-        C=channels, KH=KH, KW=KW, NOISE_IN=NOISE_IN, NOISE_OUT=NOISE_OUT, LAZY=NOISE_IN and rows_in != rows,
-        SIGMA_VARIES=sigma.numel() > 1, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, RELU=relu, PLACES=places is not None,
-        OUT_UNIT=out_unit, PRECISION="tf32", FAST=fast_math(),
-    )  # fmt: skip
+    if y.numel():
+        tensors = x, packed_weight(weight), y, scale, shift, sigma, seed, places
+        geometry = tuple(stride), tuple(padding), tuple(dilation)
+        settled = dict(
+            NOISE_IN=NOISE_IN, NOISE_OUT=NOISE_OUT, SIGMA_VARIES=sigma.numel() > 1, HAS_SCALE=scale is not None,
+            HAS_SHIFT=shift is not None, RELU=relu, PLACES=places is not None,
+        )  # fmt: skip
+        key = x.shape, weight.shape, y.shape, images, geometry, tuple(settled.items())
 
-    def run(tile: Tile):
-        programs = triton.cdiv(pixels, tile.pixels) * triton.cdiv(c_out, tile.channels)
-        _conv_kernel[(programs,)](**arguments, EVEN_N=c_out % tile.channels == 0, **tile.arguments())
+        def run(tile: Tile):
+            launch(_plan, tensors, (word(stream), word(image0), word(draw0)), *key, tile)
 
-    default = default_tile(c_out, channels, x.element_size(), NOISE_IN)
-    with on_device(x):
-        key = f"conv noise_in{NOISE_IN:d} {x.dtype} {dtype} {channels}-{c_out} {KH}x{KW} {pixels.bit_length()}"
-        run(tuned(x, key, default, candidates(default), run))
+        tile = default_tile(c_out, channels, x.element_size(), NOISE_IN)
+        with on_device(x):
+            pixels = (x.shape[0] if NOISE_OUT else y.shape[0]) * math.prod(sizes)
+            walk = "conv", f"noise_in{NOISE_IN:d}", x.dtype, dtype, f"{channels}-{c_out}", f"{KH}x{KW}", pixels.bit_length()
+            run(tuned(x, tile, candidates(tile), run, *walk))
     return y.movedim(-1, 1)
+
+
+def _plan(shape_in, weight, shape_out, images, geometry, settled, tile: "Tile"):
+    """(kernel, programs, arguments behind tensors and words) for x of shape_in, y of shape_out [rows, OH, OW, Cout]."""
+    settled = dict(settled)
+    rows_in, channels, height, width = shape_in
+    rows_out, OH, OW, c_out = shape_out
+    rows = rows_out if settled["NOISE_IN"] else rows_in
+    stride, padding, dilation = geometry
+    pixels, out_unit = rows * OH * OW, min(c_out & -c_out, 16)
+    others = dict(
+        images=images, repeats=rows_out // rows, M=pixels, c_out=c_out // out_unit, H=height, W=width, OH=OH, OW=OW,
+        stride_h=stride[0], stride_w=stride[1], pad_h=padding[0], pad_w=padding[1], dilation_h=dilation[0], dilation_w=dilation[1],
+        C=channels, KH=weight[2], KW=weight[3], LAZY=settled["NOISE_IN"] and rows_in != rows,
+        EVEN_N=c_out % tile.channels == 0, OUT_UNIT=out_unit, PRECISION="tf32", FAST=fast_math(),
+    )  # fmt: skip
+    programs = triton.cdiv(pixels, tile.pixels) * triton.cdiv(c_out, tile.channels)
+    return _conv_kernel, programs, {**others, **settled, **tile.arguments()}
 
 
 @dataclass(frozen=True)

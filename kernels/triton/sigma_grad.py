@@ -4,13 +4,15 @@ The first stage sums pieces of fixed extent (set by the shape, not by the device
 second sums the pieces in float64.
 """
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import ENOUGH_32_BITS, divisor, fast_math, on_device, tuned, warps, word
+from .config import ENOUGH_32_BITS, divisor, fast_math, launch, on_device, tuned, warps, word
 from .philox import channels_last, key_words, normals_run, place
 
 __all__ = ["sigma_grad"]
@@ -41,7 +43,7 @@ def _tile_origin(index, tiles, tiles_s, images):
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _sigma_grad_flat_kernel(
-    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, images, image0, draw0, tiles, tiles_s, steps, S, unit_count,
+    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, image0, draw0, images, tiles, tiles_s, steps, S, unit_count,
     UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     TILES_C: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +82,7 @@ def _store_channel(part_ptr, piece, C, c, total):
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _sigma_grad_planar_kernel(
-    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, images, image0, draw0, tiles, tiles_s, tiles_g, steps, C, unit_count,
+    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, image0, draw0, images, tiles, tiles_s, tiles_g, steps, C, unit_count,
     UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     S_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
@@ -141,32 +143,44 @@ def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel,
     seed int64 of one value and places int64 [images, 2] or None on the device of g. No synchronisation; on one device equal g in
     an equal layout give equal bits.
     """
-    rows, channels = g.shape[:2]
+    channels = g.shape[1]
     if not g.numel():
         return g.new_zeros((channels,) if per_channel else (), dtype=torch.float32)
-    S = g[0, 0].numel()
-    arguments = dict(
-        g_ptr=g, seed_ptr=seed, places_ptr=places, layer_stream=word(stream), images=images, image0=word(image0), draw0=word(draw0),
-        PER_CHANNEL=per_channel, PLACES=places is not None, WIDE=g[0].numel() >= ENOUGH_32_BITS, FAST=fast_math(),
-    )  # fmt: skip
+    key = flat, g.dtype, g.shape, images, per_channel, places is not None
     columns = channels if per_channel else 1
     out = g.new_empty((columns,), dtype=torch.float32)
-    block = min(64, triton.next_power_of_2(columns))
 
     def run(cut: Cut):
-        kernel, blocks, shape, tiles_s = plan(channels, S, g.element_size(), flat, cut)
-        tiles = rows * tiles_s
-        steps = triton.cdiv(tiles, min(tiles, cut.pieces))
-        pieces = triton.cdiv(tiles, steps)
-        part = g.new_empty((pieces, columns) if per_channel else (pieces * blocks, 1), dtype=torch.float32)
-        kernel[(pieces * blocks,)](part_ptr=part, tiles=tiles, tiles_s=tiles_s, steps=steps, **arguments, **shape)
-        _sigma_grad_total_kernel[(triton.cdiv(columns, block),)](part, out, part.shape[0], columns, P_BLOCK=1024 // block, C_BLOCK=block)
+        _, programs, others = _plan(*key, cut)
+        pieces = triton.cdiv(others["tiles"], others["steps"]) if per_channel else programs
+        part = g.new_empty((pieces, columns), dtype=torch.float32)
+        launch(_plan, (g, part, seed, places), (word(stream), word(image0), word(draw0)), *key, cut)
+        launch(_plan_total, (part, out), (pieces, columns), columns)
 
-    flat = flat or S == 1
     with on_device(g):
-        key = f"sigma_grad flat{flat:d} {g.dtype} {channels} {S} {rows.bit_length()} per_channel{per_channel:d}"
-        run(tuned(g, key, DEFAULT, CANDIDATES, run))
+        walk = "sigma_grad", f"flat{flat:d}", f"per_channel{per_channel:d}", g.dtype, channels, math.prod(g.shape[2:])
+        run(tuned(g, DEFAULT, CANDIDATES, run, *walk, g.shape[0].bit_length()))
     return out if per_channel else out.reshape(())
+
+
+@functools.lru_cache(maxsize=1024)  # the partial sums are to be allocated before each launch
+def _plan(flat, dtype, shape, images, per_channel, places, cut: Cut):
+    """(kernel, programs, arguments behind tensors and words) of the first stage for g of this shape."""
+    rows, channels, *spatial = shape
+    flat = flat or math.prod(spatial) == 1  # of one position, rows lie either way
+    kernel, blocks, tiling, tiles_s = plan(channels, math.prod(spatial), dtype.itemsize, flat, cut)
+    tiles = rows * tiles_s
+    steps = triton.cdiv(tiles, min(tiles, cut.pieces))
+    others = dict(
+        images=images, tiles=tiles, tiles_s=tiles_s, steps=steps, PER_CHANNEL=per_channel, PLACES=places,
+        WIDE=math.prod(shape[1:]) >= ENOUGH_32_BITS, FAST=fast_math(),
+    )  # fmt: skip
+    return kernel, triton.cdiv(tiles, steps) * blocks, {**others, **tiling}
+
+
+def _plan_total(columns):
+    block = min(64, triton.next_power_of_2(columns))
+    return _sigma_grad_total_kernel, triton.cdiv(columns, block), dict(P_BLOCK=1024 // block, C_BLOCK=block)
 
 
 def plan(channels, S, itemsize, flat, cut: Cut):

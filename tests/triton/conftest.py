@@ -62,7 +62,7 @@ def _record_launches():
     run = interpreter.GridExecutor.__call__
 
     def recorded(self, *args, **kwargs):
-        launched.update(forms(self.fn.__name__, kwargs))
+        launched.update(forms(self.fn.__name__, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}))
         return run(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = recorded
