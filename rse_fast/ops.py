@@ -43,14 +43,14 @@ _lib.define(
     "bool per_channel, str backend, Tensor? places=None) -> Tensor"
 )
 
-add_noise = torch.ops.rse_fast.add_noise.default
-add_noise_ = torch.ops.rse_fast.add_noise_.default
-activate_noise = torch.ops.rse_fast.activate_noise.default
-add_noise_u8 = torch.ops.rse_fast.add_noise_u8.default
-conv_activate_noise = torch.ops.rse_fast.conv_activate_noise.default
-noisy_conv = torch.ops.rse_fast.noisy_conv.default
-noisy_linear = torch.ops.rse_fast.noisy_linear.default
-sigma_grad = torch.ops.rse_fast.sigma_grad.default
+add_noise = torch.ops.rse_fast.add_noise
+add_noise_ = torch.ops.rse_fast.add_noise_
+activate_noise = torch.ops.rse_fast.activate_noise
+add_noise_u8 = torch.ops.rse_fast.add_noise_u8
+conv_activate_noise = torch.ops.rse_fast.conv_activate_noise
+noisy_conv = torch.ops.rse_fast.noisy_conv
+noisy_linear = torch.ops.rse_fast.noisy_linear
+sigma_grad = torch.ops.rse_fast.sigma_grad
 
 
 def _cuda_backend(x):
