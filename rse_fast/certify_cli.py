@@ -115,9 +115,7 @@ def _run(args, ensemble, part, rows, settings, command):
     path = args.out / "certified.tsv"
     table = read_table(path)
     done = {row.index for row in table}
-    with open(path, "a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut off
+    with data.append(path) as file:
         if not file.tell():
             file.write(("\t".join(COLUMNS) + "\n").encode())
         # As many neighbours at once as the selection's draws leave room for, so that a large device is not idle.

@@ -66,10 +66,7 @@ def _run(args, ranks):
         raise problem
     done = read(args.out)
     mine = [i for i in rows[shard(len(rows), ranks.rank, ranks.size)] if i not in done]
-    path = args.out / f"predictions-{ranks.rank}.jsonl"
-    with open(path, "a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut off
+    with data.append(args.out / f"predictions-{ranks.rank}.jsonl") as file:
         with tqdm(total=len(mine), unit="image", disable=None if ranks.main else True) as bar:
             for group in workload.neighbours(mine, max(1, 4 * ensemble.rows(workload.images(part, rows[:1], args.device)) // args.draws)):
                 out = ensemble.predict(workload.images(part, group, args.device), seed=settings["seed"], image0=group[0])

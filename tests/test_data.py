@@ -1,5 +1,6 @@
 """Image folders and digits: splits, decoding and its cache, errors that name the file; atomic files. Images are made here with Pillow."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -354,6 +355,31 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     data.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["report.md"]
+
+
+def test_a_file_of_lines_is_one_process_alone_and_goes_on_behind_its_last_whole_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"one\ntwo\nthr")
+    code = "import sys; from rse_fast import data; f = data.append(sys.argv[1]); f.write(b'three\\n'); f.flush(); print('', flush=True)"
+    code += "; input()"
+    with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process is writing '.*rows.jsonl'"):
+            data.append(path)
+        other.kill()
+    with data.append(path) as file:
+        file.write(b"four\n")
+    assert path.read_bytes() == b"one\ntwo\nthree\nfour\n"
+
+
+def test_a_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch):
+    def unknown(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", unknown)
+    with data.append(tmp_path / "rows.jsonl") as file:
+        file.write(b"one\n")
+    assert (tmp_path / "rows.jsonl").read_bytes() == b"one\n"
 
 
 def test_written_file_has_ordinary_permissions(tmp_path):

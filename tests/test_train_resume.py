@@ -19,6 +19,7 @@ from tiny_training import config, same, without_times, write_images
 pytest.importorskip("tqdm")
 safetensors = pytest.importorskip("safetensors.torch")
 
+from rse_fast import data  # noqa: E402
 from rse_fast.train import CheckpointError, Config, checkpoint, load_model, train  # noqa: E402
 from rse_fast.train.command import main  # noqa: E402
 from rse_fast.train.log import read  # noqa: E402
@@ -99,6 +100,30 @@ def test_killed_at_ten_random_points_the_run_ends_with_the_same_bits(whole, tmp_
     assert train(settings, tmp_path / "run", resume=True)["event"] == "end"
     assert_equal_runs(out, tmp_path / "run")
     assert not [name for name in os.listdir(tmp_path / "run" / "checkpoints") if name.startswith(".")]
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_two_processes_do_not_train_in_one_folder(run, whole, capsys):
+    shutil.rmtree(checkpoint.find(run / "checkpoints")[0])
+    inside, outside = os.pipe()
+
+    def train_and_wait():
+        with data.claim(run / ".lock"):
+            os.write(outside, b"!")
+            time.sleep(60)
+
+    child = fork(train_and_wait)
+    os.read(inside, 1)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["--resume", str(run), "--from-step", "23"]) == 2
+    assert "another process is writing" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    (run / ".log.jsonl.0a1b2c3d.tmp").write_text("what a killed process leaves")
+    assert main(["--resume", str(run), "--from-step", "23"]) == 0
+    assert_equal_runs(whole[0], run)
+    assert not list(run.glob(".*.tmp"))
 
 
 def test_sigterm_saves_in_mid_epoch_and_exits_0(whole, tmp_path):

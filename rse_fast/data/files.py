@@ -1,10 +1,15 @@
-"""Files that a reader never sees half written."""
+"""Files that a reader never sees half written, and that no two processes write."""
 
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
@@ -37,3 +42,28 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def claim(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file (made where it is missing) to be read and appended to by this process alone, until it is closed or the process ends.
+
+    Raises ValueError where another process has it so. Nothing is guarded on Windows and where the file system knows no locks.
+    """
+    file = open(path, "a+b")
+    try:
+        if fcntl is not None:  # this kind of lock is not left with the worker processes of one that was killed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"out: another process is writing {os.fspath(path)!r}; wait for it, or name another folder") from None
+    except OSError:
+        pass
+    return file
+
+
+def append(path: str | os.PathLike[str]) -> BinaryIO:
+    """`claim` for a file of lines: a last line that was cut off is gone, and what is written goes behind the others."""
+    file = claim(path)
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    return file

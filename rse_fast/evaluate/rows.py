@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from rse_fast.data import append
+
 
 def read(folder: Path) -> dict[tuple[str, int], dict]:
     """All rows in ``folder`` by (case, image index), whichever process wrote them. A line cut off in the middle is passed over."""
@@ -26,12 +28,7 @@ class Writer:
     """Appends rows to the file of one process; what a killed process left half-written there is cut off."""
 
     def __init__(self, folder: Path, rank: int):
-        path = folder / f"rows-{rank}.jsonl"
-        self._file = open(path, "ab")
-        if size := self._file.tell():
-            whole = path.read_bytes().rfind(b"\n") + 1
-            if whole < size:
-                self._file.truncate(whole)
+        self._file = append(folder / f"rows-{rank}.jsonl")
 
     def write(self, rows: list[dict]) -> None:
         self._file.write(b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows))

@@ -4,14 +4,18 @@ import json
 import os
 from pathlib import Path
 
-from rse_fast.data import write_atomically
+from rse_fast.data import claim, write_atomically
 
 
 class Log:
-    """Appends rows to ``folder/log.jsonl``. ``step``: the run continues there, and rows of later steps are dropped (None: a new run)."""
+    """Appends rows to ``folder/log.jsonl``. ``step``: the run continues there, and rows of later steps are dropped (None: a new run).
+
+    While there is one, the folder is this process's alone: ValueError where another trains in it.
+    """
 
     def __init__(self, folder: Path, step: int | None = None, epoch: int = 0):
         self.path = folder / "log.jsonl"
+        self._claim = claim(folder / ".lock")  # not the log itself, which may be replaced
         if step is not None:
             kept = [row for row in read(self.path) if row.get("step", 0) <= step and not (row["event"] == "epoch" and row["epoch"] > epoch)]
             write_atomically(self.path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
@@ -34,6 +38,7 @@ class Log:
             self._board.flush()
 
     def close(self) -> None:
+        self._claim.close()
         if self._board is not None:
             self._board.close()
 

@@ -114,11 +114,13 @@ def _train(config, out, resume, from_step, ranks: Ranks, stopped, teacher=None, 
     log = None
     if ranks.main:
         out.mkdir(parents=True, exist_ok=True)
+        log = Log(out, trainer.step if begun else 0, trainer.epoch)
+        for leftover in out.glob(".*.tmp"):  # of a process that was killed
+            leftover.unlink()
         data.write_atomically(out / "data.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
         config.save(out / "config.json")  # the last: with it, the folder is a run's
         if student is not None:  # whose folder is this one's parent, and a run's from now on: it can be continued
             student.save(out.parent / "config.json")
-        log = Log(out, trainer.step if begun else 0, trainer.epoch)
         log.write(_start_row(trainer, begun))
     try:
         row = _loop(trainer, saved, log, stopped)
