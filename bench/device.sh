@@ -36,7 +36,7 @@ kernels() {
 }
 
 suites() {
-    step suites "$python" -m bench --suite train ensemble noise attack certify growth --seconds "${SUITE_SECONDS:-240}" \
+    step suites "$python" -m bench --suite host train ensemble noise attack certify growth --seconds "${SUITE_SECONDS:-240}" \
         --out "$out/suites.json"
 }
 

@@ -109,26 +109,29 @@ HEADINGS = {
     "attack": "Attacks",
     "certify": "Certification",
     "startup": "Startup",
+    "host": "The host's part",
 }
 
 
 def markdown(found: dict, name: str) -> str:
-    """One machine's results: its name, a table for each suite, the targets."""
+    """One machine's results: its name, the targets, and folded away a table for each suite and metric."""
     rows = found["rows"]
     commits = ", ".join(sorted({row["commit"][:9] + row["commit"][40:] for row in rows}))
     date = min(row["date"] for row in rows)[:10]
     about = f"{rows[0]['versions']}; measured {date} at {commits}; medians, each case timed in turns ([all figures]({name}))."
-    lines = [f"### {results.machine(rows[0])}", "", about]
-    for suite, heading in HEADINGS.items():
-        for (metric, unit), table in _pivots(rows, suite).items():
-            label = ", ".join(part for part in (metric, unit) if part)
-            lines += ["", f"{heading}: {label}", "", *table]
     here = hardware(found)
     meant = "two cores with AVX-512 BF16" if here == "CPU" else "an H200"
-    lines += ["", f"Targets, set for {meant}:", "", "| task | measured | target | holds |", "|---|---|---|---|"]
+    lines = [f"### {results.machine(rows[0])}", "", about, "", f"Targets, set for {meant}:", ""]
+    lines += ["| task | measured | target | holds |", "|---|---|---|---|"]
     judged = promises.judge(found["targets"])
     lines += [f"| {p.task} | {measured(t)} | {wanted(t)} | {verdict(t)} |" for p, t in judged if p.hardware == here]
-    return "\n".join(lines)
+    suites = {suite: pivots for suite in HEADINGS if (pivots := _pivots(rows, suite))}
+    lines += ["", f"<details><summary>Every implementation: {', '.join(suites).replace('_', ' ')}</summary>"]
+    for suite, pivots in suites.items():
+        for (metric, unit), table in pivots.items():
+            label = ", ".join(part for part in (metric, unit) if part)
+            lines += ["", f"{HEADINGS[suite]}: {label}", "", *table]
+    return "\n".join([*lines, "", "</details>"])
 
 
 def hardware(found: dict) -> str:

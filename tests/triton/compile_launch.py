@@ -1,13 +1,11 @@
 """A launch that is remembered hands the device what Triton's own look-up hands it: recorded behind a driver that runs nothing."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from rse_fast import reference
+from rse_fast.bench.host import still_driver
 from rse_fast.kernels.triton import add_noise, config, conv, sigma_grad
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -15,29 +13,9 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture(scope="module")
 def launches():
-    """What was handed to the device, launch by launch: (grid, stream, loaded kernel, arguments)."""
+    """What was handed to the device, launch by launch (see `still_driver`)."""
     found = []
-
-    class Launcher:
-        def __init__(self, source, metadata):
-            pass
-
-        def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
-            found.append(((x, y, z), stream, function, packed, arguments))
-
-    utils = SimpleNamespace(
-        load_binary=lambda name, binary, shared, device: (None, (name, hash(binary)), 0, 0, 1024),
-        get_device_properties=lambda device: {"max_shared_mem": 232448},
-    )
-    driver.set_active(
-        SimpleNamespace(
-            utils=utils,
-            launcher_cls=Launcher,
-            get_current_target=lambda: GPUTarget("cuda", 90, 32),
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 7,
-        )
-    )
+    driver.set_active(still_driver(found.append))
     return found
 
 
