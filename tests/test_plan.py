@@ -2,6 +2,8 @@
 memory holds, or than is fast."""
 
 import gc
+import math
+import os
 import weakref
 
 import pytest
@@ -126,6 +128,45 @@ def test_a_limit_of_the_address_space_counts():
         assert plan.free_memory(CPU) <= 2**28
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+GROUPS = {
+    "version 2, the tightest counts": (
+        {"/proc/self/cgroup": "0::/user/job\n", "/sys/fs/cgroup/user/job/memory.max": "max\n"}
+        | {f"/sys/fs/cgroup/user/memory.{name}": text for name, text in [("max", "5000\n"), ("current", "4000\n"), ("stat", "file 9\n")]}
+        | {f"/sys/fs/cgroup/memory.{name}": text for name, text in [("max", "9000\n"), ("current", "4000\n")]},
+        1000,
+    ),
+    "a container's own root, full of cached files": (
+        {"/proc/self/cgroup": "0::/../elsewhere\n"}
+        | {"/sys/fs/cgroup/memory.max": "5000", "/sys/fs/cgroup/memory.current": "4990"}
+        | {"/sys/fs/cgroup/memory.stat": "anon 1000\nfile 3990\ninactive_file 3500\nactive_file 490\n"},
+        3510,
+    ),
+    "version 1": (
+        {"/proc/self/cgroup": "5:devices:/x\n4:cpu,memory:/docker/0a1b\n0::/\n"}
+        | {"/sys/fs/cgroup/memory/memory.limit_in_bytes": "5000", "/sys/fs/cgroup/memory/memory.usage_in_bytes": "4990"}
+        | {"/sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n"},
+        510,
+    ),
+    "version 1 without a limit": (
+        {"/proc/self/cgroup": "4:memory:/\n"}
+        | {"/sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096), "/sys/fs/cgroup/memory/memory.usage_in_bytes": "4990"},
+        math.inf,
+    ),
+    "beyond its limit": ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "5", "/sys/fs/cgroup/memory.current": "7"}, 0),
+    "no control groups": ({}, math.inf),
+}
+
+
+@pytest.mark.parametrize(("files", "left"), GROUPS.values(), ids=GROUPS)
+def test_a_limit_of_a_control_group_counts(files, left, monkeypatch):
+    monkeypatch.setattr(plan, "_read", lambda path: files.get(os.path.normpath(path), ""))
+    plan._limited_groups.cache_clear()
+    try:
+        assert plan._cgroup() == left
+    finally:
+        plan._limited_groups.cache_clear()
 
 
 @pytest.mark.parametrize(("best", "chosen"), [(20, 20), (320, 320), (80, 80), (None, 80)])

@@ -4,6 +4,7 @@ A packed batch is as large as throughput wants, as memory allows, and no larger 
 a result by more than rounding: every row's noise is a function of its image and draw alone.
 """
 
+import functools
 import math
 import os
 import time
@@ -198,8 +199,32 @@ def _available() -> float:
 
 
 def _cgroup() -> float:
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
-    return max(0.0, float(limit) - float(used)) if limit.isdigit() and used.isdigit() else math.inf
+    """What the control groups around this process leave it. Cached files that nobody uses are given up where memory is asked for."""
+    left = math.inf
+    for folder, limit, used, cached in _limited_groups():
+        figures = [_read(folder / limit).strip(), _read(folder / used).strip()]
+        statistics = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+        if all(figure.isdigit() for figure in figures):
+            left = min(left, float(figures[0]) - float(figures[1]) + float(statistics.get(cached, 0)))
+    return max(0.0, left)
+
+
+@functools.cache
+def _limited_groups() -> list[tuple[Path, str, str, str]]:
+    """(folder, file of the limit, file of what is used, entry of memory.stat for unused cached files) of the groups that limit memory."""
+    found = []
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, own = line.split(":", 2)
+        if not controllers:  # version 2
+            root, files = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, files = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = root / own.lstrip("/")
+        groups = [folder, *folder.parents][: len(folder.parents) - len(root.parents) + 1]  # a container may see its own as the root alone
+        found += [(group, *files) for group in groups if (text := _read(group / files[0]).strip()).isdigit() and int(text) < 2**60]
+    return found
 
 
 def _address_space() -> float:
@@ -214,7 +239,7 @@ def _address_space() -> float:
     return max(0.0, limit - float(pages[0]) * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _read(path: str) -> str:
+def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text()
     except OSError:
