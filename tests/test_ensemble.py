@@ -449,6 +449,7 @@ MODELS = {
     "a map": (Returns(lambda y: y), r"logits \[N, K\] for N = 6 rows, got shape \(6, 4, 8, 8\)"),
     "one number a row": (Returns(lambda y: y.mean((1, 2, 3))), r"logits \[N, K\] for N = 6 rows, got shape \(6,\)"),
     "one row": (Returns(lambda y: y.mean((0, 2, 3))[None]), r"logits \[N, K\] for N = 6 rows, got shape \(1, 4\)"),
+    "one logit": (Returns(lambda y: y.mean((1, 2, 3))[:, None]), "two classes or more, got one logit"),
     "a dict": (Returns(lambda y: {"out": y}), "logits.*got dict"),
     "no noise called": (Returns(lambda y: y, noisy=False), "call a noisy layer"),
     "rows merged": (

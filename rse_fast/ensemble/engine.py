@@ -289,6 +289,8 @@ class Ensemble(nn.Module):
         if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] not in (images, images * draws):
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise ValueError(f"model must return logits [N, K] for N = {images * draws} rows, got {got}")
+        if logits.shape[1] == 1:
+            raise ValueError("model must return logits of two classes or more, got one logit, whose softmax is 1 whatever it is")
         if logits.shape[0] == images:  # one draw, or all noise is switched off
             logits = logits.expand(draws, *logits.shape)
         return logits.reshape(draws, images, -1).float()
