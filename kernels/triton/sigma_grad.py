@@ -4,7 +4,6 @@ The first stage sums pieces of fixed extent (set by the shape, not by the device
 second sums the pieces in float64.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -163,7 +162,6 @@ def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel,
     return out if per_channel else out.reshape(())
 
 
-@functools.lru_cache(maxsize=1024)  # the partial sums are to be allocated before each launch
 def _plan(flat, dtype, shape, images, per_channel, places, cut: Cut):
     """(kernel, programs, arguments behind tensors and words) of the first stage for g of this shape."""
     rows, channels, *spatial = shape
