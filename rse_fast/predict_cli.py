@@ -66,14 +66,16 @@ def _run(args, ranks):
         raise problem
     done = read(args.out)
     mine = [i for i in rows[shard(len(rows), ranks.rank, ranks.size)] if i not in done]
-    with data.append(args.out / f"predictions-{ranks.rank}.jsonl") as file:
-        with tqdm(total=len(mine), unit="image", disable=None if ranks.main else True) as bar:
-            for group in workload.neighbours(mine, max(1, 4 * ensemble.rows(workload.images(part, rows[:1], args.device)) // args.draws)):
-                out = ensemble.predict(workload.images(part, group, args.device), seed=settings["seed"], image0=group[0])
-                lines = [json.dumps(_line(i, part.labels[i], out, k)) + "\n" for k, i in enumerate(group)]
-                file.write("".join(lines).encode())
-                file.flush()
-                bar.update(len(group))
+    with (
+        data.append(args.out / f"predictions-{ranks.rank}.jsonl") as file,
+        tqdm(total=len(mine), unit="image", disable=None if ranks.main else True) as bar,
+    ):
+        for group in workload.neighbours(mine, max(1, 4 * ensemble.rows(workload.images(part, rows[:1], args.device)) // args.draws)):
+            out = ensemble.predict(workload.images(part, group, args.device), seed=settings["seed"], image0=group[0])
+            lines = [json.dumps(_line(i, part.labels[i], out, k)) + "\n" for k, i in enumerate(group)]
+            file.write("".join(lines).encode())
+            file.flush()
+            bar.update(len(group))
     if ranks.size > 1:
         distributed.barrier()
     if ranks.main:
