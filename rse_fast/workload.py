@@ -58,7 +58,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
     if not len(rows):
         raise ValueError(f"--part: {args.part} of the data set has no images")
     facts = {"model": args.model or str(args.run), "weights": digest(model.state_dict()), "data": splits.name}
-    facts |= {"labels": digest({"labels": part.labels}), "part": args.part, "every": args.every}
+    facts |= {"labels": digest({"labels": part.labels}), "part": args.part}
     return model, part, rows, facts
 
 

@@ -116,6 +116,18 @@ def test_images_of_one_class_only_are_told(tmp_path, rng):
     assert [row.label for row in read_table(tmp_path / "b" / "certified.tsv")] == [0, 1, 2]
 
 
+def test_a_folder_goes_on_to_other_images(tmp_path, capsys):
+    """A certificate depends on the index of its image alone, not on which others are certified."""
+    assert run(tmp_path / "some", "--images", 3, "--every", 2, "--seed", 5) == 0
+    assert run(tmp_path / "some", "--images", 4, "--seed", 5) == 0
+    assert run(tmp_path / "all", "--images", 4, "--seed", 5) == 0
+    some, whole = (read_table(tmp_path / name / "certified.tsv") for name in ("some", "all"))
+    assert [row.index for row in some] == [0, 2, 4, 1, 3]
+    assert sorted(facts(row for row in some if row.index < 4)) == facts(whole)
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("some", "all")]
+    assert summaries[0]["images"] == 4 and summaries[0]["certified"] == summaries[1]["certified"]
+
+
 @pytest.mark.parametrize(
     "changed", (["--n", 130], ["--seed", 6], ["--alpha", 0.02], ["--radius", 0.1], ["--dtype", "bfloat16"], ["--part", "val"])
 )
