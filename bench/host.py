@@ -48,7 +48,8 @@ def still_driver(launched):
 
 
 def microseconds(implementations: dict, calls: int = 5, rounds: int = 400) -> dict[str, tuple[float, float, float]]:
-    """(p20, p50, p80) of the time of one call, in turns; few calls at a time, so that most samples are not interrupted."""
+    """(p20, p50, p80) of the host's time of one call, in turns, where `measure.interleaved` has the device's; few calls at a time, so that
+    most samples are not interrupted."""
     times = {name: [] for name in implementations}
     for run in implementations.values():
         for _ in range(100):

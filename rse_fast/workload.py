@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
-    """The model in eval mode on its device, the part of the data set, the images wanted of it, and what names all of that.
+    """The model in eval mode on its device, the part of the data set, the images wanted of it, and what names model and part: results of
+    an image do not depend on which others are wanted.
 
     Raises ValueError naming the option.
     """
