@@ -1,4 +1,6 @@
 // One unit of y = act(x * scale + shift) + sigma * eps, in floats or rounded to bytes: compiled once per instruction set, with RSE_UNIT naming the unit.
+#include <type_traits>
+
 #include "vec.h"
 
 #define RSE_CONCAT_(a, b) a##b
@@ -81,10 +83,13 @@ RSE_INLINE void box_muller(const vu w[4], vf gain, vf z[4]) {
     for (int j = 0; j < 4; j += 2) polar(radius(uniform(w[j])) * gain, angle(w[j + 1]), z[j], z[j + 1]);
 }
 
-RSE_INLINE void normals(const Row& row, const Quads& q, vf gain, vf z[4]) {
-    vu w[4];
-    words(row, q, w);
+// The normals z of the words w, then in w the words of the next block, `stride` quads on: two long chains of instructions, neither of
+// which waits for the other.
+template <bool kMore> RSE_INLINE void step(const Row& row, Quads& quads, uint64_t stride, vf gain, vu w[4], vf z[4]) {
+    vu next[4];
+    if constexpr (kMore) quads.advance(stride), words(row, quads, next);
     box_muller(w, gain, z);
+    if constexpr (kMore) std::memcpy(w, next, sizeof next);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ layouts
@@ -118,9 +123,11 @@ void flat(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int64_t c
     const Sink<Y> sink(t.zero_point);
     Quads quads(quad, 1, flat_quad);
     int64_t channel = 4 * quad % channels;
-    const auto block = [&](Planes<D, Y> at) __attribute__((always_inline)) {  // a call would keep what it captures in memory
+    vu w[4];
+    words(row, quads, w);
+    const auto block = [&](Planes<D, Y> at, auto last) __attribute__((always_inline)) {  // a call would keep what it captures in memory
         vf z[4];
-        normals(row, quads, gain, z);
+        step<!last>(row, quads, kLanes, gain, w, z);
         transpose(z);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
@@ -135,57 +142,57 @@ void flat(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int64_t c
         sink.four(at.y, z);
     };
     int64_t n = 4 * count;
-    for (; n >= kBlock; n -= kBlock, p = p + kBlock) {
-        block(p);
-        quads.advance(kLanes);
+    for (; n > kBlock; n -= kBlock, p = p + kBlock) {
+        block(p, std::false_type{});
         channel += kBlock;
         if (channel >= channels) channel %= channels;
     }
-    if (n) {
-        T<D> in[kBlock] = {}, clean[kBlock];
-        T<Y> out[kBlock];
-        std::memcpy(in, p.x, n * sizeof(T<D>));
-        block({in, out, p.clean ? clean : nullptr});
-        std::memcpy(p.y, out, n * sizeof(T<Y>));
-        if (p.clean) std::memcpy(p.clean, clean, n * sizeof(T<D>));
-    }
+    T<D> in[kBlock] = {}, clean[kBlock];
+    T<Y> out[kBlock];
+    std::memcpy(in, p.x, n * sizeof(T<D>));
+    block({in, out, p.clean ? clean : nullptr}, std::true_type{});
+    std::memcpy(p.y, out, n * sizeof(T<Y>));
+    if (p.clean) std::memcpy(p.clean, clean, n * sizeof(T<D>));
 }
 
 // [C, S] in memory: vectors run along S, the four words of a quad go to four planes.
 template <Dtype D, Dtype Y, bool kAffine, bool kRelu>
 void planar(const Task& t, Planes<D, Y> p, const Row& row, int64_t group, int64_t first, int64_t count) {
-    const int64_t step = groups(t), planes = min(4, t.channels - 4 * group);
+    const int64_t stride = groups(t), planes = min(4, t.channels - 4 * group);
     const bool fold = folds<kAffine>(t);
     const vf one = splat(1.0f), gain = fold ? splat(t.sigma[0]) : one;
     const Sink<Y> sink(t.zero_point);
-    Quads quads(first * step + group, step, [](int lane) { return lane; });
-    const auto block = [&](int64_t s, int64_t n) __attribute__((always_inline)) {
+    Quads quads(first * stride + group, stride, [](int lane) { return lane; });
+    vu w[4];
+    words(row, quads, w);
+    T<D> in[kLanes] = {}, clean[kLanes];
+    T<Y> out[kLanes];
+    const auto block = [&](int64_t s, int64_t n, auto last) __attribute__((always_inline)) {
         vf z[4];
-        normals(row, quads, gain, z);
+        step<!last>(row, quads, kLanes * stride, gain, w, z);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-            if (j >= planes) break;
             const int64_t c = 4 * group + j;
             const Planes<D, Y> at = p + (c * t.spatial + s);
-            const bool whole = n == kLanes;
-            T<D> in[kLanes] = {}, clean[kLanes];
-            T<Y> out[kLanes];
-            if (!whole) std::memcpy(in, at.x, n * sizeof(T<D>));
+            const int64_t present = j < planes ? n : 0;
+            const bool whole = present == kLanes;
+            if (!whole) std::memcpy(in, at.x, present * sizeof(T<D>));
+            const Planes<D, Y> via = whole ? at : Planes<D, Y>{in, out, at.clean ? clean : nullptr};
             const vf sigma = fold ? one : splat(t.sigma[c]);
             const vf scale = kAffine ? splat(t.scale[c]) : one, shift = kAffine ? splat(t.shift[c]) : one;
-            const vf a = activate<kAffine, kRelu>(load<D>(whole ? at.x : in), scale, shift);
+            const vf a = activate<kAffine, kRelu>(load<D>(via.x), scale, shift);
             if constexpr (kHasClean<D, Y>)
-                if (at.clean) store_exact<D>(whole ? at.clean : clean, a);
-            sink.one(whole ? at.y : out, madd(z[j], sigma, a));
+                if (via.clean) store_exact<D>(via.clean, a);
+            sink.one(via.y, madd(z[j], sigma, a));
             if (whole) continue;
-            std::memcpy(at.y, out, n * sizeof(T<Y>));
-            if (at.clean) std::memcpy(at.clean, clean, n * sizeof(T<D>));
+            std::memcpy(at.y, out, present * sizeof(T<Y>));
+            if (at.clean) std::memcpy(at.clean, clean, present * sizeof(T<D>));
         }
     };
     int64_t s = first;
     const int64_t end = first + count;
-    for (; s + kLanes <= end; s += kLanes, quads.advance(kLanes * step)) block(s, kLanes);
-    if (s < end) block(s, end - s);
+    for (; s + kLanes < end; s += kLanes) block(s, kLanes, std::false_type{});
+    block(s, end - s, std::true_type{});
 }
 
 // Anything else: gathered into quad order, then as `flat`. Lanes beyond the last channel are computed and dropped.

@@ -184,21 +184,24 @@ RSE_INLINE vf radius(vf u) {
     p = madd(p, f, splat(-2 * 0.19959858f));
     p = madd(p, f, splat(-2 * -0.25001729f));
     p = madd(p, f, splat(-2 * 0.33334004f));
-    // ln 2 in two parts: e times the first is exact.
-    const vf n = __builtin_convertvector(e, vf), small = madd(n, splat(-2 * -2.12194440e-4f), madd(f * f, madd(f, p, splat(1.0f)), f * -2.0f));
-    return sqrt(relu(madd(n, splat(-2 * 0.693359375f), small)));
+    p = madd(p, f, splat(-2 * -0.5f));
+    p = madd(p, f, splat(-2 * 1.0f));
+    // ln 2 in two parts: n times the first is exact.
+    const vf n = __builtin_convertvector(e, vf), small = madd(p, f, n * splat(-2 * -2.12194440e-4f));
+    return sqrt(madd(n, splat(-2 * 0.693359375f), small));
 }
 
 RSE_INLINE void polar(vf r, vf a, vf& x, vf& y) {
     // v = q / 2 + d, |d| <= 1/4: adding 1.5 * 2^23 / 2 rounds to a multiple of 1/2 and leaves q in the low bits.
     const vf shift = splat(0x1.8p22f), scale = splat(0x1p-31f), k = madd(a, scale, shift), d = madd(a, scale, shift - k), d2 = d * d;
-    const vi q = (vi)k, odd = q << 31, half = q << 30, sign = vi{} + INT32_MIN;
     const vf cubic = madd(madd(d2, splat(-0.59173816f), splat(2.5500762f)), d2, splat(-5.1677184f));
     const vf sd = madd(d, splat(3.1415927f), d * d2 * cubic);
     const vf p = madd(madd(madd(d2, splat(0.23142954f), splat(-1.3350585f)), d2, splat(4.0587079f)), d2, splat(-4.9348022f));
     const vf cd = madd(p, d2, splat(1.0f));
-    x = r * (vf)((vi)select(odd, sd, cd) ^ ((half ^ odd) & sign));  // cos is negative in quarters 1 and 2
-    y = r * (vf)((vi)select(odd, cd, sd) ^ (half & sign));          // sin in quarters 2 and 3
+    // Odd quarters exchange the two; sin is negative in quarters 2 and 3, cos in 1 and 2. The signs go to r.
+    const vi q = (vi)k, odd = q << 31, signed_r = (vi)r ^ (q << 30 & INT32_MIN);
+    x = (vf)(signed_r ^ odd) * select(odd, sd, cd);
+    y = (vf)signed_r * select(odd, cd, sd);
 }
 #endif
 
@@ -279,11 +282,13 @@ template <Dtype D> RSE_INLINE vf load(const typename Element<D>::type* p) {
     }
 }
 
-RSE_INLINE vh to_bf16_exact(vf y) {
-    const vu bits = (vu)y, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    const vu quiet = bits >> 16 | 0x40u, nan = (vu)(y != y);
-    return __builtin_convertvector((rounded & ~nan) | (quiet & nan), vh);
+// The bits of y rounded to bfloat16, in 32: to nearest even, subnormals kept, NaN all ones.
+RSE_INLINE vu bf16_bits(vf y) {
+    const vu bits = (vu)y;
+    return ((bits + 0x7fffu + (bits >> 16 & 1u)) | (vu)(y != y)) >> 16;
 }
+
+RSE_INLINE vh to_bf16_exact(vf y) { return __builtin_convertvector(bf16_bits(y), vh); }
 
 // The hardware's conversion flushes subnormals to zero.
 RSE_INLINE vh to_bf16(vf y) {
@@ -333,6 +338,13 @@ template <Dtype D> RSE_INLINE void store_pair(typename Element<D>::type* p, vf f
 #if defined(__AVX512BF16__)
     if constexpr (D == Dtype::bf16) {
         const __m512bh h = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+        std::memcpy(p, &h, sizeof h);
+        return;
+    }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (D == Dtype::bf16) {
+        const __m256i lanes = _mm256_packus_epi32((__m256i)bf16_bits(first), (__m256i)bf16_bits(second));  // within 128 bits
+        const __m256i h = _mm256_permute4x64_epi64(lanes, 0xD8);
         std::memcpy(p, &h, sizeof h);
         return;
     }
