@@ -18,6 +18,7 @@ CASES = {
     "cpu": (
         ("VGG16", 16, 10, "all"), ("VGG16", 1, 10, "all"), ("ResNeXt29", 4, 10, "all"), ("ResNet-50", 1, 10, "all"),
         ("VGG16", 4, 10, "few"), ("VGG16", 64, 10, "few"), ("VGG16", 4, 1, "few"), ("VGG16", 4, 50, "few"), ("VGG16", 4, 100, "few"),
+        ("VGG16", 1024, 1, "few"),
     ),
     "cuda": (
         ("VGG16", 512, 10, "eager"), ("VGG16", 1, 10, "eager"), ("VGG16", 8, 10, "eager"), ("ResNet-50", 64, 10, "eager"),

@@ -16,7 +16,7 @@ from . import peers
 from .measure import Inputs, Refused, Row, compare, device, ratio, target
 
 SIGMA = 0.1
-SIZES = {"cpu": {"64K": 1, "4M": 64, "64M": 1024}, "cuda": {"4M": 64, "64M": 1024, "512M": 8192}}  # images [n, 64, 32, 32]
+SIZES = {"cpu": {"64K": 1, "4M": 64, "256M": 4096}, "cuda": {"4M": 64, "64M": 1024, "512M": 8192}}  # images [n, 64, 32, 32]
 FULL = {"cpu": "4M", "cuda": "512M"}  # the size that is measured in every dtype and layout
 
 

@@ -1,6 +1,7 @@
 // The limit "Philox without Box-Muller": the kernel's own vector code makes the words of `rows` x `quads` quads and drops them.
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif

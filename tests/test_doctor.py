@@ -102,16 +102,18 @@ finally:
     assert all(f"    {name} " in done.stdout for name in cli.COMMANDS)
 
 
-def test_every_command_has_its_own_help(rse_fast):
-    for name in cli.COMMANDS:
-        done = rse_fast(name, "--help")
-        assert done.returncode == 0 and f"usage: rse-fast {name}" in done.stdout, done.stderr
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_its_own_help(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([name, "--help"])
+    assert not left.value.code and f"usage: rse-fast {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("args", [(), ("nonsense",), ("doctor", "--nonsense"), ("doctor", "extra")])
-def test_a_wrong_call_is_status_2_with_the_usage(rse_fast, args):
-    done = rse_fast(*args)
-    assert done.returncode == 2 and done.stderr.startswith("usage: rse-fast"), done.stderr
+def test_a_wrong_call_is_status_2_with_the_usage(args, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(list(args))
+    assert left.value.code == 2 and capsys.readouterr().err.startswith("usage: rse-fast")
 
 
 def test_version(rse_fast):

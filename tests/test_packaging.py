@@ -1,6 +1,7 @@
 """What gets installed: the wheel with and without a compiler, the sdist, and what an import brings along."""
 
 import json
+import shlex
 import shutil
 import tarfile
 import zipfile
@@ -65,8 +66,17 @@ def unpack(wheel):
         return wheel.parent / "unpacked", set(archive.namelist()), metadata
 
 
-def test_wheel_holds_the_library_and_works_from_anywhere(compiler, make, run_python, tmp_path):
-    wheel, output = make("wheel", RSE_FAST_REQUIRE_LIBRARY="1")
+@pytest.fixture
+def hasty(compiler, tmp_path):
+    """``CXX`` for a build whose speed is of no matter: the compiler, told not to optimise."""
+    script = tmp_path / "hasty"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler)} "$@" -O0\n')
+    script.chmod(0o755)
+    return shlex.quote(str(script))
+
+
+def test_wheel_holds_the_library_and_works_from_anywhere(hasty, make, run_python, tmp_path):
+    wheel, output = make("wheel", RSE_FAST_REQUIRE_LIBRARY="1", CXX=hasty)
     assert wheel is not None, output
     folder, names, metadata = unpack(wheel)
     tag = wheel.name.removeprefix("rse_fast-0.1.0-").removesuffix(".whl")
