@@ -30,8 +30,8 @@ COMMON += ("-ffp-contract=off",)
 COMMON += ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 OPENMP = "-fopenmp"
 # GCC orders instructions after it has given them registers, which chains what shares one. Ordered before as well, the normals of a block
-# overlap with the words of the next: 1.35 times the normals in the baseline unit, 1.5 times in AVX2. A compiler that does not know the flags
-# does without.
+# overlap with the words of the next: 1.35 times the normals in the baseline unit, 1.5 times in AVX2. A compiler that does not know the
+# flags does without.
 ORDER = ("-fschedule-insns", "-fsched-pressure", "--param=sched-pressure-algorithm=2")
 
 # Left beside the modules when there is no library: the reason, which the loader and `rse-fast doctor` repeat.

@@ -7,8 +7,8 @@ from rse_fast.evaluate.protocols import LARGE, PAPER_C, Case
 from rse_fast.evaluate.render import radius
 
 TOLD_APART = 0.02  # a plateau that could hide more than this says so
-# Several attacks together leave a little less than PGD does on adversarially trained networks whose gradients are not masked (Croce and Hein,
-# ICML 2020, table 2: mostly below 5 points).
+# Several attacks together leave a little less than PGD does, on adversarially trained networks that mask no gradient as well: mostly less
+# than 5 points (Croce and Hein, ICML 2020, table 2).
 STRONGER = 0.05
 
 
@@ -121,7 +121,10 @@ def replication(table: dict) -> dict | None:
 
 def checks(table: dict, shares: dict, l2: dict) -> list[dict]:
     """What must hold if the attacks work: {name, passed, text}, the failed ones first. Comparisons are paired, image by image, and fail
-    beyond their 95 % margin; PGD against attacks that are expected to find more, beyond STRONGER on top of it. shares, l2: case -> image -> share of right scorings, distance of the image that was scored."""
+    beyond their 95 % margin; PGD against attacks that are expected to find more, beyond STRONGER on top of it.
+
+    shares, l2: case -> image -> share of right scorings, distance of the image that was scored.
+    """
     found = []
 
     def add(name, passed, text):
