@@ -7,8 +7,8 @@ from rse_fast.evaluate.protocols import LARGE, PAPER_C, Case
 from rse_fast.evaluate.render import radius
 
 TOLD_APART = 0.02  # a plateau that could hide more than this says so
-# Several attacks together may leave so much less than PGD alone, beyond the margin, before PGD's gradient is called useless. Set by us, once
-# a network trained adversarially had shown 4.0 +- 3.9 points: a network that masks gradients shows tens.
+# Several attacks together may leave so much less than PGD alone, beyond the margin, before PGD's gradient is called useless. Set by us,
+# once a network trained adversarially had shown 4.0 +- 3.9 points: a network that masks gradients shows tens.
 STRONGER = 0.05
 
 
