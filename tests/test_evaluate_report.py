@@ -108,7 +108,6 @@ def test_each_check_of_several_attacks_can_fail(case, accuracy, name):
         return failed(summarise(cases, rows, IMAGES))
 
     assert checked() == []
-    assert checked(**{"autoattack-Linf": 0.36}) == []  # a few points that AutoAttack finds on top of PGD are usual
     found = checked(**{case: accuracy})
     assert name in found and all(other.startswith("PGD against") for other in found if other != name)
 
