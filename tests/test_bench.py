@@ -87,10 +87,10 @@ def test_an_ensemble_of_other_noise_is_refused(rng):
             known.check(name, probs, again)
 
     ours = rse_fast.Ensemble(rse_fast.convert(copy.deepcopy(plain), *networks.SIGMAS), 4, dtype="float32")
-    ensemble.check_exact(ours, ours.model, x, known.rounding)
+    ensemble.check_exact(ours, ours.model, x, ensemble.ROUNDING)
     other = rse_fast.convert(copy.deepcopy(plain), 0.2, 0.11)
     with pytest.raises(measure.Refused):
-        ensemble.check_exact(ours, other, x, known.rounding)
+        ensemble.check_exact(ours, other, x, ensemble.ROUNDING)
 
 
 def test_inputs_are_larger_than_the_cache():

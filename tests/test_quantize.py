@@ -152,7 +152,7 @@ def test_the_graph_keeps_bytes_between_layers_and_floats_where_they_are_needed(r
         layer.register_forward_hook(lambda m, args, y: seen.append((args[0].dtype, y.dtype)))
     ensemble.predict(torch.rand(2, 3, 10, 10))
     byte, real = torch.uint8, layers[-1].output_dtype
-    assert seen == [(torch.float32, byte), (byte, byte), (byte, byte), (byte, real)]
+    assert seen == [(real, byte), (byte, byte), (byte, byte), (byte, real)]
     assert not any(isinstance(m, nn.ReLU) for m in graph.modules())
 
 
