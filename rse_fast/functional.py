@@ -95,8 +95,7 @@ def activate_noise(
     RuntimeError where an input requires a gradient.
     """
     _check_input("x", x, minimum=4 if pool else 2, maximum=4 if pool else None)
-    if pool and min(x.shape[2:]) < 2:
-        raise ValueError(f"x must be at least 2 pixels high and wide to be pooled, got shape {tuple(x.shape)}")
+    _check_windows(x, pool)
     if act not in (None, "relu"):
         raise ValueError(f"act must be None or 'relu', got {act!r}")
     backend = _check_backend(backend, x)
@@ -107,17 +106,19 @@ def activate_noise(
 
 
 def add_noise_u8(
-    x, sigma, step, zero_point, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None,
+    x, sigma, step, zero_point, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, pool=False,
     backend="auto", places=None,
 ) -> torch.Tensor:  # fmt: skip
     """``saturate(zero_point + rint((act(x * scale + shift) + sigma * eps) / step))`` as uint8: the noise is the quantiser's dither.
 
     x [images or draws * images, C, *spatial]: uint8 or int32, which ``scale`` and ``shift`` give their units, or float. step > 0: units of
-    one step of the result; zero_point in [0, 255]: the byte that means 0, so negative noise down to ``-step * zero_point`` fits.
+    one step of the result; zero_point in [0, 255]: the byte that means 0, so negative noise down to ``-step * zero_point`` fits. pool: the
+    largest of each 2x2 window takes the place of act(...), as in `activate_noise`.
     Computed in float32 and rounded once, to nearest even. For inference: no gradient. Everything else as in `add_noise`; backend
     "auto", "cpu" or "torch".
     """
-    _check_input("x", x, minimum=2, dtypes=tuple(cpu.BYTE_DTYPES))
+    _check_input("x", x, minimum=4 if pool else 2, maximum=4 if pool else None, dtypes=tuple(cpu.BYTE_DTYPES))
+    _check_windows(x, pool)
     if isinstance(step, bool) or not isinstance(step, numbers.Real) or not 0 < step <= _MAX:
         raise ValueError(f"step must be a positive finite number, got {step!r}")
     if not 0 <= integer("zero_point", zero_point) <= 255:
@@ -130,7 +131,8 @@ def add_noise_u8(
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
     places = _places(places, *noise[3:5], x.device)
     backend = _check_backend(backend, x, cpu.BYTE_DTYPES)
-    return ops.add_noise_u8(x, float(step), integer("zero_point", zero_point), *noise, scale, shift, act == "relu", backend, places)
+    step, zero_point = float(step), integer("zero_point", zero_point)
+    return ops.add_noise_u8(x, step, zero_point, *noise, scale, shift, act == "relu", bool(pool), backend, places)
 
 
 def noisy_conv2d(
@@ -326,6 +328,11 @@ def _check_input(name, x, minimum, maximum=None, dtypes=FLOATS):
     if x.dim() < minimum or (maximum is not None and x.dim() > maximum):
         wanted = f"{minimum} dimensions" if maximum == minimum else f"at least {minimum} dimensions"
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(x.shape)}")
+
+
+def _check_windows(x, pool):
+    if pool and min(x.shape[2:]) < 2:
+        raise ValueError(f"x must be at least 2 pixels high and wide to be pooled, got shape {tuple(x.shape)}")
 
 
 def _check_bias(bias, channels):

@@ -26,7 +26,7 @@ _lib.define(
     "bool keep=True) -> (Tensor noisy, Tensor clean)"
 )
 _lib.define(
-    f"add_noise_u8(Tensor x, float step, int zero_point, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, "
+    f"add_noise_u8(Tensor x, float step, int zero_point, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, bool pool, str backend, "
     "Tensor? places=None) -> Tensor"
 )
 _lib.define(
@@ -173,9 +173,7 @@ def _activate_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale,
         x = x.contiguous()
     noisy, clean = reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0] if keep else 0, pool)
     where = seed, stream, images, draws, image0, draw0
-    if backend == "triton" or (backend == "cpu" and not (pool and scale is not None)):
-        if backend == "cpu" and pool:
-            x, pool = torch.nn.functional.max_pool2d(x, 2), False  # commutes with all but a negative scale
+    if backend in ("triton", "cpu"):
         launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
         sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
         options = {"clean": clean} if keep else {}
@@ -193,25 +191,25 @@ def _activate_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, s
 
 # ----------------------------------------------------------------------------------------------------------------- add_noise_u8
 def _add_noise_u8(
-    x, step, zero_point, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None
+    x, step, zero_point, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None
 ):
     """For inference: a result in bytes has no gradient."""
     where = seed, stream, images, draws, image0, draw0
     if backend == "torch" or (backend == "auto" and not (x.device.type == "cpu" and cpu.load().handle is not None)):
-        return reference.add_noise_u8(x, step, zero_point, sigma, *where, scale, shift, relu, places)
+        return reference.add_noise_u8(x, step, zero_point, sigma, *where, scale, shift, relu, places, pool)
     if reference.layout(x) is None:
         x = x.contiguous()
-    out = reference.packed_like(x, images * draws, dtype=torch.uint8)
-    # The kernel works in steps of the result: ReLU commutes with a positive factor, so the division costs nothing there.
-    steps = lambda p: (p.double() / step).float().contiguous()  # noqa: E731
-    scale = steps(sigma.new_ones(x.shape[1]) if scale is None else scale)
-    shift = None if shift is None else steps(shift)
-    cpu.add_noise(x, out, reference.layout(x) == "flat", steps(sigma), *where, scale, shift, relu, places, zero_point=zero_point)
+    out = reference.packed_like(x, images * draws, pool, torch.uint8)
+    sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
+    units = {"pool": pool, "step": step, "zero_point": zero_point}
+    cpu.add_noise(x, out, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, places, **units)
     return out
 
 
-def _add_noise_u8_fake(x, step, zero_point, sigma, seed, stream, images, draws, *_, **__):
-    return reference.packed_like(x, images * draws, dtype=torch.uint8)
+def _add_noise_u8_fake(
+    x, step, zero_point, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None
+):
+    return reference.packed_like(x, images * draws, pool, torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------- conv_activate_noise

@@ -173,13 +173,14 @@ def add_noise(x, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=No
 
 
 def add_noise_u8(
-    x, step, zero_point, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=None, shift=None, relu=False, places=None
+    x, step, zero_point, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=None, shift=None, relu=False, places=None, pool=False
 ):
     """``saturate(zero_point + rint((relu(x * scale + shift) + sigma * eps) / step))`` as uint8, computed in float64; NaN gives 0.
 
-    x: as in `add_noise`, or uint8 or int32; rint to nearest even.
+    x: as in `add_noise`, or uint8 or int32; rint to nearest even. pool: the largest of each 2x2 window takes the place of relu(...).
     """
-    value = add_noise(x.double(), sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
+    value = activate(x.double(), scale, shift, relu, pool)
+    value = add_noise(value, sigma, seed, stream, images, draws, image0, draw0, places=places)
     return (value / step).round_().add_(zero_point).clamp_(0, 255).nan_to_num_(0).to(torch.uint8)
 
 

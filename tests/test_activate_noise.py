@@ -68,6 +68,24 @@ def test_noise_is_that_of_add_noise(backend, rng):
     assert torch.equal(noisy, functional.add_noise(clean, 0.5, places=places, **more))
 
 
+@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+@pytest.mark.parametrize("dtype", ROUNDING, ids=lambda d: str(d)[6:])
+def test_a_pool_is_torchs_then_the_noise_is_add_noises(backend, layout, dtype, rng):
+    """Bit for bit, in samples of many tiles, with channels that fill no vector, and with NaN in every corner of a window."""
+    for shape, images, draws in (((1, 132, 9, 14), 1, 2), ((2, 7, 24, 33), 2, 1), ((2, 1040, 2, 5), 2, 2)):
+        x = torch.randn(shape)
+        x.view(-1)[rng.choice(x.numel(), 40, replace=False)] = math.nan
+        x.view(-1)[rng.choice(x.numel(), 40, replace=False)] = -math.inf
+        x[0, 0, :2, :2], x[0, 1, 0, 1], x[0, 1, 1, 0] = -math.inf, math.nan, math.inf
+        x = layout(x.to(dtype))
+        more = dict(images=images, draws=draws, backend=backend, **WHERE)
+        noisy, clean = functional.activate_noise(x, 0.5, pool=True, **more)
+        want = torch.nn.functional.max_pool2d(x, 2)
+        torch.testing.assert_close(clean, want, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(noisy, functional.add_noise(layout(want), 0.5, **more), rtol=0, atol=0, equal_nan=True)
+        assert clean.isnan().any() and clean.isneginf().any()
+
+
 def test_opcheck(rng):
     at, places = (torch.tensor(3), 3, 2, 2, 1, 5), torch.tensor([[4, 0], [2**32 - 1, 7]])
     transposed = torch.randn(2, 3, 4, 5).transpose(-1, -2)  # in neither layout

@@ -28,23 +28,26 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(reference, "packed_like", lambda *args, **kw: plain(*args, **kw).fill_(next(fill) % 256))
 
 
-def limits(x, sigma, step, zero_point, images, draws, scale, shift, relu):
+def limits(x, sigma, step, zero_point, images, draws, scale, shift, relu, pool):
     """(low, high): the bytes of the float64 value, in steps, less and plus the float32 error.
 
     Divided by the step, scale, shift and sigma are rounded once each; so are an int32 input, the affine part's product and sum, two
     products with sigma, and the last sum. eps is within 1e-6.
     """
     column = lambda p: torch.as_tensor(p).double().reshape(-1, *[1] * (x.dim() - 2))  # noqa: E731
-    packed = x.double() if x.shape[0] == images * draws else x.double().repeat(draws, *[1] * (x.dim() - 1))
-    eps = reference.gaussian(-77, 3, images, draws, x.shape[1], math.prod(x.shape[2:]), 5, 7)
-    eps = torch.from_numpy(eps).movedim(-1, 1).reshape(packed.shape)
-    product = packed if scale is None else packed * column(scale)
+    product = x.double() if scale is None else x.double() * column(scale)
     shift = column(0.0 if shift is None else shift)
     value = product + shift
     value = value.relu() if relu else value
-    noise = column(sigma) * eps
+    error = 3 * product.abs() + 2 * shift.abs() + value.abs()
+    if pool:  # the error of the largest is at most the largest error
+        value, error = (torch.nn.functional.max_pool2d(t, 2) for t in (value, error))
+    repeats = [images * draws // x.shape[0], *[1] * (x.dim() - 1)]
+    value, error = value.repeat(repeats), error.repeat(repeats)
+    eps = reference.gaussian(-77, 3, images, draws, x.shape[1], math.prod(value.shape[2:]), 5, 7)
+    noise = column(sigma) * torch.from_numpy(eps).movedim(-1, 1).reshape(value.shape)
     result = value + noise
-    error = 3 * product.abs() + 2 * shift.abs() + value.abs() + 3 * noise.abs() + result.abs()
+    error = error + 3 * noise.abs() + result.abs()
     error = (2.0**-24 * 1.001 * error + 1e-6 * column(sigma)) / step
     return tuple((zero_point + (result / step + sign * error).round()).clamp(0, 255) for sign in (-1, 1))
 
@@ -62,8 +65,10 @@ def inputs(dtype, shape):
 @pytest.mark.parametrize("dtype", cpu.BYTE_DTYPES, ids=lambda d: str(d)[6:])
 def test_bytes_match_float64(backend, layout, dtype, poisoned, rng):
     ties = 0
-    for shape, images, draws in (((2, 64, 5, 7), 2, 3), ((4, 12, 3, 2), 2, 2), ((1, 3, 9, 31), 1, 2), ((6, 5), 3, 2), ((1, 132, 17), 1, 1)):
-        for affine, relu, per_channel in itertools.product((False, True), (False, True), (False, True)):
+    for shape, images, draws in (((2, 64, 5, 7), 2, 3), ((4, 12, 3, 2), 2, 2), ((1, 3, 9, 31), 1, 2), ((6, 5), 3, 2), ((1, 132, 7, 13), 1, 1)):
+        for affine, relu, per_channel, pool in itertools.product((False, True), repeat=4):
+            if pool and len(shape) != 4:
+                continue
             x, unit = inputs(dtype, shape)
             x, channels = layout(x), shape[1]
             scale = unit * (torch.randn(channels) if affine else torch.ones(channels))
@@ -72,11 +77,12 @@ def test_bytes_match_float64(backend, layout, dtype, poisoned, rng):
             step, zero_point = float(rng.uniform(0.005, 0.05)), int(rng.integers(0, 256))
             got = functional.add_noise_u8(
                 x, sigma, step, zero_point, images=images, draws=draws, scale=scale, shift=shift, act="relu" if relu else None,
-                backend=backend, **WHERE,
+                pool=pool, backend=backend, **WHERE,
             )  # fmt: skip
-            low, high = limits(x, sigma, step, zero_point, images, draws, scale, shift, relu)
-            what = (shape, affine, relu, per_channel, step, zero_point)
-            assert got.dtype == torch.uint8 and got.shape == low.shape and reference.layout(got) == reference.layout(x), what
+            low, high = limits(x, sigma, step, zero_point, images, draws, scale, shift, relu, pool)
+            what = (shape, affine, relu, per_channel, pool, step, zero_point)
+            lies = "planar" if got[0, 0].numel() == 1 else reference.layout(x)  # one position lies in both layouts alike
+            assert got.dtype == torch.uint8 and got.shape == low.shape and reference.layout(got) == lies, what
             assert ((low <= got) & (got <= high)).all(), what
             ties += int((low != high).sum())
     assert ties < 100  # the bound decides nearly every byte: of about 20,000, few lie that near to a tie
@@ -134,7 +140,7 @@ def test_what_the_kernel_does_not_make_is_refused(library):
     ):  # fmt: skip
         before = out.clone()
         with pytest.raises(TypeError, match="does not make"):
-            cpu.add_noise(x, out, *arguments, None, clean, zero_point)
+            cpu.add_noise(x, out, *arguments, clean=clean, zero_point=zero_point)
         assert torch.equal(out, before)
 
 
@@ -154,6 +160,8 @@ BYTES = torch.zeros(2, 4, 3, dtype=torch.uint8)
         ({"act": "gelu"}, ValueError, "act must be None or 'relu'"),
         ({"backend": "triton"}, ValueError, "backend must be 'auto', 'cpu' or 'torch' for bytes, got 'triton'"),
         ({"images": 3}, ValueError, "images must equal the rows"),
+        ({"pool": True}, ValueError, "x must have 4 dimensions"),
+        ({"pool": True, "x": BYTES[..., None]}, ValueError, "x must be at least 2 pixels high and wide to be pooled"),
     ],
 )
 def test_bad_input(change, error, message):
@@ -165,5 +173,6 @@ def test_bad_input(change, error, message):
 def test_opcheck_and_empty(library):
     places = torch.tensor([[4, 0], [2**32 - 1, 7]])
     for x, backend in ((BYTES, "auto"), (channels_last(BYTES), "auto"), (BYTES.bfloat16(), "torch"), (BYTES[:0].int(), "cpu")):
-        args = (x, 0.02, 30, torch.tensor(0.1), torch.tensor(3), 3, len(x), 2, 1, 5, torch.rand(4), torch.rand(4), True, backend)
+        pool, x = backend != "cpu", x if backend == "cpu" else x[..., None].expand(2, 4, 3, 5)
+        args = (x, 0.02, 30, torch.tensor(0.1), torch.tensor(3), 3, len(x), 2, 1, 5, torch.rand(4), torch.rand(4), True, pool, backend)
         torch.library.opcheck(ops.add_noise_u8.default, (*args, places if len(x) else None))

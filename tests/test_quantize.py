@@ -36,12 +36,15 @@ def test_a_layer_matches_its_integers_in_float64(shape, source, output, rng):
     channels, out, groups = shape
     layer = NoisyConv2d(channels, out, 3, stride=2, padding=1, dilation=1, groups=groups, bias=bool(rng.integers(2)), sigma=0.1)
     conv = quantize.QuantizedConv(layer, (0.021, 31), quantize.weight_bits(), identity(layer))
-    conv.source, conv.output, conv.relu = source, output, output is None
+    conv.pool, conv.output, conv.relu = bool(rng.integers(2)), output, output is None
+    if source is not None:
+        conv.reads(*source)
     x = torch.randn(3, channels, 9, 6) if source is None else torch.randint(0, 256, (3, channels, 9, 6), dtype=torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last)
     with Scope(torch.tensor(5), 3, 2):
         got = conv(x)
     clean = x.double() if source is None else (x.double() - source[1]) * source[0]
+    clean = torch.nn.functional.max_pool2d(clean, 2) if conv.pool else clean
     noisy = reference.add_noise_u8(clean, 0.021, 31, torch.tensor(0.1), torch.tensor(5), 0, 3, 2)
     weight, steps = quantize.quantize_weight(layer.weight.detach(), 127 if quantize.weight_bits() == 8 else 64, identity(layer))
     bias = None if layer.bias is None else layer.bias.double()
@@ -153,7 +156,8 @@ def test_the_graph_keeps_bytes_between_layers_and_floats_where_they_are_needed(r
     ensemble.predict(torch.rand(2, 3, 10, 10))
     byte, real = torch.uint8, layers[-1].output_dtype
     assert seen == [(real, byte), (byte, byte), (byte, byte), (byte, real)]
-    assert not any(isinstance(m, nn.ReLU) for m in graph.modules())
+    assert not any(isinstance(m, (nn.ReLU, nn.MaxPool2d, quantize.BytesMaxPool)) for m in graph.modules())
+    assert [layer.pool for layer in layers].count(True) == 1
 
 
 def test_layers_that_bytes_would_disturb_stay(rng, monkeypatch):

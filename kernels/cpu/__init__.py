@@ -11,15 +11,17 @@ __all__ = ["BYTE_DTYPES", "DTYPES", "Library", "add_noise", "load"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BYTE_DTYPES = {**DTYPES, torch.uint8: 3, torch.int32: 4}  # of which it makes bytes
 
-_pointer, _i32, _i64, _u32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
+_pointer, _i32, _i64, _u32, _f64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_double
 _SIGNATURE = (
-    *[_pointer] * 3, *[_i32] * 4, *[_i64] * 5, _pointer, *[_u32] * 3, _pointer, _pointer, _i64, _pointer, _pointer, _i32, _i32,
+    *[_pointer] * 3, _i32, _i32, _f64, _i32, _i32, *[_i64] * 7, _pointer, *[_u32] * 3, _pointer, _pointer, _i64, _pointer, _pointer, _i32,
+    _i32,
 )  # fmt: skip
 
 
 def add_noise(
-    x, out, flat, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places=None, clean=None, zero_point=0
-) -> None:
+    x, out, flat, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places=None, clean=None, pool=False, step=1.0,
+    zero_point=0,
+) -> None:  # fmt: skip
     """Fills ``out`` [draws * images, C, *spatial] with ``act(x * scale + shift) + sigma * eps``.
 
     x [images or draws * images, C, *spatial] and out lie alike in memory: contiguous, or channels last where ``flat``. sigma float32
@@ -38,8 +40,9 @@ def add_noise(
     channels = x.shape[1]
     pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
     failed = function(
-        x.data_ptr(), out.data_ptr(), pointer(clean), BYTE_DTYPES[x.dtype], BYTE_DTYPES[out.dtype], zero_point, flat,
+        x.data_ptr(), out.data_ptr(), pointer(clean), BYTE_DTYPES[x.dtype], BYTE_DTYPES[out.dtype], step, zero_point, flat,
         x.shape[0], images, draws, channels, out.numel() // out.shape[0] // channels,
+        x.numel() // x.shape[0] // channels, x.shape[3] if pool else 0,
         seed.data_ptr(), stream, image0, draw0, pointer(places), sigma.data_ptr(), sigma.numel(), pointer(scale), pointer(shift), relu,
         torch.get_num_threads(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-// One unit of y = act(x * scale + shift) + sigma * eps, in floats or rounded to bytes: compiled once per instruction set, with RSE_UNIT naming the unit.
+// One unit of y = maxpool?(act(x * scale + shift)) + sigma * eps, in floats or rounded to bytes: compiled once per instruction set, with RSE_UNIT naming the unit.
 #include <type_traits>
 
 #include "vec.h"
@@ -195,57 +195,109 @@ void planar(const Task& t, Planes<D, Y> p, const Row& row, int64_t group, int64_
     block(s, end - s, std::true_type{});
 }
 
+// Calls visit(i, at) for each element of `count` quads from `quad` on: its place in quad order, and in a sample that is flat or planar.
+template <typename Visit> RSE_INLINE void each(const Task& t, int64_t quad, int64_t count, Visit visit) {
+    const bool is_flat = t.layout == Layout::flat;
+    const int64_t per_position = groups(t), stride_s = is_flat ? t.channels : 1, stride_c = is_flat ? 1 : t.spatial;
+    int64_t s = quad / per_position, group = quad % per_position;
+    for (int64_t q = 0; q < count; ++q) {
+        const int64_t lanes = min(4, t.channels - 4 * group), at = s * stride_s + 4 * group * stride_c;
+        for (int64_t j = 0; j < lanes; ++j) visit(4 * q + j, at + j * stride_c);
+        if (++group == per_position) group = 0, ++s;
+    }
+}
+
 // Anything else: gathered into quad order, then as `flat`. Lanes beyond the last channel are computed and dropped.
 template <Dtype D, Dtype Y, bool kFold, bool kAffine, bool kRelu>
 void scattered(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int64_t count) {
-    const bool is_flat = t.layout == Layout::flat;
-    const int64_t per_position = groups(t), stride_s = is_flat ? t.channels : 1, stride_c = is_flat ? 1 : t.spatial;
     T<D> in[4 * kTile] = {}, clean[4 * kTile];
     T<Y> out[4 * kTile];
-    const auto each = [&](auto&& visit) {
-        int64_t s = quad / per_position, group = quad % per_position;
-        for (int64_t q = 0; q < count; ++q) {
-            const int64_t lanes = min(4, t.channels - 4 * group), at = s * stride_s + 4 * group * stride_c;
-            for (int64_t j = 0; j < lanes; ++j) visit(4 * q + j, at + j * stride_c);
-            if (++group == per_position) group = 0, ++s;
-        }
-    };
-    each([&](int64_t i, int64_t at) { in[i] = p.x[at]; });
+    each(t, quad, count, [&](int64_t i, int64_t at) { in[i] = p.x[at]; });
     flat<D, Y, kFold, kAffine, kRelu>(t, {in, out, p.clean ? clean : nullptr}, row, quad, count);
-    each([&](int64_t i, int64_t at) { p.y[at] = out[i]; });
-    if (p.clean) each([&](int64_t i, int64_t at) { p.clean[at] = clean[i]; });
+    each(t, quad, count, [&](int64_t i, int64_t at) { p.y[at] = out[i]; });
+    if (p.clean) each(t, quad, count, [&](int64_t i, int64_t at) { p.clean[at] = clean[i]; });
+}
+
+// The largest of each 2x2 window of act(x * scale + shift), `count` quads from `quad` on in quad order; up to kLanes floats beyond them
+// are written, too. Not rounded: that is done once, with the noise.
+template <Dtype D, bool kAffine, bool kRelu> void pool(const Task& t, const T<D>* x, int64_t quad, int64_t count, float* out) {
+    const bool is_flat = t.x_layout == Layout::flat;
+    const int64_t stride_s = is_flat ? t.channels : 1, stride_c = is_flat ? 1 : t.x_spatial, width = t.x_width / 2;
+    const int64_t corners[4] = {0, stride_s, t.x_width * stride_s, (t.x_width + 1) * stride_s};
+    T<D> in[kLanes] = {};
+    for (int64_t q = 0, n; q < count; q += ceil_div(n, 4)) {
+        const int64_t s = (quad + q) / groups(t), c = 4 * ((quad + q) % groups(t));
+        n = min(t.channels - c, 4 * (count - q));  // the channels of one position
+        const T<D>* window = x + (s / width * 2 * t.x_width + s % width * 2) * stride_s + c * stride_c;
+        for (int64_t j = 0; j < n; j += kLanes) {
+            const vf one = splat(1.0f), scale = kAffine ? read<vf>(t.scale + c + j) : one, shift = kAffine ? read<vf>(t.shift + c + j) : one;
+            const bool whole = is_flat && j + kLanes <= n;
+            vf most;
+            for (int k = 0; k < 4; ++k) {
+                const T<D>* at = window + corners[k] + j * stride_c;
+                for (int64_t i = 0; !whole && i < min(kLanes, n - j); ++i) in[i] = at[i * stride_c];
+                const vf a = activate<kAffine, kRelu>(load<D>(whole ? at : in), scale, shift);
+                most = k ? largest(most, a) : a;
+            }
+            std::memcpy(out + 4 * q + j, &most, sizeof most);
+        }
+    }
+}
+
+// A tile of a pooled activation.
+template <Dtype D, Dtype Y, bool kFold, bool kAffine, bool kRelu>
+void pooled(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int64_t count) {
+    constexpr bool kClean = kHasClean<D, Y>;
+    const bool is_flat = walk(t) == Walk::flat;
+    float value[4 * kTile + kLanes];
+    T<D> clean[kClean ? 4 * kTile : 1];
+    T<Y> out[4 * kTile];
+    pool<D, kAffine, kRelu>(t, p.x, quad, count, value);
+    flat<Dtype::f32, Y, kFold, false, false>(t, {value, is_flat ? p.y + 4 * quad : out, nullptr}, row, quad, count);
+    if (!is_flat) each(t, quad, count, [&](int64_t i, int64_t at) { p.y[at] = out[i]; });
+    if constexpr (kClean) {
+        if (!p.clean) return;
+        for (int64_t i = 0; i < 4 * count; i += kLanes) store_exact<D>(clean + i, read<vf>(value + i));
+        if (is_flat) std::memcpy(p.clean + 4 * quad, clean, 4 * count * sizeof(T<D>));
+        else each(t, quad, count, [&](int64_t i, int64_t at) { p.clean[at] = clean[i]; });
+    }
 }
 
 // -------------------------------------------------------------------------------------------------------------------- tiles
+// `count` quads from `quad` on, by the walk that is not planar.
+template <Dtype D, Dtype Y, bool kFold, bool kAffine, bool kRelu>
+void run_tile(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int64_t count) {
+    if (t.x_width)
+        pooled<D, Y, kFold, kAffine, kRelu>(t, p, row, quad, count);
+    else if (walk(t) == Walk::scattered)
+        scattered<D, Y, kFold, kAffine, kRelu>(t, p, row, quad, count);
+    else
+        flat<D, Y, kFold, kAffine, kRelu>(t, p + 4 * quad, row, quad, count);
+}
+
 template <Dtype D, Dtype Y, bool kAffine, bool kRelu> void run(const Task& t, int64_t begin, int64_t end) {
-    const int64_t elements = t.channels * t.spatial, quads = groups(t) * t.spatial;
-    const int64_t tiles = tiles_per_row(t), tiles_per_group = ceil_div(t.spatial, kTile);
+    const int64_t elements = t.channels * t.spatial, x_elements = t.channels * t.x_spatial, quads = groups(t) * t.spatial;
+    const int64_t tiles = tiles_per_row(t), tiles_per_group = ceil_div(t.spatial, kRun);
     for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t r = tile / tiles, part = tile % tiles, source = t.rows == t.images ? r % t.images : r;
         const bool first_draw = r == source;  // of a lazily packed row: the others would write the same clean values again
         const Planes<D, Y> p = {
-            static_cast<const T<D>*>(t.x) + source * elements, static_cast<T<Y>*>(t.y) + r * elements,
+            static_cast<const T<D>*>(t.x) + source * x_elements, static_cast<T<Y>*>(t.y) + r * elements,
             t.clean && first_draw ? static_cast<T<D>*>(t.clean) + r * elements : nullptr,
         };
         const Row row = make_row(t, r);
         if (walk(t) == Walk::planar) {
-            const int64_t first = part % tiles_per_group * kTile;
-            planar<D, Y, kAffine, kRelu>(t, p, row, part / tiles_per_group, first, min(kTile, t.spatial - first));
+            const int64_t first = part % tiles_per_group * kRun;
+            planar<D, Y, kAffine, kRelu>(t, p, row, part / tiles_per_group, first, min(kRun, t.spatial - first));
             continue;
         }
         const int64_t quad = part * kTile, count = min(kTile, quads - quad);
         if constexpr (!kAffine)
             if (folds<kAffine>(t)) {
-                if (walk(t) == Walk::scattered)
-                    scattered<D, Y, true, kAffine, kRelu>(t, p, row, quad, count);
-                else
-                    flat<D, Y, true, kAffine, kRelu>(t, p + 4 * quad, row, quad, count);
+                run_tile<D, Y, true, kAffine, kRelu>(t, p, row, quad, count);
                 continue;
             }
-        if (walk(t) == Walk::scattered)
-            scattered<D, Y, false, kAffine, kRelu>(t, p, row, quad, count);
-        else
-            flat<D, Y, false, kAffine, kRelu>(t, p + 4 * quad, row, quad, count);
+        run_tile<D, Y, false, kAffine, kRelu>(t, p, row, quad, count);
     }
 }
 

@@ -1,4 +1,5 @@
-// y = act(x * scale + shift) + sigma * eps on the CPU, in floats or requantised to bytes: what dispatch.cpp and the units (one per instruction set) share.
+// y = maxpool?(act(x * scale + shift)) + sigma * eps on the CPU, in floats or requantised to bytes: what dispatch.cpp and the units (one per
+// instruction set) share.
 #pragma once
 #include <cstdint>
 
@@ -11,11 +12,12 @@ enum class Layout : int32_t { planar = 0, flat = 1 };  // a sample is [C, S] or 
 // y has x's dtype, or is u8: then scale, shift and sigma are given in steps of y, and y = saturate(zero_point + rint(value)).
 struct Task {
     const void* x;
-    void *y, *clean;  // clean: null, or act(x * scale + shift) in x's dtype (a float), one row for each row of x
+    void *y, *clean;  // clean: null, or y without the noise in x's dtype (a float), one row for each row of x
     Dtype dtype, y_dtype;
     int32_t zero_point;
-    Layout layout;
+    Layout layout, x_layout;  // they differ for a y of one position, which is always flat
     int64_t rows, images, draws, channels, spatial;
+    int64_t x_spatial, x_width;  // x_width: 0, or the width of x where the largest of each 2x2 window goes on
     uint32_t key0, key1, stream, image0, draw0;
     const int64_t* places;  // (image, first draw) of each image, or null: (image0 + i, draw0)
     // One value per channel, channels padded to whole quads, then repeated for kPeriod more entries: a vector load never wraps.
@@ -25,6 +27,7 @@ struct Task {
 
 constexpr int64_t kPeriod = 64;  // elements of the widest block: 16 quads
 constexpr int64_t kTile = 256;   // quads in a tile, the unit of work that threads share
+constexpr int64_t kRun = 1024;   // the same where four planes are walked side by side: the longer, the better memory serves them
 
 // Processes tiles [begin, end) of the task's images * draws * tiles_per_row(task).
 using Unit = void (*)(const Task&, int64_t begin, int64_t end);
@@ -49,11 +52,11 @@ static inline int64_t groups(const Task& t) { return ceil_div(t.channels, 4); }
 
 static inline Walk walk(const Task& t) {
     if (t.layout == Layout::flat) return t.channels % 4 == 0 ? Walk::flat : Walk::scattered;
-    return t.spatial >= 16 ? Walk::planar : Walk::scattered;
+    return t.spatial >= 16 && !t.x_width ? Walk::planar : Walk::scattered;
 }
 
 static inline int64_t tiles_per_row(const Task& t) {
-    return walk(t) == Walk::planar ? groups(t) * ceil_div(t.spatial, kTile) : ceil_div(groups(t) * t.spatial, kTile);
+    return walk(t) == Walk::planar ? groups(t) * ceil_div(t.spatial, kRun) : ceil_div(groups(t) * t.spatial, kTile);
 }
 
 }  // namespace rse

@@ -72,13 +72,13 @@ const Entry& current() {
     return *active;
 }
 
-// Per-channel values as Task wants them: padded to whole quads, then repeated.
-std::vector<float> periodic(const float* values, int64_t n, int64_t channels, float missing) {
+// Per-channel values in units of `step`, as Task wants them: padded to whole quads, then repeated.
+std::vector<float> periodic(const float* values, int64_t n, int64_t channels, float missing, double step) {
     const int64_t period = 4 * ceil_div(channels, 4);
     std::vector<float> out(period + kPeriod);
     for (int64_t i = 0; i < period + kPeriod; ++i) {
         const int64_t c = i % period;
-        out[i] = !values ? missing : n == 1 ? values[0] : c < channels ? values[c] : 0.0f;
+        out[i] = float((!values ? missing : n == 1 ? values[0] : c < channels ? values[c] : 0.0f) / step);
     }
     return out;
 }
@@ -86,7 +86,7 @@ std::vector<float> periodic(const float* values, int64_t n, int64_t channels, fl
 }  // namespace
 }  // namespace rse
 
-RSE_EXPORT int rse_abi_version(void) { return 3; }
+RSE_EXPORT int rse_abi_version(void) { return 4; }
 
 RSE_EXPORT const char* rse_units(void) {
     static const std::string names = [] {
@@ -108,24 +108,28 @@ RSE_EXPORT int rse_select_unit(const char* name) {
 }
 
 // y [draws * images, C, S] = act(x * scale + shift) + sigma * eps, x [rows, C, S] with rows = images or draws * images, both dense in
-// `layout` (0: [C, S] per row, 1: [S, C]). Dtypes: 0 float32, 1 bfloat16, 2 float16, 3 uint8, 4 int32. sigma has 1 or C values; scale
-// and shift have C values or are null. y_dtype is dtype (a float), or 3 for any dtype: then scale, shift and sigma are in steps of y,
-// and y = saturate(zero_point + rint(value)), zero_point in [0, 255]. clean is null or, where y_dtype is dtype, takes
-// act(x * scale + shift), `rows` rows. Returns 0, 1 when out of memory, or 2 for dtypes that do not go together.
-RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype, int32_t y_dtype, int32_t zero_point, int32_t layout,
-                             int64_t rows, int64_t images, int64_t draws, int64_t channels, int64_t spatial, const int64_t* seed,
-                             uint32_t stream, uint32_t image0, uint32_t draw0, const int64_t* places, const float* sigma,
-                             int64_t sigma_count, const float* scale, const float* shift, int32_t relu, int32_t threads) {
+// `layout` (0: [C, S] per row, 1: [S, C]). With x_width, x is [rows, C, height, x_width] of x_spatial positions, and the largest of each
+// 2x2 window takes the place of act(...); else x_width is 0 and x_spatial is `spatial`. Dtypes: 0 float32, 1 bfloat16, 2 float16,
+// 3 uint8, 4 int32. sigma has 1 or C values; scale and shift have C values or are null. y_dtype is dtype (a float), step 1 and
+// zero_point 0; or y_dtype is 3 for any dtype, and y = saturate(zero_point + rint(value / step)), step > 0, zero_point in [0, 255].
+// clean is null or, where y_dtype is dtype, takes y without the noise, `rows` rows. Returns 0, 1 when out of memory, or 2 for dtypes
+// that do not go together.
+RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype, int32_t y_dtype, double step, int32_t zero_point,
+                             int32_t layout, int64_t rows, int64_t images, int64_t draws, int64_t channels, int64_t spatial,
+                             int64_t x_spatial, int64_t x_width, const int64_t* seed, uint32_t stream, uint32_t image0, uint32_t draw0,
+                             const int64_t* places, const float* sigma, int64_t sigma_count, const float* scale, const float* shift,
+                             int32_t relu, int32_t threads) {
     using namespace rse;
     const bool bytes = y_dtype == int32_t(Dtype::u8);
     if (bytes ? dtype < 0 || dtype > 4 || clean || zero_point < 0 || zero_point > 255 : dtype != y_dtype || dtype < 0 || dtype > 2) return 2;
     try {
-        const std::vector<float> s = periodic(sigma, sigma_count, channels, 0.0f), a = periodic(scale, channels, channels, 1.0f),
-                                 b = periodic(shift, channels, channels, 0.0f);
+        const std::vector<float> s = periodic(sigma, sigma_count, channels, 0.0f, step), a = periodic(scale, channels, channels, 1.0f, step),
+                                 b = periodic(shift, channels, channels, 0.0f, step);
         Task t{};
         t.x = x, t.y = y, t.clean = clean, t.dtype = Dtype(dtype), t.y_dtype = Dtype(y_dtype), t.zero_point = zero_point;
-        t.layout = spatial == 1 ? Layout::flat : Layout(layout);
+        t.layout = spatial == 1 ? Layout::flat : Layout(layout), t.x_layout = x_spatial == 1 ? Layout::flat : Layout(layout);
         t.rows = rows, t.images = images, t.draws = draws, t.channels = channels, t.spatial = spatial;
+        t.x_spatial = x_spatial, t.x_width = x_width;
         t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
         t.stream = stream, t.image0 = image0, t.draw0 = draw0, t.places = places;
         t.sigma = s.data(), t.scale = a.data(), t.shift = b.data();

@@ -73,6 +73,21 @@ RSE_INLINE vf relu(vf a) {
 #endif
 }
 
+// max(a, b), NaN where one of them is NaN. The instruction gives its second operand then, so one of the two orders finds it.
+RSE_INLINE vf largest(vf a, vf b) {
+#if defined(__AVX512F__)
+    const __m512i ab = (__m512i)_mm512_max_ps((__m512)a, (__m512)b), ba = (__m512i)_mm512_max_ps((__m512)b, (__m512)a);
+    return (vf)_mm512_or_si512(ab, ba);
+#elif defined(__AVX2__)
+    return (vf)_mm256_or_ps(_mm256_max_ps((__m256)a, (__m256)b), _mm256_max_ps((__m256)b, (__m256)a));
+#elif defined(__SSE2__)
+    return (vf)_mm_or_ps(_mm_max_ps((__m128)a, (__m128)b), _mm_max_ps((__m128)b, (__m128)a));
+#else
+    const vi other = (b > a) | (b != b);
+    return (vf)(((vi)b & other) | ((vi)a & ~other));
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------------- integers
 // Low words of the double words of `a` times m: the exact 64-bit product; the high words of `a` may hold anything.
 RSE_INLINE vq mul_wide(vq a, uint32_t m) {

@@ -159,14 +159,10 @@ class Activation(nn.Module):
             clean = clean.relu()
             clean = nn.functional.max_pool2d(clean, 2) if self.pool else clean
             return clean if noise is None else functional.add_noise(clean, **noise), clean
-        pool = self.pool
-        if pool and self.scale is None and x.device.type == "cpu":  # commutes with ReLU, and a quarter of the bytes is left
-            x, pool = nn.functional.max_pool2d(x, 2), False
         options = {"scale": self.scale, "shift": self.shift, "act": "relu", **noise}
-        if pool or self.keep:
-            return functional.activate_noise(x, pool=pool, keep=self.keep, **options)
-        own = self.alone or pool != self.pool
-        if own and len(x) == noise["images"] * noise["draws"] and x.is_contiguous(memory_format=torch.channels_last):
+        if self.pool or self.keep:
+            return functional.activate_noise(x, pool=self.pool, keep=self.keep, **options)
+        if self.alone and len(x) == noise["images"] * noise["draws"] and x.is_contiguous(memory_format=torch.channels_last):
             return functional.add_noise_(x, **options), x  # no fresh memory, and the convolution that reads it finds it in the cache
         return functional.add_noise(x, **options), x
 
@@ -228,11 +224,6 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         pool = module_of(node, _POOLS)
         return pool is not None and not pool.return_indices
 
-    def is_2x2(node):
-        pool = module_of(node, (nn.MaxPool2d,))
-        geometry = pool and [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
-        return geometry == [(2, 2), (2, 2), (0, 0), (1, 1)] and not pool.ceil_mode and not pool.return_indices
-
     def is_noisy(node):
         layer = module_of(node, (NoisyConv2d,))
         return layer is not None and _is_simple(layer)
@@ -272,7 +263,7 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         users = list(node.users)
         pools = [user for user in users if is_pool(user)]
         only = users[0] if len(users) == 1 and pools else None  # the pool, where it alone reads the ReLU
-        pool = only if only is not None and is_2x2(only) else None  # goes into the noise op
+        pool = only if only is not None and pools_2x2(model, only) else None  # goes into the noise op
         norm = module_of(source, (nn.BatchNorm2d,))
         if norm is not None and norm.running_mean is not None and source.args and (pool or not pools) and is_steady(source.args[0]):
             affine = _affine(norm)
@@ -317,6 +308,14 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
     scale = scale if norm.weight is None else scale * norm.weight
     shift = -norm.running_mean * scale
     return scale.detach(), (shift if norm.bias is None else shift + norm.bias).detach()
+
+
+def pools_2x2(model: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """Whether ``node`` is the max-pool that noise ops do: of 2x2 windows side by side."""
+    pool = model.get_submodule(node.target) if node.op == "call_module" else None
+    if type(pool) is not nn.MaxPool2d or _has_hooks(pool) or pool.ceil_mode or pool.return_indices:
+        return False
+    return [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] == [(2, 2), (2, 2), (0, 0), (1, 1)]
 
 
 def _pair(value):

@@ -1,7 +1,7 @@
 """Turns noisy convolutions of a traced model into int8 ones; the noise is the dither of their rounding.
 
-A quantised layer takes its input to bytes in the pass that adds the noise (`add_noise_u8`), with one step and zero point a tensor, chosen
-on calibration batches with the noise on. Weights are symmetric bytes, one step an output channel. The convolution is oneDNN's, and does a
+A quantised layer takes its input to bytes in the pass that adds the noise (`add_noise_u8`) and does a 2x2 max-pool that stands before it,
+with one step and zero point a tensor, chosen on calibration batches with the noise on. Weights are symmetric bytes, one step an output channel. The convolution is oneDNN's, and does a
 ReLU that alone reads it. Where the result goes to quantised layers only, directly or through max-pools, it stays in bytes; everything else,
 additions and concatenations among it, happens in the model's own dtype.
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rse_fast import functional
-from rse_fast.ensemble.fuse import _has_hooks, _is_simple
+from rse_fast.ensemble.fuse import _has_hooks, _is_simple, pools_2x2
 from rse_fast.nn import NoiseLayer, NoisyConv2d
 
 # A layer is quantised where the root mean square of its error stays below this share of the standard deviation that its own noise gives
@@ -118,6 +118,7 @@ def quantize(model: torch.fx.GraphModule, names: Sequence[str], run: Callable[[]
             quantized[node].output_dtype = dtype
     _replace(model, quantized)
     _merge_relu(model, quantized)
+    _merge_pools(model, quantized)
     _keep_bytes(model, {node: (conv, observers[node].output) for node, conv in quantized.items()})
     model.delete_all_unused_submodules()
     model.recompile()
@@ -126,16 +127,16 @@ def quantize(model: torch.fx.GraphModule, names: Sequence[str], run: Callable[[]
 
 # ------------------------------------------------------------------------------------------------------------------------- the layer
 class QuantizedConv(nn.Module):
-    """A noisy 2-D convolution on bytes, and a ReLU of its result if ``relu``.
+    """A noisy 2-D convolution on bytes; with ``pool`` of the 2x2 max-pool of its input, with ``relu`` followed by a ReLU.
 
-    noisy: (step, zero point) of the input with its noise. source: of an input [N, C, H, W] in bytes; None: it is float. output: of a
-    result in bytes; None: it is ``output_dtype``.
+    noisy: (step, zero point) of the input with its noise. output: of a result in bytes; None: it is ``output_dtype``. The input
+    [N, C, H, W] is float, unless `reads` has told what its bytes stand for.
     """
 
     def __init__(self, layer: NoisyConv2d, noisy: tuple[float, int], bits: int, moments: torch.Tensor):
         super().__init__()
-        self.layer, self.noisy, self.source, self.output = layer, noisy, None, None
-        self.relu, self.output_dtype = False, torch.float32
+        self.layer, self.noisy, self.units, self.output = layer, noisy, {}, None
+        self.pool, self.relu, self.output_dtype = False, False, torch.float32
         self.geometry = layer.stride, layer.padding, layer.dilation, layer.groups
         # 7 bits: 2 * 255 * 64 < 2^15
         weight, steps = quantize_weight(layer.weight.detach(), 127 if bits == 8 else 64, moments)
@@ -143,6 +144,10 @@ class QuantizedConv(nn.Module):
         self.steps, self.zeros = steps, torch.zeros(len(steps), dtype=torch.int64)
         self.bias = torch.zeros_like(steps) if layer.bias is None else layer.bias.detach().float().clone()
         self.packed = torch.ops.onednn.qconv_prepack(weight, steps, *noisy, *map(list, self.geometry[:3]), layer.groups, None)
+
+    def reads(self, step: float, zero_point: int) -> None:
+        """The input is bytes: ``step * (byte - zero_point)``."""
+        self.units = {name: torch.full((self.layer.in_channels,), v) for name, v in (("scale", step), ("shift", -step * zero_point))}
 
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution of noisy bytes."""
@@ -157,10 +162,9 @@ class QuantizedConv(nn.Module):
         return self.convolve(self.to_bytes(input, self.layer.noise_arguments(input)))
 
     def to_bytes(self, x: torch.Tensor, noise: dict) -> torch.Tensor:
-        """Noise and rounding in one pass."""
-        step, zero_point = self.source or (None, 0)
-        units = {} if step is None else {"scale": step, "shift": -step * zero_point}
-        return functional.add_noise_u8(x, noise["sigma"], *self.noisy, **units, **{k: v for k, v in noise.items() if k != "sigma"})
+        """Pool, noise and rounding in one pass."""
+        noise = dict(noise)
+        return functional.add_noise_u8(x, noise.pop("sigma"), *self.noisy, pool=self.pool, **self.units, **noise)
 
     def extra_repr(self):
         step, zero_point = self.noisy
@@ -354,6 +358,16 @@ def _merge_relu(model, quantized: dict[torch.fx.Node, QuantizedConv]) -> None:
             model.graph.erase_node(user)
 
 
+def _merge_pools(model, quantized: dict[torch.fx.Node, QuantizedConv]) -> None:
+    """Lets each convolution do the 2x2 max-pool that it alone reads."""
+    for node, conv in quantized.items():
+        (source,) = node.args
+        if len(source.users) == 1 and len(source.args) == 1 and pools_2x2(model, source):
+            conv.pool = True
+            node.args = source.args
+            model.graph.erase_node(source)
+
+
 def _keep_bytes(model, quantized: dict[torch.fx.Node, tuple[QuantizedConv, _Range]]) -> None:
     """Lets results that only quantised layers read, directly or through max-pools, stay in bytes."""
     for node, (conv, observed) in quantized.items():
@@ -371,7 +385,7 @@ def _keep_bytes(model, quantized: dict[torch.fx.Node, tuple[QuantizedConv, _Rang
         else:
             conv.output = observed.choose(conv.relu)
             for reader in readers:
-                quantized[reader][0].source = conv.output
+                quantized[reader][0].reads(*conv.output)
             _replace(model, pools)
 
 
