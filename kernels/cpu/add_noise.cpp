@@ -218,29 +218,52 @@ void scattered(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int6
     if (p.clean) each(t, quad, count, [&](int64_t i, int64_t at) { p.clean[at] = clean[i]; });
 }
 
+// The largest of four vectors, element by element, as floats.
+template <Dtype D> RSE_INLINE vf largest_of(const T<D>* const at[4]) {
+    if constexpr (D == Dtype::u8) {
+        const vb a = read<vb>(at[0]), b = read<vb>(at[1]), c = read<vb>(at[2]), d = read<vb>(at[3]);
+        const vb ab = a > b ? a : b, cd = c > d ? c : d, most = ab > cd ? ab : cd;
+        uint8_t bytes[kLanes];
+        std::memcpy(bytes, &most, sizeof most);
+        return load<D>(bytes);
+    } else {
+        return largest(largest(load<D>(at[0]), load<D>(at[1])), largest(load<D>(at[2]), load<D>(at[3])));
+    }
+}
+
 // The largest of each 2x2 window of act(x * scale + shift), `count` quads from `quad` on in quad order; up to kLanes floats beyond them
 // are written, too. Not rounded: that is done once, with the noise.
 template <Dtype D, bool kAffine, bool kRelu> void pool(const Task& t, const T<D>* x, int64_t quad, int64_t count, float* out) {
-    const bool is_flat = t.x_layout == Layout::flat;
-    const int64_t stride_s = is_flat ? t.channels : 1, stride_c = is_flat ? 1 : t.x_spatial, width = t.x_width / 2;
-    const int64_t corners[4] = {0, stride_s, t.x_width * stride_s, (t.x_width + 1) * stride_s};
-    T<D> in[kLanes] = {};
-    for (int64_t q = 0, n; q < count; q += ceil_div(n, 4)) {
-        const int64_t s = (quad + q) / groups(t), c = 4 * ((quad + q) % groups(t));
-        n = min(t.channels - c, 4 * (count - q));  // the channels of one position
-        const T<D>* window = x + (s / width * 2 * t.x_width + s % width * 2) * stride_s + c * stride_c;
+    const bool is_flat = t.x_layout == Layout::flat, ordered = !kAffine || t.rises;
+    const int64_t stride_s = is_flat ? t.channels : 1, stride_c = is_flat ? 1 : t.x_spatial, line = t.x_width * stride_s;
+    const int64_t corners[4] = {0, stride_s, line, line + stride_s}, width = t.x_width / 2;
+    T<D> in[4][kLanes] = {};
+    int64_t column = quad / groups(t) % width, c = 4 * (quad % groups(t));
+    const T<D>* window = x + quad / groups(t) / width * 2 * line + column * 2 * stride_s;
+    for (int64_t end = 4 * count, i = 0; i < end;) {
+        const int64_t n = min(t.channels - c, end - i);  // the channels of one position
         for (int64_t j = 0; j < n; j += kLanes) {
-            const vf one = splat(1.0f), scale = kAffine ? read<vf>(t.scale + c + j) : one, shift = kAffine ? read<vf>(t.shift + c + j) : one;
-            const bool whole = is_flat && j + kLanes <= n;
-            vf most;
+            const T<D>* at[4];
             for (int k = 0; k < 4; ++k) {
-                const T<D>* at = window + corners[k] + j * stride_c;
-                for (int64_t i = 0; !whole && i < min(kLanes, n - j); ++i) in[i] = at[i * stride_c];
-                const vf a = activate<kAffine, kRelu>(load<D>(whole ? at : in), scale, shift);
-                most = k ? largest(most, a) : a;
+                at[k] = window + corners[k] + (c + j) * stride_c;
+                if (is_flat && j + kLanes <= n) continue;
+                for (int64_t l = 0; l < min(kLanes, n - j); ++l) in[k][l] = at[k][l * stride_c];
+                at[k] = in[k];
             }
-            std::memcpy(out + 4 * q + j, &most, sizeof most);
+            const vf one = splat(1.0f), scale = kAffine ? read<vf>(t.scale + c + j) : one, shift = kAffine ? read<vf>(t.shift + c + j) : one;
+            const auto value = [&](vf a) __attribute__((always_inline)) { return activate<kAffine, kRelu>(a, scale, shift); };
+            vf most;
+            if (ordered) {
+                most = value(largest_of<D>(at));
+            } else {
+                most = value(load<D>(at[0]));
+                for (int k = 1; k < 4; ++k) most = largest(most, value(load<D>(at[k])));
+            }
+            std::memcpy(out + i + j, &most, sizeof most);
         }
+        i += 4 * ceil_div(n, 4), c = 0;
+        window += 2 * stride_s;
+        if (++column == width) column = 0, window += 2 * (line - width * stride_s);
     }
 }
 

@@ -1,4 +1,5 @@
 // The library's C interface: chooses the unit for this processor and shares the work between threads.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -134,6 +135,7 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype,
         t.stream = stream, t.image0 = image0, t.draw0 = draw0, t.places = places;
         t.sigma = s.data(), t.scale = a.data(), t.shift = b.data();
         t.sigma_varies = sigma_count != 1, t.affine = scale || shift || bytes, t.relu = relu != 0;
+        t.rises = std::all_of(a.begin(), a.end(), [](float v) { return v >= 0; });
 
         Unit unit = current().unit;
 #ifdef RSE_HAVE_AVX512BF16
