@@ -219,15 +219,15 @@ void scattered(const Task& t, Planes<D, Y> p, const Row& row, int64_t quad, int6
 }
 
 // The largest of four vectors, element by element, as floats.
-template <Dtype D> RSE_INLINE vf largest_of(const T<D>* const at[4]) {
+template <Dtype D> RSE_INLINE vf largest_of(const T<D>* a, const T<D>* b, const T<D>* c, const T<D>* d) {
     if constexpr (D == Dtype::u8) {
-        const vb a = read<vb>(at[0]), b = read<vb>(at[1]), c = read<vb>(at[2]), d = read<vb>(at[3]);
-        const vb ab = a > b ? a : b, cd = c > d ? c : d, most = ab > cd ? ab : cd;
+        const vb p = read<vb>(a), q = read<vb>(b), r = read<vb>(c), s = read<vb>(d);
+        const vb pq = p > q ? p : q, rs = r > s ? r : s, most = pq > rs ? pq : rs;
         uint8_t bytes[kLanes];
         std::memcpy(bytes, &most, sizeof most);
         return load<D>(bytes);
     } else {
-        return largest(largest(load<D>(at[0]), load<D>(at[1])), largest(load<D>(at[2]), load<D>(at[3])));
+        return largest(largest(load<D>(a), load<D>(b)), largest(load<D>(c), load<D>(d)));
     }
 }
 
@@ -236,30 +236,26 @@ template <Dtype D> RSE_INLINE vf largest_of(const T<D>* const at[4]) {
 template <Dtype D, bool kAffine, bool kRelu> void pool(const Task& t, const T<D>* x, int64_t quad, int64_t count, float* out) {
     const bool is_flat = t.x_layout == Layout::flat, ordered = !kAffine || t.rises;
     const int64_t stride_s = is_flat ? t.channels : 1, stride_c = is_flat ? 1 : t.x_spatial, line = t.x_width * stride_s;
-    const int64_t corners[4] = {0, stride_s, line, line + stride_s}, width = t.x_width / 2;
+    const int64_t width = t.x_width / 2;
     T<D> in[4][kLanes] = {};
     int64_t column = quad / groups(t) % width, c = 4 * (quad % groups(t));
     const T<D>* window = x + quad / groups(t) / width * 2 * line + column * 2 * stride_s;
     for (int64_t end = 4 * count, i = 0; i < end;) {
         const int64_t n = min(t.channels - c, end - i);  // the channels of one position
-        for (int64_t j = 0; j < n; j += kLanes) {
-            const T<D>* at[4];
-            for (int k = 0; k < 4; ++k) {
-                at[k] = window + corners[k] + (c + j) * stride_c;
-                if (is_flat && j + kLanes <= n) continue;
-                for (int64_t l = 0; l < min(kLanes, n - j); ++l) in[k][l] = at[k][l * stride_c];
-                at[k] = in[k];
-            }
+        const auto vector = [&](int64_t j, const T<D>* p, const T<D>* q, const T<D>* r, const T<D>* s) __attribute__((always_inline)) {
             const vf one = splat(1.0f), scale = kAffine ? read<vf>(t.scale + c + j) : one, shift = kAffine ? read<vf>(t.shift + c + j) : one;
             const auto value = [&](vf a) __attribute__((always_inline)) { return activate<kAffine, kRelu>(a, scale, shift); };
-            vf most;
-            if (ordered) {
-                most = value(largest_of<D>(at));
-            } else {
-                most = value(load<D>(at[0]));
-                for (int k = 1; k < 4; ++k) most = largest(most, value(load<D>(at[k])));
-            }
+            const auto each = [&](const T<D>* a) __attribute__((always_inline)) { return value(load<D>(a)); };
+            const vf most = ordered ? value(largest_of<D>(p, q, r, s)) : largest(largest(each(p), each(q)), largest(each(r), each(s)));
             std::memcpy(out + i + j, &most, sizeof most);
+        };
+        const T<D>* at = window + c * stride_c;
+        int64_t j = 0;
+        for (; is_flat && j + kLanes <= n; j += kLanes, at += kLanes) vector(j, at, at + stride_s, at + line, at + line + stride_s);
+        for (; j < n; j += kLanes, at += kLanes * stride_c) {
+            for (int k = 0; k < 4; ++k)
+                for (int64_t l = 0; l < min(kLanes, n - j); ++l) in[k][l] = at[k / 2 * line + k % 2 * stride_s + l * stride_c];
+            vector(j, in[0], in[1], in[2], in[3]);
         }
         i += 4 * ceil_div(n, 4), c = 0;
         window += 2 * stride_s;
