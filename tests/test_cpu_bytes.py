@@ -65,7 +65,9 @@ def inputs(dtype, shape):
 @pytest.mark.parametrize("dtype", cpu.BYTE_DTYPES, ids=lambda d: str(d)[6:])
 def test_bytes_match_float64(backend, layout, dtype, poisoned, rng):
     ties = 0
-    for shape, images, draws in (((2, 64, 5, 7), 2, 3), ((4, 12, 3, 2), 2, 2), ((1, 3, 9, 31), 1, 2), ((6, 5), 3, 2), ((1, 132, 7, 13), 1, 1)):
+    for shape, images, draws in (
+        ((2, 64, 5, 7), 2, 3), ((4, 12, 3, 2), 2, 2), ((1, 3, 9, 31), 1, 2), ((6, 5), 3, 2), ((1, 132, 7, 13), 1, 1),
+    ):  # fmt: skip
         for affine, relu, per_channel, pool in itertools.product((False, True), repeat=4):
             if pool and len(shape) != 4:
                 continue

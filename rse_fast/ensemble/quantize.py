@@ -1,9 +1,9 @@
 """Turns noisy convolutions of a traced model into int8 ones; the noise is the dither of their rounding.
 
-A quantised layer takes its input to bytes in the pass that adds the noise (`add_noise_u8`) and does a 2x2 max-pool that stands before it,
-with one step and zero point a tensor, chosen on calibration batches with the noise on. Weights are symmetric bytes, one step an output channel. The convolution is oneDNN's, and does a
-ReLU that alone reads it. Where the result goes to quantised layers only, directly or through max-pools, it stays in bytes; everything else,
-additions and concatenations among it, happens in the model's own dtype.
+A quantised layer takes its input to bytes in the pass that adds the noise (`add_noise_u8`), which also does a 2x2 max-pool before it, with
+one step and zero point a tensor, chosen on calibration batches with the noise on. Weights are symmetric bytes, one step an output channel.
+The convolution is oneDNN's, and does a ReLU that alone reads it. Where the result goes to quantised layers only, directly or through
+max-pools, it stays in bytes; everything else, additions and concatenations among it, happens in the model's own dtype.
 
 Where the calibration shows that bytes would disturb a layer's output by more than `LIMIT` of what the layer's own noise does, it stays in
 the higher precision, and so does what cannot be quantised; the `Report` says which and why.
