@@ -11,7 +11,7 @@ from . import trained
 from .measure import Refused, Row, compare, ratio, target
 
 CONFIDENCE = 0.999
-LONG = 60  # packed batches of a stream whose occupancy is judged: the last few are never full
+LONG = 200  # packed batches of a stream whose occupancy is judged: the last dozen, of a few hard images, are far from full
 
 
 def ten_draws(name: str, model, x, y) -> tuple[list[Row], list[dict]]:
