@@ -21,6 +21,7 @@ IMPORTS = {
     "adversarial-robustness-toolbox": "import torch, art.estimators.certification.randomized_smoothing",
     "torch alone (limit)": "import torch",
 }
+_BEHIND_TORCH = "import torch, time; t = time.perf_counter(); import rse_fast; print(time.perf_counter() - t)"
 _MODEL = (
     "import torch, time; from rse_fast.models import VGG16; x = torch.rand(1, 3, 32, 32); m = VGG16().eval(); m(x); t = time.perf_counter()"
 )
@@ -61,10 +62,10 @@ def imports() -> tuple[list[Row], list[dict]]:
         return time.perf_counter() - start
 
     rows = _rows("import", "process start to imported", IMPORTS, seconds, rounds=2)
-    medians = {row.implementation: row.p50 for row in rows}
-    ours, torch_alone = medians.get("rse_fast"), medians.get("torch alone (limit)")
-    extra = None if ours is None or torch_alone is None else (ours - torch_alone) * 1e3
-    return rows, [target("startup", "import", "on top of torch's import", extra, 50, "ms", at_most=True)]
+    # Told by a clock within the process: two starts of a process differ by more than what is asked for.
+    more = _rows("import", "imported behind torch", {"rse_fast": _BEHIND_TORCH}, lambda code: float(_run(code)), rounds=5)
+    extra = next((row.p50 * 1e3 for row in more if row.p50 is not None), None)
+    return rows + more, [target("startup", "import", "on top of torch's import", extra, 50, "ms", at_most=True)]
 
 
 def first_prediction() -> tuple[list[Row], list[dict]]:
