@@ -94,6 +94,7 @@ def test_a_stream_holds_few_images_and_asks_for_more_only_then():
     for yielded in range(1, 20):
         next(stream)
         assert 4 * (taken - yielded) <= stream.BACKLOG * 8 + 4
+        assert len(stream._pool.waiting) < stream._pool.places + 4  # images; what is beyond them is results
     stream.close()
     assert next(stream, None) is None
     assert taken < 40

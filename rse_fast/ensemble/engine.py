@@ -148,8 +148,8 @@ class Ensemble(nn.Module):
         """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order.
 
         With early exit, the places of decided images go to the next ones, so the packed batch stays full (`Stream.occupancy`). Image i of
-        the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image0=i``. At most a few packed
-        batches of images are held at a time. ``draws`` defaults to the ensemble's.
+        the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image0=i``. At most two packed
+        batches of images, or two of the source's, are held at a time, and a bounded number of results. ``draws`` defaults to the ensemble's.
         """
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
@@ -409,7 +409,9 @@ class Stream:
     seed: the seed that reproduces the stream, in [0, 2^64).
     """
 
-    BACKLOG = 4  # packed batches of images held at most
+    # Packed batches of images and results held at most. Results are small, and many: while a hard image takes 100 draws, the places beside
+    # it finish eight times their number of easy ones, which wait for their turn.
+    BACKLOG = 16
 
     def __init__(self, ensemble: Ensemble, batches: Iterable[torch.Tensor], draws: int):
         if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):

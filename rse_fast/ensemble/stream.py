@@ -144,14 +144,14 @@ class Pool:
 def in_order(batches: Iterator[torch.Tensor], pool: Pool, backlog: int) -> Iterator[Tally]:
     """Yields one `Tally` a batch, in order, its rows in the batch's order.
 
-    The source is asked for more only while fewer than ``backlog`` images are held: waiting, under way, or finished before their turn
-    (a larger batch is taken whole). What the source raises comes out after the batches before it.
+    The source is asked for more only while fewer images wait than there are places, and fewer than ``backlog`` are held: waiting, under
+    way, or finished before their turn (a larger batch is taken whole). What the source raises comes out after the batches before it.
     """
     pending: deque[range] = deque()  # the images of each batch that is not yielded yet
     finished: dict[int, Tally] = {}
     failure, more, total, held = None, True, 0, 0
     while more or pending:
-        while more and held < backlog:
+        while more and held < backlog and len(pool.waiting) < pool.places:
             try:
                 x = next(batches)
             except StopIteration:
