@@ -148,8 +148,9 @@ class Ensemble(nn.Module):
         """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order.
 
         With early exit, the places of decided images go to the next ones, so the packed batch stays full (`Stream.occupancy`). Image i of
-        the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image0=i``. At most two packed
-        batches of images, or two of the source's, are held at a time, and a bounded number of results. ``draws`` defaults to the ensemble's.
+        the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image0=i``. At most two
+        packed batches of images, or two of the source's, are held at a time, and a bounded number of results. ``draws`` defaults to the
+        ensemble's.
         """
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
