@@ -174,7 +174,11 @@ def test_bad_input(change, error, message):
 
 def test_opcheck_and_empty(library):
     places = torch.tensor([[4, 0], [2**32 - 1, 7]])
-    for x, backend in ((BYTES, "auto"), (channels_last(BYTES), "auto"), (BYTES.bfloat16(), "torch"), (BYTES[:0].int(), "cpu")):
-        pool, x = backend != "cpu", x if backend == "cpu" else x[..., None].expand(2, 4, 3, 5)
+    maps = torch.zeros(2, 4, 3, 5, dtype=torch.uint8)
+    for x, backend in (
+        (BYTES, "auto"), (maps, "auto"), (channels_last(BYTES), "auto"), (channels_last(maps), "auto"), (maps.bfloat16(), "torch"),
+        (BYTES[:0].int(), "cpu"),
+    ):  # fmt: skip
+        pool = x.dim() == 4
         args = (x, 0.02, 30, torch.tensor(0.1), torch.tensor(3), 3, len(x), 2, 1, 5, torch.rand(4), torch.rand(4), True, pool, backend)
         torch.library.opcheck(ops.add_noise_u8.default, (*args, places if len(x) else None))

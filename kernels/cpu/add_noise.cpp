@@ -245,8 +245,8 @@ template <Dtype D, bool kAffine, bool kRelu> void pool(const Task& t, const T<D>
         const auto vector = [&](int64_t j, const T<D>* p, const T<D>* q, const T<D>* r, const T<D>* s) __attribute__((always_inline)) {
             const vf one = splat(1.0f), scale = kAffine ? read<vf>(t.scale + c + j) : one, shift = kAffine ? read<vf>(t.shift + c + j) : one;
             const auto value = [&](vf a) __attribute__((always_inline)) { return activate<kAffine, kRelu>(a, scale, shift); };
-            const auto each = [&](const T<D>* a) __attribute__((always_inline)) { return value(load<D>(a)); };
-            const vf most = ordered ? value(largest_of<D>(p, q, r, s)) : largest(largest(each(p), each(q)), largest(each(r), each(s)));
+            const auto at = [&](const T<D>* a) __attribute__((always_inline)) { return value(load<D>(a)); };
+            const vf most = ordered ? value(largest_of<D>(p, q, r, s)) : largest(largest(at(p), at(q)), largest(at(r), at(s)));
             std::memcpy(out + i + j, &most, sizeof most);
         };
         const T<D>* at = window + c * stride_c;

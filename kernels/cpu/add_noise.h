@@ -23,7 +23,7 @@ struct Task {
     // One value per channel, channels padded to whole quads, then repeated for kPeriod more entries: a vector load never wraps.
     const float *sigma, *scale, *shift;
     bool sigma_varies, affine, relu;
-    bool rises;  // no scale is negative: act(x * scale + shift) keeps the order of x
+    bool rises;  // where x is pooled: no scale is negative, so act(x * scale + shift) keeps the order of x
 };
 
 constexpr int64_t kPeriod = 64;  // elements of the widest block: 16 quads

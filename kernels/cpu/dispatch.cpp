@@ -135,7 +135,7 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype,
         t.stream = stream, t.image0 = image0, t.draw0 = draw0, t.places = places;
         t.sigma = s.data(), t.scale = a.data(), t.shift = b.data();
         t.sigma_varies = sigma_count != 1, t.affine = scale || shift || bytes, t.relu = relu != 0;
-        t.rises = std::all_of(a.begin(), a.end(), [](float v) { return v >= 0; });
+        t.rises = x_width && std::all_of(a.begin(), a.end(), [](float v) { return v >= 0; });
 
         Unit unit = current().unit;
 #ifdef RSE_HAVE_AVX512BF16
@@ -146,7 +146,7 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype,
                 if (sigma[c] < 0x1p-38f) unit = add_noise_avx512;
 #endif
         const int64_t tiles = images * draws * tiles_per_row(t);
-        constexpr int64_t kGrain = 8;  // tiles worth waking a thread for: about 5 microseconds
+        constexpr int64_t kGrain = 8;  // tiles worth waking a thread for: about 5 microseconds, or 20 of long planes
         const int64_t workers = min(threads, ceil_div(tiles, kGrain));
 #ifdef _OPENMP
         if (workers > 1) {
