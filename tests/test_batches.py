@@ -76,6 +76,21 @@ def test_ranks_share_the_batches_of_one(ranks):
         assert torch.equal(labels, torch.cat([names for _, names in parts]))
 
 
+def test_two_epochs_show_every_image_both_ways():
+    part = random_part(200)
+    seen = []
+    for epoch in range(4):
+        images, labels = shuffled(part, 50, epoch=epoch, pad=0)
+        seen.append(images[labels.argsort()] * 255 == part.images.flip(-1))
+    mirrored = torch.stack(seen).flatten(2).all(-1)  # [epoch, image]
+    assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[:2], mirrored[2:])
+    assert 60 < mirrored[0].sum() < 140  # a half, within 5.7 standard deviations
+    for other in ({"seed": 2}, {"flip": False}):
+        images, labels = shuffled(part, 50, pad=0, **other)
+        differ = mirrored[0] != (images[labels.argsort()] * 255 == part.images.flip(-1)).flatten(1).all(-1)
+        assert 60 < differ.sum() < 140  # flip=False mirrors none, so these are the mirrored ones
+
+
 def test_derived_seeds_are_distinct():
     seeds = {data.derived_seed(seed, stream, step) for seed in range(5) for stream in range(5) for step in range(100)}
     assert len(seeds) == 2500
@@ -95,14 +110,16 @@ def test_augment_gives_every_crop_and_mirror_and_nothing_else(pad, flip):
             if flip:
                 allowed.add(crop.flip(-1).contiguous().numpy().tobytes())
     count = 3000  # about 60 of each of the 50 variants: that one is missing has a chance below 1e-20
-    found = data.augment(image.expand(count, -1, -1, -1), torch.Generator().manual_seed(int(rng.integers(2**31))), pad=pad, flip=flip)
+    mirrored = torch.rand(count) < 0.5 if flip else None
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    found = data.augment(image.expand(count, -1, -1, -1), generator, pad=pad, mirrored=mirrored)
     assert found.shape == (count, 3, 6, 5) and found.dtype == torch.uint8
     assert {crop.contiguous().numpy().tobytes() for crop in found} == allowed
 
 
 def test_augment_draws_anew_for_each_image():
     images = torch.arange(1, 26, dtype=torch.uint8).reshape(1, 1, 5, 5).expand(100, -1, -1, -1)
-    found = data.augment(images, torch.Generator().manual_seed(0), pad=1, flip=False)
+    found = data.augment(images, torch.Generator().manual_seed(0), pad=1)
     assert len({image.contiguous().numpy().tobytes() for image in found}) > 5
 
 

@@ -244,6 +244,41 @@ def test_crops_are_padded_as_asked(start, pad, dark):
     assert max(rows.cumprod(1).sum(1).max(), rows.flip(1).cumprod(1).sum(1).max()) == dark
 
 
+@pytest.mark.parametrize(
+    ("fields", "sides"),
+    [
+        ({}, [8] * 5), ({"start_scale": 0.5}, [4, 4, 4, 8, 8]), ({"start_scale": 0.5, "full_scale": 0.1}, [4, 4, 4, 4, 8]),
+        ({"start_scale": 0.1, "full_scale": 1.0}, [8] * 5), ({"start_scale": 1.0}, [8] * 5),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_images_grow_to_their_full_size(start, fields, sides):
+    """Sides are multiples of 4 pixels, at least 4; what is validated is of full size."""
+    trainer = start(defence="plain", epochs=5, **fields)
+    seen = {True: [], False: []}
+    trainer.model.register_forward_pre_hook(lambda m, args: seen[m.training].append(args[0]))
+    finish(trainer)
+    assert [tuple(x.shape[2:]) for x in seen[True]] == [(side, side) for side in sides for _ in range(STEPS)]
+    assert {tuple(x.shape[2:]) for x in seen[False]} == {(8, 8)}
+    whole, _ = images_of(trainer)[0]
+    if sides[0] == 8:
+        assert torch.equal(seen[True][0], whole)
+    else:  # each pixel is an average around it: a black image stays black, and the mean stays about the mean
+        assert seen[True][0].mean((2, 3)) == pytest.approx(whole.mean((2, 3)), abs=0.1)
+        assert not torch.equal(seen[True][0], whole[:, :, ::2, ::2])
+
+
+def test_sizes_of_images_that_do_not_fit_are_named(start):
+    with pytest.raises(ValueError, match="^full_scale: needs start_scale, got 0.5"):
+        start(full_scale=0.5)
+    with pytest.raises(ValueError, match="^graphs: .*one size"):
+        start(start_scale=0.5, graphs=True)
+    with pytest.raises(ValueError, match="^start_scale: expected a number above 0.* got 0.0"):
+        start(start_scale=0.0)
+    with pytest.raises(ValueError, match=r"^model: 'tiny_training:net_for_8_pixels' cannot sort images \[3, 4, 4\]"):
+        start(start_scale=0.5, model="tiny_training:net_for_8_pixels")
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 1.0, 1.4, 2.0])
 def test_sigma_grows_to_its_full_strength_and_is_another_in_validation(start, warmup, ema):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rse_fast.data.parts import Part
 
-_ORDER, _AUGMENTATION = 0, 1
+_ORDER, _AUGMENTATION, _MIRRORING = 0, 1, 5  # 2 to 4 are rse_fast.train's
 
 
 def batches(part: Part, batch_size: int, *, rank: int = 0, ranks: int = 1, device="cpu") -> Iterator[tuple[Tensor, Tensor]]:
@@ -27,9 +27,10 @@ def shuffled(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the batches of an epoch from the ``start``-th on: (images float32 [B / ranks, C, H, W] in [0, 1], labels int64 [B / ranks]).
 
-    Order, crops and mirrorings depend on (seed, epoch, number of the batch) alone; rank r of ``ranks`` gets the r-th share of each batch. A
-    last batch that is not full is left out, so ``batch_size`` (at most the length of the part, divisible by ``ranks``) holds for all.
-    pad, flip: see `augment`.
+    Order and crops depend on (seed, epoch, number of the batch) alone; rank r of ``ranks`` gets the r-th share of each batch. A last batch
+    that is not full is left out, so ``batch_size`` (at most the length of the part, divisible by ``ranks``) holds for all.
+    pad: see `augment`. flip: half of the images, chosen by the seed, are mirrored in even epochs and the others in odd ones, so that two
+    epochs show every image both ways (Jordan, "94% on CIFAR-10 in 3.29 Seconds", 2024, section 3.6).
     """
     _check_batch_size(batch_size)
     if batch_size > len(part):
@@ -39,34 +40,39 @@ def shuffled(
     order = torch.randperm(len(part), generator=_generator(seed, _ORDER, epoch))
     share = batch_size // ranks
     rows = [order[i * batch_size + rank * share :][:share] for i in range(start, len(part) // batch_size)]
-    return _shuffled(part, rows, seed, epoch, start, rank * share, batch_size, pad, flip, device)
+    mirrored = None
+    if flip:
+        mirrored = (torch.rand(len(part), generator=_generator(seed, _MIRRORING)) < 0.5) ^ bool(epoch % 2)
+    return _shuffled(part, rows, seed, epoch, start, rank * share, batch_size, pad, mirrored, device)
 
 
-def _shuffled(part, rows, seed, epoch, start, first, batch_size, pad, flip, device):
+def _shuffled(part, rows, seed, epoch, start, first, batch_size, pad, mirrored, device):
     for i, (chosen, images) in enumerate(_with_images(part, rows), start):
         generator = _generator(seed, _AUGMENTATION, epoch, i)
-        images = augment(_moved(images, device), generator, pad=pad, flip=flip, first=first, total=batch_size)
+        mirrors = None if mirrored is None else mirrored[chosen]
+        images = augment(_moved(images, device), generator, pad=pad, mirrored=mirrors, first=first, total=batch_size)
         yield _scaled(images), _moved(part.labels[chosen], device)
 
 
-def augment(images: Tensor, generator: torch.Generator, *, pad: int, flip: bool, first: int = 0, total: int | None = None) -> Tensor:
-    """Random crop after zero padding, and random horizontal flip, one draw per image, as tensor operations on the images' device.
+def augment(
+    images: Tensor, generator: torch.Generator, *, pad: int, mirrored: Tensor | None = None, first: int = 0, total: int | None = None
+) -> Tensor:
+    """Random crop after zero padding, one draw per image, and a horizontal flip of some, as tensor operations on the images' device.
 
-    images: [B, C, H, W], any dtype: rows ``first ..`` of a batch of ``total`` (default: all of it), whose draws the generator gives.
-    generator: a CPU generator, so that every device sees the same crops. Returns the same shape and dtype.
+    images: [B, C, H, W], any dtype: rows ``first ..`` of a batch of ``total`` (default: all of it), whose crops the generator gives.
+    generator: a CPU generator, so that every device sees the same crops. mirrored: bool [B], the images that are flipped; None for none.
+    Returns the same shape and dtype.
     """
     count, _, height, width = images.shape
-    own = slice(first, first + count)
     total = count if total is None else total
     if pad:
-        offsets = torch.randint(2 * pad + 1, (2, total), generator=generator)[:, own]
+        offsets = torch.randint(2 * pad + 1, (2, total), generator=generator)[:, first : first + count]
         offsets = _moved(offsets, images.device)
         padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, 2 * pad + 1, 2 * pad + 1, H, W], a view
         images = windows[torch.arange(count, device=images.device), :, offsets[0], offsets[1]]
-    if flip:
-        mirrored = _moved(torch.rand(total, generator=generator)[own] < 0.5, images.device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    if mirrored is not None:
+        images = torch.where(_moved(mirrored, images.device)[:, None, None, None], images.flip(-1), images)
     return images
 
 

@@ -53,6 +53,8 @@ class Config:
     epochs: int = _option(16, int, "passes over the training images", low=1)
     batch_size: int = _option(128, int, "images in a batch, over all processes", low=1)
     lr: float = _option(0.1, float, "learning rate (one-cycle: its peak)", above=0)
+    start_scale: float | None = _option(None, float, "side of the images in the first epoch, over that later on", above=0, high=1)
+    full_scale: float | None = _option(None, float, "share of the epochs, the last, with images of full size (0.4)", above=0, high=1)
     schedule: str = _option("one-cycle", str, "one-cycle, or step: a tenth after 40, 70 and 90 %% of it", choices=("one-cycle", "step"))
     momentum: float = _option(0.9, float, "of SGD", low=0, high=1)
     nesterov: bool = _option(True, bool, "Nesterov's momentum")
@@ -83,6 +85,12 @@ class Config:
             raise ValueError(f"sigma_regulariser: needs learnable_sigma, got {self.sigma_regulariser} for a fixed sigma")
         if self.graphs and self.compile:
             raise ValueError("graphs: a step is captured as it is, without compile; choose one of the two")
+        if self.full_scale is None and self.start_scale is not None:
+            object.__setattr__(self, "full_scale", 0.4)
+        if self.start_scale is None and self.full_scale is not None:
+            raise ValueError(f"full_scale: needs start_scale, got {self.full_scale} for images of one size")
+        if self.graphs and self.start_scale is not None:
+            raise ValueError("graphs: a captured step takes images of one size; leave start_scale out")
         if self.sigma_warmup > self.epochs:
             raise ValueError(f"sigma_warmup: expected at most the {self.epochs} epochs of the run, got {self.sigma_warmup}")
 
