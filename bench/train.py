@@ -19,7 +19,7 @@ from .networks import SIGMAS
 
 # (network, batch)
 CASES = {
-    "cpu": (("VGG16", 32), ("ResNeXt29", 16), ("SmallNet", 64), ("ResNet-50", 2)),
+    "cpu": (("VGG16", 32), ("ResNeXt29", 16), ("SmallNet", 64), ("ResNet-50", 2), ("ResNet-50", 8)),
     "cuda": (("VGG16", 512), ("ResNeXt29", 256), ("ResNet-50", 128)),
 }
 LIMIT = " (limit)"

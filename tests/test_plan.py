@@ -113,6 +113,7 @@ def test_rows_follow_free_memory_and_what_the_user_wants():
     assert 0 < free < 2**50
     assert plan.Planner(CPU, row_bytes=1).rows() == plan.Planner(CPU).rows() == plan.SWEET_SPOT["cpu"]
     assert plan.Planner(CPU, row_bytes=free * plan.MEMORY_SHARE / 10.5).rows() in range(7, 14)  # free memory changes meanwhile
+    assert plan.Planner(CPU, row_bytes=1, in_bytes=True).rows() == 2 * plan.SWEET_SPOT["cpu"]
     assert type(plan.Planner(CPU, row_bytes=free * plan.MEMORY_SHARE / 10.5).rows()) is int  # a number of rows to cut by
     assert plan.Planner(CPU, row_bytes=1, gradient_bytes=free * plan.MEMORY_SHARE / 10.5).rows(gradient=True) in range(7, 14)
     assert plan.Planner(CPU, row_bytes=100 * free).rows() == 1
@@ -169,9 +170,11 @@ def test_a_limit_of_a_control_group_counts(files, left, monkeypatch):
         plan._limited_groups.cache_clear()
 
 
-@pytest.mark.parametrize(("best", "chosen"), [(20, 20), (320, 320), (80, 80), (None, 80)])
-def test_the_first_large_call_measures_and_every_row_it_runs_counts(best, chosen):
-    planner, clock, draws, images = plan.Planner(CPU), [0.0], 10, 2000
+@pytest.mark.parametrize(("in_bytes", "general"), [(False, 80), (True, 160)])
+@pytest.mark.parametrize("best", [20, 320, 80, 160, None])
+def test_the_first_large_call_measures_and_every_row_it_runs_counts(best, in_bytes, general):
+    planner, clock, draws, images = plan.Planner(CPU, in_bytes=in_bytes), [0.0], 10, 2000
+    chosen = best or general
 
     def step(image, draw):
         rows = length(image) * length(draw)
@@ -181,7 +184,7 @@ def test_the_first_large_call_measures_and_every_row_it_runs_counts(best, chosen
     planner._clock = lambda: clock[0]
     with torch.no_grad():
         small = list(planner.run(20, draws, step))
-        assert not planner.measured and {rows for *_, rows in small} <= {70, 60, 80}
+        assert not planner.measured and {rows for *_, rows in small} <= ({100} if in_bytes else {70, 60, 80})
         pieces = list(planner.run(images, draws, step))
         assert sorted(covered(pieces)) == complete(images, draws)
         assert planner.rows() == chosen

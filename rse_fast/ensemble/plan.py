@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Rows of a packed batch where throughput peaks in general: on a CPU the activations of more rows leave the cache, on a GPU fewer leave it
-# idle. And the numbers of rows worth measuring.
+# idle. Twice as many where activations are bytes, half of bfloat16's size. And the numbers of rows worth measuring.
 SWEET_SPOT = {"cpu": 80, "cuda": 1024}
 LADDER = {"cpu": (20, 40, 80, 160, 320), "cuda": (256, 1024, 4096)}
 OTHER_DEVICES = 256
@@ -34,12 +34,14 @@ class Planner:
     """Rows of a packed batch for one (model, image shape, dtype, device); shared by every call, from any thread.
 
     device: where the model runs. row_bytes: memory one row needs while it passes through the model, None if unknown; gradient_bytes: where
-    the gradient of the images is wanted, of all packed batches that keep something for it.
+    the gradient of the images is wanted, of all packed batches that keep something for it. in_bytes: activations are of 8 bits.
     """
 
-    def __init__(self, device: torch.device, row_bytes: float | None = None, gradient_bytes: float | None = None):
+    def __init__(
+        self, device: torch.device, row_bytes: float | None = None, gradient_bytes: float | None = None, in_bytes: bool = False
+    ):
         self.device, self.row_bytes, self.gradient_bytes = device, row_bytes, gradient_bytes
-        self.sweet_spot = SWEET_SPOT.get(device.type, OTHER_DEVICES)
+        self.general = self.sweet_spot = SWEET_SPOT.get(device.type, OTHER_DEVICES) * (2 if in_bytes else 1)
         self.measured = False
         self.limit = math.inf  # fewer rows than ran out of memory
 
@@ -109,8 +111,8 @@ class Planner:
     def _note(self, rows: int, seconds: float) -> None:
         self._times[rows] = min(seconds, self._times.get(rows, math.inf))
         best = min(self._times, key=self._times.get)
-        general = SWEET_SPOT[self.device.type]
-        self.sweet_spot = best if self._times[best] < CLEARLY * self._times.get(general, math.inf) else general
+        clearly = self._times[best] < CLEARLY * self._times.get(self.general, math.inf)
+        self.sweet_spot = best if clearly else self.general
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
@@ -122,12 +124,13 @@ _planners: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyD
 
 
 def planner(
-    model: torch.nn.Module, key: tuple, device: torch.device, row_bytes: float | None, gradient_bytes: float | None = None
-) -> Planner:
+    model: torch.nn.Module, key: tuple, device: torch.device, row_bytes: float | None, gradient_bytes: float | None = None,
+    in_bytes: bool = False,
+) -> Planner:  # fmt: skip
     """The planner of ``model`` for ``key`` (image shape, dtype, ...): what it learns outlives every snapshot of the model."""
     known = _planners.setdefault(model, {})
     if (key, device) not in known:
-        known[key, device] = Planner(device, row_bytes, gradient_bytes)
+        known[key, device] = Planner(device, row_bytes, gradient_bytes, in_bytes)
     return known[key, device]
 
 
