@@ -188,7 +188,7 @@ class Trainer:
         """(height, width) that an epoch's images are scaled to: they grow linearly, in steps of 4 pixels (progressive resizing, as in
         fast.ai's entry to DAWNBench, 2018). An epoch at half the side costs a quarter."""
         full = tuple(self.splits.train.shape[1:])
-        if self.config.start_scale is None:
+        if self.config.start_scale in (None, 1.0):
             return full
         growing = self.config.epochs - max(1, round(self.config.full_scale * self.config.epochs))
         if epoch >= growing:
