@@ -59,6 +59,7 @@ def test_what_was_given_is_kept_and_the_rest_is_the_default(images, tmp_path):
         "defence": "rse", "init_sigma": 0.25, "inner_sigma": 0.15, "sigma_warmup": 0.5, "test_inner_sigma": 0.05, "draws": 2, "lr": 0.02,
         "schedule": "step", "momentum": 0.8, "nesterov": False, "weight_decay": 1e-4, "label_smoothing": 0.1, "ema": 0.9, "clip": 2.0,
         "bf16": True, "channels_last": False, "seed": 7, "keep": 1, "save_steps": 2, "val_fraction": 0.2, "eps": 4 / 255, "workers": 1,
+        "start_scale": 0.5, "full_scale": 0.3,
     }  # fmt: skip
     argv = []
     for name, value in flags.items():
@@ -93,7 +94,8 @@ def test_any_configuration_survives_its_file(tmp_path, rng):
 
     for _ in range(30):
         fields = {f.name: value(f) for f in dataclasses.fields(Config)} | {"sigma_warmup": 0.25}
-        fields["graphs"] &= not fields["compile"]
+        fields["full_scale"] = fields["start_scale"] and fields["full_scale"]
+        fields["graphs"] &= not fields["compile"] and fields["start_scale"] is None
         settings = Config(**fields)
         settings.save(tmp_path / "config.json")
         assert Config.load(tmp_path / "config.json") == settings
