@@ -13,7 +13,7 @@ import rse_fast
 from rse_fast.ensemble.engine import has_bfloat16
 
 from . import networks, peers
-from .measure import Refused, Row, compare, device, peak_memory, ratio, selected, target
+from .measure import Refused, Row, best_peer, compare, device, peak_memory, ratio, selected, target
 from .networks import SIGMAS
 
 # (network, batch, draws), and the draws at which memory is compared
@@ -127,10 +127,9 @@ def measure(kind: str, batch: int, draws: int) -> tuple[list[Row], list[dict]]:
     if selected("rse_fast"):
         peak[f"rse_fast, n={MORE_DRAWS}"] = peak_memory(ours("auto", MORE_DRAWS))
     rows += [Row("attack", case, name, "peak memory", "MB", *[value] * 3) for name, value in peak.items()]
-    fastest = max((rates[name] for name in builders if not name.startswith("rse_fast") and rates[name]), default=None)
     wanted = [
         target("attack", case, "against foolbox's wrapper", ratio(rates["rse_fast"], rates["foolbox wrapper"]), 2, "x"),
-        target("attack", case, "against the fastest peer", ratio(rates["rse_fast"], fastest), 1, "x"),
+        target("attack", case, "against the fastest peer", ratio(rates["rse_fast"], best_peer(rates)), 1, "x"),
         target("attack", case, f"peak memory, n={MORE_DRAWS} over n={draws}",
                ratio(peak.get(f"rse_fast, n={MORE_DRAWS}"), peak.get("rse_fast")), 1.5, "x", at_most=True),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ import rse_fast
 from rse_fast.ensemble.engine import has_bfloat16
 
 from . import networks, peers
-from .measure import Refused, Row, compare, device, ratio, role, selected, target
+from .measure import Refused, Row, best_peer, compare, device, ratio, selected, target
 from .networks import SIGMAS
 
 # (network, batch, draws, peers): "few" that show how throughput grows, the "eager" ones, those that torch "compiles" too, or "all". What
@@ -165,7 +165,6 @@ def targets(where, kind, batch, draws, case, rates) -> list[dict]:
     ours, loop = rates["rse_fast"], rates["eager loop"]
     bounds = [rate for name, rate in rates.items() if name.endswith("(limit)") and rate is not None]
     cost = ratio(max(bounds, default=None), ours)
-    peer = max((rate for name, rate in rates.items() if role(name) == "peer" and rate is not None), default=None)
     compiled = [rate for name, rate in rates.items() if name.startswith("torch.compile") and rate is not None]
     if where.type == "cpu" and kind == "VGG16":
         if batch == 1:
@@ -175,7 +174,7 @@ def targets(where, kind, batch, draws, case, rates) -> list[dict]:
             ]
         return [
             target("ensemble", case, "rate", ours, 110, "images/s"),
-            target("ensemble", case, "against the best peer", ratio(ours, peer), 2.6, "x"),
+            target("ensemble", case, "against the best peer", ratio(ours, best_peer(rates)), 2.6, "x"),
             target("ensemble", case, "cost over the plain network's packed forward", cost, 1.05, "x", at_most=True),
         ]
     if where.type == "cuda" and kind in ("VGG16", "ResNet-50"):

@@ -62,6 +62,11 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a / b
 
 
+def best_peer(rates: dict[str, float | None]) -> float | None:
+    """The highest rate of an implementation that is neither rse-fast's nor a limit; None where none was measured."""
+    return max((rate for name, rate in rates.items() if role(name) == "peer" and rate is not None), default=None)
+
+
 class Refused(AssertionError):
     """An implementation's result differs from the reference, so it is not timed."""
 

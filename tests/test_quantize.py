@@ -170,6 +170,9 @@ def test_layers_that_bytes_would_disturb_stay(rng, monkeypatch):
     x = torch.rand(3, 3, 10, 10)
     plain = rse_fast.Ensemble(model, 2, seed=1, dtype=ensemble._resolve_dtype(x.device))
     assert torch.allclose(ensemble.predict(x).probs, plain.predict(x).probs, rtol=0, atol=1e-5)
+    assert ensemble.rows(x) == plain.rows(x)  # a packed batch of bytes has more
+    monkeypatch.undo()
+    assert int8(NETS["plain"](), calibration, seed=1, draws=2).rows(x) == 2 * plain.rows(x)
 
 
 def test_noise_switched_off_layers_stay_and_the_model_is_left_alone(rng):

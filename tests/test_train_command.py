@@ -124,11 +124,13 @@ def test_the_configuration_given_back_repeats_the_run_and_a_flag_changes_its_fie
 
 
 def test_none_takes_an_optional_field_back(run, tmp_path):
-    config(Config.load(run[0] / "config.json").data, epochs=1, clip=0.5, learnable_sigma="layer", resize=8).save(tmp_path / "config.json")
-    none = ["--clip", "none", "--learnable-sigma", "none", "--resize", "none"]
+    config(Config.load(run[0] / "config.json").data, epochs=1, clip=0.5, learnable_sigma="layer", resize=8, start_scale=0.5).save(
+        tmp_path / "config.json"
+    )
+    none = ["--clip", "none", "--learnable-sigma", "none", "--resize", "none", "--start-scale", "none"]
     assert main(["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run"), *none]) == 0
     found = Config.load(tmp_path / "run" / "config.json")
-    assert (found.clip, found.learnable_sigma, found.resize) == (None, None, None)
+    assert (found.clip, found.learnable_sigma, found.resize, found.start_scale) == (None,) * 4
     with pytest.raises(SystemExit):
         main(["--lr", "none"])
 

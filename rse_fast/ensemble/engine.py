@@ -346,7 +346,8 @@ class Ensemble(nn.Module):
                 runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
         kind = x.shape[1:], "int8" if self.dtype == "int8" else compute, self.fuse
         kept = (gradient.KEEP + 1) * runner.saved_bytes if runner.saved_bytes else None  # and one that is run again
-        planner = plan.planner(self.model, kind, x.device, runner.row_bytes, kept, in_bytes=self.dtype == "int8")
+        in_bytes = self.dtype == "int8" and bool(self._quantization.quantized)
+        planner = plan.planner(self.model, kind, x.device, runner.row_bytes, kept, in_bytes)
         if x.device.type != "cuda":
             return Prepared(runner, runner, planner)
         torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot

@@ -85,8 +85,6 @@ class Config:
             raise ValueError(f"sigma_regulariser: needs learnable_sigma, got {self.sigma_regulariser} for a fixed sigma")
         if self.graphs and self.compile:
             raise ValueError("graphs: a step is captured as it is, without compile; choose one of the two")
-        if self.full_scale is None and self.start_scale is not None:
-            object.__setattr__(self, "full_scale", 0.4)
         if self.start_scale is None and self.full_scale is not None:
             raise ValueError(f"full_scale: needs start_scale, got {self.full_scale} for images of one size")
         if self.graphs and self.start_scale is not None:

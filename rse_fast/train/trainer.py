@@ -18,6 +18,7 @@ from rse_fast.train.config import Config
 from rse_fast.train.distributed import Ranks
 
 _TRAINING, _VALIDATION = 2, 3  # 0 and 1 are order and augmentation (rse_fast.data)
+_FULL_SCALE = 0.4  # of the epochs, the last, where images grow and the configuration does not say
 _STEP_MILESTONES = (0.4, 0.7, 0.9)  # the paper's 80 + 60 + 40 + 20 epochs
 
 
@@ -190,7 +191,8 @@ class Trainer:
         full = tuple(self.splits.train.shape[1:])
         if self.config.start_scale in (None, 1.0):
             return full
-        growing = self.config.epochs - max(1, round(self.config.full_scale * self.config.epochs))
+        share = _FULL_SCALE if self.config.full_scale is None else self.config.full_scale
+        growing = self.config.epochs - max(1, round(share * self.config.epochs))
         if epoch >= growing:
             return full
         scale = self.config.start_scale + (1 - self.config.start_scale) * epoch / growing
