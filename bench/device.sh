@@ -45,7 +45,7 @@ train() {
     work=$(mktemp -d)  # checkpoints of each epoch: a disk in memory is best
     for defence in plain rse; do
         step "train_$defence" "$python" -m rse_fast.cli train --data "$DATA" --model vgg16 \
-            --defence "$defence" --epochs 200 --batch-size 512 --lr 0.1 --schedule step --val-fraction 0.04 --bf16 --graphs \
+            --defence "$defence" --epochs 200 --batch-size 512 --lr 0.1 --schedule step --val-fraction 0.04 --bf16 --cuda-graphs \
             --device cuda --out "$work/$defence" &
     done
     wait

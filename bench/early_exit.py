@@ -44,7 +44,7 @@ def ten_draws(name: str, model, x, y) -> tuple[list[Row], list[dict]]:
 
 
 def in_batches(ensemble, x, size: int = 16) -> torch.Tensor:
-    return torch.cat([ensemble.predict(part, image0=i * size).labels for i, part in enumerate(x.split(size))])
+    return torch.cat([ensemble.predict(part, image_offset=i * size).labels for i, part in enumerate(x.split(size))])
 
 
 def hundred_draws(name: str, model, x) -> tuple[list[Row], list[dict]]:
@@ -97,10 +97,10 @@ def many_draws(far: int = 100_000, most: int = 3000, hard: int = 40, seeds: int 
     best, second = rse_fast.Ensemble(model, 100, seed=0).predict(x).probs.topk(2).values.unbind(-1)
     x = x[(best - second).argsort()[:hard]]
     case = f"narrow SmallNet on digits, {hard} hardest images against {far} draws"
-    reference = rse_fast.Ensemble(model, far, seed=1, chunk_rows=4000).predict(x)
+    reference = rse_fast.Ensemble(model, far, seed=1, max_rows=4000).predict(x)
     rows, wanted = [], []
     for confidence in (0.9, 0.99, 0.999):
-        ensemble = rse_fast.Ensemble(model, most, early_exit=confidence, chunk_rows=500)
+        ensemble = rse_fast.Ensemble(model, most, early_exit=confidence, max_rows=500)
         early = [ensemble.predict(x, seed=2 + i) for i in range(seeds)]
         used = torch.stack([out.draws_used for out in early]).float()
         decided = used < most  # the others took all draws, and nothing is claimed for them

@@ -134,7 +134,7 @@ def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], l
     if which == "few":
         return rows, []
     if selected("rse_fast"):
-        shares = time_shares(rse_fast.Ensemble(noisy, draws, graphs=False), x)  # a graph does not say which operator a kernel is of
+        shares = time_shares(rse_fast.Ensemble(noisy, draws, cuda_graphs=False), x)  # a graph does not say which operator a kernel is of
         rows += [Row("ensemble", case, "rse_fast", f"time in {what}", "", *[share] * 3) for what, share in shares.items()]
     return rows, targets(where, kind, batch, draws, case, rates)
 

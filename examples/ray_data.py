@@ -27,7 +27,7 @@ class Labeller:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         indices = sorted(batch["id"].tolist())
         parts = [
-            self.ensemble.predict(workload.images(self.test, rows, self.device), image0=rows[0])
+            self.ensemble.predict(workload.images(self.test, rows, self.device), image_offset=rows[0])
             for rows in workload.neighbours(indices, len(indices))
         ]
         return {

@@ -89,7 +89,7 @@ def certify(
     alpha: float = 1e-3,
     seed: int | None = None,
     radii: float | Sequence[float] | None = None,
-    image0: int = 0,
+    image_offset: int = 0,
 ) -> Certificate:
     """Certifies images x [B, ...]: label and L2 radius that hold with probability 1 - alpha each. See the module for what that covers.
 
@@ -104,7 +104,7 @@ def certify(
         seed: None takes the ensemble's, or fresh entropy if it has none.
         radii: None takes all n draws. One or several radii >= 0: an image stops as soon as "radius >= r" is decided for each of them.
             The guarantee is the same; radius and p_lower are what was proven by then.
-        image0: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
+        image_offset: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
 
     Warns (RuntimeWarning) where n and alpha can never decide. Raises ValueError or TypeError naming the argument, also if the noise is not
     at the input, switched off, zero, per channel, or learnable (``requires_grad_(False)`` on ``sigma_raw`` freezes it), and if the logits
@@ -126,7 +126,7 @@ def certify(
     x, seed = ensemble._input(x), ensemble._call_seed(seed)
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, got infinite or NaN values")
-    image0 = functional.first_image(image0, len(x))
+    image_offset = functional.first_image(image_offset, len(x))
 
     from scipy.special import ndtr, ndtri
 
@@ -141,7 +141,7 @@ def certify(
         text = f"radii {beyond} can never be certified with n={n} draws at alpha={alpha}: the largest radius is {reach:.4g}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    index = torch.arange(image0, image0 + len(x), device=x.device)
+    index = torch.arange(image_offset, image_offset + len(x), device=x.device)
     selected = _votes(ensemble, layer, x, index, 0, n0, seed)
     top, votes = selected.argmax(-1) if len(x) else index, torch.zeros_like(selected)
 
@@ -242,17 +242,17 @@ def _votes(ensemble, layer, x, index, start, stop, seed):
     for image, draw in plan.chunks(len(x), stop - start, ensemble.rows(x)):
         first = torch.tensor(start + draw.start, device=x.device)
         images, draws = image.stop - image.start, draw.stop - draw.start
-        places = torch.stack([index[image], first.expand(images)], 1)
+        sample_ids = torch.stack([index[image], first.expand(images)], 1)
         noise = functional.add_noise(
             torch.zeros(x[image].shape, dtype=torch.float32, device=x.device),
-            sigma, seed=seed, stream=layer.stream, draws=draws, places=places,
+            sigma, seed=seed, stream=layer.stream, draws=draws, sample_ids=sample_ids,
             channel_dim=getattr(layer, "channel_dim", 1), backend=ensemble.backend,
         )  # fmt: skip
         noisy = on_grid(noise, step).unflatten(0, (draws, images)).add_(on_grid(x[image], step)).mul_(step).float().flatten(0, 1)
         # Every row is an image of its own here, with one draw: that of the inner noise.
-        places = places.repeat(draws, 1)
-        places[:, 1] += torch.arange(draws, device=x.device).repeat_interleave(images)
-        logits = ensemble.logits_at(noisy, places, 1, seed, silent=layer.stream)
+        sample_ids = sample_ids.repeat(draws, 1)
+        sample_ids[:, 1] += torch.arange(draws, device=x.device).repeat_interleave(images)
+        logits = ensemble.logits_at(noisy, sample_ids, 1, seed, silent=layer.stream)
         tops = logits.argmax(-1).view(draws, images)
         votes[image] += torch.nn.functional.one_hot(tops, votes.shape[1]).sum(0)
     return votes
@@ -321,13 +321,13 @@ def _check_rows(ensemble, x):
     if not len(x):
         return
     images = torch.cat([x[:1], 1 - x[:1]])
-    places, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
+    sample_ids, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
 
     with ensemble._model(x) as model:
         random = model.runner.random
 
     def logits(rows):
-        return ensemble.logits_at(images[:rows], places[:rows], 1, seed)[0, :1].float()
+        return ensemble.logits_at(images[:rows], sample_ids[:rows], 1, seed)[0, :1].float()
 
     expected = logits(2)
     compute = torch.bfloat16 if ensemble.dtype == "int8" else ensemble._resolve_dtype(x.device)

@@ -75,7 +75,7 @@ def run(argv: list[str]) -> dict:
     if bool((labels[1:] >= labels[:-1]).all()) and some < min(all_classes, len(rows)):
         text = f"--images: the part is sorted by class, and these {len(rows)} images are of {some} of its {all_classes} classes; "
         warnings.warn(text + f"--every {max(1, len(labels) // len(rows))} takes as many of all", RuntimeWarning, stacklevel=2)
-    ensemble = Ensemble(model, dtype=args.dtype, chunk_rows=args.chunk_rows)
+    ensemble = Ensemble(model, dtype=args.dtype, max_rows=args.max_rows)
     x = workload.images(part, rows[:1], args.device)
     certify(ensemble, x[:0], n0=args.n0, n=args.n, alpha=args.alpha, radii=args.radius)  # what it refuses leaves no folder
     sigma = float(input_noise(model, x).current_sigma())
@@ -143,7 +143,7 @@ def _run(args, ensemble, part, rows, settings, command):
 def _certify(args, ensemble, part, group, settings):
     begin = time.perf_counter()
     x = workload.images(part, group, args.device)
-    out = certify(ensemble, x, n0=args.n0, n=args.n, alpha=args.alpha, seed=settings["seed"], radii=args.radius, image0=group[0])
+    out = certify(ensemble, x, n0=args.n0, n=args.n, alpha=args.alpha, seed=settings["seed"], radii=args.radius, image_offset=group[0])
     seconds = (time.perf_counter() - begin) / len(group)
     for i, index in enumerate(group):
         label, predicted = int(part.labels[index]), int(out.labels[i])

@@ -1,7 +1,7 @@
 """Public functions: they check their arguments, choose the backend and call `ops`.
 
 Every function takes ``seed`` (an int, taken modulo 2^64, or an int64 tensor of one value) and addresses eps by it: ``stream`` is the
-layer, row ``d * images + i`` of the result is draw ``draw0 + d`` of image ``image0 + i``. An input of ``images`` rows is packed lazily:
+layer, row ``d * images + i`` of the result is draw ``draw_offset + d`` of image ``image_offset + i``. An input of ``images`` rows is packed lazily:
 each image is read once and comes out ``draws`` times. An input of ``draws * images`` rows keeps its rows.
 """
 
@@ -23,8 +23,8 @@ _MAX = torch.finfo(torch.float32).max
 
 
 def add_noise(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, channel_dim=1, backend="auto",
-    places=None,
+    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, scale=None, shift=None, act=None, channel_dim=1, backend="auto",
+    sample_ids=None,
 ) -> torch.Tensor:
     """``act(x * scale + shift) + sigma * eps``, computed in float32 and rounded once (to nearest even) to the dtype of ``x``.
 
@@ -32,8 +32,8 @@ def add_noise(
         x: [images or draws * images, ...], at least 2-D; float32, bfloat16 or float16 (float64 on the torch backend).
         sigma: standard deviation, >= 0: a number, a 0-dim tensor, or one per channel [C].
         images, draws: default ``images = x.shape[0]``. Output rows are ``draws * images``, estimator-major.
-        image0, draw0: first image and draw index; indices stay below 2^32.
-        places: None, or int64 [images, 2]: each image's own (image index, first draw), in place of image0 and draw0.
+        image_offset, draw_offset: first image and draw index; indices stay below 2^32.
+        sample_ids: None, or int64 [images, 2]: each image's own (image index, first draw), in place of image_offset and draw_offset.
         scale, shift: None, a number, or per channel [C]; applied before ``act``.
         act: None or "relu".
         channel_dim: which dimension holds the channels (not 0).
@@ -53,15 +53,15 @@ def add_noise(
     x = x.movedim(channel_dim, 1)
     channels = x.shape[1]
     backend = _check_backend(backend, x)
-    noise = _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0)
+    noise = _noise(x, channels, sigma, seed, stream, images, draws, image_offset, draw_offset)
     scale, shift = _affine("scale", scale, channels, x), _affine("shift", shift, channels, x)
-    places = _places(places, *noise[3:5], x.device)
-    y = ops.add_noise(x, *noise, scale, shift, act == "relu", backend, places).movedim(1, channel_dim)
+    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
+    y = ops.add_noise(x, *noise, scale, shift, act == "relu", backend, sample_ids).movedim(1, channel_dim)
     return y.contiguous() if dense else y  # copies only where the channels stand between other dimensions
 
 
 def add_noise_(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, backend="auto", places=None
+    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, scale=None, shift=None, act=None, backend="auto", sample_ids=None
 ) -> torch.Tensor:
     """`add_noise` in the memory of ``x``, which it returns: x [draws * images, C, *spatial] has a row for each of the result's and is
     contiguous or channels last. For inference: it has no gradient. Everything else as in `add_noise`. Raises RuntimeError where an input
@@ -72,18 +72,18 @@ def add_noise_(
     if not ops.writable(x):
         raise ValueError(f"x must be contiguous or channels last to be written in place, got strides {x.stride()}")
     backend = _check_backend(backend, x)
-    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
+    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset)
     if x.shape[0] != noise[3] * noise[4]:
         raise ValueError(f"x must have draws * images = {noise[3] * noise[4]} rows to be written in place, got {x.shape[0]}")
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
-    places = _places(places, *noise[3:5], x.device)
-    ops.add_noise_(x, *noise, scale, shift, act == "relu", backend, places)
+    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
+    ops.add_noise_(x, *noise, scale, shift, act == "relu", backend, sample_ids)
     return x
 
 
 def activate_noise(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, pool=False, keep=True,
-    backend="auto", places=None,
+    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, scale=None, shift=None, act=None, pool=False, keep=True,
+    backend="auto", sample_ids=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(noisy, clean) in one pass, for networks whose activation goes on with and without noise. For inference: it has no gradient.
 
@@ -99,15 +99,15 @@ def activate_noise(
     if act not in (None, "relu"):
         raise ValueError(f"act must be None or 'relu', got {act!r}")
     backend = _check_backend(backend, x)
-    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
+    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset)
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
-    places = _places(places, *noise[3:5], x.device)
-    return ops.activate_noise(x, *noise, scale, shift, act == "relu", bool(pool), backend, places, bool(keep))
+    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
+    return ops.activate_noise(x, *noise, scale, shift, act == "relu", bool(pool), backend, sample_ids, bool(keep))
 
 
 def add_noise_u8(
-    x, sigma, step, zero_point, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None, pool=False,
-    backend="auto", places=None,
+    x, sigma, step, zero_point, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, scale=None, shift=None, act=None, pool=False,
+    backend="auto", sample_ids=None,
 ) -> torch.Tensor:  # fmt: skip
     """``saturate(zero_point + rint((act(x * scale + shift) + sigma * eps) / step))`` as uint8: the noise is the quantiser's dither.
 
@@ -127,17 +127,17 @@ def add_noise_u8(
         raise ValueError(f"act must be None or 'relu', got {act!r}")
     if backend == "triton":
         raise ValueError("backend must be 'auto', 'cpu' or 'torch' for bytes, got 'triton'")
-    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
+    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset)
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
-    places = _places(places, *noise[3:5], x.device)
+    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
     backend = _check_backend(backend, x, cpu.BYTE_DTYPES)
     step, zero_point = float(step), integer("zero_point", zero_point)
-    return ops.add_noise_u8(x, step, zero_point, *noise, scale, shift, act == "relu", bool(pool), backend, places)
+    return ops.add_noise_u8(x, step, zero_point, *noise, scale, shift, act == "relu", bool(pool), backend, sample_ids)
 
 
 def noisy_conv2d(
-    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0,
-    stride=1, padding=0, dilation=1, groups=1, backend="auto", places=None,
+    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0,
+    stride=1, padding=0, dilation=1, groups=1, backend="auto", sample_ids=None,
 ) -> torch.Tensor:  # fmt: skip
     """``conv2d(x + sigma * eps, weight, bias)``: zero padding stays exactly zero, noise is on real pixels only.
 
@@ -148,35 +148,35 @@ def noisy_conv2d(
     if not isinstance(weight, torch.Tensor) or weight.dim() != 4:
         raise ValueError(f"weight must be a tensor [Cout, Cin / groups, kh, kw], got {_describe(weight)}")
     return noisy_conv(
-        x, weight, bias, sigma, seed=seed, stream=stream, images=images, draws=draws, image0=image0, draw0=draw0,
-        stride=stride, padding=padding, dilation=dilation, groups=groups, backend=backend, places=places,
+        x, weight, bias, sigma, seed=seed, stream=stream, images=images, draws=draws, image_offset=image_offset, draw_offset=draw_offset,
+        stride=stride, padding=padding, dilation=dilation, groups=groups, backend=backend, sample_ids=sample_ids,
     )  # fmt: skip
 
 
 def noisy_conv(
-    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0,
-    stride=1, padding=0, dilation=1, groups=1, backend="auto", places=None,
+    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0,
+    stride=1, padding=0, dilation=1, groups=1, backend="auto", sample_ids=None,
 ) -> torch.Tensor:  # fmt: skip
     """`noisy_conv2d` for one, two or three spatial dimensions, as many as ``weight`` [Cout, Cin / groups, *kernel] has."""
     stride, dilation, groups = _convolution(x, weight, stride, dilation, groups)
     spatial = len(stride)
     _check_bias(bias, weight.shape[0])
     x, weight, bias = _autocast(x, weight, bias)
-    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image0, draw0)
-    places = _places(places, *noise[3:5], x.device)
+    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset)
+    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
     backend = _check_backend(backend, x)
     padding = _padding(padding, weight, stride, dilation)
     if isinstance(padding, list):
         # Zeros go around the noisy input, so noise has to come first here.
-        y = ops.add_noise(x, *noise, None, None, False, backend, places)
+        y = ops.add_noise(x, *noise, None, None, False, backend, sample_ids)
         y = torch.nn.functional.pad(y, [side for pair in reversed(padding) for side in pair])
         return torch.convolution(y, weight, bias, stride, (0,) * spatial, dilation, False, (0,) * spatial, groups)
-    return ops.noisy_conv(x, weight, bias, *noise, stride, padding, dilation, groups, backend, places)
+    return ops.noisy_conv(x, weight, bias, *noise, stride, padding, dilation, groups, backend, sample_ids)
 
 
 def conv_activate_noise(
-    x, weight, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, scale=None, shift=None, act=None,
-    stride=1, padding=0, dilation=1, groups=1, dtype=None, backend="auto", places=None,
+    x, weight, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, scale=None, shift=None, act=None,
+    stride=1, padding=0, dilation=1, groups=1, dtype=None, backend="auto", sample_ids=None,
 ) -> torch.Tensor:  # fmt: skip
     """``act(conv(x, weight) * scale + shift) + sigma * eps``: a convolution with what follows it up to the next layer's noise.
 
@@ -207,14 +207,14 @@ def conv_activate_noise(
     if min(sizes) < 1:
         raise ValueError(f"x must be as large as the kernel's reach {reach} without its padding {padding}, got shape {tuple(x.shape)}")
     backend = _check_backend(backend, x, (*cpu.DTYPES, *triton.LOW_PRECISION), (*triton.DTYPES, *triton.LOW_PRECISION))
-    noise = _noise(x, weight.shape[0], sigma, seed, stream, images, draws, image0, draw0, math.prod(sizes))
+    noise = _noise(x, weight.shape[0], sigma, seed, stream, images, draws, image_offset, draw_offset, math.prod(sizes))
     scale, shift = _affine("scale", scale, weight.shape[0], x), _affine("shift", shift, weight.shape[0], x)
-    places = _places(places, *noise[3:5], x.device)
-    more = scale, shift, act == "relu", stride, padding, dilation, groups, dtype, backend, places
+    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
+    more = scale, shift, act == "relu", stride, padding, dilation, groups, dtype, backend, sample_ids
     return ops.conv_activate_noise(x, weight, *noise, *more)
 
 
-def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image0=0, draw0=0, backend="auto", places=None):
+def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, backend="auto", sample_ids=None):
     """``linear(x + sigma * eps, weight, bias)``: x [images or draws * images, *, in_features], features as channels.
 
     Saves the clean ``x`` for backward. Arguments and errors as in `add_noise`; weight [out_features, in_features].
@@ -224,9 +224,9 @@ def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1
         raise ValueError(f"weight must be a tensor [out_features, {x.shape[-1]}], got {_describe(weight)}")
     _check_bias(bias, weight.shape[0])
     x, weight, bias = _autocast(x, weight, bias)
-    noise = _noise(x, x.shape[-1], sigma, seed, stream, images, draws, image0, draw0)
-    places = _places(places, *noise[3:5], x.device)
-    return ops.noisy_linear(x, weight, bias, *noise, _check_backend(backend, x), places)
+    noise = _noise(x, x.shape[-1], sigma, seed, stream, images, draws, image_offset, draw_offset)
+    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
+    return ops.noisy_linear(x, weight, bias, *noise, _check_backend(backend, x), sample_ids)
 
 
 # ------------------------------------------------------------------------------------------------------------------ arguments
@@ -259,13 +259,13 @@ def check_sigma(name: str, sigma) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {sigma}")
 
 
-def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0, positions=None) -> tuple:
-    """The arguments that all ops share, checked: (sigma, seed, stream, images, draws, image0, draw0).
+def _noise(x, channels, sigma, seed, stream, images, draws, image_offset, draw_offset, positions=None) -> tuple:
+    """The arguments that all ops share, checked: (sigma, seed, stream, images, draws, image_offset, draw_offset).
 
     The noise is on ``channels`` channels at ``positions`` positions a row, those of x by default.
     """
     draws, stream = integer("draws", draws), integer("stream", stream)
-    image0, draw0 = integer("image0", image0), integer("draw0", draw0)
+    image_offset, draw_offset = integer("image_offset", image_offset), integer("draw_offset", draw_offset)
     images = x.shape[0] if images is None else integer("images", images)
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
@@ -275,13 +275,13 @@ def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0, posit
             f"for an input of {x.shape[0]} rows"
         )
     positions = math.prod(x.shape[1:]) // max(channels, 1) if positions is None else positions
-    last = stream + 1, image0 + images, draw0 + draws, positions * ((channels + 3) // 4)
+    last = stream + 1, image_offset + images, draw_offset + draws, positions * ((channels + 3) // 4)
     if any(value > _WORD for value in last):
-        names = "stream", "image0 + images", "draw0 + draws", "the number of channel quads in a sample"
+        names = "stream", "image_offset + images", "draw_offset + draws", "the number of channel quads in a sample"
         name, value = next((n, v) for n, v in zip(names, last, strict=True) if v > _WORD)
         raise ValueError(f"{name} must fit the 32-bit counter (at most 2^32), got {value}")
-    if stream < 0 or image0 < 0 or draw0 < 0:
-        name, value = next((n, v) for n, v in (("stream", stream), ("image0", image0), ("draw0", draw0)) if v < 0)
+    if stream < 0 or image_offset < 0 or draw_offset < 0:
+        name, value = next((n, v) for n, v in (("stream", stream), ("image_offset", image_offset), ("draw_offset", draw_offset)) if v < 0)
         raise ValueError(f"{name} must not be negative, got {value}")
     check_sigma("sigma", sigma)
     if isinstance(sigma, torch.Tensor):
@@ -294,18 +294,18 @@ def _noise(x, channels, sigma, seed, stream, images, draws, image0, draw0, posit
             sigma = sigma.float()
     else:
         sigma = torch.full((), float(sigma), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
-    return sigma, seed_tensor(seed, x.device), stream, images, draws, image0, draw0
+    return sigma, seed_tensor(seed, x.device), stream, images, draws, image_offset, draw_offset
 
 
-def _places(places, images, draws, device):
-    if places is None:
+def _sample_ids(sample_ids, images, draws, device):
+    if sample_ids is None:
         return None
-    if not isinstance(places, torch.Tensor) or places.dtype != torch.int64 or tuple(places.shape) != (images, 2):
-        raise ValueError(f"places must be an int64 tensor [{images}, 2], got {_describe(places)}")
-    if places.device.type == "cpu" and images and not torch.compiler.is_compiling():
-        if places.min() < 0 or places[:, 0].max() >= _WORD or places[:, 1].max() + draws > _WORD:
-            raise ValueError(f"places must hold indices that fit the 32-bit counter with {draws} draws, got {places.tolist()}")
-    return places.to(device).contiguous()
+    if not isinstance(sample_ids, torch.Tensor) or sample_ids.dtype != torch.int64 or tuple(sample_ids.shape) != (images, 2):
+        raise ValueError(f"sample_ids must be an int64 tensor [{images}, 2], got {_describe(sample_ids)}")
+    if sample_ids.device.type == "cpu" and images and not torch.compiler.is_compiling():
+        if sample_ids.min() < 0 or sample_ids[:, 0].max() >= _WORD or sample_ids[:, 1].max() + draws > _WORD:
+            raise ValueError(f"sample_ids must hold indices that fit the 32-bit counter with {draws} draws, got {sample_ids.tolist()}")
+    return sample_ids.to(device).contiguous()
 
 
 def _affine(name, value, channels, x):
@@ -427,12 +427,12 @@ def integer(name, value) -> int:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
-def first_image(image0, images: int) -> int:
-    """``image0`` as an integer from which so many images can be counted in 32 bits."""
-    image0 = integer("image0", image0)
-    if image0 < 0 or image0 + images > 2**32:
-        raise ValueError(f"image0 must be in [0, 2^32 - {images}], got {image0}")
-    return image0
+def first_image(image_offset, images: int) -> int:
+    """``image_offset`` as an integer from which so many images can be counted in 32 bits."""
+    image_offset = integer("image_offset", image_offset)
+    if image_offset < 0 or image_offset + images > 2**32:
+        raise ValueError(f"image_offset must be in [0, 2^32 - {images}], got {image_offset}")
+    return image_offset
 
 
 def _names(dtypes) -> str:

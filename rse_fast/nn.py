@@ -24,7 +24,7 @@ class Scope:
     """Fixes the noise of every layer called within ``with scope:`` on this thread.
 
     seed: int64 tensor of one value. A batch of ``images`` rows leaves the first noisy layer as ``draws * images`` rows (lazy packing);
-    rows are draws ``draw0 ..`` of images ``image0 ..``, or of the (image, first draw) of each row of ``places``. A layer's stream is its
+    rows are draws ``draw_offset ..`` of images ``image_offset ..``, or of the (image, first draw) of each row of ``sample_ids``. A layer's stream is its
     index in the model, plus the number of its earlier calls within the scope in the high half of the word: one scope is one forward pass.
     ``silent``: the stream of a layer whose first call adds no noise, because the caller has added it already.
 
@@ -34,10 +34,10 @@ class Scope:
     seed: torch.Tensor
     images: int
     draws: int = 1
-    image0: int = 0
-    draw0: int = 0
+    image_offset: int = 0
+    draw_offset: int = 0
     backend: str = "auto"
-    places: torch.Tensor | None = None
+    sample_ids: torch.Tensor | None = None
     silent: int | None = None
     calls: dict = field(default_factory=dict, repr=False)
 
@@ -65,7 +65,7 @@ class Scope:
         return {
             "sigma": torch.zeros_like(sigma) if call == 0 and layer.stream == self.silent else sigma,
             "seed": self.seed, "stream": layer.stream + (call << 16), "images": self.images, "draws": self.draws,
-            "image0": self.image0, "draw0": self.draw0, "backend": self.backend, "places": self.places,
+            "image_offset": self.image_offset, "draw_offset": self.draw_offset, "backend": self.backend, "sample_ids": self.sample_ids,
         }  # fmt: skip
 
     def _refuse_checkpointing(self):
@@ -74,7 +74,7 @@ class Scope:
             if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
                 raise ValueError(
                     "the model must not checkpoint activations inside an ensemble, whose noise backward could not repeat; switch it off in "
-                    "the model (an Ensemble bounds the memory of its gradient by itself, see chunk_rows)"
+                    "the model (an Ensemble bounds the memory of its gradient by itself, see max_rows)"
                 )
             frame = frame.f_back
 

@@ -1,8 +1,8 @@
 """The ops as torch sees them: schemas, shapes without data, gradients, and which kernel a device key runs.
 
 ``seed`` is an int64 tensor on the device of ``x`` and ``sigma`` a float32 tensor (0-dim or [C]), so neither recompiles a graph when it
-changes. ``places`` (int64 [images, 2], on the same device, or None) gives each image its own (image, draw0) instead of
-``(image0 + i, draw0)``. Nothing here validates: that is `functional`, which also applies autocast's casts. Gradients regenerate eps
+changes. ``sample_ids`` (int64 [images, 2], on the same device, or None) gives each image its own (image, draw_offset) instead of
+``(image_offset + i, draw_offset)``. Nothing here validates: that is `functional`, which also applies autocast's casts. Gradients regenerate eps
 from the seed; no noise is ever stored.
 """
 
@@ -18,29 +18,29 @@ from rse_fast.kernels import cpu, triton
 
 _lib = torch.library.Library("rse_fast", "DEF")
 
-_NOISE = "Tensor sigma, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image0, SymInt draw0"
-_lib.define(f"add_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, Tensor? places=None) -> Tensor")
-_lib.define(f"add_noise_(Tensor(a!) x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, Tensor? places=None) -> ()")
+_NOISE = "Tensor sigma, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image_offset, SymInt draw_offset"
+_lib.define(f"add_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, Tensor? sample_ids=None) -> Tensor")
+_lib.define(f"add_noise_(Tensor(a!) x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, str backend, Tensor? sample_ids=None) -> ()")
 _lib.define(
-    f"activate_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, bool pool, str backend, Tensor? places=None, "
+    f"activate_noise(Tensor x, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, bool pool, str backend, Tensor? sample_ids=None, "
     "bool keep=True) -> (Tensor noisy, Tensor clean)"
 )
 _lib.define(
     f"add_noise_u8(Tensor x, float step, int zero_point, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, bool pool, str backend, "
-    "Tensor? places=None) -> Tensor"
+    "Tensor? sample_ids=None) -> Tensor"
 )
 _lib.define(
     f"conv_activate_noise(Tensor x, Tensor weight, {_NOISE}, Tensor? scale, Tensor? shift, bool relu, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, ScalarType? dtype, str backend, Tensor? places=None) -> Tensor"
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, ScalarType? dtype, str backend, Tensor? sample_ids=None) -> Tensor"
 )
 _lib.define(
     f"noisy_conv(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str backend, Tensor? places=None) -> Tensor"
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str backend, Tensor? sample_ids=None) -> Tensor"
 )
-_lib.define(f"noisy_linear(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, str backend, Tensor? places=None) -> Tensor")
+_lib.define(f"noisy_linear(Tensor x, Tensor weight, Tensor? bias, {_NOISE}, str backend, Tensor? sample_ids=None) -> Tensor")
 _lib.define(
-    "sigma_grad(Tensor g, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image0, SymInt draw0, "
-    "bool per_channel, str backend, Tensor? places=None) -> Tensor"
+    "sigma_grad(Tensor g, Tensor seed, int stream, SymInt images, SymInt draws, SymInt image_offset, SymInt draw_offset, "
+    "bool per_channel, str backend, Tensor? sample_ids=None) -> Tensor"
 )
 
 add_noise = torch.ops.rse_fast.add_noise
@@ -98,50 +98,50 @@ def noise_choice(weight: torch.Tensor, groups: int) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------------- add_noise
-def _add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None):
+def _add_noise(x, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, backend, sample_ids=None):
     if backend == "torch":
-        return reference.add_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
+        return reference.add_noise(x, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, sample_ids)
     lies = reference.layout(x)
     x = x if lies else x.contiguous()
     out = reference.packed_like(x, images * draws)
     sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
     launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
-    launch(x, out, lies == "flat", sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places)
+    launch(x, out, lies == "flat", sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, sample_ids)
     return out
 
 
-def _add_noise_in_place(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None):
+def _add_noise_in_place(x, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, backend, sample_ids=None):
     """x has a row for each row of the result and is dense, contiguous or channels last."""
-    where = seed, stream, images, draws, image0, draw0
+    where = seed, stream, images, draws, image_offset, draw_offset
     if backend == "torch":
-        x.copy_(reference.add_noise(x, sigma, *where, scale, shift, relu, places))
+        x.copy_(reference.add_noise(x, sigma, *where, scale, shift, relu, sample_ids))
         return
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)  # autograd refuses to go back through what was kept of x before
     sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
     launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
-    launch(x, x, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, places)
+    launch(x, x, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, sample_ids)
 
 
-def _add_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, backend, places=None):
+def _add_noise_fake(x, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, backend, sample_ids=None):
     return reference.packed_like(x, images * draws)
 
 
 def _add_noise_setup(ctx, inputs, output):
-    x, sigma, seed, *where, scale, shift, relu, backend, places = inputs
+    x, sigma, seed, *where, scale, shift, relu, backend, sample_ids = inputs
     affine = scale is not None or shift is not None
     # x is kept only where a gradient reads it: noise alone passes gradients through.
     keep_x = relu or ctx.needs_input_grad[8]
-    ctx.save_for_backward(x if keep_x else None, sigma, seed, scale, shift, places)
+    ctx.save_for_backward(x if keep_x else None, sigma, seed, scale, shift, sample_ids)
     ctx.rows, ctx.where, ctx.relu, ctx.affine, ctx.backend = x.shape[0], where, relu, affine, backend
 
 
 def _add_noise_backward(ctx, g):
-    x, sigma, seed, scale, shift, places = ctx.saved_tensors
-    stream, images, draws, image0, draw0 = ctx.where
+    x, sigma, seed, scale, shift, sample_ids = ctx.saved_tensors
+    stream, images, draws, image_offset, draw_offset = ctx.where
     needs_x, needs_sigma = ctx.needs_input_grad[:2]
     needs_scale, needs_shift = ctx.needs_input_grad[8:10]
-    g_sigma = sigma_grad(g, seed, *ctx.where, sigma.dim() == 1, ctx.backend, places) if needs_sigma else None
+    g_sigma = sigma_grad(g, seed, *ctx.where, sigma.dim() == 1, ctx.backend, sample_ids) if needs_sigma else None
     g_x = g_scale = g_shift = None
     if needs_x or needs_scale or needs_shift:
         g = _sum_draws(g, ctx.rows, images, draws)
@@ -166,63 +166,63 @@ def _sum_draws(g, rows, images, draws):
 
 
 # --------------------------------------------------------------------------------------------------------------- activate_noise
-def _activate_noise(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None, keep=True):
+def _activate_noise(x, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, pool, backend, sample_ids=None, keep=True):
     """clean = maxpool2x2?(act(x * scale + shift)), one row for each row of x (none unless ``keep``); noisy = clean before its rounding
     + sigma * eps."""
     if reference.layout(x) is None:
         x = x.contiguous()
     noisy, clean = reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0] if keep else 0, pool)
-    where = seed, stream, images, draws, image0, draw0
+    where = seed, stream, images, draws, image_offset, draw_offset
     if backend in ("triton", "cpu"):
         launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
         sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
         options = {"clean": clean} if keep else {}
         options = {**options, "pool": True} if pool else options
-        launch(x, noisy, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, places, **options)
+        launch(x, noisy, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, sample_ids, **options)
         return noisy, clean
     value = reference.activate(x, scale, shift, relu, pool)
-    noisy.copy_(add_noise(value, sigma, *where, None, None, False, backend, places))
+    noisy.copy_(add_noise(value, sigma, *where, None, None, False, backend, sample_ids))
     return noisy, clean.copy_(value) if keep else clean
 
 
-def _activate_noise_fake(x, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None, keep=True):
+def _activate_noise_fake(x, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, pool, backend, sample_ids=None, keep=True):
     return reference.packed_like(x, images * draws, pool), reference.packed_like(x, x.shape[0] if keep else 0, pool)
 
 
 # ----------------------------------------------------------------------------------------------------------------- add_noise_u8
 def _add_noise_u8(
-    x, step, zero_point, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None
+    x, step, zero_point, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, pool, backend, sample_ids=None
 ):
     """For inference: a result in bytes has no gradient."""
-    where = seed, stream, images, draws, image0, draw0
+    where = seed, stream, images, draws, image_offset, draw_offset
     if backend == "torch" or (backend == "auto" and not (x.device.type == "cpu" and cpu.load().handle is not None)):
-        return reference.add_noise_u8(x, step, zero_point, sigma, *where, scale, shift, relu, places, pool)
+        return reference.add_noise_u8(x, step, zero_point, sigma, *where, scale, shift, relu, sample_ids, pool)
     if reference.layout(x) is None:
         x = x.contiguous()
     out = reference.packed_like(x, images * draws, pool, torch.uint8)
     sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
     units = {"pool": pool, "step": step, "zero_point": zero_point}
-    cpu.add_noise(x, out, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, places, **units)
+    cpu.add_noise(x, out, reference.layout(x) == "flat", sigma, *where, scale, shift, relu, sample_ids, **units)
     return out
 
 
 def _add_noise_u8_fake(
-    x, step, zero_point, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, pool, backend, places=None
+    x, step, zero_point, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, pool, backend, sample_ids=None
 ):
     return reference.packed_like(x, images * draws, pool, torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------- conv_activate_noise
 def _conv_activate_noise(
-    x, weight, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, stride, padding, dilation, groups, dtype, backend,
-    places=None,
+    x, weight, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, stride, padding, dilation, groups, dtype, backend,
+    sample_ids=None,
 ):  # fmt: skip
     """act(conv(x) * scale + shift) + sigma * eps, rounded to dtype: in the convolution's epilogue, or by add_noise behind the vendor's."""
-    where = seed, stream, images, draws, image0, draw0
+    where = seed, stream, images, draws, image_offset, draw_offset
     if backend == "triton" and triton.convolves("output", x, weight, groups):
         x = x.contiguous(memory_format=torch.channels_last)
         sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
-        more = scale, shift, relu, stride, padding, dilation, dtype, places
+        more = scale, shift, relu, stride, padding, dilation, dtype, sample_ids
         return triton.launcher("conv_activate_noise")(x, weight, sigma, *where, *more)
     low = x.dtype in triton.LOW_PRECISION
     with torch.autocast(x.device.type, enabled=False):  # casts are `functional`'s; a cast of integers would lose some
@@ -231,13 +231,13 @@ def _conv_activate_noise(
         )
     dtype = dtype or x.dtype
     y = y if dtype == y.dtype else y.float()  # so that add_noise does not round
-    y = add_noise(y.movedim(1, -1).contiguous().movedim(-1, 1), sigma, *where, scale, shift, relu, backend, places)
+    y = add_noise(y.movedim(1, -1).contiguous().movedim(-1, 1), sigma, *where, scale, shift, relu, backend, sample_ids)
     return reference.narrow(y, dtype).movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _conv_activate_noise_fake(
-    x, weight, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, stride, padding, dilation, groups, dtype, backend,
-    places=None,
+    x, weight, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, stride, padding, dilation, groups, dtype, backend,
+    sample_ids=None,
 ):  # fmt: skip
     y = torch.convolution(x.float(), weight.float(), None, stride, padding, dilation, False, [0] * len(stride), groups)
     return x.new_empty((images * draws, *y.shape[2:], weight.shape[0]), dtype=dtype or x.dtype).movedim(-1, 1)
@@ -245,34 +245,34 @@ def _conv_activate_noise_fake(
 
 # ------------------------------------------------------------------------------------------------------- noisy_conv, noisy_linear
 def _noisy_conv(
-    x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend, places=None
+    x, weight, bias, sigma, seed, stream, images, draws, image_offset, draw_offset, stride, padding, dilation, groups, backend, sample_ids=None
 ):
     channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     if backend == "triton" and channels_last and triton.convolves("input", x, weight, groups):
         sigma, bias = sigma.contiguous(), None if bias is None else bias.contiguous()
-        where = seed, stream, images, draws, image0, draw0
-        return triton.launcher("noisy_conv")(x, weight, bias, sigma, *where, stride, padding, dilation, places)
-    y = _add_noise(x, sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend, places)
+        where = seed, stream, images, draws, image_offset, draw_offset
+        return triton.launcher("noisy_conv")(x, weight, bias, sigma, *where, stride, padding, dilation, sample_ids)
+    y = _add_noise(x, sigma, seed, stream, images, draws, image_offset, draw_offset, None, None, False, backend, sample_ids)
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
 def _noisy_conv_fake(
-    x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, backend, places=None
+    x, weight, bias, sigma, seed, stream, images, draws, image_offset, draw_offset, stride, padding, dilation, groups, backend, sample_ids=None
 ):
     y = reference.packed_like(x, images * draws)
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
 def _noisy_conv_setup(ctx, inputs, output):
-    x, weight, bias, sigma, seed, *where, stride, padding, dilation, groups, backend, places = inputs
-    ctx.save_for_backward(x, weight, sigma, seed, places)  # the clean input: the noisy one is regenerated when its gradient is asked for
+    x, weight, bias, sigma, seed, *where, stride, padding, dilation, groups, backend, sample_ids = inputs
+    ctx.save_for_backward(x, weight, sigma, seed, sample_ids)  # the clean input: the noisy one is regenerated when its gradient is asked for
     ctx.bias_sizes = None if bias is None else list(bias.shape)
     ctx.where, ctx.conv, ctx.groups, ctx.backend = where, (stride, padding, dilation), groups, backend
 
 
 def _noisy_conv_backward(ctx, g):
-    x, weight, sigma, seed, places = ctx.saved_tensors
-    stream, images, draws, image0, draw0 = ctx.where
+    x, weight, sigma, seed, sample_ids = ctx.saved_tensors
+    stream, images, draws, image_offset, draw_offset = ctx.where
     needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
     needs_b = needs_b and ctx.bias_sizes is not None
     stride, padding, dilation = ctx.conv
@@ -289,7 +289,7 @@ def _noisy_conv_backward(ctx, g):
     g_noisy = g_w = g_b = None
     if needs_w or needs_b:
         # One transient buffer and the vendor's gradient: `kernels.triton.choices` says why.
-        read = add_noise(x, sigma, seed, *ctx.where, None, None, False, ctx.backend, places) if needs_w else packed()
+        read = add_noise(x, sigma, seed, *ctx.where, None, None, False, ctx.backend, sample_ids) if needs_w else packed()
         step = stride
         if _written_astray(read, weight, stride, padding):
             read, step = read[(slice(None), slice(None), *(slice(None, None, s) for s in stride))], [1] * len(stride)
@@ -298,7 +298,7 @@ def _noisy_conv_backward(ctx, g):
     if needs_x or needs_sigma:
         g_noisy = gradients(packed(), stride, [True, False, False])[0]
     g_x = _sum_draws(g_noisy, x.shape[0], images, draws) if needs_x else None
-    g_sigma = sigma_grad(g_noisy, seed, *ctx.where, sigma.dim() == 1, ctx.backend, places) if needs_sigma else None
+    g_sigma = sigma_grad(g_noisy, seed, *ctx.where, sigma.dim() == 1, ctx.backend, sample_ids) if needs_sigma else None
     return g_x, g_w, g_b, g_sigma, *[None] * 12
 
 
@@ -309,44 +309,44 @@ def _written_astray(x, weight, stride, padding):
     return x.device.type == "cpu" and pointwise and max(stride) > 1 and weight.shape[1] < 16
 
 
-def _noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, backend, places=None):
-    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image0, draw0, None, None, False, backend, places)
+def _noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image_offset, draw_offset, backend, sample_ids=None):
+    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image_offset, draw_offset, None, None, False, backend, sample_ids)
     return torch.nn.functional.linear(y.movedim(1, -1), weight, bias)
 
 
-def _noisy_linear_fake(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, backend, places=None):
+def _noisy_linear_fake(x, weight, bias, sigma, seed, stream, images, draws, image_offset, draw_offset, backend, sample_ids=None):
     return x.new_empty((images * draws, *x.shape[1:-1], weight.shape[0]))
 
 
 def _noisy_linear_setup(ctx, inputs, output):
-    x, weight, bias, sigma, seed, *where, backend, places = inputs
-    ctx.save_for_backward(x, weight, sigma, seed, places)
+    x, weight, bias, sigma, seed, *where, backend, sample_ids = inputs
+    ctx.save_for_backward(x, weight, sigma, seed, sample_ids)
     ctx.where, ctx.backend = where, backend
 
 
 def _noisy_linear_backward(ctx, g):
-    x, weight, sigma, seed, places = ctx.saved_tensors
-    stream, images, draws, image0, draw0 = ctx.where
+    x, weight, sigma, seed, sample_ids = ctx.saved_tensors
+    stream, images, draws, image_offset, draw_offset = ctx.where
     needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
     g_w = None
     if needs_w:
-        noisy = add_noise(x.movedim(-1, 1), sigma, seed, *ctx.where, None, None, False, ctx.backend, places).movedim(1, -1)
+        noisy = add_noise(x.movedim(-1, 1), sigma, seed, *ctx.where, None, None, False, ctx.backend, sample_ids).movedim(1, -1)
         g_w = g.flatten(0, -2).mT @ noisy.flatten(0, -2)
     g_b = g.flatten(0, -2).sum(0) if needs_b else None
     g_noisy = g @ weight if needs_x or needs_sigma else None
     g_x = _sum_draws(g_noisy, x.shape[0], images, draws) if needs_x else None
-    g_sigma = sigma_grad(g_noisy.movedim(-1, 1), seed, *ctx.where, sigma.dim() == 1, ctx.backend, places) if needs_sigma else None
+    g_sigma = sigma_grad(g_noisy.movedim(-1, 1), seed, *ctx.where, sigma.dim() == 1, ctx.backend, sample_ids) if needs_sigma else None
     return g_x, g_w, g_b, g_sigma, *[None] * 8
 
 
 # ------------------------------------------------------------------------------------------------------------------- sigma_grad
-def _sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, backend, places=None):
+def _sigma_grad(g, seed, stream, images, draws, image_offset, draw_offset, per_channel, backend, sample_ids=None):
     if backend == "torch":
-        return reference.sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, places)
+        return reference.sigma_grad(g, seed, stream, images, draws, image_offset, draw_offset, per_channel, sample_ids)
     if backend == "triton":
         g = g if reference.layout(g) else g.contiguous()
-        where = stream, images, draws, image0, draw0
-        return triton.launcher("sigma_grad")(g, reference.layout(g) == "flat", seed, *where, per_channel, places)
+        where = stream, images, draws, image_offset, draw_offset
+        return triton.launcher("sigma_grad")(g, reference.layout(g) == "flat", seed, *where, per_channel, sample_ids)
     # One draw of all images at a time: the transient eps stays that small, and the order of summation is fixed.
     total = torch.zeros((g.shape[1],) if per_channel else (), dtype=torch.float64, device=g.device)
     # Whatever torch's default type and device are.
@@ -356,28 +356,28 @@ def _sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, back
         zeros = reference.packed_like(g, images).float().zero_()
     over = [d for d in range(g.dim()) if d != 1 or not per_channel]
     for d in range(draws if images else 0):
-        at = None if places is None else places + torch.tensor([0, d], device=g.device)
-        eps = add_noise(zeros, one, seed, stream, images, 1, image0, draw0 + d, None, None, False, backend, at)
+        at = None if sample_ids is None else sample_ids + torch.tensor([0, d], device=g.device)
+        eps = add_noise(zeros, one, seed, stream, images, 1, image_offset, draw_offset + d, None, None, False, backend, at)
         total += (eps * g[d * images : (d + 1) * images]).sum(over, dtype=torch.float64)
     return total.float()
 
 
-def _sigma_grad_fake(g, seed, stream, images, draws, image0, draw0, per_channel, backend, places=None):
+def _sigma_grad_fake(g, seed, stream, images, draws, image_offset, draw_offset, per_channel, backend, sample_ids=None):
     real = torch.float64 if g.dtype == torch.float64 else torch.float32
     return g.new_empty((g.shape[1],) if per_channel else (), dtype=real)
 
 
 def _sigma_grad_setup(ctx, inputs, output):
-    g, seed, *where, per_channel, backend, places = inputs
-    ctx.save_for_backward(seed, places)
+    g, seed, *where, per_channel, backend, sample_ids = inputs
+    ctx.save_for_backward(seed, sample_ids)
     ctx.like, ctx.where, ctx.backend = (g.shape, g.dtype), where, backend
 
 
 def _sigma_grad_backward(ctx, gg):
-    seed, places = ctx.saved_tensors
+    seed, sample_ids = ctx.saved_tensors
     shape, dtype = ctx.like
     zeros = gg.new_zeros(shape, dtype=dtype)  # linear in g: its gradient is eps, scaled
-    eps = add_noise(zeros, torch.ones_like(gg), seed, *ctx.where, None, None, False, ctx.backend, places)
+    eps = add_noise(zeros, torch.ones_like(gg), seed, *ctx.where, None, None, False, ctx.backend, sample_ids)
     return eps * (gg.view([-1] + [1] * (len(shape) - 2)) if gg.dim() else gg).to(dtype), *[None] * 9
 
 

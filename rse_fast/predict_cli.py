@@ -51,7 +51,7 @@ def _parser():
 
 def _run(args, ranks):
     model, part, rows, facts = workload.load(args)
-    ensemble = Ensemble(model, args.draws, dtype=args.dtype, chunk_rows=args.chunk_rows, early_exit=args.early_exit)
+    ensemble = Ensemble(model, args.draws, dtype=args.dtype, max_rows=args.max_rows, early_exit=args.early_exit)
     settings = facts | {"draws": args.draws, "early_exit": args.early_exit, "dtype": args.dtype}
     opened = [None, None]
     if ranks.main:  # one process makes the folder, and all take its seed
@@ -71,7 +71,7 @@ def _run(args, ranks):
         tqdm(total=len(mine), unit="image", disable=None if ranks.main else True) as bar,
     ):
         for group in workload.neighbours(mine, max(1, 4 * ensemble.rows(workload.images(part, rows[:1], args.device)) // args.draws)):
-            out = ensemble.predict(workload.images(part, group, args.device), seed=settings["seed"], image0=group[0])
+            out = ensemble.predict(workload.images(part, group, args.device), seed=settings["seed"], image_offset=group[0])
             lines = [json.dumps(_line(i, part.labels[i], out, k)) + "\n" for k, i in enumerate(group)]
             file.write("".join(lines).encode())
             file.flush()

@@ -44,18 +44,18 @@ def uniforms(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return u, v
 
 
-def gaussian(seed, stream, images, draws, channels, spatial, image0=0, draw0=0) -> np.ndarray:
-    """eps as float64 ``[draws * images, spatial, channels]``; row ``d * images + i`` is draw ``draw0 + d`` of image ``image0 + i``.
+def gaussian(seed, stream, images, draws, channels, spatial, image_offset=0, draw_offset=0) -> np.ndarray:
+    """eps as float64 ``[draws * images, spatial, channels]``; row ``d * images + i`` is draw ``draw_offset + d`` of image ``image_offset + i``.
 
-    ``seed`` is taken modulo 2^64, ``stream``, ``image0 + images`` and ``draw0 + draws`` must fit 32 bits; Box-Muller in float64 from the
+    ``seed`` is taken modulo 2^64, ``stream``, ``image_offset + images`` and ``draw_offset + draws`` must fit 32 bits; Box-Muller in float64 from the
     float32 uniforms.
     """
     seed = int(seed) % 2**64
     groups = -(-channels // 4)
     counter = np.empty((draws, images, spatial * groups, 4), np.uint32)
     counter[..., 0] = np.arange(spatial * groups, dtype=np.uint32)
-    counter[..., 1] = (image0 + np.arange(images, dtype=np.uint64)).astype(np.uint32)[:, None]
-    counter[..., 2] = (draw0 + np.arange(draws, dtype=np.uint64)).astype(np.uint32)[:, None, None]
+    counter[..., 1] = (image_offset + np.arange(images, dtype=np.uint64)).astype(np.uint32)[:, None]
+    counter[..., 2] = (draw_offset + np.arange(draws, dtype=np.uint64)).astype(np.uint32)[:, None, None]
     counter[..., 3] = stream
     u, v = uniforms(philox(counter, np.array([seed & _LOW, seed >> 32], np.uint32)))
     radius = np.sqrt(-2.0 * np.log(u.astype(np.float64)))
@@ -113,18 +113,18 @@ def _box_muller(w0, w1):
     return radius * c, radius * s
 
 
-def normal(seed, stream, images, draws, channels, spatial, image0=0, draw0=0, places=None) -> torch.Tensor:
+def normal(seed, stream, images, draws, channels, spatial, image_offset=0, draw_offset=0, sample_ids=None) -> torch.Tensor:
     """`gaussian` as torch ops on the device of ``seed`` (int64, 0-dim): float64 ``[draws * images, spatial, channels]``.
 
-    ``places`` int64 [images, 2] gives each image its own (image, draw0) instead of ``(image0 + i, draw0)``.
+    ``sample_ids`` int64 [images, 2] gives each image its own (image, draw_offset) instead of ``(image_offset + i, draw_offset)``.
     """
     groups = -(-channels // 4)
     count = lambda n: torch.arange(n, device=seed.device)  # noqa: E731
-    image, draw = (image0 + count(images), draw0) if places is None else places.unbind(1)
+    image, draw = (image_offset + count(images), draw_offset) if sample_ids is None else sample_ids.unbind(1)
     counter = (
         count(spatial * groups),
         image[:, None],
-        count(draws)[:, None, None] + (draw if places is None else draw[:, None]),
+        count(draws)[:, None, None] + (draw if sample_ids is None else draw[:, None]),
         torch.full_like(seed, stream),
     )
     words = _philox(counter, (seed & _LOW, (seed >> 32) & _LOW))
@@ -132,9 +132,9 @@ def normal(seed, stream, images, draws, channels, spatial, image0=0, draw0=0, pl
     return z.reshape(draws * images, spatial, groups * 4)[..., :channels]
 
 
-def _noise_like(x, rows, seed, stream, images, draws, image0, draw0, places):
+def _noise_like(x, rows, seed, stream, images, draws, image_offset, draw_offset, sample_ids):
     """eps for ``x`` [*, C, *spatial] as float64 [rows, C, *spatial]."""
-    eps = normal(seed, stream, images, draws, x.shape[1], x[0, 0].numel() if x.shape[0] else 0, image0, draw0, places)
+    eps = normal(seed, stream, images, draws, x.shape[1], x[0, 0].numel() if x.shape[0] else 0, image_offset, draw_offset, sample_ids)
     return eps.movedim(-1, 1).reshape(rows, *x.shape[1:])
 
 
@@ -155,7 +155,7 @@ def activate(x, scale, shift, relu, pool=False) -> torch.Tensor:
     return torch.nn.functional.max_pool2d(y, 2) if pool else y
 
 
-def add_noise(x, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=None, shift=None, relu=False, places=None):
+def add_noise(x, sigma, seed, stream, images, draws, image_offset=0, draw_offset=0, scale=None, shift=None, relu=False, sample_ids=None):
     """``relu(x * scale + shift) + sigma * eps``, computed in float32 (float64 for float64 input) and rounded once to x's dtype.
 
     x: [images or draws * images, C, *spatial]; sigma: float32 0-dim or [C]; scale, shift: float32 [C] or None; seed: int64 0-dim.
@@ -168,19 +168,19 @@ def add_noise(x, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=No
         return out
     if x.shape[0] != rows:
         y = y.unsqueeze(0).expand(draws, *y.shape).reshape(rows, *x.shape[1:])
-    eps = _noise_like(x, rows, seed, stream, images, draws, image0, draw0, places).to(y.dtype)
+    eps = _noise_like(x, rows, seed, stream, images, draws, image_offset, draw_offset, sample_ids).to(y.dtype)
     return out.copy_(y + _per_channel(sigma.to(y.dtype), x) * eps)
 
 
 def add_noise_u8(
-    x, step, zero_point, sigma, seed, stream, images, draws, image0=0, draw0=0, scale=None, shift=None, relu=False, places=None, pool=False
+    x, step, zero_point, sigma, seed, stream, images, draws, image_offset=0, draw_offset=0, scale=None, shift=None, relu=False, sample_ids=None, pool=False
 ):
     """``saturate(zero_point + rint((relu(x * scale + shift) + sigma * eps) / step))`` as uint8, computed in float64; NaN gives 0.
 
     x: as in `add_noise`, or uint8 or int32; rint to nearest even. pool: the largest of each 2x2 window takes the place of relu(...).
     """
     value = activate(x.double(), scale, shift, relu, pool)
-    value = add_noise(value, sigma, seed, stream, images, draws, image0, draw0, places=places)
+    value = add_noise(value, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids=sample_ids)
     return (value / step).round_().add_(zero_point).clamp_(0, 255).nan_to_num_(0).to(torch.uint8)
 
 
@@ -194,22 +194,22 @@ def narrow(y, dtype) -> torch.Tensor:
     return y.to(dtype)
 
 
-def noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, stride, padding, dilation, groups, places=None):
+def noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image_offset, draw_offset, stride, padding, dilation, groups, sample_ids=None):
     """Convolution (1, 2 or 3 spatial dimensions) of ``x + sigma * eps``; the padding carries no noise."""
-    y = add_noise(x, sigma, seed, stream, images, draws, image0, draw0, places=places)
+    y = add_noise(x, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids=sample_ids)
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-def noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image0, draw0, places=None):
+def noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids=None):
     """``(x + sigma * eps) @ weight.T + bias`` with the features of ``x`` [rows, *, in_features] as channels."""
-    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image0, draw0, places=places).movedim(1, -1)
+    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids=sample_ids).movedim(1, -1)
     return torch.nn.functional.linear(y, weight, bias)
 
 
-def sigma_grad(g, seed, stream, images, draws, image0, draw0, per_channel, places=None) -> torch.Tensor:
+def sigma_grad(g, seed, stream, images, draws, image_offset, draw_offset, per_channel, sample_ids=None) -> torch.Tensor:
     """``sum(g * eps)`` over everything, or per channel: float64 for float64 ``g`` [draws * images, C, *spatial], else float32."""
     real = torch.float64 if g.dtype == torch.float64 else torch.float32
     if not g.numel():
         return g.new_zeros((g.shape[1],) if per_channel else (), dtype=real)
-    product = g.double() * _noise_like(g, g.shape[0], seed, stream, images, draws, image0, draw0, places)
+    product = g.double() * _noise_like(g, g.shape[0], seed, stream, images, draws, image_offset, draw_offset, sample_ids)
     return (product.movedim(1, 0).flatten(1).sum(1) if per_channel else product.sum()).to(real)

@@ -140,14 +140,14 @@ def lively(model: nn.Module, spread: float = 1.5, x: torch.Tensor | None = None)
     return model
 
 
-def sequential(model: nn.Module, x: torch.Tensor, draws: int, seed: int, image0: int = 0, draw0: int = 0) -> torch.Tensor:
+def sequential(model: nn.Module, x: torch.Tensor, draws: int, seed: int, image_offset: int = 0, draw_offset: int = 0) -> torch.Tensor:
     """Logits [draws, N, K] of one pass a draw over the model as it is, in its own dtype."""
     seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     passes = []
-    for d in range(draw0, draw0 + draws):
-        with Scope(seed, len(x), 1, image0, d):
+    for d in range(draw_offset, draw_offset + draws):
+        with Scope(seed, len(x), 1, image_offset, d):
             passes.append(model(x))
     for module, training in modes.items():
         module.training = training

@@ -10,7 +10,7 @@ from rse_fast import functional, ops, reference
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
-WHERE = {"seed": -77, "stream": 3, "image0": 5, "draw0": 7}
+WHERE = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -63,9 +63,9 @@ def test_noise_is_that_of_add_noise(backend, rng):
     assert torch.equal(noisy, functional.add_noise(x, 0.5, act="relu", **more)) and torch.equal(clean, x.relu())
     noisy, clean = functional.activate_noise(x, 0.5, pool=True, **more)
     assert torch.equal(noisy, functional.add_noise(clean, 0.5, **more))
-    places = torch.tensor([[9, 2], [4, 0]])
-    noisy, clean = functional.activate_noise(x, 0.5, pool=True, places=places, **more)
-    assert torch.equal(noisy, functional.add_noise(clean, 0.5, places=places, **more))
+    sample_ids = torch.tensor([[9, 2], [4, 0]])
+    noisy, clean = functional.activate_noise(x, 0.5, pool=True, sample_ids=sample_ids, **more)
+    assert torch.equal(noisy, functional.add_noise(clean, 0.5, sample_ids=sample_ids, **more))
 
 
 @pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
@@ -87,12 +87,12 @@ def test_a_pool_is_torchs_then_the_noise_is_add_noises(backend, layout, dtype, r
 
 
 def test_opcheck(rng):
-    at, places = (torch.tensor(3), 3, 2, 2, 1, 5), torch.tensor([[4, 0], [2**32 - 1, 7]])
+    at, sample_ids = (torch.tensor(3), 3, 2, 2, 1, 5), torch.tensor([[4, 0], [2**32 - 1, 7]])
     transposed = torch.randn(2, 3, 4, 5).transpose(-1, -2)  # in neither layout
     for x in (torch.randn(2, 3, 5, 4), channels_last(torch.randn(4, 3, 5, 4)).bfloat16(), transposed, torch.randn(2, 1, 2, 3).double()):
         for backend, pool in (("auto", False), ("auto", True), ("torch", True)):
             each = torch.rand(x.shape[1])
-            args = (x, each, *at, each, each, True, pool, backend, places if pool else None)
+            args = (x, each, *at, each, each, True, pool, backend, sample_ids if pool else None)
             torch.library.opcheck(ops.activate_noise.default, args)
     nothing = torch.empty(0, 3, 4, 4)
     torch.library.opcheck(ops.activate_noise.default, (nothing, torch.rand(3), at[0], 0, 0, 2, 0, 0, None, None, False, True, "auto"))
@@ -129,11 +129,11 @@ def test_in_place_is_add_noise(backend, layout, dtype, rng):
     """Bit for bit, in the memory that was given, for every form of the arguments."""
     for shape, images, draws in (((6, 3, 9, 7), 2, 3), ((4, 8, 3, 2), 4, 1), ((2, 5, 7), 1, 2), ((3, 4), 3, 1), ((0, 3, 4, 4), 0, 2)):
         x, each = layout(torch.randn(shape).to(dtype)), torch.rand(shape[1])
-        places = torch.tensor([[9 - i, i] for i in range(images)], dtype=torch.int64).reshape(-1, 2)
+        sample_ids = torch.tensor([[9 - i, i] for i in range(images)], dtype=torch.int64).reshape(-1, 2)
         for sigma, options in (
             (0.3, {}),
             (each, {"scale": each + 1, "shift": each - 1, "act": "relu"}),
-            (each, {"act": "relu", "places": places}),
+            (each, {"act": "relu", "sample_ids": sample_ids}),
         ):
             options = {**WHERE, "images": images, "draws": draws, "backend": backend, **options}
             want, y = functional.add_noise(x, sigma, **options), layout(x)

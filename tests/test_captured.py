@@ -44,7 +44,7 @@ def losses(trainer):
 @pytest.mark.parametrize("case", CASES)
 def test_a_captured_run_is_the_run(images, case):
     """Step by step, over three epochs with their validation: noise, crops, attacks, rates and statistics are all in the losses."""
-    want, got = losses(trainer(images, case)), losses(trainer(images, case, graphs=True))
+    want, got = losses(trainer(images, case)), losses(trainer(images, case, cuda_graphs=True))
     assert len(want) > 15 and (got - want).abs().max() <= (3e-2 if "bfloat16" in case else 2e-3), (got - want).abs()
     other = losses(trainer(images, case, seed=1))
     assert (other - want).abs().max() > 0.1  # the comparison could fail
@@ -52,9 +52,9 @@ def test_a_captured_run_is_the_run(images, case):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("graphs", [False, True])
-def test_no_step_waits_for_the_device(images, graphs):
-    run = trainer(images, "rse", graphs=graphs)
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_no_step_waits_for_the_device(images, cuda_graphs):
+    run = trainer(images, "rse", cuda_graphs=cuda_graphs)
     for _ in range(5):
         run.advance()
     object.__setattr__(run.config, "log_steps", 100)
@@ -72,17 +72,17 @@ def test_no_step_waits_for_the_device(images, graphs):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_that_cannot_be_captured_raises_and_spoils_nothing(images):
-    run = trainer(images, "plain", graphs=True)
+    run = trainer(images, "plain", cuda_graphs=True)
     norm = next(m for m in run.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     norm.momentum = None  # reads the number of batches back from the device
     with pytest.raises(RuntimeError):
         losses(run)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    assert len(losses(trainer(images, "rse", graphs=True))) > 15
+    assert len(losses(trainer(images, "rse", cuda_graphs=True))) > 15
 
 
 def test_without_a_gpu_it_is_refused(images):
-    with pytest.raises(ValueError, match="graphs: needs one process on a CUDA device, got 1 on cpu"):
-        trainer(images, "plain", "cpu", graphs=True)
-    with pytest.raises(ValueError, match="graphs.*compile"):
-        config(images, graphs=True, compile=True)
+    with pytest.raises(ValueError, match="cuda_graphs: needs one process on a CUDA device, got 1 on cpu"):
+        trainer(images, "plain", "cpu", cuda_graphs=True)
+    with pytest.raises(ValueError, match="cuda_graphs.*compile"):
+        config(images, cuda_graphs=True, compile=True)

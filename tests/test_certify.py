@@ -114,7 +114,7 @@ def test_a_linear_classifier_is_certified_within_its_exact_radius(tau, radii, rn
         x = torch.rand(200, 12)
         label, share, exact = model.truth(x)
     n, alpha = 400, 0.05
-    out = rse_fast.certify(Ensemble(model, chunk_rows=8192), x, n0=30, n=n, alpha=alpha, radii=radii)
+    out = rse_fast.certify(Ensemble(model, max_rows=8192), x, n0=30, n=n, alpha=alpha, radii=radii)
     assert out.votes.sum(1).tolist() == out.draws.tolist() and (out.draws <= n).all()
     known = out.labels >= 0
     wrong = (known & ((out.labels != label) | (out.p_lower > share))).sum()  # then the radius is too large as well: see below
@@ -141,13 +141,13 @@ def test_votes_are_the_ensembles_and_the_result_is_that_of_cohen_et_al(fuse, rng
     model = NETS["residual"]()
     ensemble = Ensemble(model, draws=150, dtype="float32", fuse=fuse)
     x, seed = torch.rand(5, 3, 10, 10), int(rng.integers(2**63))
-    out = rse_fast.certify(ensemble, x, n0=40, n=110, alpha=0.01, seed=seed, image0=3)
-    logits = sequential(model, x, 150, seed, image0=3)  # draw by draw, with the layer's own noise
+    out = rse_fast.certify(ensemble, x, n0=40, n=110, alpha=0.01, seed=seed, image_offset=3)
+    logits = sequential(model, x, 150, seed, image_offset=3)  # draw by draw, with the layer's own noise
     tops = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
     selection, estimation = tops[:40].sum(0), tops[40:].sum(0)
     # Where the two highest logits are closer than rounding, a vote may go either way.
     assert (out.votes - estimation).abs().sum(1).max() <= 4
-    assert (ensemble.predict(x, seed=seed, image0=3).votes - selection - out.votes).abs().sum(1).max() <= 4
+    assert (ensemble.predict(x, seed=seed, image_offset=3).votes - selection - out.votes).abs().sum(1).max() <= 4
     sigma = out.sigma
     assert sigma == pytest.approx(float(model[0].sigma), rel=0) and out.seed == seed
     for i in range(5):
@@ -160,10 +160,10 @@ def test_votes_are_the_ensembles_and_the_result_is_that_of_cohen_et_al(fuse, rng
 def test_selection_and_estimation_use_disjoint_draws_and_parts_make_the_whole(rng):
     model = NETS["plain"]()
     x, seed = torch.rand(4, 3, 10, 10), 5
-    ensemble = Ensemble(model, dtype="float32", chunk_rows=37)
+    ensemble = Ensemble(model, dtype="float32", max_rows=37)
     whole = rse_fast.certify(ensemble, x, n0=20, n=50, seed=seed)
     for i in range(4):
-        part = rse_fast.certify(ensemble, x[i : i + 1], n0=20, n=50, seed=seed, image0=i)
+        part = rse_fast.certify(ensemble, x[i : i + 1], n0=20, n=50, seed=seed, image_offset=i)
         assert torch.equal(part.votes[0], whole.votes[i]) and part.radius[0] == whole.radius[i]
     shifted = rse_fast.certify(ensemble, x, n0=10, n=60, seed=seed)  # draws 10 .. 69: those of 10 .. 19 on top
     between = shifted.votes - whole.votes
@@ -217,7 +217,7 @@ def test_low_precision_is_part_of_the_network(rng):
     x = torch.rand(50, 8)
     with torch.no_grad():
         label, share, exact = model.truth(x)
-    out = rse_fast.certify(Ensemble(model, dtype="bfloat16", chunk_rows=8192), x, n=300, alpha=0.01)
+    out = rse_fast.certify(Ensemble(model, dtype="bfloat16", max_rows=8192), x, n=300, alpha=0.01)
     known = out.labels >= 0
     # A bfloat16 classifier is another one: its boundary is off by the rounding of 8 products and a bias, relative to |w|.
     slack = (8 + 1) * 2.0**-8 * (1 + 4 * SIGMA) * (model.linear.weight.abs().sum() + 1) / model.linear.weight.norm()
@@ -261,7 +261,7 @@ def test_hopeless_numbers_warn():
         ({"alpha": 1.0}, ValueError, r"alpha must be in \(0, 1\), got 1.0"),
         ({"alpha": math.nan}, ValueError, "alpha must be in"),
         ({"radii": [0.1, -1]}, ValueError, "radii must be finite and not negative"),
-        ({"image0": -1}, ValueError, "image0 must be in"),
+        ({"image_offset": -1}, ValueError, "image_offset must be in"),
         ({"seed": "x"}, TypeError, "seed must be an integer"),
     ],
 )

@@ -82,8 +82,8 @@ for name, values in {
     "seed": (3, 2, -3, 2**40, 2**63 - 1, -(2**63)),
     "sigma": (0.1, 0.2, 0.3, 0.4),
     "draws": (2, 3, 4, 5),
-    "image0": (0, 6, 12, 2**32 - 6),
-    "draw0": (0, 2, 4),
+    "image_offset": (0, 6, 12, 2**32 - 6),
+    "draw_offset": (0, 2, 4),
     "x": [x[:rows] for rows in (2, 3, 4, 5, 6)],
 }.items():
     print(name, counted(lambda value: add(**{name: value}), values))
@@ -102,6 +102,6 @@ print("layer", counted(layer, [x[:rows] for rows in (2, 3, 4, 5)], prepare))
 def test_changed_seeds_sigmas_and_batches_compile_at_most_once_more(run_python):
     done = run_python("-c", RECOMPILES)
     counts = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    assert set(counts) == {"seed", "seed, a tensor", "sigma", "sigma, a tensor", "draws", "image0", "draw0", "x", "layer"}, done.stderr
+    assert set(counts) == {"seed", "seed, a tensor", "sigma", "sigma, a tensor", "draws", "image_offset", "draw_offset", "x", "layer"}, done.stderr
     assert all(1 <= int(count) <= 2 for count in counts.values()), counts
     assert counts["seed, a tensor"] == counts["sigma, a tensor"] == "1", counts

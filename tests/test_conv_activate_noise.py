@@ -8,7 +8,7 @@ import torch
 from rse_fast import functional, ops, reference
 
 OPERAND = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-WHERE = {"seed": -77, "stream": 3, "image0": 5, "draw0": 7}
+WHERE = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = [  # x, weight, geometry, images, draws

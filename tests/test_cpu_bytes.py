@@ -13,7 +13,7 @@ import torch
 from rse_fast import functional, ops, reference
 from rse_fast.kernels import cpu
 
-WHERE = {"seed": -77, "stream": 3, "image0": 5, "draw0": 7}
+WHERE = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -101,9 +101,9 @@ def test_saturation_ties_and_nan(backend, poisoned):
 
 
 def test_the_noise_is_that_of_add_noise(backend, rng):
-    """One step is far below the noise, so the bytes show eps itself: same places, same draws, in every layout and packing."""
-    clean, places = torch.randn(2, 20, 6, 3).clamp(-1, 1), torch.tensor([[9, 2], [4, 0]])
-    for layout, more in itertools.product((torch.clone, channels_last), (WHERE, {**WHERE, "places": places})):
+    """One step is far below the noise, so the bytes show eps itself: same sample_ids, same draws, in every layout and packing."""
+    clean, sample_ids = torch.randn(2, 20, 6, 3).clamp(-1, 1), torch.tensor([[9, 2], [4, 0]])
+    for layout, more in itertools.product((torch.clone, channels_last), (WHERE, {**WHERE, "sample_ids": sample_ids})):
         want = functional.add_noise(clean, 0.05, images=2, draws=3, backend="torch", **more)
         for x in (clean, torch.cat([clean] * 3)):
             got = functional.add_noise_u8(layout(x), 0.05, 0.01, 128, images=2, draws=3, backend=backend, **more)
@@ -173,7 +173,7 @@ def test_bad_input(change, error, message):
 
 
 def test_opcheck_and_empty(library):
-    places = torch.tensor([[4, 0], [2**32 - 1, 7]])
+    sample_ids = torch.tensor([[4, 0], [2**32 - 1, 7]])
     maps = torch.zeros(2, 4, 3, 5, dtype=torch.uint8)
     for x, backend in (
         (BYTES, "auto"), (maps, "auto"), (channels_last(BYTES), "auto"), (channels_last(maps), "auto"), (maps.bfloat16(), "torch"),
@@ -181,4 +181,4 @@ def test_opcheck_and_empty(library):
     ):  # fmt: skip
         pool = x.dim() == 4
         args = (x, 0.02, 30, torch.tensor(0.1), torch.tensor(3), 3, len(x), 2, 1, 5, torch.rand(4), torch.rand(4), True, pool, backend)
-        torch.library.opcheck(ops.add_noise_u8.default, (*args, places if len(x) else None))
+        torch.library.opcheck(ops.add_noise_u8.default, (*args, sample_ids if len(x) else None))

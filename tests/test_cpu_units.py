@@ -16,7 +16,7 @@ from rse_fast.kernels import cpu
 noise = []
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for x in (torch.zeros(2, 5, 37), torch.zeros(2, 8, 3, 40), torch.zeros(2, 8, 3, 40).to(memory_format=torch.channels_last)):
-        y = functional.add_noise(x.to(dtype), 1.0, seed=-7, stream=2**32 - 1, images=2, draws=2, image0=3, draw0=9, backend="cpu")
+        y = functional.add_noise(x.to(dtype), 1.0, seed=-7, stream=2**32 - 1, images=2, draws=2, image_offset=3, draw_offset=9, backend="cpu")
         noise.append(y.contiguous().float().flatten().tolist())
 print(json.dumps([cpu.load().unit, noise]))
 """
@@ -31,7 +31,7 @@ def test_a_unit_forced_by_the_environment_computes_the_noise(unit, run_python):
     exec(NOISE.replace("print", "str"), here)  # this process has the unit selected by hand: the same bits
     assert noise == here["noise"]
     for values, shape in zip(noise[:3], ((5, 37), (8, 120), (8, 120)), strict=True):
-        eps = reference.gaussian(-7, 2**32 - 1, 2, 2, *shape, image0=3, draw0=9).transpose(0, 2, 1)
+        eps = reference.gaussian(-7, 2**32 - 1, 2, 2, *shape, image_offset=3, draw_offset=9).transpose(0, 2, 1)
         assert np.abs(np.array(values) - eps.ravel()).max() <= 1e-6
 
 

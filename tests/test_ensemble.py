@@ -72,7 +72,7 @@ def test_packed_equals_one_pass_a_draw(name, fuse, seed):
     tolerance = rounding(model, logits)
     assert (other.softmax(-1).mean(0) - logits.softmax(-1).mean(0)).abs().max() > 100 * tolerance  # what a wrong seed would make
     for rows in (None, 1, 7, 13):
-        ensemble = Ensemble(model, draws, chunk_rows=rows, dtype="float32", fuse=fuse)
+        ensemble = Ensemble(model, draws, max_rows=rows, dtype="float32", fuse=fuse)
         assert_is(ensemble.predict(x, seed), logits, tolerance)
 
 
@@ -81,8 +81,8 @@ def test_packed_equals_one_pass_a_draw(name, fuse, seed):
 def test_few_draws_and_few_images(draws, rows, seed):
     model, x = NETS["residual"](), images(rows)
     with torch.no_grad():
-        logits = sequential(model, x, draws, seed, image0=3)
-    prediction = Ensemble(model, draws, dtype="float32").predict(x, seed, image0=3)
+        logits = sequential(model, x, draws, seed, image_offset=3)
+    prediction = Ensemble(model, draws, dtype="float32").predict(x, seed, image_offset=3)
     assert_is(prediction, logits, rounding(model, logits))
     if draws == 1:
         # Both entropies are then of one softmax; they differ by the rounding of its float32 logarithm.
@@ -103,7 +103,7 @@ def test_any_chunk_size_and_batch_split_gives_the_same(dtype, fuse, seed):
     top = whole.probs.topk(2, -1).values
     sure = top[:, 0] - top[:, 1] > tolerance
     for rows in (1, 3, 8, 1000):
-        ensemble.chunk_rows = rows
+        ensemble.max_rows = rows
         for cut in (0, 2):
             parts = [ensemble.predict(x[:cut], seed, first), ensemble.predict(x[cut:], seed, first + cut)]
             probs, labels = torch.cat([p.probs for p in parts]), torch.cat([p.labels for p in parts])
@@ -126,7 +126,7 @@ def test_fewer_draws_are_a_prefix_of_more(seed):
     model, x = NETS["residual"](), images()
     with torch.no_grad():
         tolerance = rounding(model, sequential(model, x, 1, seed))
-    predictions = {draws: Ensemble(model, draws, dtype="float32", chunk_rows=8).predict(x, seed) for draws in (1, 2, 3, 7, 20)}
+    predictions = {draws: Ensemble(model, draws, dtype="float32", max_rows=8).predict(x, seed) for draws in (1, 2, 3, 7, 20)}
     for (few, less), (many, more) in itertools.pairwise(predictions.items()):
         votes = more.votes - less.votes
         assert (votes >= 0).all() and (votes.sum(-1) == many - few).all()
@@ -140,7 +140,7 @@ def test_networks_of_the_paper(cls, size, seed):
     x = torch.rand(2, 3, size, size)
     with torch.no_grad():
         logits = sequential(model, x, 3, seed)
-    ensemble = Ensemble(model, 3, dtype="float32", chunk_rows=4)
+    ensemble = Ensemble(model, 3, dtype="float32", max_rows=4)
     assert_is(ensemble.predict(x, seed), logits, rounding(model, logits))
     assert ensemble._prepared[1].runner.packs_input is False
 
@@ -178,7 +178,7 @@ def test_the_callers_images_are_left_alone(name, fuse, seed):
     with torch.no_grad():
         logits = sequential(inner, (x - 0.5) * 2, 4, seed)
     for rows in (None, 1):
-        prediction = Ensemble(model, 4, chunk_rows=rows, dtype="float32", fuse=fuse).predict(x, seed)
+        prediction = Ensemble(model, 4, max_rows=rows, dtype="float32", fuse=fuse).predict(x, seed)
         assert torch.equal(x, before)
         assert_is(prediction, logits, rounding(inner, logits))
 
@@ -236,7 +236,7 @@ def count_rows(model, name):
 def test_what_precedes_the_noise_runs_once_an_image(name, prefix, packs_input, fuse, seed):
     model, x, draws = NETS[name](), images(6), 4
     seen = count_rows(model, prefix)
-    ensemble = Ensemble(model, draws, dtype="float32", fuse=fuse, chunk_rows=8)
+    ensemble = Ensemble(model, draws, dtype="float32", fuse=fuse, max_rows=8)
     ensemble.predict(x, seed)
     seen.clear()  # of the probe batch that the fused model is checked on
     prediction = ensemble.predict(x, seed)
@@ -276,7 +276,7 @@ def test_images_are_told_apart_by_their_index(seed):
     ensemble = Ensemble(NETS["plain"](), 4, seed=seed, dtype="float32")
     probs = ensemble.predict(x).probs
     assert (probs[0] != probs[1]).any() and (probs[1] != probs[2]).any()
-    assert (probs[1:] - ensemble.predict(x[1:], image0=1).probs).abs().max() <= 1e-5 < (probs[0] - probs[1]).abs().max()
+    assert (probs[1:] - ensemble.predict(x[1:], image_offset=1).probs).abs().max() <= 1e-5 < (probs[0] - probs[1]).abs().max()
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -303,7 +303,7 @@ def test_torchs_generator_is_neither_read_nor_changed(fuse, seed):
 @pytest.mark.parametrize("rows", [None, 3])
 def test_forward_is_the_log_of_the_mean_softmax(fuse, rows, seed):
     model, x = NETS["residual"](), images()
-    ensemble = Ensemble(model, 7, seed=seed, chunk_rows=rows, dtype="float32", fuse=fuse)
+    ensemble = Ensemble(model, 7, seed=seed, max_rows=rows, dtype="float32", fuse=fuse)
     logp, prediction = ensemble(x), ensemble.predict(x)
     assert logp.dtype == torch.float32 and logp.shape == (5, CLASSES)
     with torch.no_grad():
@@ -327,7 +327,7 @@ def test_gradient_is_that_of_the_whole_ensemble(fuse, rows, seed):
 
     exact = gradient(loop(copy.deepcopy(model).double(), x.double()))
     eager = gradient(loop(model, x))
-    ensemble = Ensemble(model, draws, seed=seed, chunk_rows=rows, dtype="float32", fuse=fuse)
+    ensemble = Ensemble(model, draws, seed=seed, max_rows=rows, dtype="float32", fuse=fuse)
     got = gradient(ensemble(x))
     # There and back is twice the depth, relative to the largest gradient. float64 has noise of its own rounding: 1e-6 of it.
     with torch.no_grad():
@@ -407,8 +407,8 @@ ARGUMENTS = {
     "draws bool": (dict(draws=True), TypeError, "draws.*bool"),
     "draws float": (dict(draws=3.0), TypeError, "draws.*float"),
     "draws None": (dict(draws=None), TypeError, "draws.*NoneType"),
-    "chunk_rows 0": (dict(chunk_rows=0), ValueError, "chunk_rows.*0"),
-    "chunk_rows text": (dict(chunk_rows="80"), TypeError, "chunk_rows.*str"),
+    "max_rows 0": (dict(max_rows=0), ValueError, "max_rows.*0"),
+    "max_rows text": (dict(max_rows="80"), TypeError, "max_rows.*str"),
     "seed float": (dict(seed=1.5), TypeError, "seed.*float"),
     "seed bool": (dict(seed=False), TypeError, "seed.*bool"),
     "dtype unknown": (dict(dtype="float8"), ValueError, "dtype.*float8"),
@@ -431,10 +431,10 @@ INPUTS = {
     "integers": (lambda e: e(torch.zeros(2, 3, 10, 10, dtype=torch.int64)), TypeError, "x must be a floating-point.*int64"),
     "vector": (lambda e: e.predict(torch.zeros(3)), ValueError, r"x must be a batch.*\(3,\)"),
     "seed": (lambda e: e.predict(images(2), seed="7"), TypeError, "seed.*str"),
-    "image0 float": (lambda e: e.predict(images(2), image0=1.0), TypeError, "image0.*float"),
-    "image0 bool": (lambda e: e.predict(images(2), image0=True), TypeError, "image0.*bool"),
-    "image0 negative": (lambda e: e.predict(images(2), image0=-1), ValueError, "image0.*-1"),
-    "image0 too large": (lambda e: e.predict(images(2), image0=2**32 - 1), ValueError, "image0.*2\\^32"),
+    "image_offset float": (lambda e: e.predict(images(2), image_offset=1.0), TypeError, "image_offset.*float"),
+    "image_offset bool": (lambda e: e.predict(images(2), image_offset=True), TypeError, "image_offset.*bool"),
+    "image_offset negative": (lambda e: e.predict(images(2), image_offset=-1), ValueError, "image_offset.*-1"),
+    "image_offset too large": (lambda e: e.predict(images(2), image_offset=2**32 - 1), ValueError, "image_offset.*2\\^32"),
 }
 
 
@@ -502,7 +502,7 @@ def test_forwards_that_count_their_rows(net, packs_input, fuse, seed):
     model, x = lively(rse_fast.convert(net())), images()
     with torch.no_grad():
         logits = sequential(model, x, 6, seed)
-    ensemble = Ensemble(model, 6, dtype="float32", fuse=fuse, chunk_rows=12)
+    ensemble = Ensemble(model, 6, dtype="float32", fuse=fuse, max_rows=12)
     assert_is(ensemble.predict(x, seed), logits, rounding(model, logits))
     assert ensemble._prepared[1].runner.packs_input is packs_input
     asks = x.clone().requires_grad_()
@@ -535,11 +535,11 @@ def test_a_parameter_that_was_replaced_is_noticed_wherever_the_new_one_lies(seed
 
 
 @pytest.mark.parametrize("early_exit", [None, "exact"])
-@pytest.mark.parametrize("image0", [-1, 2**32 - 1])
-def test_indices_beyond_32_bits_are_refused(image0, early_exit):
+@pytest.mark.parametrize("image_offset", [-1, 2**32 - 1])
+def test_indices_beyond_32_bits_are_refused(image_offset, early_exit):
     ensemble = Ensemble(NETS["plain"](), 3, early_exit=early_exit)
-    with pytest.raises(ValueError, match=rf"image0 must be in \[0, 2\^32 - 2\], got {image0}"):
-        ensemble.predict(images(2), image0=image0)
+    with pytest.raises(ValueError, match=rf"image_offset must be in \[0, 2\^32 - 2\], got {image_offset}"):
+        ensemble.predict(images(2), image_offset=image_offset)
     with pytest.raises(ValueError, match="draws must be at least 1 and at most 2\\^32"):
         Ensemble(NETS["plain"](), 2**32 + 1)
 

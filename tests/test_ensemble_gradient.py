@@ -38,7 +38,7 @@ def test_gradient_of_recomputed_batches_is_the_same(net, fuse, seed, monkeypatch
     model, x, weights = NETS[net](), torch.rand(5, 3, 10, 10), torch.randn(5, CLASSES)
     trains = not fuse and net in ("smooth", "shared")
     model.requires_grad_(trains)
-    ensemble = Ensemble(model, 6, seed=seed, chunk_rows=4, dtype="float32", fuse=fuse)  # 10 batches: images and draws are both cut
+    ensemble = Ensemble(model, 6, seed=seed, max_rows=4, dtype="float32", fuse=fuse)  # 10 batches: images and draws are both cut
     kept, kept_parameters = gradient_of(ensemble, x, weights, 1000, monkeypatch)
     for keep in (0, 1, 4):
         again, parameters = gradient_of(ensemble, x, weights, keep, monkeypatch)
@@ -51,14 +51,14 @@ def test_gradient_of_recomputed_batches_is_the_same(net, fuse, seed, monkeypatch
 def test_gradient_in_batches_is_that_of_one_batch(seed, monkeypatch):
     model, x, draws = NETS["smooth"](), torch.rand(3, 3, 10, 10), 7
     weights = torch.randn(3, CLASSES)
-    whole, _ = gradient_of(Ensemble(model, draws, seed=seed, chunk_rows=1000, dtype="float32"), x, weights, 1000, monkeypatch)
-    parts, _ = gradient_of(Ensemble(model, draws, seed=seed, chunk_rows=2, dtype="float32"), x, weights, 1, monkeypatch)
+    whole, _ = gradient_of(Ensemble(model, draws, seed=seed, max_rows=1000, dtype="float32"), x, weights, 1000, monkeypatch)
+    parts, _ = gradient_of(Ensemble(model, draws, seed=seed, max_rows=2, dtype="float32"), x, weights, 1, monkeypatch)
     with torch.no_grad():
         scale = sequential(model, x, 1, seed).abs().max()
         # There and back is twice the depth, relative to the largest gradient.
         tolerance = 2 * rounding(model, scale) / scale * whole.abs().max()
     assert (parts - whole).abs().max() <= tolerance
-    other, _ = gradient_of(Ensemble(model, draws, seed=seed ^ 1, chunk_rows=2, dtype="float32"), x, weights, 1, monkeypatch)
+    other, _ = gradient_of(Ensemble(model, draws, seed=seed ^ 1, max_rows=2, dtype="float32"), x, weights, 1, monkeypatch)
     assert (other - whole).abs().max() > 100 * tolerance
 
 
@@ -78,7 +78,7 @@ def test_memory_does_not_grow_with_draws_or_images(fuse, seed):
 
     def peak(images, draws):
         x = torch.rand(images, 3, 10, 10, requires_grad=True)
-        ensemble = Ensemble(model, draws, seed=seed, chunk_rows=8, dtype="float32", fuse=fuse)
+        ensemble = Ensemble(model, draws, seed=seed, max_rows=8, dtype="float32", fuse=fuse)
         ensemble(x).sum().backward()  # takes the snapshot
         return peak_bytes(lambda: ensemble(x)[:, 0].sum().backward())
 
@@ -94,7 +94,7 @@ def test_memory_does_not_grow_with_draws_or_images(fuse, seed):
 def test_backward_after_the_call_leaves_modes_and_the_noise_of_others_alone(seed, monkeypatch):
     """A live model runs again in backward: in eval mode, whatever its own mode is by then, with its own noise inside another's scope."""
     model, x = NETS["residual"]().requires_grad_(False), torch.rand(4, 3, 10, 10)
-    ensemble = Ensemble(model, 8, seed=seed, chunk_rows=4, dtype="float32", fuse=False)
+    ensemble = Ensemble(model, 8, seed=seed, max_rows=4, dtype="float32", fuse=False)
     expected, _ = gradient_of(ensemble, x, torch.ones(4, CLASSES), 1000, monkeypatch)
     monkeypatch.setattr(gradient, "KEEP", 1)
     y = x.clone().requires_grad_()
@@ -109,7 +109,7 @@ def test_backward_after_the_call_leaves_modes_and_the_noise_of_others_alone(seed
 
 
 def test_a_second_backward_runs_the_batches_again(seed):
-    ensemble, x = Ensemble(NETS["smooth"](), 24, seed=seed, chunk_rows=4, dtype="float32"), torch.rand(2, 3, 10, 10, requires_grad=True)
+    ensemble, x = Ensemble(NETS["smooth"](), 24, seed=seed, max_rows=4, dtype="float32"), torch.rand(2, 3, 10, 10, requires_grad=True)
     logp = ensemble(x)[:, 0].sum()
     first, second = (torch.autograd.grad(logp, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second) and first.abs().max() > 0

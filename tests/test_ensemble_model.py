@@ -259,14 +259,14 @@ def test_casts_of_the_ensemble_are_noticed(fuse, seed):
 @FUSE
 @pytest.mark.parametrize("warm", [True, False])
 def test_copies_and_pickles(fuse, warm, seed):
-    ensemble, x = Ensemble(NETS["residual"](), 3, seed=seed, chunk_rows=5, fuse=fuse), images()
+    ensemble, x = Ensemble(NETS["residual"](), 3, seed=seed, max_rows=5, fuse=fuse), images()
     if warm:
         ensemble.predict(x)
     file = io.BytesIO()
     torch.save(ensemble, file)
     file.seek(0)
     for other in (copy.deepcopy(ensemble), copy.copy(ensemble), pickle.loads(pickle.dumps(ensemble)), torch.load(file, weights_only=False)):
-        assert (other.draws, other.seed, other.chunk_rows, other.fuse) == (3, seed, 5, fuse)
+        assert (other.draws, other.seed, other.max_rows, other.fuse) == (3, seed, 5, fuse)
         assert torch.equal(other.predict(x).probs, ensemble.predict(x).probs)
         assert other._lock is not ensemble._lock
         if other.model is not ensemble.model:
@@ -299,7 +299,7 @@ def test_threads_get_what_they_would_get_alone(fuse, rng):
     inputs = [torch.rand(2, 3, 10 + 2 * (i % 2), 10) for i in range(len(seeds))]
 
     def ensembles():
-        return [Ensemble(model, draws, dtype="float32", fuse=fuse, chunk_rows=4) for draws in (3, 4)]
+        return [Ensemble(model, draws, dtype="float32", fuse=fuse, max_rows=4) for draws in (3, 4)]
 
     serial = [ensembles()[i % 2].predict(x, s).probs for i, (x, s) in enumerate(zip(inputs, seeds, strict=True))]
     shared, start = ensembles(), threading.Barrier(8)
@@ -417,7 +417,7 @@ def test_running_out_of_memory_loses_nothing_and_is_remembered(fuse, how, seed):
 def test_memory_does_not_grow_with_draws(how, seed):
     model, x, peaks = NETS["plain"](), images(4), {}
     for draws in (60, 600):
-        ensemble = Ensemble(model, draws, dtype="float32", chunk_rows=20, early_exit=how)
+        ensemble = Ensemble(model, draws, dtype="float32", max_rows=20, early_exit=how)
         ensemble.predict(x, seed)
         with plan.PeakBytes() as memory:
             ensemble.predict(x, seed)

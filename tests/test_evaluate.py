@@ -114,9 +114,9 @@ class Spy(Target):
         queries.register_forward_pre_hook(lambda module, inputs: self.asked.append(derive(module.seed, module.calls)))
         return queries
 
-    def answer(self, victim, x, seed, image0, draws=None):
+    def answer(self, victim, x, seed, image_offset, draws=None):
         self.scored.append(seed)
-        return super().answer(victim, x, seed, image0, draws)
+        return super().answer(victim, x, seed, image_offset, draws)
 
 
 def test_attack_selection_and_scoring_have_noise_of_their_own(noisy, digits, tmp_path):
@@ -136,7 +136,7 @@ def test_answers_are_those_of_the_deployed_ensemble(noisy, digits, tmp_path):
     for start, stop in ((0, 64), (64, 70)):  # two batches
         x = digits.images[start:stop].float() / 255
         for r, seed in enumerate(found["clean", start]["seeds"]):
-            expected = ensemble.predict(x, seed=seed, image0=start).labels.tolist()
+            expected = ensemble.predict(x, seed=seed, image_offset=start).labels.tolist()
             assert [found["clean", i]["answers"][r] for i in range(start, stop)] == expected
     assert {row["l2"] for row in found.values()} == {0.0}
 

@@ -29,20 +29,20 @@ def captured(ensemble):
 @pytest.mark.parametrize("fuse", [True, False])
 def test_replays_give_what_launches_give(model, fuse):
     x = torch.rand(3, 3, 10, 10, device="cuda")
-    plain = Ensemble(model, 6, fuse=fuse, graphs=False)
+    plain = Ensemble(model, 6, fuse=fuse, cuda_graphs=False)
     ensemble = Ensemble(model, 6, fuse=fuse)
     for call in range(4):  # the second call of a shape captures, later ones replay
-        for image0 in (0, 2**32 - 3):
-            found, expected = ensemble.predict(x, call, image0), plain.predict(x, call, image0)
-            assert torch.equal(found.probs, expected.probs) and torch.equal(found.votes, expected.votes), (call, image0)
+        for image_offset in (0, 2**32 - 3):
+            found, expected = ensemble.predict(x, call, image_offset), plain.predict(x, call, image_offset)
+            assert torch.equal(found.probs, expected.probs) and torch.equal(found.votes, expected.votes), (call, image_offset)
     assert captured(ensemble) == 1 and captured(plain) is None
 
 
 @pytest.mark.parametrize("how", ["exact", 0.9])
 def test_replays_take_images_at_any_stage(model, how):
     x = torch.rand(9, 3, 10, 10, device="cuda")
-    options = dict(draws=20, seed=7, early_exit=how, chunk_rows=16)
-    found, expected = Ensemble(model, **options, graphs=True), Ensemble(model, **options, graphs=False)
+    options = dict(draws=20, seed=7, early_exit=how, max_rows=16)
+    found, expected = Ensemble(model, **options, cuda_graphs=True), Ensemble(model, **options, cuda_graphs=False)
     for _ in range(3):
         assert torch.equal(found.predict(x).labels, expected.predict(x).labels)
         assert torch.equal(found.predict(x).draws_used, expected.predict(x).draws_used)
@@ -98,7 +98,7 @@ def test_a_model_that_cannot_be_captured_says_so_and_works(rng):
         pytest.skip("needs a CUDA device")
     model = Synchronises().cuda().eval()
     x = torch.rand(2, 3, 10, 10, device="cuda")
-    expected = Ensemble(model, 4, seed=3, fuse=False, graphs=False).predict(x).probs
+    expected = Ensemble(model, 4, seed=3, fuse=False, cuda_graphs=False).predict(x).probs
     ensemble = Ensemble(model, 4, seed=3, fuse=False)
     with pytest.warns(RuntimeWarning, match="cannot be captured in a CUDA graph"):
         found = [ensemble.predict(x).probs for _ in range(4)]
@@ -108,7 +108,7 @@ def test_a_model_that_cannot_be_captured_says_so_and_works(rng):
 
 
 def test_threads_on_streams_of_their_own(model):
-    ensemble, alone = Ensemble(model, 5), Ensemble(model, 5, graphs=False)
+    ensemble, alone = Ensemble(model, 5), Ensemble(model, 5, cuda_graphs=False)
     batches = [torch.rand(1 + i % 3, 3, 10, 10, device="cuda") for i in range(40)]
     torch.cuda.synchronize()
 

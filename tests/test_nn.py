@@ -286,10 +286,10 @@ def model():
 def test_a_scope_gives_each_layer_its_stream(model, rng):
     x, seed = torch.randn(2, 3, 5, 5), torch.tensor(77)
     state = torch.get_rng_state()
-    with Scope(seed, images=2, draws=3, image0=4, draw0=5):
+    with Scope(seed, images=2, draws=3, image_offset=4, draw_offset=5):
         y = model(x)
     assert torch.equal(torch.get_rng_state(), state)
-    where = {"seed": 77, "images": 2, "draws": 3, "image0": 4, "draw0": 5}
+    where = {"seed": 77, "images": 2, "draws": 3, "image_offset": 4, "draw_offset": 5}
     conv, noise, linear = model[0], model[2], model[4]
     h = functional.noisy_conv2d(x, conv.weight, conv.bias, conv.sigma, padding=1, stream=0, **where).relu()
     h = functional.add_noise(h, noise.sigma, stream=1, **where).flatten(1)
@@ -298,13 +298,13 @@ def test_a_scope_gives_each_layer_its_stream(model, rng):
 
 
 def test_a_scope_takes_places_and_a_backend(model, library, rng):
-    x, places = torch.randn(2, 3, 5, 5), torch.tensor([[9, 1], [3, 6]])
+    x, sample_ids = torch.randn(2, 3, 5, 5), torch.tensor([[9, 1], [3, 6]])
     results = {}
     for backend in ("cpu", "torch"):
-        with Scope(torch.tensor(77), images=2, draws=2, places=places, backend=backend):
+        with Scope(torch.tensor(77), images=2, draws=2, sample_ids=sample_ids, backend=backend):
             results[backend] = model(x).detach()
-    for i, (image, draw) in enumerate(places.tolist()):
-        with Scope(torch.tensor(77), images=1, draws=2, image0=image, draw0=draw):
+    for i, (image, draw) in enumerate(sample_ids.tolist()):
+        with Scope(torch.tensor(77), images=1, draws=2, image_offset=image, draw_offset=draw):
             assert torch.allclose(model(x[i : i + 1]), results["cpu"][i::2], atol=1e-5)
     assert torch.allclose(results["cpu"], results["torch"], atol=1e-5) and not torch.equal(results["cpu"], results["torch"])
 

@@ -30,9 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ------------------------------------------------------------------------------------------------ expected values and their bound
 @functools.lru_cache(maxsize=64)
-def eps_rows(seed, stream, images, draws, shape, image0=0, draw0=0):
+def eps_rows(seed, stream, images, draws, shape, image_offset=0, draw_offset=0):
     """numpy's eps as a float64 tensor [draws * images, C, *spatial] for samples of ``shape`` (C, *spatial)."""
-    z = reference.gaussian(seed, stream, images, draws, shape[0], math.prod(shape[1:]), image0, draw0)
+    z = reference.gaussian(seed, stream, images, draws, shape[0], math.prod(shape[1:]), image_offset, draw_offset)
     return torch.from_numpy(z).movedim(-1, 1).reshape(-1, *shape)
 
 
@@ -296,9 +296,9 @@ def test_counters_up_to_their_top(backend, rng):
     shape = (5, 19)
     x = torch.zeros(3, *shape)
     corners = ((TOP - 3, TOP - 2, TOP - 1), (TOP - 3, 0, 0), (0, TOP - 2, 0), (0, 0, TOP - 1), (2**31 - 1, 2**31 - 1, 2**31))
-    for image0, draw0, stream in corners:
-        y = functional.add_noise(x, 1.0, seed=1, stream=stream, images=3, draws=2, image0=image0, draw0=draw0, backend=backend)
-        assert (y - eps_rows(1, stream, 3, 2, shape, image0, draw0)).abs().max() <= 1e-6, (image0, draw0, stream)
+    for image_offset, draw_offset, stream in corners:
+        y = functional.add_noise(x, 1.0, seed=1, stream=stream, images=3, draws=2, image_offset=image_offset, draw_offset=draw_offset, backend=backend)
+        assert (y - eps_rows(1, stream, 3, 2, shape, image_offset, draw_offset)).abs().max() <= 1e-6, (image_offset, draw_offset, stream)
 
 
 def test_seeds_of_every_kind(backend, rng):
@@ -312,12 +312,12 @@ def test_seeds_of_every_kind(backend, rng):
 
 
 def test_each_image_may_have_its_own_place(backend, poisoned, rng):
-    places = torch.tensor([[9, 4], [TOP - 1, 0], [9, TOP - 3], [0, 7]])
+    sample_ids = torch.tensor([[9, 4], [TOP - 1, 0], [9, TOP - 3], [0, 7]])
     for shape in ((3, 5, 7), (8, 300), (6,)):
         for layout in (torch.clone, channels_last):
             x = layout(torch.randn(4, *shape))
-            y = functional.add_noise(x, 0.7, seed=5, images=4, draws=3, places=places, backend=backend)
-            eps = torch.stack([eps_rows(5, 0, 1, 3, shape, *place) for place in places.tolist()], 1).flatten(0, 1)
+            y = functional.add_noise(x, 0.7, seed=5, images=4, draws=3, sample_ids=sample_ids, backend=backend)
+            eps = torch.stack([eps_rows(5, 0, 1, 3, shape, *place) for place in sample_ids.tolist()], 1).flatten(0, 1)
             check(y, x.dtype, *bound(torch.cat([x] * 3), 0.7, eps), (shape, layout))
 
 

@@ -32,17 +32,17 @@ def test_the_same_seed_gives_the_same_bits(noise):
 
 def test_every_argument_gives_other_and_independent_noise(noise):
     shape = (8, 64, 64)
-    base = dict(seed=77, stream=1, image0=10, draw0=20)
+    base = dict(seed=77, stream=1, image_offset=10, draw_offset=20)
     others = [
         {**base, name: value}
         for name, values in (
             ("seed", (76, 78, 77 + 2**32, 77 + 2**63, ~77)),
             ("stream", (0, 2, 1 + 2**16)),
-            ("image0", (9, 11, 20)),
-            ("draw0", (19, 21, 10)),
+            ("image_offset", (9, 11, 20)),
+            ("draw_offset", (19, 21, 10)),
         )
         for value in values
-    ] + [{**base, "image0": 20, "draw0": 10}, {**base, "stream": 10, "image0": 1}]
+    ] + [{**base, "image_offset": 20, "draw_offset": 10}, {**base, "stream": 10, "image_offset": 1}]
     fields = [noise(torch.zeros(1, *shape), 1.0, **where).double().flatten() for where in (base, *others)]
     for (i, a), (j, b) in itertools.combinations(enumerate(fields), 2):
         assert (a == b).double().mean() < 1e-4, (i, j)
@@ -54,31 +54,31 @@ def test_every_argument_gives_other_and_independent_noise(noise):
 def test_any_split_of_the_batch_gives_the_same_bits(noise):
     for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
         x = torch.randn(7, *shape).to(dtype)
-        whole = noise(x, image0=100)
+        whole = noise(x, image_offset=100)
         for cuts in ((1, 6), (3, 3, 1), (2, 5), (1,) * 7):
             starts = [sum(cuts[:i]) for i in range(len(cuts))]
-            parts = [noise(x[at : at + n], image0=100 + at) for at, n in zip(starts, cuts, strict=True)]
+            parts = [noise(x[at : at + n], image_offset=100 + at) for at, n in zip(starts, cuts, strict=True)]
             assert torch.equal(torch.cat(parts), whole), (shape, cuts)
 
 
 def test_the_order_of_rows_does_not_matter(noise):
     for shape in SHAPES:
         x, order = torch.randn(5, *shape), torch.randperm(5)
-        places = torch.tensor([[i, 3] for i in range(5)])
-        whole = noise(x, draw0=3)
-        assert torch.equal(torch.cat([noise(x[i : i + 1], image0=int(i), draw0=3) for i in order]), whole[order])
-        assert torch.equal(noise(x[order], images=5, places=places[order]), whole[order])
-        assert torch.equal(noise(x, places=places, image0=50, draw0=60), whole)  # places come before image0 and draw0
+        sample_ids = torch.tensor([[i, 3] for i in range(5)])
+        whole = noise(x, draw_offset=3)
+        assert torch.equal(torch.cat([noise(x[i : i + 1], image_offset=int(i), draw_offset=3) for i in order]), whole[order])
+        assert torch.equal(noise(x[order], images=5, sample_ids=sample_ids[order]), whole[order])
+        assert torch.equal(noise(x, sample_ids=sample_ids, image_offset=50, draw_offset=60), whole)  # sample_ids come before image_offset and draw_offset
 
 
 def test_draws_are_rows_and_fewer_are_a_prefix_of_more(noise):
     for shape in SHAPES:
         x = torch.randn(3, *shape)
-        five = noise(x, images=3, draws=5, draw0=4).view(5, 3, *shape)
+        five = noise(x, images=3, draws=5, draw_offset=4).view(5, 3, *shape)
         for draws in (1, 2, 4):
-            assert torch.equal(noise(x, images=3, draws=draws, draw0=4), five[:draws].flatten(0, 1))
+            assert torch.equal(noise(x, images=3, draws=draws, draw_offset=4), five[:draws].flatten(0, 1))
         for d in range(5):
-            assert torch.equal(noise(x, draw0=4 + d), five[d])
+            assert torch.equal(noise(x, draw_offset=4 + d), five[d])
 
 
 def test_lazy_packing_equals_packing(noise):
@@ -152,4 +152,4 @@ def test_backends_agree_with_each_other(noise, rng):
     x = torch.randn(2, 6, 50)
     other = reference.add_noise(x, torch.tensor(0.7), torch.tensor(3), 2, 2, 2, 5, 6)
     # Both are within 1e-6 sigma and a few roundings of float64.
-    assert (noise(x, seed=3, stream=2, images=2, draws=2, image0=5, draw0=6) - other).abs().max() <= 2 * 0.7e-6 + 8 * 2.0**-24 * 10
+    assert (noise(x, seed=3, stream=2, images=2, draws=2, image_offset=5, draw_offset=6) - other).abs().max() <= 2 * 0.7e-6 + 8 * 2.0**-24 * 10

@@ -21,10 +21,10 @@ RARE = 2 * stats.norm.sf(SIGMAS)  # a two-sided probability of 5.7e-7
 SHAPE = (16, 64, 64)  # C, H, W: 65536 normals a row
 
 
-def field(backend, seed=1234567890123, stream=3, image0=0, draw0=0, images=16, draws=16):
+def field(backend, seed=1234567890123, stream=3, image_offset=0, draw_offset=0, images=16, draws=16):
     """eps as a float32 array [draws, images, S, C]: channels last, so that neighbouring quads and lanes are neighbours in memory."""
     zeros = torch.zeros(images, *SHAPE).to(memory_format=torch.channels_last)
-    y = functional.add_noise(zeros, 1.0, seed=seed, stream=stream, images=images, draws=draws, image0=image0, draw0=draw0, backend=backend)
+    y = functional.add_noise(zeros, 1.0, seed=seed, stream=stream, images=images, draws=draws, image_offset=image_offset, draw_offset=draw_offset, backend=backend)
     return y.permute(0, 2, 3, 1).reshape(draws, images, -1, SHAPE[0]).numpy()
 
 
@@ -117,7 +117,7 @@ def test_no_correlation_within_a_field(eps):
 @pytest.mark.parametrize(
     "other",
     ({"stream": 4}, {"stream": 3 + 2**16}, {"seed": 1234567890124}, {"seed": 1234567890123 + 2**32}, {"seed": 1234567890123 ^ 2**63},
-     {"image0": 16}, {"draw0": 16}, {"draw0": 2**31}),
+     {"image_offset": 16}, {"draw_offset": 16}, {"draw_offset": 2**31}),
     ids=str,
 )  # fmt: skip
 def test_no_correlation_between_fields(eps, other):

@@ -23,12 +23,12 @@ def backend(request):
 
 
 def where(images, draws):
-    return {"seed": SEED, "images": images, "draws": draws, "image0": 4, "draw0": 1}
+    return {"seed": SEED, "images": images, "draws": draws, "image_offset": 4, "draw_offset": 1}
 
 
 def eps_like(x, images, draws):
     """Float64 eps of `where` for a batch x [*, C, *spatial]."""
-    z = reference.gaussian(int(SEED), 0, images, draws, x.shape[1], math.prod(x.shape[2:]), image0=4, draw0=1)
+    z = reference.gaussian(int(SEED), 0, images, draws, x.shape[1], math.prod(x.shape[2:]), image_offset=4, draw_offset=1)
     return torch.from_numpy(z).movedim(-1, 1).reshape(images * draws, *x.shape[1:])
 
 
@@ -47,18 +47,18 @@ def leaf(*shape, dtype=torch.float32, layout=torch.clone):
 
 def op_calls():
     """Op and arguments: dtypes, layouts, lazy and packed, with and without the optional arguments."""
-    at, sigma, places = (SEED, 3, 2, 2, 1, 5), torch.tensor(0.3), torch.tensor([[4, 0], [2**32 - 1, 7]])
+    at, sigma, sample_ids = (SEED, 3, 2, 2, 1, 5), torch.tensor(0.3), torch.tensor([[4, 0], [2**32 - 1, 7]])
     learnt = sigma.clone().requires_grad_()
     for dtype, layout in ((torch.float32, torch.clone), (torch.float32, channels_last), (torch.bfloat16, torch.clone)):
         x, parameter = functools.partial(leaf, dtype=dtype, layout=layout), functools.partial(leaf, dtype=dtype)
         yield ops.add_noise, (x(2, 3, 5, 4), learnt, *at, None, None, False, "auto")
         yield ops.noisy_conv, (x(2, 4, 6, 5), parameter(6, 2, 3, 3), parameter(6), sigma, *at, [2, 1], [1, 0], [1, 2], 2, "auto")
     for backend in ("auto", "torch"):
-        yield ops.add_noise, (leaf(4, 3, 5), torch.rand(3, requires_grad=True), *at, leaf(3), leaf(3), True, backend, places)
+        yield ops.add_noise, (leaf(4, 3, 5), torch.rand(3, requires_grad=True), *at, leaf(3), leaf(3), True, backend, sample_ids)
         per_channel = torch.rand(2, requires_grad=True)
-        yield ops.noisy_conv, (leaf(4, 2, 9), leaf(3, 2, 4), None, per_channel, *at, [1], [0], [1], 1, backend, places)
-        yield ops.noisy_linear, (leaf(2, 4, 5), leaf(3, 5), leaf(3), torch.rand(5, requires_grad=True), *at, backend, places)
-        yield ops.sigma_grad, (leaf(4, 3, 5, 4), *at, True, backend, places)
+        yield ops.noisy_conv, (leaf(4, 2, 9), leaf(3, 2, 4), None, per_channel, *at, [1], [0], [1], 1, backend, sample_ids)
+        yield ops.noisy_linear, (leaf(2, 4, 5), leaf(3, 5), leaf(3), torch.rand(5, requires_grad=True), *at, backend, sample_ids)
+        yield ops.sigma_grad, (leaf(4, 3, 5, 4), *at, True, backend, sample_ids)
     yield ops.add_noise, (leaf(2, 3, 1, 5).transpose(-1, -2), sigma, *at, None, None, True, "auto")
     yield ops.add_noise, (leaf(0, 3), sigma, SEED, 0, 0, 2, 0, 0, None, None, False, "auto")
     yield ops.noisy_linear, (parameter(2, 5), parameter(3, 5), None, learnt, *at, "auto")

@@ -191,7 +191,7 @@ def test_noise_switched_off_layers_stay_and_the_model_is_left_alone(rng):
 def test_the_same_seed_gives_the_same_bits_and_chunks_change_nothing(rng):
     model, x = NETS["residual"](), torch.rand(7, 3, 10, 10)
     calibration = torch.rand(16, 3, 10, 10)
-    whole, parts = (int8(model, calibration, seed=2, chunk_rows=rows) for rows in (None, 6))
+    whole, parts = (int8(model, calibration, seed=2, max_rows=rows) for rows in (None, 6))
     a, b = whole.predict(x), parts.predict(x)
     assert torch.equal(a.probs, whole.predict(x).probs)
     assert (a.probs - b.probs).abs().max() < 1e-3 and torch.equal(a.votes.sum(1), b.votes.sum(1))

@@ -54,7 +54,7 @@ def test_an_early_exit_is_the_prefix_of_all_draws(how):
     early = rse_fast.Ensemble(model, 40, seed=9, dtype="float32", early_exit=how).predict(x)
     assert early.draws_used.unique().numel() > 1
     for i, used in enumerate(early.draws_used.tolist()):
-        prefix = rse_fast.Ensemble(model, used, seed=9, dtype="float32").predict(x[i : i + 1], image0=i)
+        prefix = rse_fast.Ensemble(model, used, seed=9, dtype="float32").predict(x[i : i + 1], image_offset=i)
         assert same(prefix, early, slice(i, i + 1)), f"image {i} after {used} draws"
 
 
@@ -63,9 +63,9 @@ def test_an_early_exit_is_the_prefix_of_all_draws(how):
 def test_results_do_not_depend_on_chunks_batches_or_company(how, rows):
     model, x = network(2), images(17)
     want = rse_fast.Ensemble(model, 15, seed=3, dtype="float32", early_exit=how).predict(x)
-    ensemble = rse_fast.Ensemble(model, 15, seed=3, dtype="float32", early_exit=how, chunk_rows=rows)
+    ensemble = rse_fast.Ensemble(model, 15, seed=3, dtype="float32", early_exit=how, max_rows=rows)
     assert same(ensemble.predict(x), want)
-    assert same(ensemble.predict(x[9:], image0=9), want, slice(9, None))
+    assert same(ensemble.predict(x[9:], image_offset=9), want, slice(9, None))
     cuts = [0, 5, 5, 6, 14, 17]
     parts = list(ensemble.stream(x[a:b] for a, b in zip(cuts, cuts[1:], strict=False)))
     assert len(parts) == 5
@@ -74,7 +74,7 @@ def test_results_do_not_depend_on_chunks_batches_or_company(how, rows):
 
 
 def test_a_long_stream_keeps_the_packed_batch_full():
-    ensemble = rse_fast.Ensemble(network(), 20, dtype="float32", early_exit="exact", chunk_rows=16)
+    ensemble = rse_fast.Ensemble(network(), 20, dtype="float32", early_exit="exact", max_rows=16)
     stream = ensemble.stream(images(10) for _ in range(20))
     assert sum(len(p.labels) for p in stream) == 200
     assert 0.95 <= stream.occupancy <= 1
@@ -89,12 +89,12 @@ def test_a_stream_holds_few_images_and_asks_for_more_only_then():
             taken += 1
             yield images(4)
 
-    ensemble = rse_fast.Ensemble(network(), 10, dtype="float32", early_exit="exact", chunk_rows=8)
+    ensemble = rse_fast.Ensemble(network(), 10, dtype="float32", early_exit="exact", max_rows=8)
     stream = ensemble.stream(source())
     for yielded in range(1, 20):
         next(stream)
         assert 4 * (taken - yielded) <= stream.BACKLOG * 8 + 4
-        assert len(stream._pool.waiting) < stream._pool.places + 4  # images; what is beyond them is results
+        assert len(stream._pool.waiting) < stream._pool.slots + 4  # images; what is beyond them is results
     stream.close()
     assert next(stream, None) is None
     assert taken < 40
@@ -157,9 +157,9 @@ def test_pool_serves_adversarial_draws_exactly():
     table = torch.randn(50, draws, classes) * 30  # near-certain draws, random winners
     calls = []
 
-    def run(x, places, m):
+    def run(x, sample_ids, m):
         calls.append(len(x) * m)
-        index, first = places.unbind(1)
+        index, first = sample_ids.unbind(1)
         return torch.stack([table[index, (first + d).clamp_max(draws - 1)] for d in range(m)])
 
     criterion = early_exit.make("exact", draws, classes)
@@ -176,9 +176,9 @@ def test_rounds_of_the_last_images_grow(how):
     # Two classes with draws that alternate are never decided: without growth, a single image would run a draw or two at a time to the end.
     draws, sizes = 1000, []
 
-    def run(x, places, m):
+    def run(x, sample_ids, m):
         sizes.append(m)
-        number = places[:, 1] + torch.arange(m)[:, None]
+        number = sample_ids[:, 1] + torch.arange(m)[:, None]
         return torch.where((number % 2 == 0)[..., None], torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0]))
 
     pool = Pool(run, 2, draws, 400, early_exit.make(how, draws, 2), torch.device("cpu"))

@@ -271,8 +271,8 @@ def test_images_grow_to_their_full_size(start, fields, sides):
 def test_sizes_of_images_that_do_not_fit_are_named(start):
     with pytest.raises(ValueError, match="^full_scale: needs start_scale, got 0.5"):
         start(full_scale=0.5)
-    with pytest.raises(ValueError, match="^graphs: .*one size"):
-        start(start_scale=0.5, graphs=True)
+    with pytest.raises(ValueError, match="^cuda_graphs: .*one size"):
+        start(start_scale=0.5, cuda_graphs=True)
     with pytest.raises(ValueError, match="^start_scale: expected a number above 0.* got 0.0"):
         start(start_scale=0.0)
     with pytest.raises(ValueError, match=r"^model: 'tiny_training:net_for_8_pixels' cannot sort images \[3, 4, 4\]"):

@@ -19,13 +19,13 @@ _SIGNATURE = (
 
 
 def add_noise(
-    x, out, flat, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places=None, clean=None, pool=False, step=1.0,
+    x, out, flat, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, sample_ids=None, clean=None, pool=False, step=1.0,
     zero_point=0,
 ) -> None:  # fmt: skip
     """Fills ``out`` [draws * images, C, *spatial] with ``act(x * scale + shift) + sigma * eps``.
 
     x [images or draws * images, C, *spatial] and out lie alike in memory: contiguous, or channels last where ``flat``. sigma float32
-    of 1 or C values, scale and shift float32 [C] or None; seed int64 of one value; places int64 [images, 2] or None; all contiguous and
+    of 1 or C values, scale and shift float32 [C] or None; seed int64 of one value; sample_ids int64 [images, 2] or None; all contiguous and
     on the CPU. ``clean``, if given, has the shape, dtype and layout of x and takes ``act(x * scale + shift)``.
 
     out has the dtype of x (one of `DTYPES`), or is uint8 for an x of these, uint8 or int32: sigma, scale and shift are then in steps of
@@ -43,7 +43,7 @@ def add_noise(
         x.data_ptr(), out.data_ptr(), pointer(clean), BYTE_DTYPES[x.dtype], BYTE_DTYPES[out.dtype], step, zero_point, flat,
         x.shape[0], images, draws, channels, out.numel() // out.shape[0] // channels,
         x.numel() // x.shape[0] // channels, x.shape[3] if pool else 0,
-        seed.data_ptr(), stream, image0, draw0, pointer(places), sigma.data_ptr(), sigma.numel(), pointer(scale), pointer(shift), relu,
+        seed.data_ptr(), stream, image_offset, draw_offset, pointer(sample_ids), sigma.data_ptr(), sigma.numel(), pointer(scale), pointer(shift), relu,
         torch.get_num_threads(),
     )  # fmt: skip
     if failed == 2:

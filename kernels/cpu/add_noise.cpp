@@ -26,8 +26,8 @@ RSE_INLINE Row make_row(const Task& t, int64_t row) {
     uint32_t k0 = t.key0, k1 = t.key1;
     for (int n = 0; n < 10; ++n, k0 += kW0, k1 += kW1) r.k0[n] = k0, r.k1[n] = k1;
     const int64_t i = row % t.images;
-    const uint32_t image = t.places ? uint32_t(t.places[2 * i]) : t.image0 + uint32_t(i);
-    const uint32_t draw = (t.places ? uint32_t(t.places[2 * i + 1]) : t.draw0) + uint32_t(row / t.images);
+    const uint32_t image = t.sample_ids ? uint32_t(t.sample_ids[2 * i]) : t.image_offset + uint32_t(i);
+    const uint32_t draw = (t.sample_ids ? uint32_t(t.sample_ids[2 * i + 1]) : t.draw_offset) + uint32_t(row / t.images);
     const uint64_t p1 = uint64_t(kM1) * draw;
     const uint64_t p0 = uint64_t(kM0) * uint32_t(p1 >> 32 ^ image ^ r.k0[0]);
     r.r1_c2 = t.stream ^ r.k1[0];

@@ -18,8 +18,8 @@ struct Task {
     Layout layout, x_layout;  // they differ for a y of one position, which is always flat
     int64_t rows, images, draws, channels, spatial;
     int64_t x_spatial, x_width;  // x_width: 0, or the width of x where the largest of each 2x2 window goes on
-    uint32_t key0, key1, stream, image0, draw0;
-    const int64_t* places;  // (image, first draw) of each image, or null: (image0 + i, draw0)
+    uint32_t key0, key1, stream, image_offset, draw_offset;
+    const int64_t* sample_ids;  // (image, first draw) of each image, or null: (image_offset + i, draw_offset)
     // One value per channel, channels padded to whole quads, then repeated for kPeriod more entries: a vector load never wraps.
     const float *sigma, *scale, *shift;
     bool sigma_varies, affine, relu;
@@ -35,7 +35,7 @@ using Unit = void (*)(const Task&, int64_t begin, int64_t end);
 
 // What stands between a counter and its normals, for tests: `count` quads (a multiple of 16) from `quad` on, in planes [4][count].
 struct Sample {
-    Task task;              // key, stream, image0 and draw0 are read, and images = 1
+    Task task;              // key, stream, image_offset and draw_offset are read, and images = 1
     int64_t quad, count;
     const uint32_t* given;  // these words instead of Philox's, or null
     uint32_t* words;

@@ -117,8 +117,8 @@ RSE_EXPORT int rse_select_unit(const char* name) {
 // that do not go together.
 RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype, int32_t y_dtype, double step, int32_t zero_point,
                              int32_t layout, int64_t rows, int64_t images, int64_t draws, int64_t channels, int64_t spatial,
-                             int64_t x_spatial, int64_t x_width, const int64_t* seed, uint32_t stream, uint32_t image0, uint32_t draw0,
-                             const int64_t* places, const float* sigma, int64_t sigma_count, const float* scale, const float* shift,
+                             int64_t x_spatial, int64_t x_width, const int64_t* seed, uint32_t stream, uint32_t image_offset, uint32_t draw_offset,
+                             const int64_t* sample_ids, const float* sigma, int64_t sigma_count, const float* scale, const float* shift,
                              int32_t relu, int32_t threads) {
     using namespace rse;
     const bool bytes = y_dtype == int32_t(Dtype::u8);
@@ -132,7 +132,7 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype,
         t.rows = rows, t.images = images, t.draws = draws, t.channels = channels, t.spatial = spatial;
         t.x_spatial = x_spatial, t.x_width = x_width;
         t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
-        t.stream = stream, t.image0 = image0, t.draw0 = draw0, t.places = places;
+        t.stream = stream, t.image_offset = image_offset, t.draw_offset = draw_offset, t.sample_ids = sample_ids;
         t.sigma = s.data(), t.scale = a.data(), t.shift = b.data();
         t.sigma_varies = sigma_count != 1, t.affine = scale || shift || bytes, t.relu = relu != 0;
         t.rises = x_width && std::all_of(a.begin(), a.end(), [](float v) { return v >= 0; });
@@ -172,6 +172,6 @@ RSE_EXPORT void rse_sample(const int64_t* seed, uint32_t stream, uint32_t image,
     using namespace rse;
     Task t{};
     t.images = 1, t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
-    t.stream = stream, t.image0 = image, t.draw0 = draw;
+    t.stream = stream, t.image_offset = image, t.draw_offset = draw;
     current().sampler({t, quad, count, given, words, uniforms, normals});
 }

@@ -96,13 +96,13 @@ def position(step, part, width, lines, S_BLOCK: tl.constexpr, POOL: tl.constexpr
         return 0, step * S_BLOCK, step * S_BLOCK, width - step * S_BLOCK
 
 
-_INTEGERS = ["layer_stream", "images", "image0", "draw0", "steps", "parts", "width", "lines", "width_in", "height_in", "channel_units"]
+_INTEGERS = ["layer_stream", "images", "image_offset", "draw_offset", "steps", "parts", "width", "lines", "width_in", "height_in", "channel_units"]
 
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _add_noise_flat_kernel(
     x_ptr, y_ptr, clean_ptr, sigma_ptr, scale_ptr, shift_ptr, seed_ptr, places_ptr,
-    layer_stream, image0, draw0, images, repeats, tiles, steps, parts, width, lines, width_in, height_in, channel_units,
+    layer_stream, image_offset, draw_offset, images, repeats, tiles, steps, parts, width, lines, width_in, height_in, channel_units,
     UNIT: tl.constexpr, SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr,
     PLACES: tl.constexpr, CLEAN: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
     TILES_C: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, QUADS: tl.constexpr,
@@ -117,7 +117,7 @@ def _add_noise_flat_kernel(
     step0 = (s_tile // parts if POOL else s_tile) * steps
 
     k0, k1 = key_words(seed_ptr)
-    c_image, c_draw = place(image, draw, image0, draw0, places_ptr, PLACES)
+    c_image, c_draw = place(image, draw, image_offset, draw_offset, places_ptr, PLACES)
     i_s = tl.arange(0, S_BLOCK)  # [S_BLOCK]
     c = c_tile * C_BLOCK + tl.arange(0, C_BLOCK)  # [C_BLOCK]
     quad_c = c_tile * (C_BLOCK // 4) + tl.arange(0, C_BLOCK // 4 // QUADS) * QUADS  # [C_BLOCK / 4 / QUADS]
@@ -151,7 +151,7 @@ def _add_noise_flat_kernel(
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _add_noise_planar_kernel(
     x_ptr, y_ptr, clean_ptr, sigma_ptr, scale_ptr, shift_ptr, seed_ptr, places_ptr,
-    layer_stream, image0, draw0, images, repeats, tiles, steps, parts, width, lines, width_in, height_in, C, position_units,
+    layer_stream, image_offset, draw_offset, images, repeats, tiles, steps, parts, width, lines, width_in, height_in, C, position_units,
     UNIT: tl.constexpr, SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr,
     PLACES: tl.constexpr, CLEAN: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
     S_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr,
@@ -166,7 +166,7 @@ def _add_noise_planar_kernel(
     step0 = (s_tile // parts if POOL else s_tile) * steps
 
     k0, k1 = key_words(seed_ptr)
-    c_image, c_draw = place(image, draw, image0, draw0, places_ptr, PLACES)
+    c_image, c_draw = place(image, draw, image_offset, draw_offset, places_ptr, PLACES)
     i_s = tl.arange(0, S_BLOCK)  # [S_BLOCK]
     i_run = tl.arange(0, S_BLOCK // RUN) * RUN  # where each thread's run begins
     g = (tile - s_tile * g_tiles) * G_BLOCK + tl.arange(0, G_BLOCK)  # [G_BLOCK]
@@ -206,25 +206,25 @@ def _add_noise_planar_kernel(
 
 
 def add_noise(
-    x, out, flat, sigma, seed, stream, images, draws, image0, draw0, scale=None, shift=None, relu=False, places=None,
+    x, out, flat, sigma, seed, stream, images, draws, image_offset, draw_offset, scale=None, shift=None, relu=False, sample_ids=None,
     clean=None, pool=False,
 ) -> None:  # fmt: skip
     """Fills ``out`` [draws * images, C, *spatial] with ``act(x * scale + shift) + sigma * eps``.
 
     x [images or draws * images, C, *spatial] and out (and clean) lie alike in memory: contiguous, or channels last where ``flat``.
-    sigma float32 of 1 or C values, scale and shift float32 [C] or None, seed int64 of one value; places int64 [images, 2] or None; all
+    sigma float32 of 1 or C values, scale and shift float32 [C] or None, seed int64 of one value; sample_ids int64 [images, 2] or None; all
     contiguous and on one device.
     clean: None, or a tensor like x (like out, if out has fewer positions) that receives the activation without noise, one row for
     each row of x. pool: the largest of each 2x2 window of the activation goes on; x [*, C, H, W], out [*, C, H // 2, W // 2].
     """
     if not out.numel():
         return
-    words = word(stream), word(image0), word(draw0)
+    words = word(stream), word(image_offset), word(draw_offset)
     affine, varies = (scale is not None, shift is not None), sigma.numel() > 1
-    key = flat, x.dtype, x.shape, out.shape, images, varies, affine, relu, places is not None, clean is not None, pool
+    key = flat, x.dtype, x.shape, out.shape, images, varies, affine, relu, sample_ids is not None, clean is not None, pool
 
     def run(config, y=out):
-        launch(_plan, (x, y, clean, sigma, scale, shift, seed, places), words, *key, config)
+        launch(_plan, (x, y, clean, sigma, scale, shift, seed, sample_ids), words, *key, config)
 
     def trial(config):
         run(config, torch.empty_like(out))  # not over x, where the noise of all trials would pile up
@@ -235,7 +235,7 @@ def add_noise(
         run(tuned(x, default(x.element_size(), fused), CANDIDATES, trial, *walk, f"2^{out.numel().bit_length()}"))
 
 
-def _plan(flat, dtype, shape_in, shape_out, images, varies, affine, relu, places, clean, pool, config: Config):
+def _plan(flat, dtype, shape_in, shape_out, images, varies, affine, relu, sample_ids, clean, pool, config: Config):
     """(kernel, programs, arguments behind tensors and words) for rows of shape_out[1:], made of rows of shape_in[1:]."""
     rows, channels, *spatial = shape_out
     lines, width = spatial if pool else (1, math.prod(spatial))
@@ -243,7 +243,7 @@ def _plan(flat, dtype, shape_in, shape_out, images, varies, affine, relu, places
     kernel, programs, tiling = plan(channels, lines, width, rows, dtype.itemsize, not (varies or any(affine)), varies, pool, config)
     others = dict(
         images=images, repeats=rows // shape_in[0], width_in=shape_in[3] if pool else 1, height_in=shape_in[2] if pool else 1,
-        SIGMA_VARIES=varies, HAS_SCALE=affine[0], HAS_SHIFT=affine[1], RELU=relu, PLACES=places, CLEAN=clean, POOL=pool,
+        SIGMA_VARIES=varies, HAS_SCALE=affine[0], HAS_SHIFT=affine[1], RELU=relu, PLACES=sample_ids, CLEAN=clean, POOL=pool,
         WIDE=math.prod(shape_in[1:]) >= ENOUGH_32_BITS, FAST=fast_math(),
     )  # fmt: skip
     return kernel, programs, {**others, **tiling}

@@ -27,7 +27,7 @@ BY_CASE = {
     # A pooled value stands for four loads and a store: 10 bytes against 4, so 77 issue slots pass while memory moves them, not 31.
     "add_noise flat bf16 pool": {"sm_90": {"instructions": 43, "registers": 64}},
     # Every second pixel is loaded alone, four neighbouring results are stored together. 12 bytes with the clean value: 93 slots.
-    "add_noise planar bf16 pool, clean, places": {"": {"shared": 1024}, "sm_90": {"instructions": 56}},
+    "add_noise planar bf16 pool, clean, sample_ids": {"": {"shared": 1024}, "sm_90": {"instructions": 56}},
     # Planes of 49 values share no alignment, so each value is loaded and stored alone; channels last has no such planes.
     "add_noise planar bf16 7x7": {"sm_90": {"instructions": 54}},
     "add_noise flat bf16": {"sm_90": {"instructions": 23.5, "registers": 64}},

@@ -23,13 +23,13 @@ def key_words(seed_ptr):
 
 
 @triton.jit
-def place(image, draw, image0, draw0, places_ptr, PLACES: tl.constexpr):
+def place(image, draw, image_offset, draw_offset, places_ptr, PLACES: tl.constexpr):
     """Counter words (image, draw) of packed row ``draw * images + image``; with PLACES from int64 [images, 2] of (image, first draw)."""
     if PLACES:
         first = tl.load(places_ptr + 2 * image + 1)
         return tl.load(places_ptr + 2 * image).to(tl.uint32), first.to(tl.uint32) + draw.to(tl.uint32)
     else:
-        return image0.to(tl.uint32) + image.to(tl.uint32), draw0.to(tl.uint32) + draw.to(tl.uint32)
+        return image_offset.to(tl.uint32) + image.to(tl.uint32), draw_offset.to(tl.uint32) + draw.to(tl.uint32)
 
 
 @triton.jit

@@ -29,20 +29,20 @@ class Cut:
 DEFAULT = Cut(threads=128, quads=4, pieces=1024)
 CANDIDATES = [Cut(threads, quads, pieces) for threads in (128, 256) for quads in (2, 4) for pieces in (512, 1024, 2048)]
 
-_INTEGERS = ["layer_stream", "images", "image0", "draw0", "tiles", "steps", "S", "unit_count"]
+_INTEGERS = ["layer_stream", "images", "image_offset", "draw_offset", "tiles", "steps", "S", "unit_count"]
 
 
 @triton.jit
 def _tile_origin(index, tiles, tiles_s, images):
     """(row, image, draw, tile of S) of tile number `index` of all rows."""
-    row = tl.minimum(index, tiles - 1) // tiles_s  # a tile past the last one adds nothing, but its places are read
+    row = tl.minimum(index, tiles - 1) // tiles_s  # a tile past the last one adds nothing, but its sample_ids are read
     draw = row // images
     return row, row - draw * images, draw, index - row * tiles_s
 
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _sigma_grad_flat_kernel(
-    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, image0, draw0, images, tiles, tiles_s, steps, S, unit_count,
+    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, image_offset, draw_offset, images, tiles, tiles_s, steps, S, unit_count,
     UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     TILES_C: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _sigma_grad_flat_kernel(
         mask = ((s < S) & (index < tiles))[:, None] & (c < C)[None, :]
         g = tl.load(g_ptr + row.to(tl.int64) * S * C + s[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
         quad = s.to(tl.uint32)[:, None] * groups + quad_c[None, :]
-        image, draw = place(image, draw, image0, draw0, places_ptr, PLACES)
+        image, draw = place(image, draw, image_offset, draw_offset, places_ptr, PLACES)
         z0, z1, z2, z3 = normals_run(quad, 1, image, draw, layer_stream.to(tl.uint32), k0, k1, QUADS, FAST)
         total += g * channels_last(z0, z1, z2, z3)
     if PER_CHANNEL:
@@ -81,7 +81,7 @@ def _store_channel(part_ptr, piece, C, c, total):
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _sigma_grad_planar_kernel(
-    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, image0, draw0, images, tiles, tiles_s, tiles_g, steps, C, unit_count,
+    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, image_offset, draw_offset, images, tiles, tiles_s, tiles_g, steps, C, unit_count,
     UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     S_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def _sigma_grad_planar_kernel(
         inside = ((s < S) & (index < tiles))[None, :]
         first = (tile * S_BLOCK + tl.arange(0, S_BLOCK // RUN) * RUN).to(tl.uint32)
         quad = first[None, :] * groups.to(tl.uint32) + group.to(tl.uint32)[:, None]
-        image, draw = place(image, draw, image0, draw0, places_ptr, PLACES)
+        image, draw = place(image, draw, image_offset, draw_offset, places_ptr, PLACES)
         z0, z1, z2, z3 = normals_run(quad, groups.to(tl.uint32), image, draw, layer_stream.to(tl.uint32), k0, k1, RUN, FAST)
         g_ptrs = g_ptr + row.to(tl.int64) * C * S + c[:, None] * plane + s[None, :]  # [G_BLOCK, S_BLOCK]
         t0 += z0 * tl.load(g_ptrs, mask=inside & (c < C)[:, None], other=0.0).to(tl.float32)
@@ -136,16 +136,16 @@ def _sigma_grad_total_kernel(part_ptr, out_ptr, pieces, columns, P_BLOCK: tl.con
     tl.store(out_ptr + c, tl.sum(total, 0).to(tl.float32), mask=c < columns)
 
 
-def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel, places=None) -> torch.Tensor:
+def sigma_grad(g, flat, seed, stream, images, draws, image_offset, draw_offset, per_channel, sample_ids=None) -> torch.Tensor:
     """``sum(g * eps)`` for g [draws * images, C, *spatial], contiguous or channels last where ``flat``: float32, 0-dim or [C].
 
-    seed int64 of one value and places int64 [images, 2] or None on the device of g. No synchronisation; on one device equal g in
+    seed int64 of one value and sample_ids int64 [images, 2] or None on the device of g. No synchronisation; on one device equal g in
     an equal layout give equal bits.
     """
     channels = g.shape[1]
     if not g.numel():
         return g.new_zeros((channels,) if per_channel else (), dtype=torch.float32)
-    key = flat, g.dtype, g.shape, images, per_channel, places is not None
+    key = flat, g.dtype, g.shape, images, per_channel, sample_ids is not None
     columns = channels if per_channel else 1
     out = g.new_empty((columns,), dtype=torch.float32)
 
@@ -153,7 +153,7 @@ def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel,
         _, programs, others = _plan(*key, cut)
         pieces = triton.cdiv(others["tiles"], others["steps"]) if per_channel else programs
         part = g.new_empty((pieces, columns), dtype=torch.float32)
-        launch(_plan, (g, part, seed, places), (word(stream), word(image0), word(draw0)), *key, cut)
+        launch(_plan, (g, part, seed, sample_ids), (word(stream), word(image_offset), word(draw_offset)), *key, cut)
         launch(_plan_total, (part, out), (pieces, columns), columns)
 
     with on_device(g):
@@ -162,7 +162,7 @@ def sigma_grad(g, flat, seed, stream, images, draws, image0, draw0, per_channel,
     return out if per_channel else out.reshape(())
 
 
-def _plan(flat, dtype, shape, images, per_channel, places, cut: Cut):
+def _plan(flat, dtype, shape, images, per_channel, sample_ids, cut: Cut):
     """(kernel, programs, arguments behind tensors and words) of the first stage for g of this shape."""
     rows, channels, *spatial = shape
     flat = flat or math.prod(spatial) == 1  # of one position, rows lie either way
@@ -170,7 +170,7 @@ def _plan(flat, dtype, shape, images, per_channel, places, cut: Cut):
     tiles = rows * tiles_s
     steps = triton.cdiv(tiles, min(tiles, cut.pieces))
     others = dict(
-        images=images, tiles=tiles, tiles_s=tiles_s, steps=steps, PER_CHANNEL=per_channel, PLACES=places,
+        images=images, tiles=tiles, tiles_s=tiles_s, steps=steps, PER_CHANNEL=per_channel, PLACES=sample_ids,
         WIDE=math.prod(shape[1:]) >= ENOUGH_32_BITS, FAST=fast_math(),
     )  # fmt: skip
     return kernel, triton.cdiv(tiles, steps) * blocks, {**others, **tiling}

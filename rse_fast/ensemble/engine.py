@@ -58,7 +58,7 @@ class Ensemble(nn.Module):
         draws: passes an image, >= 1.
         seed: None takes fresh entropy from the operating system at every call, which is what a defence needs. A number makes every
             call repeat the same noise, hence the model deterministic and attackable: for audits and tests only.
-        chunk_rows: most rows (images x draws) of a packed batch. Default: by the free memory and a sweet spot that the first large call
+        max_rows: most rows (images x draws) of a packed batch. Default: by the free memory and a sweet spot that the first large call
             measures. Where memory runs out all the same, the batch is run again in halves, and later ones are no larger.
         dtype: "auto" is bfloat16 where the hardware computes in it and float32 otherwise; or float32, bfloat16, float16. "int8" runs noisy
             convolutions on bytes, the noise being the dither, and the rest as "auto" does: on the CPU, for inference only (no gradient).
@@ -70,7 +70,7 @@ class Ensemble(nn.Module):
             is that of all draws, always. A number c in (0.5, 1): it stops when, at confidence c, its label is that of infinitely many
             draws, and never later than ``draws``. `Prediction.draws_used` tells. For `predict` and `stream`; `forward` takes all draws.
         backend: of the noise, as in `rse_fast.functional.add_noise`.
-        graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, and if no module has a hook,
+        cuda_graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, and if no module has a hook,
             which a replay does not call; True always; False never. Every replay has fresh noise. A model that cannot be captured runs
             without, after one warning.
 
@@ -79,8 +79,8 @@ class Ensemble(nn.Module):
     """
 
     def __init__(
-        self, model, draws=10, *, seed=None, chunk_rows=None, dtype="auto", fuse=True, early_exit=None, calibration=None,
-        backend="auto", graphs=None,
+        self, model, draws=10, *, seed=None, max_rows=None, dtype="auto", fuse=True, early_exit=None, calibration=None,
+        backend="auto", cuda_graphs=None,
     ):  # fmt: skip
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -95,13 +95,13 @@ class Ensemble(nn.Module):
             raise ValueError(f"calibration is for dtype 'int8' alone, got it with dtype {dtype!r}")
         if backend not in functional.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, functional.BACKENDS))}, got {backend!r}")
-        if graphs not in (None, True, False):
-            raise ValueError(f"graphs must be None, True or False, got {graphs!r}")
+        if cuda_graphs not in (None, True, False):
+            raise ValueError(f"cuda_graphs must be None, True or False, got {cuda_graphs!r}")
         self.draws = _count("draws", draws)
         self.seed = None if seed is None else _seed(seed)
-        self.chunk_rows = None if chunk_rows is None else _count("chunk_rows", chunk_rows)
+        self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
         make_criterion(early_exit, self.draws, 1)  # raises if it names none
-        self.dtype, self.fuse, self.early_exit, self.backend, self.graphs = dtype, bool(fuse), early_exit, backend, graphs
+        self.dtype, self.fuse, self.early_exit, self.backend, self.cuda_graphs = dtype, bool(fuse), early_exit, backend, cuda_graphs
         self.calibration = quantize.check_calibration(calibration) if dtype == "int8" else None
         number_layers(model)
         self.model = model
@@ -129,15 +129,15 @@ class Ensemble(nn.Module):
         return torch.cat(rows) - math.log(self.draws) if rows else empty
 
     @torch.no_grad()
-    def predict(self, x: torch.Tensor, seed: int | None = None, image0: int = 0) -> Prediction:
-        """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image0``, the index of the first image, address the noise:
-        a data set predicted in parts, each with its own image0, gets the noise it would get as one batch."""
+    def predict(self, x: torch.Tensor, seed: int | None = None, image_offset: int = 0) -> Prediction:
+        """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image_offset``, the index of the first image, address the noise:
+        a data set predicted in parts, each with its own image_offset, gets the noise it would get as one batch."""
         x, seed = self._input(x), self._call_seed(seed)
-        image0 = functional.first_image(image0, len(x))
+        image_offset = functional.first_image(image_offset, len(x))
         if self.early_exit is None:
-            return self._prediction(self._all_draws(x, self._seed_tensor(seed, x), image0), seed)
+            return self._prediction(self._all_draws(x, self._seed_tensor(seed, x), image_offset), seed)
         pool = self._pool(x, seed, self.draws)
-        pool.put(x, image0)
+        pool.put(x, image_offset)
         finished = [pool.nothing()]
         while pool.busy:
             finished.append(pool.step())
@@ -147,8 +147,8 @@ class Ensemble(nn.Module):
     def stream(self, batches: Iterable[torch.Tensor], draws: int | None = None) -> "Stream":
         """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order.
 
-        With early exit, the places of decided images go to the next ones, so the packed batch stays full (`Stream.occupancy`). Image i of
-        the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image0=i``. At most two
+        With early exit, decided images free their slots for waiting ones, so the packed batch stays full (`Stream.occupancy`). Image i of
+        the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image_offset=i``. At most two
         packed batches of images, or two of the source's, are held at a time, and a bounded number of results. ``draws`` defaults to the
         ensemble's.
         """
@@ -157,7 +157,7 @@ class Ensemble(nn.Module):
     def rows(self, x: torch.Tensor) -> int:
         """Rows (images x draws) of a full packed batch of images like x [B, ...] at present."""
         with self._model(self._input(x)) as model:
-            return model.planner.rows(self.chunk_rows)
+            return model.planner.rows(self.max_rows)
 
     def refresh(self) -> None:
         """Takes a new snapshot of the model at the next call."""
@@ -198,20 +198,20 @@ class Ensemble(nn.Module):
         if seed is not None:
             return _seed(seed)
         if self.seed is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("seed: a captured call would have the same noise at every replay; give a seed, or let graphs=True capture")
+            raise RuntimeError("seed: a captured call would have the same noise at every replay; give a seed, or let cuda_graphs=True capture")
         return int.from_bytes(os.urandom(8), "little") if self.seed is None else self.seed
 
     @staticmethod
     def _seed_tensor(seed, x):
         return functional.seed_tensor(seed, x.device)
 
-    def _all_draws(self, x, seed, image0):
+    def _all_draws(self, x, seed, image_offset):
         """The `Tally` of every draw of every image."""
         with self._model(x) as model:
             tallies = [Tally.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.classes)]
-            for image, draw, logits in self._passes(model, x, seed, image0):
+            for image, draw, logits in self._passes(model, x, seed, image_offset):
                 if draw.start == 0:
-                    index = torch.arange(image0 + image.start, image0 + image.stop, device=x.device)
+                    index = torch.arange(image_offset + image.start, image_offset + image.stop, device=x.device)
                     tallies.append(Tally.empty(index, logits.shape[-1]))
                 tallies[-1].add(logits.log_softmax(-1))
         return Tally.cat([t for t in tallies if len(t.index)] or tallies)
@@ -220,24 +220,24 @@ class Ensemble(nn.Module):
         """A `Pool` for images like ``x``, which runs them through the model."""
         seed = self._seed_tensor(seed, x)
 
-        def run(x, places, draws):
-            return self.logits_at(x, places, draws, seed)
+        def run(x, sample_ids, draws):
+            return self.logits_at(x, sample_ids, draws, seed)
 
         with self._model(x) as model:
             classes = model.classes
         criterion = make_criterion(self.early_exit, draws, max(classes, 1))
         return Pool(run, classes, draws, self.rows(x), criterion, x.device)
 
-    def logits_at(self, x: torch.Tensor, places: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None) -> torch.Tensor:
-        """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``places[i, 1] ..`` of image ``places[i, 0]``
-        (places int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.Scope`."""
+    def logits_at(self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None) -> torch.Tensor:
+        """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``sample_ids[i, 1] ..`` of image ``sample_ids[i, 0]``
+        (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.Scope`."""
         with self._model(x) as model:
 
             def step(image, draw):
-                at = places[image].clone()
+                at = sample_ids[image].clone()
                 at[:, 1] += draw.start
                 images, draws = image.stop - image.start, draw.stop - draw.start
-                scope = Scope(seed, images, draws, backend=self.backend, places=at, silent=silent)
+                scope = Scope(seed, images, draws, backend=self.backend, sample_ids=at, silent=silent)
                 return self._logits(model, x[image], scope)
 
             parts = list(model.planner.attempt(slice(0, len(x)), slice(0, draws), step))
@@ -263,20 +263,20 @@ class Ensemble(nn.Module):
             seed=seed,
         )
 
-    def _passes(self, model, x, seed, image0):
+    def _passes(self, model, x, seed, image_offset):
         """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
         number = itertools.count()
 
         def step(image, draw):
-            batch = functools.partial(self._chunk, model, seed, image0 + image.start, draw)
+            batch = functools.partial(self._chunk, model, seed, image_offset + image.start, draw)
             return gradient.run(batch, x[image], next(number))
 
         wanted = torch.is_grad_enabled() and (x.requires_grad or not self.fuse)
-        return model.planner.run(x.shape[0], self.draws, step, self.chunk_rows, wanted)
+        return model.planner.run(x.shape[0], self.draws, step, self.max_rows, wanted)
 
-    def _chunk(self, model, seed, image0, draw, x):
+    def _chunk(self, model, seed, image_offset, draw, x):
         """`_logits` with the noise of given images and draws; backward may call it again, outside `_model`'s context."""
-        scope = Scope(seed, len(x), draw.stop - draw.start, image0, draw.start, self.backend)
+        scope = Scope(seed, len(x), draw.stop - draw.start, image_offset, draw.start, self.backend)
         with self._mode():
             return self._logits(model, x, scope)
 
@@ -352,8 +352,8 @@ class Ensemble(nn.Module):
             return Prepared(runner, runner, planner)
         torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them
-        captures = not hooked if self.graphs is None else self.graphs
-        return Prepared(runner, Graphs(runner, always=self.graphs is True) if captures else runner, planner)
+        captures = not hooked if self.cuda_graphs is None else self.cuda_graphs
+        return Prepared(runner, Graphs(runner, always=self.cuda_graphs is True) if captures else runner, planner)
 
     def _to_int8(self, runner, x):
         """Makes a runner of a fused snapshot run an int8 one."""
@@ -368,11 +368,11 @@ class Ensemble(nn.Module):
 
         def rewrite(graph):
             def run():
-                image0 = 0
+                image_offset = 0
                 for batch in itertools.chain.from_iterable(b.split(plan.SWEET_SPOT["cpu"]) for b in self.calibration):
-                    with Scope(torch.tensor(0), len(batch), 1, image0, backend=self.backend):
+                    with Scope(torch.tensor(0), len(batch), 1, image_offset, backend=self.backend):
                         graph(batch.contiguous(memory_format=torch.channels_last))
-                    image0 += len(batch)
+                    image_offset += len(batch)
 
             with torch.no_grad():
                 self._quantization = quantize.quantize(graph, names, run, self._resolve_dtype(x.device))
@@ -411,7 +411,7 @@ class Stream:
     seed: the seed that reproduces the stream, in [0, 2^64).
     """
 
-    # Packed batches of images and results held at most. Results are small, and many: while a hard image takes 100 draws, the places beside
+    # Packed batches of images and results held at most. Results are small, and many: while a hard image takes 100 draws, the slots beside
     # it finish eight times their number of easy ones, which wait for their turn.
     BACKLOG = 16
 
@@ -449,7 +449,7 @@ class Stream:
             return
         inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
         self._pool = self._ensemble._pool(self._ensemble._input(first), self.seed, self._draws)
-        tallies = in_order(inputs, self._pool, self.BACKLOG * self._pool.places)
+        tallies = in_order(inputs, self._pool, self.BACKLOG * self._pool.slots)
         while True:
             with torch.no_grad():  # not around the yield: it would reach into the consumer's code
                 tally = next(tallies, None)

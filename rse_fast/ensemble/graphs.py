@@ -96,8 +96,8 @@ class Graphs:
     @torch.inference_mode(False)  # the tensors of a graph that is captured under inference_mode are written outside it as well
     @torch.no_grad()
     def _capture(self, x, scope):
-        places = torch.zeros((scope.images, 2), dtype=torch.int64, device=x.device)
-        noise = dataclasses.replace(scope, seed=torch.zeros_like(scope.seed), image0=0, draw0=0, places=places, calls={})
+        sample_ids = torch.zeros((scope.images, 2), dtype=torch.int64, device=x.device)
+        noise = dataclasses.replace(scope, seed=torch.zeros_like(scope.seed), image_offset=0, draw_offset=0, sample_ids=sample_ids, calls={})
         static = x.clone()
         self._set(noise, scope)
         side = self._side = self._side or torch.cuda.Stream()  # one: torch keeps a workspace of cuBLAS for each
@@ -121,8 +121,8 @@ class Graphs:
     @staticmethod
     def _set(noise, scope):
         noise.seed.copy_(scope.seed)
-        if scope.places is not None:
-            noise.places.copy_(scope.places)
+        if scope.sample_ids is not None:
+            noise.sample_ids.copy_(scope.sample_ids)
         else:
-            noise.places[:, 0] = torch.arange(scope.image0, scope.image0 + scope.images, device=noise.places.device)
-            noise.places[:, 1] = scope.draw0
+            noise.sample_ids[:, 0] = torch.arange(scope.image_offset, scope.image_offset + scope.images, device=noise.sample_ids.device)
+            noise.sample_ids[:, 1] = scope.draw_offset

@@ -1,4 +1,4 @@
-"""Continuous batching: the places of images that are decided go to the next ones, so the packed batch stays full.
+"""Continuous batching: decided images free their slots for waiting ones, so the packed batch stays full.
 
 An image's result depends on its own draws alone. They are judged one by one, so where it stops does not depend on how many draws a
 packed batch held, nor on which images shared it.
@@ -63,7 +63,7 @@ class Tally:
 class Pool:
     """The images under way and those that wait.
 
-    run: (x [A, ...], places int64 [A, 2], draws m) -> float32 logits [m, A, K], draws ``places[i, 1] ..`` of image ``places[i, 0]``.
+    run: (x [A, ...], sample_ids int64 [A, 2], draws m) -> float32 logits [m, A, K], draws ``sample_ids[i, 1] ..`` of image ``sample_ids[i, 0]``.
     draws: most draws an image; rows: rows of a full packed batch; criterion: of `early_exit`.
     """
 
@@ -71,7 +71,7 @@ class Pool:
         self.run, self.classes, self.draws, self.rows, self.criterion, self.device = run, classes, draws, rows, criterion, device
         # With early exit, one draw each of many images: every image stops at the very draw that decides it, and no row is for nothing.
         # Without, all images take the same draws, and an image's draws go together.
-        self.places = max(1, rows // draws) if criterion is None else rows
+        self.slots = max(1, rows // draws) if criterion is None else rows
         self.waiting: deque[tuple[int, torch.Tensor]] = deque()
         self.x, self.tally, self.state = None, self.nothing(), None
         self.rows_run = self.draws_counted = 0
@@ -128,7 +128,7 @@ class Pool:
         return max(1, min(self.rows // len(left), int(wanted.max())))
 
     def _refill(self) -> None:
-        free = min(self.places - len(self.tally.index), len(self.waiting))
+        free = min(self.slots - len(self.tally.index), len(self.waiting))
         if free <= 0:
             return
         arrived = [self.waiting.popleft() for _ in range(free)]
@@ -144,14 +144,14 @@ class Pool:
 def in_order(batches: Iterator[torch.Tensor], pool: Pool, backlog: int) -> Iterator[Tally]:
     """Yields one `Tally` a batch, in order, its rows in the batch's order.
 
-    The source is asked for more only while fewer images wait than there are places, and fewer than ``backlog`` are held: waiting, under
+    The source is asked for more only while fewer images wait than there are slots, and fewer than ``backlog`` are held: waiting, under
     way, or finished before their turn (a larger batch is taken whole). What the source raises comes out after the batches before it.
     """
     pending: deque[range] = deque()  # the images of each batch that is not yielded yet
     finished: dict[int, Tally] = {}
     failure, more, total, held = None, True, 0, 0
     while more or pending:
-        while more and held < backlog and len(pool.waiting) < pool.places:
+        while more and held < backlog and len(pool.waiting) < pool.slots:
             try:
                 x = next(batches)
             except StopIteration:

@@ -79,10 +79,10 @@ def _batch(target: Target, case: Case, x: Tensor, y: Tensor, batch: range, seed:
     )
     seconds = time.perf_counter() - begin
     if case.victim == "fixed-seed":  # the noise that the attack saw, which is that of images 0, 1, ...
-        seeds, image0 = [queries.seed] * repeats, 0
+        seeds, image_offset = [queries.seed] * repeats, 0
     else:
-        seeds, image0 = [derive(seed, "score", repeat) for repeat in range(repeats)], batch.start
-    answers = torch.stack([target.answer(case.victim, found.images, s, image0).labels for s in seeds]).T.tolist()
+        seeds, image_offset = [derive(seed, "score", repeat) for repeat in range(repeats)], batch.start
+    answers = torch.stack([target.answer(case.victim, found.images, s, image_offset).labels for s in seeds]).T.tolist()
     by_draws = {}
     if case.by_draws and target.draws:
         for n in sorted({*DRAWS, target.draws}):

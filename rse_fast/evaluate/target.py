@@ -79,11 +79,11 @@ class Target:
         fixed = case.source == "fixed-draw" or case.victim == "fixed-seed"
         return Queries(self.classifier(kind, 1 if case.source == "fixed-draw" else case.eot), seed, fixed)
 
-    def answer(self, victim: str, x: Tensor, seed: int, image0: int, draws: int | None = None) -> "Answer":
+    def answer(self, victim: str, x: Tensor, seed: int, image_offset: int, draws: int | None = None) -> "Answer":
         """What the victim says to images x [B, ...]: one query of the classifier as it is deployed, or of one with other ``draws``."""
         classifier = self.classifier("noise-off" if victim == "noise-off" else "deployed", draws or self.draws)
         if isinstance(classifier, Ensemble):
-            prediction = classifier.predict(x, seed=seed, image0=image0)
+            prediction = classifier.predict(x, seed=seed, image_offset=image_offset)
             return Answer(prediction.labels, prediction.probs)
         with torch.no_grad():
             probs = classifier(x).exp()

@@ -12,7 +12,7 @@ from rse_fast.data import write_atomically
 DEFENCES = ("plain", "rse", "adversarial", "distillation", "brelu", "rse+adversarial")
 
 
-_WHERE = ("data", "device", "workers", "compile", "graphs", "keep", "save_steps", "log_steps")  # fields that change no result
+_WHERE = ("data", "device", "workers", "compile", "cuda_graphs", "keep", "save_steps", "log_steps")  # fields that change no result
 
 
 def _option(default, kind, text, *, low=-math.inf, high=math.inf, above=-math.inf, choices=None):
@@ -67,7 +67,7 @@ class Config:
     bf16: bool = _option(False, bool, "bfloat16 autocast")
     channels_last: bool = _option(True, bool, "memory layout of weights and activations")
     compile: bool = _option(False, bool, "torch.compile")
-    graphs: bool = _option(False, bool, "capture a step in a CUDA graph: for a network that does the same at each, launched at once")
+    cuda_graphs: bool = _option(False, bool, "capture a step in a CUDA graph: for a network that does the same at each, launched at once")
     seed: int = _option(0, int, "of weights, order, augmentation and noise", low=0, high=2**63 - 1)
     # Bookkeeping
     keep: int = _option(3, int, "checkpoints that are kept", low=1)
@@ -83,12 +83,12 @@ class Config:
             raise ValueError("learnable_sigma: a learned sigma has no warm-up and no other value for tests; leave those out")
         if self.sigma_regulariser and not self.learnable_sigma:
             raise ValueError(f"sigma_regulariser: needs learnable_sigma, got {self.sigma_regulariser} for a fixed sigma")
-        if self.graphs and self.compile:
-            raise ValueError("graphs: a step is captured as it is, without compile; choose one of the two")
+        if self.cuda_graphs and self.compile:
+            raise ValueError("cuda_graphs: a step is captured as it is, without compile; choose one of the two")
         if self.start_scale is None and self.full_scale is not None:
             raise ValueError(f"full_scale: needs start_scale, got {self.full_scale} for images of one size")
-        if self.graphs and self.start_scale is not None:
-            raise ValueError("graphs: a captured step takes images of one size; leave start_scale out")
+        if self.cuda_graphs and self.start_scale is not None:
+            raise ValueError("cuda_graphs: a captured step takes images of one size; leave start_scale out")
         if self.sigma_warmup > self.epochs:
             raise ValueError(f"sigma_warmup: expected at most the {self.epochs} epochs of the run, got {self.sigma_warmup}")
 

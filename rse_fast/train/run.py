@@ -182,7 +182,7 @@ def _end(trainer, saved, out):
     row["test_accuracy"] = _accuracy(lambda x, _: model(x).argmax(-1), trainer)
     if config.noisy:
         ensemble = Ensemble(model, draws=_TEST_DRAWS, seed=seed)
-        row |= {"draws": _TEST_DRAWS, "test_ensemble_accuracy": _accuracy(lambda x, i: ensemble.predict(x, image0=i).labels, trainer)}
+        row |= {"draws": _TEST_DRAWS, "test_ensemble_accuracy": _accuracy(lambda x, i: ensemble.predict(x, image_offset=i).labels, trainer)}
     return row
 
 

@@ -181,13 +181,13 @@ def channels_last(x):
 
 
 def test_launches_pass_what_their_kernels_take(compiled_launches):
-    seed, places = torch.tensor(3), torch.zeros(4, 2, dtype=torch.int64)
+    seed, sample_ids = torch.tensor(3), torch.zeros(4, 2, dtype=torch.int64)
     for shape, layout in (((4, 64, 32, 32), channels_last), ((4, 3, 9, 8), torch.clone)):
         x, channels, flat = layout(torch.zeros(shape, dtype=torch.bfloat16)), shape[1], layout is channels_last
         out, pooled = x.repeat(2, 1, 1, 1), layout(x[:, :, ::2, ::2][:, :, : shape[2] // 2])
         each = torch.rand(channels)
         launcher("add_noise")(x, layout(out), flat, torch.tensor(0.1), seed, 2**32 - 1, 4, 2, 0, 2**31)
-        launcher("add_noise")(x, pooled, flat, each, seed, 1, 4, 1, 1, 1, each, each, True, places, pooled, True)
+        launcher("add_noise")(x, pooled, flat, each, seed, 1, 4, 1, 1, 1, each, each, True, sample_ids, pooled, True)
         for per_channel in (False, True):
             launcher("sigma_grad")(x, flat, seed, 16, 4, 1, 0, 2, per_channel)
     assert len(compiled_launches) == 2 * (2 + 2 * 2)
@@ -199,8 +199,8 @@ def test_convolutions_pass_what_their_kernel_takes(compiled_launches):
         x = channels_last(torch.zeros(2, channels, 8, 8)).bfloat16()
         weight, scale = torch.zeros(c_out, channels, kernel, kernel), torch.ones(c_out)
         where = (seed, 2**32 - 1, 2, 2, 0, 2**31, pair, (0, 0), pair)
-        places = torch.zeros(2, 2, dtype=torch.int64)
-        conv.noisy_conv(x, weight.bfloat16(), scale.bfloat16(), torch.rand(channels), *where, places)
+        sample_ids = torch.zeros(2, 2, dtype=torch.int64)
+        conv.noisy_conv(x, weight.bfloat16(), scale.bfloat16(), torch.rand(channels), *where, sample_ids)
         for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
             y = conv.conv_activate_noise(x.to(dtype), weight.to(dtype), one, *where[:6], scale, scale, True, *where[6:])
             assert y.dtype == dtype and y.shape == (4, c_out, 9 - kernel, 9 - kernel)

@@ -34,8 +34,8 @@ def noise(dtype, shape, images=None, *, flat=True, offset=0, draws=1, affine=Fal
     sigma = torch.ones(shape[1]) if varies else torch.tensor(0.1)
     where = torch.tensor(3), 5 + at, images, draws, 2**31 + at, at
     clean = reference.packed_like(x, shape[0], pool) if more.pop("clean", False) else None
-    places = torch.zeros(images, 2, dtype=torch.int64) if more.pop("places", False) else None
-    return lambda: add_noise.add_noise(x, out, flat, sigma, *where, scale, shift, places=places, clean=clean, pool=pool, **more)
+    sample_ids = torch.zeros(images, 2, dtype=torch.int64) if more.pop("sample_ids", False) else None
+    return lambda: add_noise.add_noise(x, out, flat, sigma, *where, scale, shift, sample_ids=sample_ids, clean=clean, pool=pool, **more)
 
 
 def gradient(dtype, shape, *, flat=True, per_channel=False, at=0):
@@ -63,7 +63,7 @@ CASES = {
     "affine": noise(BF16, (4, 16, 8, 8), affine=True),
     "affine, relu": noise(BF16, (4, 16, 8, 8), affine=True, relu=True),
     "sigma a channel": noise(BF16, (4, 16, 8, 8), varies=True),
-    "clean, places": noise(BF16, (4, 16, 8, 8), clean=True, places=True),
+    "clean, sample_ids": noise(BF16, (4, 16, 8, 8), clean=True, sample_ids=True),
     "pool": noise(BF16, (4, 16, 8, 8), pool=True),
     "pool, odd": noise(BF16, (4, 16, 9, 8), pool=True),
     "sigma_grad": gradient(F32, (4, 16, 8, 8)),

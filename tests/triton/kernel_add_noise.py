@@ -25,7 +25,7 @@ def column(value, x):
     return value.double().reshape(-1, *[1] * (x.dim() - 2)) if value.dim() else value.double()
 
 
-def launch(x, sigma, seed, *, images=None, draws=1, stream=3, image0=5, draw0=7, scale=None, shift=None, relu=False, places=None,
+def launch(x, sigma, seed, *, images=None, draws=1, stream=3, image_offset=5, draw_offset=7, scale=None, shift=None, relu=False, sample_ids=None,
            clean=False, pool=False):  # fmt: skip
     """(y, clean) of the launcher, outputs poisoned."""
     images = images or x.shape[0]
@@ -33,15 +33,15 @@ def launch(x, sigma, seed, *, images=None, draws=1, stream=3, image0=5, draw0=7,
     flat = reference.layout(x) == "flat"
     out = (channels_last if flat else torch.clone)(like.new_full((images * draws, *like.shape[1:]), math.nan))
     kept = (channels_last if flat else torch.clone)(like.new_full(like.shape, math.nan)) if clean else None
-    module.add_noise(x, out, flat, sigma, seed, stream, images, draws, image0, draw0, scale, shift, relu, places, kept, pool)
+    module.add_noise(x, out, flat, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, sample_ids, kept, pool)
     return out, kept
 
 
-def check(x, sigma, seed, *, images=None, draws=1, stream=3, image0=5, draw0=7, scale=None, shift=None, relu=False, places=None,
+def check(x, sigma, seed, *, images=None, draws=1, stream=3, image_offset=5, draw_offset=7, scale=None, shift=None, relu=False, sample_ids=None,
           clean=False, pool=False):  # fmt: skip
     """The launcher's result is within the contract's distance of float64: eps within NORMAL, float32 arithmetic, one rounding."""
     images = images or x.shape[0]
-    options = dict(images=images, draws=draws, stream=stream, image0=image0, draw0=draw0, places=places, pool=pool, clean=clean)
+    options = dict(images=images, draws=draws, stream=stream, image_offset=image_offset, draw_offset=draw_offset, sample_ids=sample_ids, pool=pool, clean=clean)
     y, kept = launch(x, sigma, seed, scale=scale, shift=shift, relu=relu, **options)
     value = x.double()
     size = value.abs()
@@ -56,11 +56,11 @@ def check(x, sigma, seed, *, images=None, draws=1, stream=3, image0=5, draw0=7, 
     if clean:
         assert kept.dtype == x.dtype
         assert ((kept.double() - value).abs() <= arithmetic + ROUNDING[x.dtype] * value.abs() + SMALLEST[x.dtype]).all()
-    expected = reference.add_noise(value, sigma.double(), seed, stream, images, draws, image0, draw0, places=places)
+    expected = reference.add_noise(value, sigma.double(), seed, stream, images, draws, image_offset, draw_offset, sample_ids=sample_ids)
     if value.shape[0] != expected.shape[0]:
         arithmetic = arithmetic.repeat(draws, *[1] * (x.dim() - 1))
     eps = reference.add_noise(
-        torch.zeros_like(value), torch.ones_like(sigma).double(), seed, stream, images, draws, image0, draw0, places=places
+        torch.zeros_like(value), torch.ones_like(sigma).double(), seed, stream, images, draws, image_offset, draw_offset, sample_ids=sample_ids
     )
     spread = column(sigma, x) * (torch.where(eps.abs() < 0.05, SMALL_NORMAL, NORMAL) + 4 * 2.0**-24 * 6.77)
     allowed = arithmetic + spread + (ROUNDING[x.dtype] + 2.0**-24) * expected.abs() + SMALLEST[x.dtype]
@@ -149,9 +149,9 @@ def test_no_rows_launch_nothing(seed):
 
 def test_offset_slices_and_counters_at_their_end(seed):
     x = torch.randn(3, 9, 5, 5)[1:]
-    check(x, torch.tensor(0.5), seed, stream=2**32 - 1, image0=2**32 - 2, draw0=2**31 + 5)
+    check(x, torch.tensor(0.5), seed, stream=2**32 - 1, image_offset=2**32 - 2, draw_offset=2**31 + 5)
     wide = torch.randn(2, 5, 5, 9).movedim(-1, 1)[:, :, 1:]
-    check(wide.contiguous(memory_format=torch.channels_last), torch.tensor(0.5), seed, draw0=2**32 - 1)
+    check(wide.contiguous(memory_format=torch.channels_last), torch.tensor(0.5), seed, draw_offset=2**32 - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- laws of the seed
@@ -163,10 +163,10 @@ def test_nothing_but_the_arguments_enters(shape, seed, monkeypatch):
     assert torch.equal(launch(channels_last(x), sigma, seed, images=2, draws=3)[0], whole)
     assert torch.equal(launch(x.repeat(3, 1, 1, 1), sigma, seed, images=2, draws=3)[0], whole)
     assert torch.equal(launch(x, sigma, seed, images=2, draws=2)[0], whole[:4])
-    assert torch.equal(launch(x[1:], sigma, seed, images=1, draws=3, image0=6)[0], whole.unflatten(0, (3, 2))[:, 1:].flatten(0, 1))
-    places = torch.tensor([[i + 5, 7] for i in range(2)])
+    assert torch.equal(launch(x[1:], sigma, seed, images=1, draws=3, image_offset=6)[0], whole.unflatten(0, (3, 2))[:, 1:].flatten(0, 1))
+    sample_ids = torch.tensor([[i + 5, 7] for i in range(2)])
     assert torch.equal(
-        launch(x.flip(0), sigma, seed, images=2, draws=3, places=places.flip(0))[0].unflatten(0, (3, 2)).flip(1).flatten(0, 1), whole
+        launch(x.flip(0), sigma, seed, images=2, draws=3, sample_ids=sample_ids.flip(0))[0].unflatten(0, (3, 2)).flip(1).flatten(0, 1), whole
     )
     monkeypatch.setattr(module, "ENOUGH_32_BITS", 1)
     for layout in (torch.clone, channels_last):
@@ -180,9 +180,9 @@ def test_nothing_but_the_arguments_enters(shape, seed, monkeypatch):
 
 def test_every_argument_changes_the_noise(seed):
     x, one = torch.zeros(1, 4, 8, 8), torch.tensor(1.0)
-    base = dict(stream=3, image0=5, draw0=7)
+    base = dict(stream=3, image_offset=5, draw_offset=7)
     first, _ = launch(x, one, seed, **base)
-    for change in ({"stream": 4}, {"image0": 6}, {"draw0": 8}):
+    for change in ({"stream": 4}, {"image_offset": 6}, {"draw_offset": 8}):
         assert (launch(x, one, seed, **{**base, **change})[0] == first).float().mean() < 0.02
     assert (launch(x, one, seed + 1, **base)[0] == first).float().mean() < 0.02
     assert (launch(x, one, seed ^ 2**40, **base)[0] == first).float().mean() < 0.02
@@ -193,7 +193,7 @@ def test_through_the_ops_with_gradients(rng):
     """The public function on this backend: values and every gradient as on the plain one."""
     x = torch.randn(4, 6, 5, 3)
     given = torch.tensor([[9, 1], [0, 4], [3, 3], [7, 0]])
-    for layout, vary, places in (
+    for layout, vary, sample_ids in (
         (torch.clone, False, None),
         (channels_last, True, given),
         (torch.clone, True, given),
@@ -204,7 +204,7 @@ def test_through_the_ops_with_gradients(rng):
             leaves = [layout(x), torch.full((6,), 0.3) if vary else torch.tensor(0.3), torch.linspace(-1, 1, 6), torch.linspace(1, -1, 6)]
             inputs = [leaf.requires_grad_() for leaf in leaves]
             y = functional.add_noise(
-                inputs[0], inputs[1], seed=11, draws=2, scale=inputs[2], shift=inputs[3], act="relu", backend=backend, places=places
+                inputs[0], inputs[1], seed=11, draws=2, scale=inputs[2], shift=inputs[3], act="relu", backend=backend, sample_ids=sample_ids
             )
             weight = torch.linspace(-1, 2, y.numel()).reshape(y.shape)
             found.append([y, *torch.autograd.grad((y * weight).sum(), inputs)])

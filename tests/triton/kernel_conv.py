@@ -44,10 +44,10 @@ def test_noise_at_the_input(case, dtype, seed):
     x, w = channels_last(torch.randn(shape).to(dtype)), torch.randn(c_out, shape[1], *kernel).to(dtype)
     bias = torch.randn(c_out).to(dtype) if dtype != torch.float16 else None
     sigma = torch.rand(shape[1]) if dtype == torch.float32 else torch.tensor(0.5)
-    places = torch.tensor([[7 + i, 3] for i in range(images)]) if dtype == torch.float16 else None
+    sample_ids = torch.tensor([[7 + i, 3] for i in range(images)]) if dtype == torch.float16 else None
     where = (sigma, seed, 3, images, draws, 5, 9)
-    y = conv.noisy_conv(x, w, bias, *where, stride, padding, dilation, places)
-    noisy = reference.add_noise(x.double(), sigma.double(), *where[1:], places=places)
+    y = conv.noisy_conv(x, w, bias, *where, stride, padding, dilation, sample_ids)
+    noisy = reference.add_noise(x.double(), sigma.double(), *where[1:], sample_ids=sample_ids)
     more = (stride, padding, dilation, False, (0, 0), 1)
     want = torch.convolution(noisy, w.double(), None if bias is None else bias.double(), *more)
     scale = torch.convolution(noisy.abs(), w.double().abs(), None, *more)
@@ -57,8 +57,8 @@ def test_noise_at_the_input(case, dtype, seed):
     if kernel == (1, 1) and bias is None:
         one = torch.zeros_like(w)
         one[0, 0] = 1
-        got = conv.noisy_conv(x, one, None, *where, stride, padding, dilation, places)[:, :1]
-        more = dict(seed=seed, stream=3, images=images, draws=draws, image0=5, draw0=9, places=places)
+        got = conv.noisy_conv(x, one, None, *where, stride, padding, dilation, sample_ids)[:, :1]
+        more = dict(seed=seed, stream=3, images=images, draws=draws, image_offset=5, draw_offset=9, sample_ids=sample_ids)
         assert torch.equal(got, functional.add_noise(x, sigma, **more, backend="triton")[:, :1])
 
 

@@ -19,10 +19,10 @@ def channels_last(x):
 @pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
 @pytest.mark.parametrize("per_channel", (False, True), ids=("total", "channels"))
 def test_matches_float64(shape, images, draws, layout, per_channel, seed):
-    for dtype, places in ((torch.float32, None), (torch.bfloat16, torch.arange(2 * images).reshape(images, 2) + 2**32 - 9)):
+    for dtype, sample_ids in ((torch.float32, None), (torch.bfloat16, torch.arange(2 * images).reshape(images, 2) + 2**32 - 9)):
         g = layout(torch.randn(shape).to(dtype))
-        got = module.sigma_grad(g, reference.layout(g) == "flat", seed, 3, images, draws, 5, 7, per_channel, places)
-        where = (seed, 3, images, draws, 5, 7, per_channel, places)
+        got = module.sigma_grad(g, reference.layout(g) == "flat", seed, 3, images, draws, 5, 7, per_channel, sample_ids)
+        where = (seed, 3, images, draws, 5, 7, per_channel, sample_ids)
         want = reference.sigma_grad(g.double(), *where)
         # Each term: a normal within the contract and float32 arithmetic; the sum's own roundings, at most one a term and level.
         terms = g.double().abs()
