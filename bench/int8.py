@@ -3,7 +3,7 @@
 import torch
 
 import rse_fast
-from rse_fast.ensemble.engine import has_bfloat16
+from rse_fast.ensemble.runner import has_bfloat16
 from rse_fast.ensemble.quantize import weight_bits
 
 from . import networks, trained
