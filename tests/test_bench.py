@@ -206,19 +206,19 @@ def test_the_readme_block_is_replaced_and_nothing_else(tmp_path):
 
 def test_every_target_of_noise_and_ensemble_is_judged_by_what_they_measure():
     """With figures for every implementation, each target of these suites has to find its own."""
-    targets = []
+    found = []
     for where, label, gpu in ((CPU, "4M", ""), (torch.device("cuda"), "512M", "a GPU")):
         rates = dict.fromkeys(("rse_fast", "rse_fast kernel, no allocation", "eager", "torch.compile", "copy (limit)"), 1.0)
         for dtype, layout in ((torch.float32, "contiguous"), (torch.bfloat16, "channels_last")):
             measured = noise.targets(where, dtype, f"{str(dtype)[6:]} {layout} {label}", label, rates)
-            targets += [{**t, "device": gpu or "cpu"} for t in measured]
+            found += [{**t, "device": gpu or "cpu"} for t in measured]
         rates = dict.fromkeys(("rse_fast", "eager loop", "torch.compile loop", "plain network, packed float32 (limit)"), 1.0)
         for kind, batch, draws, which in ensemble.CASES[where.type]:
             if which == "few":
                 continue
             measured = ensemble.targets(where, kind, batch, draws, ensemble.case_name(kind, batch, draws), rates)
-            targets += [{**t, "device": gpu or "cpu"} for t in measured]
-    judged = {(p.hardware, p.suite, p.task): t for p, t in targets.judge(targets)}
+            found += [{**t, "device": gpu or "cpu"} for t in measured]
+    judged = {(p.hardware, p.suite, p.task): t for p, t in targets.judge(found)}
     assert len(judged) == len(targets.TARGETS)
     for (_, suite, task), t in judged.items():
         assert (t["holds"] is None) == (suite not in ("noise", "ensemble")), task

@@ -1,6 +1,13 @@
 """torch.compile: full graphs as the first call of a fresh process, and how often it compiles again."""
 
+import copy
+from collections import Counter
+
 import pytest
+import torch
+from torch import nn
+
+import rse_fast
 
 # 1x1 identity: the output is the noisy input, so the weight's gradient must be made of it. A backward that drew new noise would not fit.
 NOISY_CONV2D = """
@@ -106,3 +113,99 @@ def test_changed_seeds_sigmas_and_batches_compile_at_most_once_more(run_python):
     assert set(counts) == varied, done.stderr
     assert all(1 <= int(count) <= 2 for count in counts.values()), counts
     assert counts["seed, a tensor"] == counts["sigma, a tensor"] == "1", counts
+
+
+TRAINING = """
+import copy, torch
+from torch import nn
+import rse_fast
+from rse_fast import Ensemble, functional
+
+torch.set_num_threads(1)
+plain = nn.Sequential(
+    nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+)
+noisy = rse_fast.convert(copy.deepcopy(plain), include=(nn.Conv2d, nn.Linear))
+x = torch.rand(4, 3, 12, 12)
+
+# A step of training: fresh noise, the same from torch.manual_seed, gradients that are those of the eager model with the same noise.
+def step(run, model, seed):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = run(x).square().sum()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+compiled = torch.compile(noisy, fullgraph=True)
+first, again, other = (step(compiled, noisy, seed) for seed in (1, 1, 2))
+assert all(torch.equal(a, b) for a, b in zip(first, again))
+assert not torch.equal(first[0], other[0])
+
+# An ensemble with fresh noise: other noise at every call, no new compilation.
+torch._dynamo.reset()
+model = rse_fast.convert(copy.deepcopy(plain)).eval()
+ensemble = torch.compile(Ensemble(model, 3, dtype="float32"))
+torch._dynamo.config.error_on_recompile = True
+with torch.no_grad():
+    results = [ensemble(x) for _ in range(5)]
+torch._dynamo.reset()
+assert not any(torch.equal(a, b) for a, b in zip(results, results[1:]))
+assert torch.equal(torch.compile(Ensemble(model, 3, seed=4, dtype="float32"))(x), Ensemble(model, 3, seed=4, dtype="float32")(x))
+torch._dynamo.config.error_on_recompile = False
+
+# Seeds beyond 63 bits.
+add = torch.compile(lambda x, seed: functional.add_noise(x, 0.1, seed=seed), fullgraph=True)
+for seed in (3, 4, 2**63, 2**64 - 1, -5, 7):
+    assert torch.equal(add(x, seed), functional.add_noise(x, 0.1, seed=seed)), seed
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_training_ensembles_and_large_seeds_by_the_real_compiler(run_python, tmp_path):
+    done = run_python("-c", TRAINING, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert done.stdout.strip() == "compiled", done.stderr
+
+
+def joint_graphs(model, x):
+    """(forward graph, backward graph) that a compiler gets of one training step."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
+    return graphs
+
+
+def calls(graph):
+    return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+
+
+def saved_bytes(graph):
+    """Bytes that the forward graph hands to backward, beside its inputs."""
+    (output,) = graph.graph.find_nodes(op="output")
+    kept = [node for node in output.args[0] if isinstance(node, torch.fx.Node) and node.op != "placeholder"]
+    return sum(value.nbytes for value in {node: node.meta["val"] for node in kept}.values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_compiler_sees_noise_and_a_plain_convolution_and_stores_no_noise(learnable, rng):
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    noisy = rse_fast.convert(copy.deepcopy(plain), include=(nn.Conv2d, nn.Linear), learnable=learnable)
+    x = torch.rand(4, 3, 16, 16)
+    forward, backward = joint_graphs(noisy, x)
+    assert calls(forward)["rse_fast.add_noise.default"] == 3 and calls(forward)["aten.convolution.default"] == 2
+    assert calls(backward)["rse_fast.add_noise.default"] == 3 and calls(backward)["aten.convolution_backward.default"] == 2
+    assert calls(backward)["rse_fast.sigma_grad.default"] == 3 * learnable
+    assert saved_bytes(forward) <= 1.01 * saved_bytes(joint_graphs(plain, x)[0])
