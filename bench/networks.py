@@ -43,6 +43,32 @@ class ResNet50(nn.Module):
         return self.classifier(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
 
 
+class _Basic(nn.Module):
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.relu, self.downsample = nn.ReLU(inplace=True), None
+        if stride != 1 or channels != width:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet14(nn.Sequential):
+    """A small ResNet for 32x32 images: three stages of two basic blocks (He et al. 2016), 32 to 128 channels."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        blocks = [
+            _Basic(channels, width, stride)
+            for channels, width, stride in ((32, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1))
+        ]
+        stem = nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
+        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes))
+
+
 class Chain(nn.Sequential):
     """``depth`` 3x3 convolutions of 64 channels with BatchNorm and ReLU, then a mean and a Linear: time should be linear in depth."""
 
@@ -53,7 +79,10 @@ class Chain(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
-KINDS = {"VGG16": (VGG16, 32), "ResNeXt29": (ResNeXt29, 32), "ResNet-50": (ResNet50, 224), "SmallNet": (SmallNet, 32)}  # class, image side
+KINDS = {  # class, image side
+    "VGG16": (VGG16, 32), "ResNeXt29": (ResNeXt29, 32), "ResNet-50": (ResNet50, 224), "ResNet-14": (ResNet14, 32),
+    "SmallNet": (SmallNet, 32),
+}  # fmt: skip
 
 
 def plain(kind: str, where: torch.device) -> nn.Module:

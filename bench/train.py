@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ CASES = {
     "cpu": (("VGG16", 32), ("ResNeXt29", 16), ("SmallNet", 64), ("ResNet-50", 2), ("ResNet-50", 8)),
     "cuda": (("VGG16", 512), ("ResNeXt29", 256), ("ResNet-50", 128)),
 }
+COMPILED = {"cpu": (("ResNet-14", 32),), "cuda": (("VGG16", 512), ("ResNet-50", 128))}  # steps under torch.compile
 LIMIT = " (limit)"
 ALONE = "the noise alone" + LIMIT
 MOST = {"cpu": (1.10, 1.03), "cuda": (1.05, 1.01)}  # time and peak memory over the plain network's
@@ -46,17 +48,21 @@ def saved_bytes(run) -> int:
 
 
 class Step:
-    """A step of SGD with momentum on one batch, channels last, under autocast for a lower ``dtype``. Returns the loss."""
+    """A step of SGD with momentum on one batch, channels last, under autocast for a lower ``dtype``. Returns the loss.
 
-    def __init__(self, model: nn.Module, x: torch.Tensor, dtype: torch.dtype):
+    compiled: the network's forward and backward go through torch.compile, the optimiser does not.
+    """
+
+    def __init__(self, model: nn.Module, x: torch.Tensor, dtype: torch.dtype, compiled: bool = False):
         self.model = copy.deepcopy(model).train().to(memory_format=torch.channels_last)
+        self.run = torch.compile(self.model) if compiled else self.model
         self.x, self.dtype = x.contiguous(memory_format=torch.channels_last), dtype
         self.labels = torch.arange(len(x), device=x.device) % 10
         self.optimiser = torch.optim.SGD(self.model.parameters(), 1e-3, momentum=0.9)
 
     def loss(self):
         with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.dtype != torch.float32):
-            return nn.functional.cross_entropy(self.model(self.x), self.labels)
+            return nn.functional.cross_entropy(self.run(self.x), self.labels)
 
     def __call__(self):
         self.optimiser.zero_grad(set_to_none=True)
@@ -114,11 +120,7 @@ def measure(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[
     where, side = device(), networks.KINDS[kind][1]
     plain = networks.plain(kind, where)
     x = networks.images(batch, side, where)
-    models = {
-        "rse_fast": rse_fast.convert(copy.deepcopy(plain), *SIGMAS),
-        "eager noise layers": peers.eager_rse(plain, *SIGMAS),
-        "no noise" + LIMIT: plain,
-    }
+    models = _models(plain)
     steps = {name: Step(model, x, dtype) for name, model in models.items()}
     case = f"{kind} {side}x{side} B={batch} {str(dtype)[6:]}"
     builders = {name: lambda step=step: step for name, step in steps.items()} | {ALONE: lambda: NoiseAlone(steps["rse_fast"])}
@@ -154,6 +156,34 @@ def measure(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[
     return rows, wanted
 
 
+def _models(plain: nn.Module) -> dict[str, nn.Module]:
+    return {
+        "rse_fast": rse_fast.convert(copy.deepcopy(plain), *SIGMAS),
+        "eager noise layers": peers.eager_rse(plain, *SIGMAS),
+        "no noise" + LIMIT: plain,
+    }
+
+
+def measure_compiled(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[dict]]:
+    """One case under torch.compile: steps/s, and bytes saved for backward by the compiled graphs, for each implementation."""
+    where, side = device(), networks.KINDS[kind][1]
+    x = networks.images(batch, side, where)
+    torch._dynamo.reset()
+    steps = {name: Step(model, x, dtype, compiled=True) for name, model in _models(networks.plain(kind, where)).items()}
+    case = f"{kind} {side}x{side} B={batch} {str(dtype)[6:]}, compiled"
+    rows, medians = compare(
+        "train", case, "steps", "steps/s", 1, {name: lambda step=step: step for name, step in steps.items()}, check, seconds=5, least=7
+    )
+    saved = {name: step.saved() / 1e6 for name, step in steps.items() if selected(name)}
+    rows += [Row("train", case, name, "saved for backward", "MB", *[value] * 3) for name, value in saved.items()]
+    ours, eager, limit = steps
+    return rows, [
+        target("train", case, "step time over the plain network's", ratio(medians[limit], medians[ours]), 1.08, "x", at_most=True),
+        target("train", case, "against eager noise layers", ratio(medians[ours], medians[eager]), 2, "x"),
+        target("train", case, "bytes saved over the plain network's", ratio(saved.get(ours), saved.get(limit)), 1.01, "x", at_most=True),
+    ]
+
+
 def _captured(step: Step):
     run = Captured(lambda: (step(),))
     for _ in range(4):  # until it is replayed
@@ -168,8 +198,10 @@ def _milliseconds(row: Row) -> Row:
 
 
 def cases() -> dict:
+    dtypes, kind_of_device = (torch.float32, torch.bfloat16), device().type
+    eager = itertools.product(((measure, "", *case) for case in CASES[kind_of_device]), dtypes)
+    compiled = itertools.product(((measure_compiled, ", compiled", *case) for case in COMPILED[kind_of_device]), dtypes)
     return {
-        f"{kind} B={batch} {str(dtype)[6:]}": functools.partial(measure, kind, batch, dtype)
-        for kind, batch in CASES[device().type]
-        for dtype in (torch.float32, torch.bfloat16)
+        f"{kind} B={batch} {str(dtype)[6:]}{how}": functools.partial(run, kind, batch, dtype)
+        for (run, how, kind, batch), dtype in (*eager, *compiled)
     }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rse_fast
-from bench import ensemble, measure, networks, noise, peers, report, results, scaling
+from bench import ensemble, measure, networks, noise, peers, report, results, scaling, targets
 from bench.__main__ import main, measure_cases
 from rse_fast import reference
 
