@@ -215,7 +215,7 @@ def _launch(x, weight, dtype, noise, stride, padding, dilation, *, NOISE_IN, NOI
 
 
 def _plan(dtypes, shape_in, weight, shape_out, images, geometry, settled, tile: "Tile"):
-    """(kernel, programs, arguments behind tensors and words) for x of shape_in, y of shape_out [rows, OH, OW, Cout], whatever the dtypes."""
+    """(kernel, programs, arguments behind tensors and words) for x of shape_in, y of shape_out [rows, OH, OW, Cout], of any dtypes."""
     settled = dict(settled)
     rows_in, channels, height, width = shape_in
     rows_out, OH, OW, c_out = shape_out

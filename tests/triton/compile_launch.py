@@ -168,6 +168,10 @@ def test_it_goes_to_the_current_stream_of_the_tensors_device(launches, monkeypat
     """Two devices and their streams, which the driver that runs nothing only names."""
     current, streams = [0], {-1: 5, 0: 10, 1: 11}
 
+    class OnFirst(torch.Tensor):
+        def get_device(self):
+            return 0
+
     class OnSecond(torch.Tensor):
         def get_device(self):
             return 1
@@ -182,20 +186,21 @@ def test_it_goes_to_the_current_stream_of_the_tensors_device(launches, monkeypat
     monkeypatch.setattr(driver.active, "get_current_stream", lambda device: streams[device])
     monkeypatch.setattr(torch.cuda, "device", device)
     config._launches.clear()
-    x = torch.zeros(4, 16, 8, 8)
 
-    def launch(x):
+    def launch(kind):
         launches.clear()
+        x = torch.zeros(4, 16, 8, 8).as_subclass(kind)
         add_noise.add_noise(x, x, False, torch.tensor(0.1), torch.tensor(3), 0, 4, 1, 0, 0)
         ((_, stream, (_, _, where), *_),) = launches
         return stream, where
 
     for _ in range(2):  # searched, then remembered
-        assert launch(x.as_subclass(OnSecond)) == (11, 1) and current == [0]
+        assert launch(OnSecond) == (11, 1) and current == [0]
+        assert launch(OnFirst) == (10, 0)
     streams[1] = 12
-    assert launch(x.as_subclass(OnSecond)) == (12, 1)
+    assert launch(OnSecond) == (12, 1)
     current[0] = 1
-    assert launch(x.as_subclass(OnSecond)) == (12, 1)
+    assert launch(OnSecond) == (12, 1) and launch(OnFirst) == (10, 0) and current == [1]
 
 
 def test_shapes_without_end_do_not_fill_the_memory(launches, monkeypatch):
