@@ -20,7 +20,7 @@ import rse_fast
 from rse_fast import functional, ops
 from rse_fast.kernels.triton import conv
 
-from . import measure, networks, train
+from . import measure, networks, results, train
 from .peers import eager_noise
 
 GIB = 2**30
@@ -208,7 +208,7 @@ def environment() -> dict:
             "triton": triton.__version__,
             "cuda": torch.version.cuda,
         },
-        "commit": output("git", "rev-parse", "HEAD") or "unknown",
+        "commit": results.commit(Path(rse_fast.__file__).parent),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -270,7 +270,7 @@ def run() -> tuple[list[measure.Row], list[dict]]:
 
 def cases() -> dict:
     """Empty where there is no GPU."""
-    return {"all": run} if torch.cuda.is_available() else {}
+    return {"all": run} if measure.device().type == "cuda" else {}
 
 
 def cases_of_noise() -> list[tuple[torch.dtype, torch.memory_format]]:
@@ -283,7 +283,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/device"), help="folder for the results (default: %(default)s)")
     parser.add_argument("--once", choices=("flat", "planar"), help="launch one kernel and measure nothing")
     parser.add_argument("--host", action="store_true", help="profile the host in training steps and measure nothing else")
+    parser.add_argument("--list", action="store_true", help="print what would be measured, launch and measure nothing")
     arguments = parser.parse_args()
+    if arguments.list:
+        noise = [f"add_noise {str(dtype)[6:]} {str(layout)[6:]}" for dtype, layout in cases_of_noise()]
+        print("\n".join([*noise, *(f"convolution {name}" for name in CONVOLUTIONS)]))
+        return 0
     if arguments.host:
         host()
         return 0
