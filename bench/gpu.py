@@ -17,7 +17,8 @@ import triton
 from triton.testing import do_bench
 
 import rse_fast
-from rse_fast import functional, ops
+from rse_fast import autograd, functional
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels.triton import conv
 
 from . import measure, networks, results, train
@@ -55,7 +56,7 @@ def check() -> None:
             calls = {
                 "add_noise": (lambda b, y=y: functional.add_noise(y, sigma, seed=seed, backend=b), epsilon, 1e-3),
                 "activate_noise": (lambda b, y=y: functional.activate_noise(y, sigma, seed=seed, pool=True, backend=b)[0], epsilon, 1e-3),
-                "sigma_grad": (lambda b, y=y: ops.sigma_grad(y, seed, 0, 3, 1, 0, 0, True, b), 1e-3, 1e-1),
+                "sigma_grad": (lambda b, y=y: autograd.sigma_grad(y, NoiseAddress(seed, 0, 3), True, b), 1e-3, 1e-1),
                 "conv_activate_noise": (
                     lambda b, y=y, w=w: functional.conv_activate_noise(y, w, each, seed=seed, scale=each, act="relu", backend=b), 2e-2, 0.5
                 ),
@@ -144,7 +145,7 @@ def other_cases() -> list[Row]:
             f"sigma_grad bfloat16 channels_last 1 GiB, {'per channel' if per_channel else 'total'}",
             {
                 "sum (reads alone)": lambda: packed.sum(dtype=torch.float32),
-                "rse_fast": lambda p=per_channel: ops.sigma_grad(packed, seed, 0, 2048, 1, 0, 0, p, "triton"),
+                "rse_fast": lambda p=per_channel: autograd.sigma_grad(packed, NoiseAddress(seed, 0, 2048), p, "triton"),
             },
             packed.numel() * 2 / 1e9,
         )
@@ -165,7 +166,7 @@ def convolution_case(name: str) -> tuple[list[Row], list[str]]:
     x = torch.randn(images, c_in, size, size, device="cuda", dtype=torch.bfloat16).contiguous(**last)
     w = torch.randn(c_out, c_in, kernel, kernel, device="cuda", dtype=torch.bfloat16).contiguous(**last)
     seed, sigma, each = torch.tensor(7, device="cuda"), torch.tensor(0.1, device="cuda"), torch.rand(c_out, device="cuda")
-    noise, pad = (sigma, seed, 0, images, 1, 0, 0), (kernel // 2, kernel // 2)
+    noise, pad = (sigma, NoiseAddress(seed, 0, images)), (kernel // 2, kernel // 2)
     geometry = ((1, 1), pad, (1, 1))
     plain = lambda x: torch.nn.functional.conv2d(x, w, padding=pad)  # noqa: E731
     epilogue = lambda dtype: conv.conv_activate_noise(narrow[dtype], weights[dtype], *noise, each, each, True, *geometry)  # noqa: E731
@@ -175,9 +176,9 @@ def convolution_case(name: str) -> tuple[list[Row], list[str]]:
     narrow, weights = {d: x.to(d) for d in dtypes}, {d: w.to(d) for d in dtypes}
     implementations = {
         "vendor without noise": lambda: plain(x),
-        "separate": lambda: plain(ops.add_noise(x, *noise, None, None, False, "triton")),
+        "separate": lambda: plain(autograd.add_noise(x, *noise, backend="triton")),
         "in_kernel": lambda: conv.noisy_conv(x, w, None, *noise, *geometry),
-        "vendor, then affine relu noise": lambda: ops.add_noise(plain(x), *noise, each, each, True, "triton"),
+        "vendor, then affine relu noise": lambda: autograd.add_noise(plain(x), *noise, each, each, True, "triton"),
         **{f"epilogue {str(d)[6:]}": lambda d=d: epilogue(d) for d in dtypes},
     }
     case = f"conv {name}: {images}x{c_in}x{size}x{size} to {c_out}, {kernel}x{kernel}"
@@ -301,11 +302,7 @@ def main() -> int:
     convolutions = [convolution_case(name) for name in CONVOLUTIONS]
     rows += [row for found, _ in convolutions for row in found]
     choices = [line for _, lines in convolutions for line in lines]
-    held = all(
-        r.of_copy >= TARGET
-        for r in rows
-        if r.case.startswith("add_noise bfloat16") and r.implementation == "rse_fast"
-    )
+    held = all(r.of_copy >= TARGET for r in rows if r.case.startswith("add_noise bfloat16") and r.implementation == "rse_fast")
     where = environment()
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": where, "rows": [asdict(r) for r in rows], "choices": choices}, indent=1)

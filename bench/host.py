@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import torch
 
 import rse_fast
+from rse_fast.address import NoiseAddress
 
 from . import peers
 from .measure import Row, device, percentiles, selected
@@ -76,12 +77,12 @@ def launches() -> dict[str, tuple[float, float, float]]:
     from rse_fast.kernels.triton import add_noise, config
 
     x = torch.zeros(2, 64, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    y, sigma, seed = torch.empty_like(x), torch.tensor(0.1), torch.tensor(7)
+    y, sigma, at = torch.empty_like(x), torch.tensor(0.1), NoiseAddress(torch.tensor(7), 0, len(x))
     kernel, programs, others = add_noise._plan(True, x.dtype, x.shape, y.shape, 2, False, (False, False), *[False] * 4, config.BARE)
-    tensors = (x, y, None, sigma, None, None, seed, None)
+    tensors = (x, y, None, sigma, None, None, at.seed, None)
     return microseconds(
         {
-            "rse_fast": lambda: add_noise.add_noise(x, y, True, sigma, seed, 0, 2, 1, 0, 0),
+            "rse_fast": lambda: add_noise.add_noise(x, y, True, sigma, at),
             "Triton's own launch": lambda: kernel[(programs,)](*tensors, 0, 0, 0, **others),
         }
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from rse_fast import functional, reference
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import build
 
@@ -27,7 +28,7 @@ def check_reference(where: torch.device, dtype: torch.dtype, layout: torch.memor
     """Raises unless the op equals the float64 reference on a small input: what is timed is what is tested."""
     x = torch.randn(3, 8, 9, 7, device=where).to(dtype).contiguous(memory_format=layout)
     got = functional.add_noise(x, SIGMA, seed=5).double().cpu()
-    want = reference.add_noise(x.double().cpu(), torch.tensor(SIGMA), torch.tensor(5), 0, 3, 1)
+    want = reference.add_noise(x.double().cpu(), torch.tensor(SIGMA), *NoiseAddress(torch.tensor(5), 0, len(x)))
     step = want.abs().max() * torch.finfo(dtype).eps + (1e-6 if where.type == "cpu" else 1e-3)
     if not (got - want).abs().max() <= step:
         raise Refused(f"add_noise differs from the reference by {(got - want).abs().max():.3g}")
@@ -84,9 +85,10 @@ def measure(dtype: torch.dtype, layout: torch.memory_format, label: str) -> tupl
     def kernel():  # alone, into memory that is already mapped
         if cpu.load().handle is None:
             raise RuntimeError(cpu.load().problem)
+        at = NoiseAddress(seed, 0, images)
 
         def run():
-            cpu.add_noise(next(inputs), out, flat, sigma, seed, 0, images, 1, 0, 0, None, None, False)
+            cpu.add_noise(next(inputs), out, flat, sigma, at, None, None, False)
             return out
 
         return run

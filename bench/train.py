@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import rse_fast
-from rse_fast import functional, reference
+from rse_fast import functional
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels import cpu
+from rse_fast.layout import layout
 from rse_fast.nn import noise_layers
 from rse_fast.train.captured import Captured
 
@@ -95,7 +97,7 @@ class NoiseAlone:
                 out = functional.add_noise(x, sigma, seed=self.seed)
             else:
                 out = self.out[: x.numel()].as_strided(x.shape, x.stride())
-                cpu.add_noise(x, out, reference.layout(x) == "flat", sigma, self.seed, 0, len(x), 1, 0, 0, None, None, False)
+                cpu.add_noise(x, out, layout(x) == "flat", sigma, NoiseAddress(self.seed, 0, len(x)), None, None, False)
         return out.flatten()[0]
 
 

@@ -53,7 +53,7 @@ _REARRANGE = {  # what may stand between the image and its noise: the same numbe
     _aten.view, _aten._unsafe_view, _aten._reshape_alias, _aten.permute, _aten.transpose, _aten.t, _aten.unsqueeze, _aten.squeeze,
     _aten.clone, _aten.detach, _aten.alias, _aten._to_copy,
 }  # fmt: skip
-_NOISE = {ops.add_noise, ops.noisy_conv, ops.noisy_linear}
+_NOISE = {ops.add_noise}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def certify(
     radii = [] if radii is None else [float(r) for r in np.atleast_1d(radii)]
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and not negative, got {radii}")
-    x, seed = ensemble._input(x), ensemble._call_seed(seed)
+    x, seed = ensemble.images(x), ensemble.draw_seed(seed)
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, got infinite or NaN values")
     image_offset = functional.first_image(image_offset, len(x))
@@ -235,8 +235,7 @@ def on_grid(t: torch.Tensor, step: float) -> torch.Tensor:
 @torch.inference_mode()
 def _votes(ensemble, layer, x, index, start, stop, seed):
     """Votes int64 [A, K] of draws start .. stop - 1 of images x [A, ...], whose indices are ``index`` int64 [A]."""
-    with ensemble._model(x) as model:
-        votes = torch.zeros(len(x), model.classes, dtype=torch.int64, device=x.device)
+    votes = torch.zeros(len(x), ensemble.prepared(x).classes, dtype=torch.int64, device=x.device)
     seed, sigma = functional.seed_tensor(seed, x.device), layer.current_sigma()
     step = grid_step(float(sigma))
     for image, draw in plan.chunks(len(x), stop - start, ensemble.rows(x)):
@@ -323,17 +322,16 @@ def _check_rows(ensemble, x):
     images = torch.cat([x[:1], 1 - x[:1]])
     sample_ids, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
 
-    with ensemble._model(x) as model:
-        random = model.runner.random
+    runner = ensemble.prepared(x).runner
 
     def logits(rows):
         return ensemble.logits_at(images[:rows], sample_ids[:rows], 1, seed)[0, :1].float()
 
     expected = logits(2)
-    compute = torch.bfloat16 if ensemble.dtype == "int8" else ensemble._resolve_dtype(x.device)
+    compute = torch.bfloat16 if ensemble.dtype == "int8" else runner.compute
     limit = torch.finfo(compute).eps ** 0.5 * expected.norm()
     rule = "model must treat each row of a batch by itself to be certified; it"
-    if random or (logits(2) - expected).norm() > limit:
+    if runner.random or (logits(2) - expected).norm() > limit:
         raise ValueError(f"{rule} draws random numbers of its own, which the rows of a batch may share")
     if (logits(1) - expected).norm() > limit:
         raise ValueError(f"{rule} gives an image other logits beside another image, as BatchNorm without running statistics does")

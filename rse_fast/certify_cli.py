@@ -81,7 +81,7 @@ def run(argv: list[str]) -> dict:
     sigma = float(input_noise(model, x).current_sigma())
     settings = facts | {
         "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha, "radii": args.radius,
-        "dtype": str(ensemble._resolve_dtype(torch.device(args.device)))[6:],
+        "dtype": str(ensemble.prepared(x).runner.compute)[6:],
     }  # fmt: skip
     settings = workload.open_folder(args.out, "certify.json", settings, args.seed) | {"every": args.every}
     return _run(args, ensemble, part, rows, settings, shlex.join(["rse-fast", "certify", *argv]))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rse_fast import functional, ops
+from rse_fast import functional, noise
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
 from rse_fast.trace import Tracer
 
@@ -157,14 +157,17 @@ def noise_off(model: nn.Module):
     layers = list(noise_layers(model).values())
     if not layers:
         raise ValueError("model must have noisy layers, got none; convert(model) first")
-    before = [layer.noise_enabled for layer in layers]
+    before = [vars(layer).get("noise_enabled") for layer in layers]  # None: the class's own
     try:
         for layer in layers:
             layer.noise_enabled = False
         yield model
     finally:
         for layer, enabled in zip(layers, before, strict=True):
-            layer.noise_enabled = enabled
+            if enabled is None:
+                vars(layer).pop("noise_enabled", None)
+            else:
+                layer.noise_enabled = enabled
 
 
 # ------------------------------------------------------------------------------------------------------------------- describe
@@ -206,8 +209,8 @@ def describe(model: nn.Module) -> Description:
         like = next((p for n, p in layer.named_parameters(recurse=False) if n != "sigma_raw"), layer.current_sigma())
         sigma = layer.current_sigma().tolist()
         own = isinstance(layer, (NoisyConv1d, NoisyConv2d, NoisyConv3d))  # others add noise, then run a forward of their own
-        noise = ops.noise_choice(layer.weight, layer.groups) if own else "separate"
-        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, ops.active_backend(like), noise))
+        where = noise.choice(layer.weight, layer.groups) if own else "separate"
+        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, noise.active_backend(like), where))
     return Description(tuple(layers))
 
 

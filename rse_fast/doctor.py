@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rse_fast import ops
+from rse_fast import noise
 from rse_fast.kernels.cpu import loader
 
 SEEDS = {
@@ -107,9 +107,9 @@ def _library() -> dict:
 def _backends(library: dict, cuda: dict) -> dict:
     """What `backend="auto"` takes on each device at hand; None where the environment asks for a unit that is not there, an error then."""
     broken = library["path"] is None
-    active = {"cpu": {"backend": None if broken else ops.active_backend(torch.empty(0)), "unit": library["unit"]}}
+    active = {"cpu": {"backend": None if broken else noise.active_backend(torch.empty(0)), "unit": library["unit"]}}
     for index in range(len(cuda["devices"])):
-        active[f"cuda:{index}"] = {"backend": ops.active_backend(torch.empty(0, device=f"cuda:{index}")), "unit": None}
+        active[f"cuda:{index}"] = {"backend": noise.active_backend(torch.empty(0, device=f"cuda:{index}")), "unit": None}
     return active
 
 

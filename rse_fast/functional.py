@@ -1,8 +1,8 @@
-"""Public functions: they check their arguments, choose the backend and call `ops`.
+"""Public functions: they check their arguments, choose the backend and call `autograd` or `ops`.
 
 Every function takes ``seed`` (an int, taken modulo 2^64, or an int64 tensor of one value) and addresses eps by it: ``stream`` is the
-layer, row ``d * images + i`` of the result is draw ``draw_offset + d`` of image ``image_offset + i``. An input of ``images`` rows is packed lazily:
-each image is read once and comes out ``draws`` times. An input of ``draws * images`` rows keeps its rows.
+layer, row ``d * images + i`` of the result is draw ``draw_offset + d`` of image ``image_offset + i``. An input of ``images`` rows is
+packed lazily: each image is read once and comes out ``draws`` times. An input of ``draws * images`` rows keeps its rows.
 """
 
 import math
@@ -11,8 +11,10 @@ import operator
 
 import torch
 
-from rse_fast import ops
+from rse_fast import autograd, ops
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels import cpu, triton
+from rse_fast.layout import layout
 
 __all__ = ["activate_noise", "add_noise", "add_noise_", "add_noise_u8", "conv_activate_noise", "noisy_conv", "noisy_conv2d", "noisy_linear"]
 
@@ -23,9 +25,9 @@ _MAX = torch.finfo(torch.float32).max
 
 
 def add_noise(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, scale=None, shift=None, act=None, channel_dim=1, backend="auto",
-    sample_ids=None,
-) -> torch.Tensor:
+    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None, act=None,
+    channel_dim=1, backend="auto",
+) -> torch.Tensor:  # fmt: skip
     """``act(x * scale + shift) + sigma * eps``, computed in float32 and rounded once (to nearest even) to the dtype of ``x``.
 
     Args:
@@ -52,38 +54,37 @@ def add_noise(
     dense = x.is_contiguous()
     x = x.movedim(channel_dim, 1)
     channels = x.shape[1]
-    backend = _check_backend(backend, x)
-    noise = _noise(x, channels, sigma, seed, stream, images, draws, image_offset, draw_offset)
+    backend = check_backend(backend, x)
+    sigma, at = _address(x, channels, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
     scale, shift = _affine("scale", scale, channels, x), _affine("shift", shift, channels, x)
-    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
-    y = ops.add_noise(x, *noise, scale, shift, act == "relu", backend, sample_ids).movedim(1, channel_dim)
+    y = autograd.add_noise(x, sigma, at, scale, shift, act == "relu", backend).movedim(1, channel_dim)
     return y.contiguous() if dense else y  # copies only where the channels stand between other dimensions
 
 
 def add_noise_(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, scale=None, shift=None, act=None, backend="auto", sample_ids=None
-) -> torch.Tensor:
+    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None, act=None,
+    backend="auto",
+) -> torch.Tensor:  # fmt: skip
     """`add_noise` in the memory of ``x``, which it returns: x [draws * images, C, *spatial] has a row for each of the result's and is
     contiguous or channels last. For inference: it has no gradient. Everything else as in `add_noise`. Raises RuntimeError where an input
     requires a gradient."""
     _check_input("x", x, minimum=2)
     if act not in (None, "relu"):
         raise ValueError(f"act must be None or 'relu', got {act!r}")
-    if not ops.writable(x):
+    if layout(x) is None:
         raise ValueError(f"x must be contiguous or channels last to be written in place, got strides {x.stride()}")
-    backend = _check_backend(backend, x)
-    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset)
-    if x.shape[0] != noise[3] * noise[4]:
-        raise ValueError(f"x must have draws * images = {noise[3] * noise[4]} rows to be written in place, got {x.shape[0]}")
+    backend = check_backend(backend, x)
+    sigma, at = _address(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
+    if x.shape[0] != at.rows:
+        raise ValueError(f"x must have draws * images = {at.rows} rows to be written in place, got {x.shape[0]}")
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
-    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
-    ops.add_noise_(x, *noise, scale, shift, act == "relu", backend, sample_ids)
+    autograd.add_noise_(x, sigma, at, scale, shift, act == "relu", backend)
     return x
 
 
 def activate_noise(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, scale=None, shift=None, act=None, pool=False, keep=True,
-    backend="auto", sample_ids=None,
+    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None, act=None,
+    pool=False, keep=True, backend="auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(noisy, clean) in one pass, for networks whose activation goes on with and without noise. For inference: it has no gradient.
 
@@ -98,16 +99,15 @@ def activate_noise(
     _check_windows(x, pool)
     if act not in (None, "relu"):
         raise ValueError(f"act must be None or 'relu', got {act!r}")
-    backend = _check_backend(backend, x)
-    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset)
+    backend = check_backend(backend, x)
+    sigma, at = _address(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
-    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
-    return ops.activate_noise(x, *noise, scale, shift, act == "relu", bool(pool), backend, sample_ids, bool(keep))
+    return autograd.activate_noise(x, sigma, at, scale, shift, act == "relu", bool(pool), backend, bool(keep))
 
 
 def add_noise_u8(
-    x, sigma, step, zero_point, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, scale=None, shift=None, act=None, pool=False,
-    backend="auto", sample_ids=None,
+    x, sigma, step, zero_point, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, scale=None,
+    shift=None, act=None, pool=False, backend="auto",
 ) -> torch.Tensor:  # fmt: skip
     """``saturate(zero_point + rint((act(x * scale + shift) + sigma * eps) / step))`` as uint8: the noise is the quantiser's dither.
 
@@ -127,17 +127,16 @@ def add_noise_u8(
         raise ValueError(f"act must be None or 'relu', got {act!r}")
     if backend == "triton":
         raise ValueError("backend must be 'auto', 'cpu' or 'torch' for bytes, got 'triton'")
-    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset)
+    sigma, at = _address(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
-    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
-    backend = _check_backend(backend, x, cpu.BYTE_DTYPES)
+    backend = check_backend(backend, x, cpu.BYTE_DTYPES)
     step, zero_point = float(step), integer("zero_point", zero_point)
-    return ops.add_noise_u8(x, step, zero_point, *noise, scale, shift, act == "relu", bool(pool), backend, sample_ids)
+    return ops.add_noise_u8(x, step, zero_point, sigma, *at, scale, shift, act == "relu", bool(pool), backend)
 
 
 def noisy_conv2d(
-    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0,
-    stride=1, padding=0, dilation=1, groups=1, backend="auto", sample_ids=None,
+    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None,
+    stride=1, padding=0, dilation=1, groups=1, backend="auto",
 ) -> torch.Tensor:  # fmt: skip
     """``conv2d(x + sigma * eps, weight, bias)``: zero padding stays exactly zero, noise is on real pixels only.
 
@@ -154,29 +153,28 @@ def noisy_conv2d(
 
 
 def noisy_conv(
-    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0,
-    stride=1, padding=0, dilation=1, groups=1, backend="auto", sample_ids=None,
+    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None,
+    stride=1, padding=0, dilation=1, groups=1, backend="auto",
 ) -> torch.Tensor:  # fmt: skip
     """`noisy_conv2d` for one, two or three spatial dimensions, as many as ``weight`` [Cout, Cin / groups, *kernel] has."""
     stride, dilation, groups = _convolution(x, weight, stride, dilation, groups)
     spatial = len(stride)
     _check_bias(bias, weight.shape[0])
-    x, weight, bias = _autocast(x, weight, bias)
-    noise = _noise(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset)
-    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
-    backend = _check_backend(backend, x)
+    x, weight, bias = autocast(x, weight, bias)
+    sigma, at = _address(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
+    backend = check_backend(backend, x)
     padding = _padding(padding, weight, stride, dilation)
     if isinstance(padding, list):
         # Zeros go around the noisy input, so noise has to come first here.
-        y = ops.add_noise(x, *noise, None, None, False, backend, sample_ids)
+        y = autograd.add_noise(x, sigma, at, backend=backend)
         y = torch.nn.functional.pad(y, [side for pair in reversed(padding) for side in pair])
         return torch.convolution(y, weight, bias, stride, (0,) * spatial, dilation, False, (0,) * spatial, groups)
-    return ops.noisy_conv(x, weight, bias, *noise, stride, padding, dilation, groups, backend, sample_ids)
+    return autograd.noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend)
 
 
 def conv_activate_noise(
-    x, weight, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, scale=None, shift=None, act=None,
-    stride=1, padding=0, dilation=1, groups=1, dtype=None, backend="auto", sample_ids=None,
+    x, weight, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None,
+    act=None, stride=1, padding=0, dilation=1, groups=1, dtype=None, backend="auto",
 ) -> torch.Tensor:  # fmt: skip
     """``act(conv(x, weight) * scale + shift) + sigma * eps``: a convolution with what follows it up to the next layer's noise.
 
@@ -198,7 +196,7 @@ def conv_activate_noise(
     if act not in (None, "relu"):
         raise ValueError(f"act must be None or 'relu', got {act!r}")
     if x.dtype not in triton.LOW_PRECISION:
-        x, weight, _ = _autocast(x, weight, None)
+        x, weight, _ = autocast(x, weight, None)
     padding = _padding(padding, weight, stride, dilation)
     if not isinstance(padding, tuple):
         raise ValueError(f"padding must be symmetric, which 'same' is not for a kernel of {tuple(weight.shape[2:])}")
@@ -206,15 +204,16 @@ def conv_activate_noise(
     sizes = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(x.shape[2:], padding, reach, stride, strict=True)]
     if min(sizes) < 1:
         raise ValueError(f"x must be as large as the kernel's reach {reach} without its padding {padding}, got shape {tuple(x.shape)}")
-    backend = _check_backend(backend, x, (*cpu.DTYPES, *triton.LOW_PRECISION), (*triton.DTYPES, *triton.LOW_PRECISION))
-    noise = _noise(x, weight.shape[0], sigma, seed, stream, images, draws, image_offset, draw_offset, math.prod(sizes))
+    backend = check_backend(backend, x, (*cpu.DTYPES, *triton.LOW_PRECISION), (*triton.DTYPES, *triton.LOW_PRECISION))
+    sigma, at = _address(x, weight.shape[0], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids, math.prod(sizes))
     scale, shift = _affine("scale", scale, weight.shape[0], x), _affine("shift", shift, weight.shape[0], x)
-    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
-    more = scale, shift, act == "relu", stride, padding, dilation, groups, dtype, backend, sample_ids
-    return ops.conv_activate_noise(x, weight, *noise, *more)
+    more = scale, shift, act == "relu", stride, padding, dilation, groups, dtype, backend
+    return ops.conv_activate_noise(x, weight, sigma, *at, *more)
 
 
-def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, backend="auto", sample_ids=None):
+def noisy_linear(
+    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, backend="auto"
+) -> torch.Tensor:
     """``linear(x + sigma * eps, weight, bias)``: x [images or draws * images, *, in_features], features as channels.
 
     Saves the clean ``x`` for backward. Arguments and errors as in `add_noise`; weight [out_features, in_features].
@@ -223,10 +222,9 @@ def noisy_linear(x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be a tensor [out_features, {x.shape[-1]}], got {_describe(weight)}")
     _check_bias(bias, weight.shape[0])
-    x, weight, bias = _autocast(x, weight, bias)
-    noise = _noise(x, x.shape[-1], sigma, seed, stream, images, draws, image_offset, draw_offset)
-    sample_ids = _sample_ids(sample_ids, *noise[3:5], x.device)
-    return ops.noisy_linear(x, weight, bias, *noise, _check_backend(backend, x), sample_ids)
+    x, weight, bias = autocast(x, weight, bias)
+    sigma, at = _address(x, x.shape[-1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
+    return autograd.noisy_linear(x, weight, bias, sigma, at, check_backend(backend, x))
 
 
 # ------------------------------------------------------------------------------------------------------------------ arguments
@@ -239,6 +237,7 @@ def seed_tensor(seed, device) -> torch.Tensor:
         return seed if seed.device == device else seed.to(device)
     value = integer("seed", seed)
     if not -(2**63) <= value < 2**63:
+        value = operator.index(value)  # a compiler's symbolic integers have 64 bits with the sign: a larger one is made a constant
         value = (value + 2**63) % 2**64 - 2**63
     return torch.full((), value, dtype=torch.int64, device=device)  # made there: a copy could not be captured in a CUDA graph
 
@@ -259,8 +258,10 @@ def check_sigma(name: str, sigma) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {sigma}")
 
 
-def _noise(x, channels, sigma, seed, stream, images, draws, image_offset, draw_offset, positions=None) -> tuple:
-    """The arguments that all ops share, checked: (sigma, seed, stream, images, draws, image_offset, draw_offset).
+def _address(
+    x, channels, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids, positions=None
+) -> tuple[torch.Tensor, NoiseAddress]:
+    """(sigma, the noise's address), checked and on x's device.
 
     The noise is on ``channels`` channels at ``positions`` positions a row, those of x by default.
     """
@@ -280,21 +281,23 @@ def _noise(x, channels, sigma, seed, stream, images, draws, image_offset, draw_o
         names = "stream", "image_offset + images", "draw_offset + draws", "the number of channel quads in a sample"
         name, value = next((n, v) for n, v in zip(names, last, strict=True) if v > _WORD)
         raise ValueError(f"{name} must fit the 32-bit counter (at most 2^32), got {value}")
-    if stream < 0 or image_offset < 0 or draw_offset < 0:
-        name, value = next((n, v) for n, v in (("stream", stream), ("image_offset", image_offset), ("draw_offset", draw_offset)) if v < 0)
-        raise ValueError(f"{name} must not be negative, got {value}")
+    for name, value in (("stream", stream), ("image_offset", image_offset), ("draw_offset", draw_offset)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    sigma, sample_ids = _sigma(sigma, channels, x), _sample_ids(sample_ids, images, draws, x.device)
+    return sigma, NoiseAddress(seed_tensor(seed, x.device), stream, images, draws, image_offset, draw_offset, sample_ids)
+
+
+def _sigma(sigma, channels, x):
     check_sigma("sigma", sigma)
-    if isinstance(sigma, torch.Tensor):
-        if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] not in (1, channels)):
-            raise ValueError(f"sigma must be a scalar or one value for each of {channels} channels, got shape {tuple(sigma.shape)}")
-        sigma = sigma.reshape(()) if sigma.dim() and sigma.numel() == 1 and channels != 1 else sigma
-        if sigma.device != x.device or sigma.dtype not in (torch.float32, torch.float64):
-            sigma = sigma.to(x.device, torch.float32)
-        if sigma.dtype == torch.float64 and x.dtype != torch.float64:
-            sigma = sigma.float()
-    else:
-        sigma = torch.full((), float(sigma), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
-    return sigma, seed_tensor(seed, x.device), stream, images, draws, image_offset, draw_offset
+    if not isinstance(sigma, torch.Tensor):
+        return torch.full((), float(sigma), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] not in (1, channels)):
+        raise ValueError(f"sigma must be a scalar or one value for each of {channels} channels, got shape {tuple(sigma.shape)}")
+    sigma = sigma.reshape(()) if sigma.dim() and sigma.numel() == 1 and channels != 1 else sigma
+    if sigma.device != x.device or sigma.dtype not in (torch.float32, torch.float64):
+        sigma = sigma.to(x.device, torch.float32)
+    return sigma.float() if sigma.dtype == torch.float64 and x.dtype != torch.float64 else sigma
 
 
 def _sample_ids(sample_ids, images, draws, device):
@@ -340,7 +343,8 @@ def _check_bias(bias, channels):
         raise ValueError(f"bias must be None or a tensor [{channels}], got {_describe(bias)}")
 
 
-def _check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES), triton_dtypes=triton.DTYPES) -> str:
+def check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES), triton_dtypes=triton.DTYPES) -> str:
+    """``backend``, if it is "auto" or takes tensors like ``x`` here; raises what says why it does not otherwise."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "cpu":
@@ -362,8 +366,13 @@ def _check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES), triton_dtypes=trito
     return backend
 
 
-def _autocast(x, weight, bias):
-    """The casts that autocast gives a plain convolution or linear layer; it does not look inside our ops. float64 it leaves alone."""
+def autocast(x, weight, bias):
+    """(x, weight, bias) with the casts that autocast gives a plain convolution or linear layer; it does not look inside our ops.
+
+    Autocast leaves float64 alone.
+    """
+    if not torch._C._is_any_autocast_enabled():  # at once, for every layer of every pass
+        return x, weight, bias
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))

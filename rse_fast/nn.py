@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from rse_fast import functional
+from rse_fast import autograd, functional
+from rse_fast.address import NoiseAddress
 
 __all__ = ["GaussianNoise", "NoisyConv1d", "NoisyConv2d", "NoisyConv3d", "NoisyLinear"]
 
@@ -24,8 +25,9 @@ class Scope:
     """Fixes the noise of every layer called within ``with scope:`` on this thread.
 
     seed: int64 tensor of one value. A batch of ``images`` rows leaves the first noisy layer as ``draws * images`` rows (lazy packing);
-    rows are draws ``draw_offset ..`` of images ``image_offset ..``, or of the (image, first draw) of each row of ``sample_ids``. A layer's stream is its
-    index in the model, plus the number of its earlier calls within the scope in the high half of the word: one scope is one forward pass.
+    rows are draws ``draw_offset ..`` of images ``image_offset ..``, or of the (image, first draw) of each row of ``sample_ids``. A layer's
+    stream is its index in the model, plus the number of its earlier calls within the scope in the high half of the word: one scope is one
+    forward pass.
     ``silent``: the stream of a layer whose first call adds no noise, because the caller has added it already.
 
     Activation checkpointing goes around a scope: one inside would run again in backward, where no scope is left, and is refused.
@@ -50,9 +52,10 @@ class Scope:
     def __exit__(self, *error):
         _active.scope = self._outer
 
-    def arguments(self, layer: "NoiseLayer", x: torch.Tensor) -> dict:
+    def noise(self, layer: "NoiseLayer", x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
+        """What `NoiseLayer.noise` returns for a call of ``layer`` on ``x`` within this scope."""
         rows = x.shape[0]
-        if rows not in (self.images, self.images * self.draws):
+        if rows != self.images and rows != self.images * self.draws:
             raise ValueError(
                 f"a noisy layer got {rows} rows where {self.images} images in {self.draws} draws are under way: the model must keep "
                 "the batch as its first dimension, one row an image"
@@ -62,11 +65,11 @@ class Scope:
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
         sigma = layer.current_sigma()
-        return {
-            "sigma": torch.zeros_like(sigma) if call == 0 and layer.stream == self.silent else sigma,
-            "seed": self.seed, "stream": layer.stream + (call << 16), "images": self.images, "draws": self.draws,
-            "image_offset": self.image_offset, "draw_offset": self.draw_offset, "backend": self.backend, "sample_ids": self.sample_ids,
-        }  # fmt: skip
+        if call == 0 and layer.stream == self.silent:
+            sigma = torch.zeros_like(sigma)
+        stream = layer.stream + (call << 16)
+        at = NoiseAddress(self.seed, stream, self.images, self.draws, self.image_offset, self.draw_offset, self.sample_ids)
+        return sigma, at, self.backend
 
     def _refuse_checkpointing(self):
         frame = sys._getframe(1)
@@ -79,12 +82,12 @@ class Scope:
             frame = frame.f_back
 
 
-def ambient(device: torch.device) -> dict:
-    """A fresh seed from torch's generator of the device, and the distributed rank as the stream: equal generator seeds on all ranks must
-    not give equal noise."""
+def ambient(x: torch.Tensor) -> NoiseAddress:
+    """The address of fresh noise for a batch ``x``: a seed from torch's generator of the device, and the distributed rank as the stream,
+    since equal generator seeds on all ranks must not give equal noise."""
     distributed = torch.distributed
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    return {"seed": torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device), "stream": rank}
+    return NoiseAddress(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device), rank, x.shape[0])
 
 
 class NoiseLayer(nn.Module):
@@ -98,6 +101,7 @@ class NoiseLayer(nn.Module):
 
     stream = 0
     noise_enabled = True
+    channel_dim = 1
 
     def init_noise(self, sigma, learnable: bool = False) -> None:
         """Gives the layer its sigma (a number or a float32 tensor, 0-dim or one per channel, >= 0; > 0 if learnable)."""
@@ -109,6 +113,7 @@ class NoiseLayer(nn.Module):
             raise ValueError(f"sigma must be a number or {wanted}, got shape {tuple(value.shape)}")
         like = next(self.parameters(recurse=False), None)
         value = value if like is None else value.to(like.device)
+        value = value.reshape(()) if value.numel() == 1 and channels != 1 else value
         if learnable:
             self.sigma_raw = nn.Parameter(_raw(value))
         else:
@@ -133,11 +138,17 @@ class NoiseLayer(nn.Module):
         raw = self._parameters.get("sigma_raw")
         return self.sigma if raw is None else nn.functional.softplus(raw)
 
-    def noise_arguments(self, x: torch.Tensor) -> dict:
+    def noise(self, x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
+        """(sigma, address, backend) of the noise of one call on ``x``."""
         scope = getattr(_active, "scope", None)
-        if scope is not None:
-            return scope.arguments(self, x)
-        return {"sigma": self.current_sigma(), **ambient(x.device)}
+        return (self.current_sigma(), ambient(x), "auto") if scope is None else scope.noise(self, x)
+
+    def add_noise(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` plus the noise of one call; the channels are dimension ``channel_dim``."""
+        sigma, at, backend = self.noise(x)
+        if self.channel_dim == 1 and _fits(x, x.dim(), 1, sigma, at, backend):
+            return autograd.add_noise(x, sigma, at)
+        return functional.add_noise(x, sigma, **at._asdict(), channel_dim=self.channel_dim, backend=backend)
 
     def _apply(self, fn, recurse=True):
         # model.half() or .bfloat16() must not round sigma: noise arithmetic is float32 whatever the model's dtype.
@@ -184,9 +195,11 @@ class GaussianNoise(NoiseLayer):
         self.init_noise(sigma)
 
     def forward(self, x):
+        if isinstance(x, torch.fx.Proxy):
+            return _one_node(self, x)
         if not self.noise_enabled:
             return x
-        return functional.add_noise(x, channel_dim=self.channel_dim, **self.noise_arguments(x))
+        return self.add_noise(x)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, channel_dim={self.channel_dim}"
@@ -195,11 +208,11 @@ class GaussianNoise(NoiseLayer):
 class NoisyInput(NoiseLayer):
     """Mixin for a layer with a forward of its own: noise on its first input, then that forward. Channels are dimension 1."""
 
-    channel_dim = 1
-
     def forward(self, input, *args, **kwargs):
+        if isinstance(input, torch.fx.Proxy):
+            return _one_node(self, input, *args, **kwargs)
         if self.noise_enabled:
-            input = functional.add_noise(input, channel_dim=self.channel_dim, **self.noise_arguments(input))
+            input = self.add_noise(input)
         return super().forward(input, *args, **kwargs)
 
 
@@ -211,16 +224,24 @@ class _NoisyConv(NoisyInput):
         self.init_noise(sigma)
 
     def forward(self, input):  # the name that nn.ConvNd gives it: callers may use it
+        if isinstance(input, torch.fx.Proxy):
+            return _one_node(self, input)
+        weight, bias = self.weight, self.bias
         if not self.noise_enabled:
-            return self._conv_forward(input, self.weight, self.bias)
-        if input.dim() == len(self.kernel_size) + 1:  # one sample without a batch dimension
+            return self._conv_forward(input, weight, bias)
+        stride, padding, dilation, groups = self.stride, self.padding, self.dilation, self.groups
+        dimensions = input.dim()
+        if dimensions == len(stride) + 1:  # one sample without a batch dimension
             return self.forward(input.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":  # the padding repeats noisy pixels, so noise comes first
             return super().forward(input)
+        sigma, at, backend = self.noise(input)
+        if _fits(input, len(stride) + 2, 1, sigma, at, backend) and input.shape[1] == self.in_channels and type(padding) is tuple:
+            input, weight, bias = functional.autocast(input, weight, bias)
+            return autograd.noisy_conv(input, weight, bias, sigma, at, stride, padding, dilation, groups)
         return functional.noisy_conv(
-            input, self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
-            **self.noise_arguments(input),
-        )  # fmt: skip
+            input, weight, bias, sigma, **at._asdict(), stride=stride, padding=padding, dilation=dilation, groups=groups, backend=backend
+        )
 
 
 class NoisyConv1d(_NoisyConv, nn.Conv1d):
@@ -245,11 +266,40 @@ class NoisyLinear(NoisyInput, nn.Linear):
         self.init_noise(sigma)
 
     def forward(self, input):
+        if isinstance(input, torch.fx.Proxy):
+            return _one_node(self, input)
+        weight, bias = self.weight, self.bias
         if not self.noise_enabled:
-            return nn.functional.linear(input, self.weight, self.bias)
+            return nn.functional.linear(input, weight, bias)
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        return functional.noisy_linear(input, self.weight, self.bias, **self.noise_arguments(input))
+        sigma, at, backend = self.noise(input)
+        if _fits(input, input.dim(), -1, sigma, at, backend) and input.shape[-1] == self.in_features:
+            input, weight, bias = functional.autocast(input, weight, bias)
+            return autograd.noisy_linear(input, weight, bias, sigma, at)
+        return functional.noisy_linear(input, weight, bias, sigma, **at._asdict(), backend=backend)
+
+
+def _fits(x, dimensions, channel_dim, sigma, at, backend) -> bool:
+    """Whether a layer's call on ``x`` has nothing left to check, which `functional` would do at length.
+
+    What cannot change was checked when the layer was made, and its rows by the scope.
+    """
+    return (
+        backend == "auto"
+        and x.dim() == dimensions >= 2
+        and x.dtype in functional.FLOATS
+        and x.numel() <= 2**32  # so that the counter holds every position
+        and (sigma.dim() == 0 or sigma.shape[0] == x.shape[channel_dim])
+        and x.device == sigma.device == at.seed.device
+    )
+
+
+def _one_node(layer, *args, **kwargs):
+    """A noisy layer as one node of a graph that torch.fx traces, as torch's own layers are: it draws noise when the graph runs, and
+    branches on shapes that a tracer does not know."""
+    tracer = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
 
 
 def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:

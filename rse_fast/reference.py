@@ -11,8 +11,10 @@ key = (seed low, seed high) and counter = (quad, image, draw, stream) gives the 
 import numpy as np
 import torch
 
+from rse_fast.layout import packed_like
+
 __all__ = [
-    "activate", "add_noise", "add_noise_u8", "gaussian", "layout", "narrow", "noisy_conv", "noisy_linear", "normal", "philox", "sigma_grad",
+    "activate", "add_noise", "add_noise_u8", "gaussian", "narrow", "noisy_conv", "noisy_linear", "normal", "philox", "sigma_grad",
     "uniforms",
 ]  # fmt: skip
 
@@ -45,10 +47,10 @@ def uniforms(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gaussian(seed, stream, images, draws, channels, spatial, image_offset=0, draw_offset=0) -> np.ndarray:
-    """eps as float64 ``[draws * images, spatial, channels]``; row ``d * images + i`` is draw ``draw_offset + d`` of image ``image_offset + i``.
+    """eps as float64 ``[draws * images, spatial, channels]``.
 
-    ``seed`` is taken modulo 2^64, ``stream``, ``image_offset + images`` and ``draw_offset + draws`` must fit 32 bits; Box-Muller in float64 from the
-    float32 uniforms.
+    Row ``d * images + i`` is draw ``draw_offset + d`` of image ``image_offset + i``. ``seed`` is taken modulo 2^64; ``stream``,
+    ``image_offset + images`` and ``draw_offset + draws`` must fit 32 bits. Box-Muller in float64 from the float32 uniforms.
     """
     seed = int(seed) % 2**64
     groups = -(-channels // 4)
@@ -65,29 +67,6 @@ def gaussian(seed, stream, images, draws, channels, spatial, image_offset=0, dra
 
 
 # ------------------------------------------------------------------------------------------------------------- torch, any device
-def layout(x: torch.Tensor) -> str | None:
-    """How ``x`` [rows, C, *spatial] lies in memory: "planar" (contiguous), "flat" (channels last) or None (neither)."""
-    if x.is_contiguous():
-        return "planar"
-    if x.dim() == 4:
-        return "flat" if x.is_contiguous(memory_format=torch.channels_last) else None
-    return "flat" if x.movedim(1, -1).is_contiguous() else None
-
-
-def packed_like(x: torch.Tensor, rows: int, pool: bool = False, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised tensor of ``rows`` rows like those of ``x``, or of its 2x2 max-pool, in the layout of ``x`` and its dtype.
-
-    Contiguous where ``x`` is in neither layout.
-    """
-    lies = layout(x)
-    if lies and rows == x.shape[0] and not pool and dtype is None:
-        return torch.empty_like(x)
-    spatial = [n // 2 for n in x.shape[2:]] if pool else x.shape[2:]
-    if lies != "flat":
-        return x.new_empty((rows, x.shape[1], *spatial), dtype=dtype)
-    return x.new_empty((rows, *spatial, x.shape[1]), dtype=dtype).movedim(-1, 1)
-
-
 def _philox(counter, key):
     """`philox` on int64 tensors that hold 32-bit words; wrap-around of the signed product leaves its 64 bits right."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
@@ -155,7 +134,9 @@ def activate(x, scale, shift, relu, pool=False) -> torch.Tensor:
     return torch.nn.functional.max_pool2d(y, 2) if pool else y
 
 
-def add_noise(x, sigma, seed, stream, images, draws, image_offset=0, draw_offset=0, scale=None, shift=None, relu=False, sample_ids=None):
+def add_noise(
+    x, sigma, seed, stream, images, draws, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None, relu=False
+):
     """``relu(x * scale + shift) + sigma * eps``, computed in float32 (float64 for float64 input) and rounded once to x's dtype.
 
     x: [images or draws * images, C, *spatial]; sigma: float32 0-dim or [C]; scale, shift: float32 [C] or None; seed: int64 0-dim.
@@ -173,14 +154,15 @@ def add_noise(x, sigma, seed, stream, images, draws, image_offset=0, draw_offset
 
 
 def add_noise_u8(
-    x, step, zero_point, sigma, seed, stream, images, draws, image_offset=0, draw_offset=0, scale=None, shift=None, relu=False, sample_ids=None, pool=False
-):
+    x, step, zero_point, sigma, seed, stream, images, draws, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None,
+    relu=False, pool=False,
+):  # fmt: skip
     """``saturate(zero_point + rint((relu(x * scale + shift) + sigma * eps) / step))`` as uint8, computed in float64; NaN gives 0.
 
     x: as in `add_noise`, or uint8 or int32; rint to nearest even. pool: the largest of each 2x2 window takes the place of relu(...).
     """
     value = activate(x.double(), scale, shift, relu, pool)
-    value = add_noise(value, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids=sample_ids)
+    value = add_noise(value, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
     return (value / step).round_().add_(zero_point).clamp_(0, 255).nan_to_num_(0).to(torch.uint8)
 
 
@@ -194,19 +176,21 @@ def narrow(y, dtype) -> torch.Tensor:
     return y.to(dtype)
 
 
-def noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image_offset, draw_offset, stride, padding, dilation, groups, sample_ids=None):
+def noisy_conv(
+    x, weight, bias, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids, stride, padding, dilation, groups
+):
     """Convolution (1, 2 or 3 spatial dimensions) of ``x + sigma * eps``; the padding carries no noise."""
-    y = add_noise(x, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids=sample_ids)
+    y = add_noise(x, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
     return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
 def noisy_linear(x, weight, bias, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids=None):
     """``(x + sigma * eps) @ weight.T + bias`` with the features of ``x`` [rows, *, in_features] as channels."""
-    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids=sample_ids).movedim(1, -1)
+    y = add_noise(x.movedim(-1, 1), sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids).movedim(1, -1)
     return torch.nn.functional.linear(y, weight, bias)
 
 
-def sigma_grad(g, seed, stream, images, draws, image_offset, draw_offset, per_channel, sample_ids=None) -> torch.Tensor:
+def sigma_grad(g, seed, stream, images, draws, image_offset, draw_offset, sample_ids, per_channel) -> torch.Tensor:
     """``sum(g * eps)`` over everything, or per channel: float64 for float64 ``g`` [draws * images, C, *spatial], else float32."""
     real = torch.float64 if g.dtype == torch.float64 else torch.float32
     if not g.numel():

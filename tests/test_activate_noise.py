@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from rse_fast import functional, ops, reference
+from rse_fast.address import NoiseAddress
+from rse_fast.layout import layout
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
@@ -33,13 +35,13 @@ def expected(x, sigma, images, draws, scale, shift, act, pool):
     return clean.repeat(repeats) + column(sigma) * eps, clean, 4 * 2.0**-24 * size, repeats
 
 
-@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+@pytest.mark.parametrize("lay", (torch.clone, channels_last), ids=("planar", "flat"))
 @pytest.mark.parametrize("dtype", ROUNDING, ids=lambda d: str(d)[6:])
-def test_matches_float64(backend, layout, dtype, rng):
+def test_matches_float64(backend, lay, dtype, rng):
     for (shape, images, draws), act, pool in itertools.product(
         (((2, 3, 9, 7), 2, 3), ((4, 5, 3, 2), 2, 2), ((2, 8, 2, 3), 1, 2), ((3, 1, 6, 6), 3, 2)), (None, "relu"), (False, True)
     ):
-        x, sigma = layout(torch.randn(shape).to(dtype)), torch.rand(shape[1])
+        x, sigma = lay(torch.randn(shape).to(dtype)), torch.rand(shape[1])
         scale, shift = torch.randn(shape[1]), torch.randn(shape[1])
         noisy, clean = functional.activate_noise(
             x, sigma, images=images, draws=draws, scale=scale, shift=shift, act=act, pool=pool, backend=backend, **WHERE
@@ -52,7 +54,7 @@ def test_matches_float64(backend, layout, dtype, rng):
             assert got.dtype == dtype and got.shape == want.shape
             error = error + (ROUNDING[dtype] + 4 * 2.0**-24) * want.abs() + SMALLEST[dtype]
             assert ((got.double() - want).abs() <= error).all(), (shape, act, pool)
-            assert reference.layout(got) in (reference.layout(x), "planar" if got[0, 0].numel() == 1 else None)
+            assert layout(got) in (layout(x), "planar" if got[0, 0].numel() == 1 else None)
 
 
 def test_noise_is_that_of_add_noise(backend, rng):
@@ -68,34 +70,35 @@ def test_noise_is_that_of_add_noise(backend, rng):
     assert torch.equal(noisy, functional.add_noise(clean, 0.5, sample_ids=sample_ids, **more))
 
 
-@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+@pytest.mark.parametrize("lay", (torch.clone, channels_last), ids=("planar", "flat"))
 @pytest.mark.parametrize("dtype", ROUNDING, ids=lambda d: str(d)[6:])
-def test_a_pool_is_torchs_then_the_noise_is_add_noises(backend, layout, dtype, rng):
+def test_a_pool_is_torchs_then_the_noise_is_add_noises(backend, lay, dtype, rng):
     """Bit for bit, in samples of many tiles, with channels that fill no vector, and with NaN in every corner of a window."""
     for shape, images, draws in (((1, 132, 9, 14), 1, 2), ((2, 7, 24, 33), 2, 1), ((2, 1040, 2, 5), 2, 2)):
         x = torch.randn(shape)
         x.view(-1)[rng.choice(x.numel(), 40, replace=False)] = math.nan
         x.view(-1)[rng.choice(x.numel(), 40, replace=False)] = -math.inf
         x[0, 0, :2, :2], x[0, 1, 0, 1], x[0, 1, 1, 0] = -math.inf, math.nan, math.inf
-        x = layout(x.to(dtype))
+        x = lay(x.to(dtype))
         more = dict(images=images, draws=draws, backend=backend, **WHERE)
         noisy, clean = functional.activate_noise(x, 0.5, pool=True, **more)
         want = torch.nn.functional.max_pool2d(x, 2)
         torch.testing.assert_close(clean, want, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(noisy, functional.add_noise(layout(want), 0.5, **more), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(noisy, functional.add_noise(lay(want), 0.5, **more), rtol=0, atol=0, equal_nan=True)
         assert clean.isnan().any() and clean.isneginf().any()
 
 
 def test_opcheck(rng):
-    at, sample_ids = (torch.tensor(3), 3, 2, 2, 1, 5), torch.tensor([[4, 0], [2**32 - 1, 7]])
+    at, sample_ids = NoiseAddress(torch.tensor(3), 3, 2, 2, 1, 5), torch.tensor([[4, 0], [2**32 - 1, 7]])
     transposed = torch.randn(2, 3, 4, 5).transpose(-1, -2)  # in neither layout
     for x in (torch.randn(2, 3, 5, 4), channels_last(torch.randn(4, 3, 5, 4)).bfloat16(), transposed, torch.randn(2, 1, 2, 3).double()):
         for backend, pool in (("auto", False), ("auto", True), ("torch", True)):
             each = torch.rand(x.shape[1])
-            args = (x, each, *at, each, each, True, pool, backend, sample_ids if pool else None)
-            torch.library.opcheck(ops.activate_noise.default, args)
+            here = at._replace(sample_ids=sample_ids if pool else None)
+            torch.library.opcheck(ops.activate_noise.default, (x, each, *here, each, each, True, pool, backend, True))
     nothing = torch.empty(0, 3, 4, 4)
-    torch.library.opcheck(ops.activate_noise.default, (nothing, torch.rand(3), at[0], 0, 0, 2, 0, 0, None, None, False, True, "auto"))
+    args = (nothing, torch.rand(3), *NoiseAddress(at.seed, 0, 0, 2), None, None, False, True, "auto", True)
+    torch.library.opcheck(ops.activate_noise.default, args)
 
 
 def test_a_gradient_is_refused():
@@ -123,12 +126,12 @@ def test_bad_input_is_named():
 
 
 # --------------------------------------------------------------------------------------------------------------------- in place
-@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+@pytest.mark.parametrize("lay", (torch.clone, channels_last), ids=("planar", "flat"))
 @pytest.mark.parametrize("dtype", ROUNDING, ids=lambda d: str(d)[6:])
-def test_in_place_is_add_noise(backend, layout, dtype, rng):
+def test_in_place_is_add_noise(backend, lay, dtype, rng):
     """Bit for bit, in the memory that was given, for every form of the arguments."""
     for shape, images, draws in (((6, 3, 9, 7), 2, 3), ((4, 8, 3, 2), 4, 1), ((2, 5, 7), 1, 2), ((3, 4), 3, 1), ((0, 3, 4, 4), 0, 2)):
-        x, each = layout(torch.randn(shape).to(dtype)), torch.rand(shape[1])
+        x, each = lay(torch.randn(shape).to(dtype)), torch.rand(shape[1])
         sample_ids = torch.tensor([[9 - i, i] for i in range(images)], dtype=torch.int64).reshape(-1, 2)
         for sigma, options in (
             (0.3, {}),
@@ -136,7 +139,7 @@ def test_in_place_is_add_noise(backend, layout, dtype, rng):
             (each, {"act": "relu", "sample_ids": sample_ids}),
         ):
             options = {**WHERE, "images": images, "draws": draws, "backend": backend, **options}
-            want, y = functional.add_noise(x, sigma, **options), layout(x)
+            want, y = functional.add_noise(x, sigma, **options), lay(x)
             assert functional.add_noise_(y, sigma, **options) is y
             assert torch.equal(y, want) and y.stride() == x.stride()
 
@@ -160,6 +163,6 @@ def test_in_place_refuses_before_it_writes(rng):
 def test_in_place_as_an_op(rng):
     seed, each = torch.tensor(3), torch.rand(5)
     x = torch.randn(6, 5, 4)
-    torch.library.opcheck(torch.ops.rse_fast.add_noise_, (x, each, seed, 1, 2, 3, 0, 0, each, None, True, "auto", None))
+    torch.library.opcheck(torch.ops.rse_fast.add_noise_, (x, each, *NoiseAddress(seed, 1, 2, 3), each, None, True, "auto"))
     compiled = torch.compile(lambda x: functional.add_noise_(x * 2, 0.1, seed=seed) + 1, fullgraph=True)
     assert torch.equal(compiled(x), functional.add_noise(x * 2, 0.1, seed=seed) + 1)

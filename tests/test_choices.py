@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rse_fast
-from rse_fast import ops
+from rse_fast import noise
 from rse_fast.kernels import triton
 from rse_fast.kernels.triton import choices
 
@@ -70,7 +70,7 @@ def test_the_documentation_shows_this_table():
 def test_describe_tells_the_choice(monkeypatch):
     model = rse_fast.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv1d(8, 8, 1)).bfloat16())
     assert {d.noise for d in rse_fast.describe(model).layers} == {"separate"}
-    monkeypatch.setattr(ops, "active_backend", lambda x: "triton")
+    monkeypatch.setattr(noise, "active_backend", lambda x: "triton")
     found = rse_fast.describe(model)
     assert [d.noise for d in found.layers] == ["in_kernel", "separate", "in_kernel", "separate"]
     assert [line.split()[-2:] for line in str(found).splitlines()[1:]] == [["triton,", d.noise] for d in found.layers]

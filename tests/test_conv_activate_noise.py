@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rse_fast import functional, ops, reference
+from rse_fast.address import NoiseAddress
 
 OPERAND = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 WHERE = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
@@ -84,7 +85,7 @@ def test_a_result_of_another_dtype_is_rounded_once(backend, rng):
 
 
 def test_opcheck(rng):
-    at, each = (torch.tensor(3), 3, 2, 2, 1, 5), torch.rand(6)
+    at, each = NoiseAddress(torch.tensor(3), 3, 2, 2, 1, 5), torch.rand(6)
     byte = torch.randint(-9, 9, (2, 4, 5, 6), dtype=torch.int8), torch.randint(-9, 9, (6, 4, 1, 1), dtype=torch.int8)
     for x, w, geometry, dtype, backend in (
         (torch.randn(2, 4, 7, 6).bfloat16(), torch.randn(6, 2, 3, 3).bfloat16(), ([2, 1], [1, 0], [1, 2], 2), None, "auto"),
@@ -92,7 +93,7 @@ def test_opcheck(rng):
         (*byte, ([1, 1], [0, 0], [1, 1], 1), None, "auto"),
         (torch.randn(0, 4, 5, 5), torch.randn(6, 4, 3, 3), ([1, 1], [0, 0], [1, 1], 1), None, "auto"),
     ):
-        here = at if len(x) else (at[0], 3, 0, 2, 1, 5)
+        here = at if len(x) else at._replace(images=0)
         torch.library.opcheck(ops.conv_activate_noise.default, (x, w, each, *here, each, None, True, *geometry, dtype, backend))
 
 
@@ -116,7 +117,7 @@ def test_under_autocast(rng):
         (lambda x: functional.add_noise(x, **at), (x,)),
         (lambda x: functional.activate_noise(x, act="relu", **at)[1], (x,)),
         (lambda x, w: functional.conv_activate_noise(x, w, **at), byte),
-        (lambda x: ops.sigma_grad(x, torch.tensor(1), 0, 2, 1, 0, 0, False, "auto"), (x,)),
+        (lambda x: ops.sigma_grad(x, *NoiseAddress(torch.tensor(1), 0, 2), False, "auto"), (x,)),
     ]
     for function, inputs in cast:
         with torch.autocast("cpu", low):

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from rse_fast import functional, ops, reference
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels import cpu
+from rse_fast.layout import layout, packed_like
 
 WHERE = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,8 +26,9 @@ def channels_last(x):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Fills every output before the kernel runs, differently from call to call: a value that is not written shows."""
-    plain, fill = reference.packed_like, itertools.count(1, 101)
-    monkeypatch.setattr(reference, "packed_like", lambda *args, **kw: plain(*args, **kw).fill_(next(fill) % 256))
+    fill = itertools.count(1, 101)
+    for module in ("noise", "reference"):
+        monkeypatch.setattr(f"rse_fast.{module}.packed_like", lambda *args: packed_like(*args).fill_(next(fill) % 256))
 
 
 def limits(x, sigma, step, zero_point, images, draws, scale, shift, relu, pool):
@@ -61,9 +64,9 @@ def inputs(dtype, shape):
     return torch.randn(shape).to(dtype), 1.0
 
 
-@pytest.mark.parametrize("layout", (torch.clone, channels_last), ids=("planar", "flat"))
+@pytest.mark.parametrize("lay", (torch.clone, channels_last), ids=("planar", "flat"))
 @pytest.mark.parametrize("dtype", cpu.BYTE_DTYPES, ids=lambda d: str(d)[6:])
-def test_bytes_match_float64(backend, layout, dtype, poisoned, rng):
+def test_bytes_match_float64(backend, lay, dtype, poisoned, rng):
     ties = 0
     for shape, images, draws in (
         ((2, 64, 5, 7), 2, 3), ((4, 12, 3, 2), 2, 2), ((1, 3, 9, 31), 1, 2), ((6, 5), 3, 2), ((1, 132, 7, 13), 1, 1),
@@ -72,7 +75,7 @@ def test_bytes_match_float64(backend, layout, dtype, poisoned, rng):
             if pool and len(shape) != 4:
                 continue
             x, unit = inputs(dtype, shape)
-            x, channels = layout(x), shape[1]
+            x, channels = lay(x), shape[1]
             scale = unit * (torch.randn(channels) if affine else torch.ones(channels))
             shift = torch.randn(channels) if affine else None
             sigma = torch.rand(channels) if per_channel else torch.rand(())
@@ -83,8 +86,8 @@ def test_bytes_match_float64(backend, layout, dtype, poisoned, rng):
             )  # fmt: skip
             low, high = limits(x, sigma, step, zero_point, images, draws, scale, shift, relu, pool)
             what = (shape, affine, relu, per_channel, pool, step, zero_point)
-            lies = "planar" if got[0, 0].numel() == 1 else reference.layout(x)  # one position lies in both layouts alike
-            assert got.dtype == torch.uint8 and got.shape == low.shape and reference.layout(got) == lies, what
+            lies = "planar" if got[0, 0].numel() == 1 else layout(x)  # one position lies in both layouts alike
+            assert got.dtype == torch.uint8 and got.shape == low.shape and layout(got) == lies, what
             assert ((low <= got) & (got <= high)).all(), what
             ties += int((low != high).sum())
     assert ties < 100  # the bound decides nearly every byte: of about 20,000, few lie that near to a tie
@@ -94,8 +97,8 @@ def test_saturation_ties_and_nan(backend, poisoned):
     # Without noise the values are exact. 2.5 and 3.5 are ties, to even; the zero point comes after the rounding, so it does not move them.
     extremes = [1e4, -1e4, 3e9, -3e9, 3e38, -3e38, math.inf, -math.inf, math.nan, 1e-30]
     x = torch.tensor([0.0, 0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, 126.5, 254.5, *extremes])
-    for layout, zero_point, positions in itertools.product((torch.clone, channels_last), (0, 1, 127, 254, 255), (1, 7, 41)):
-        got = functional.add_noise_u8(layout(x.repeat(1, positions, 1).movedim(1, 2)), 0.0, 1.0, zero_point, seed=1, backend=backend)
+    for lay, zero_point, positions in itertools.product((torch.clone, channels_last), (0, 1, 127, 254, 255), (1, 7, 41)):
+        got = functional.add_noise_u8(lay(x.repeat(1, positions, 1).movedim(1, 2)), 0.0, 1.0, zero_point, seed=1, backend=backend)
         want = (x.double().round() + zero_point).clamp(0, 255).nan_to_num(0).to(torch.uint8)
         assert torch.equal(got, want[None, :, None].expand_as(got)), (zero_point, positions)
 
@@ -103,10 +106,10 @@ def test_saturation_ties_and_nan(backend, poisoned):
 def test_the_noise_is_that_of_add_noise(backend, rng):
     """One step is far below the noise, so the bytes show eps itself: same sample_ids, same draws, in every layout and packing."""
     clean, sample_ids = torch.randn(2, 20, 6, 3).clamp(-1, 1), torch.tensor([[9, 2], [4, 0]])
-    for layout, more in itertools.product((torch.clone, channels_last), (WHERE, {**WHERE, "sample_ids": sample_ids})):
+    for lay, more in itertools.product((torch.clone, channels_last), (WHERE, {**WHERE, "sample_ids": sample_ids})):
         want = functional.add_noise(clean, 0.05, images=2, draws=3, backend="torch", **more)
         for x in (clean, torch.cat([clean] * 3)):
-            got = functional.add_noise_u8(layout(x), 0.05, 0.01, 128, images=2, draws=3, backend=backend, **more)
+            got = functional.add_noise_u8(lay(x), 0.05, 0.01, 128, images=2, draws=3, backend=backend, **more)
             assert (0.01 * (got.double() - 128) - want).abs().max() <= 0.005 + 1e-6
 
 
@@ -128,13 +131,13 @@ def test_clean_is_written_once_a_row_and_keeps_subnormals(unit, library, poisone
         assert torch.equal(clean.view(torch.int16), x.view(torch.int16)) and noisy.shape[0] == 3
     # In a lazily packed batch only the first draw writes clean rows: nothing behind them is touched.
     x, behind = channels_last(torch.randn(2, 8, 5)), torch.full((6, 5, 8), math.nan)
-    noisy, clean = reference.packed_like(x, 6), behind[:2].movedim(-1, 1)
-    cpu.add_noise(x, noisy, True, torch.tensor(0.1), torch.tensor(5), 0, 2, 3, 0, 0, None, None, True, None, clean)
+    noisy, clean = packed_like(x, 6), behind[:2].movedim(-1, 1)
+    cpu.add_noise(x, noisy, True, torch.tensor(0.1), NoiseAddress(torch.tensor(5), 0, 2, 3), None, None, True, clean)
     assert torch.equal(clean, x.relu()) and behind[2:].isnan().all()
 
 
 def test_what_the_kernel_does_not_make_is_refused(library):
-    arguments = (True, torch.tensor(0.1), torch.tensor(5), 0, 2, 1, 0, 0, None, None, False)
+    arguments = (True, torch.tensor(0.1), NoiseAddress(torch.tensor(5), 0, 2), None, None, False)
     floats, bytes_ = torch.ones(2, 4), torch.ones(2, 4, dtype=torch.uint8)
     for x, out, clean, zero_point in (
         (bytes_, floats.clone(), None, 0), (floats, floats.bfloat16(), None, 0), (bytes_, bytes_.clone(), bytes_.clone(), 0),
@@ -180,5 +183,6 @@ def test_opcheck_and_empty(library):
         (BYTES[:0].int(), "cpu"),
     ):  # fmt: skip
         pool = x.dim() == 4
-        args = (x, 0.02, 30, torch.tensor(0.1), torch.tensor(3), 3, len(x), 2, 1, 5, torch.rand(4), torch.rand(4), True, pool, backend)
-        torch.library.opcheck(ops.add_noise_u8.default, (*args, sample_ids if len(x) else None))
+        at = NoiseAddress(torch.tensor(3), 3, len(x), 2, 1, 5, sample_ids if len(x) else None)
+        args = (x, 0.02, 30, torch.tensor(0.1), *at, torch.rand(4), torch.rand(4), True, pool, backend)
+        torch.library.opcheck(ops.add_noise_u8.default, args)

@@ -142,7 +142,7 @@ def test_networks_of_the_paper(cls, size, seed):
         logits = sequential(model, x, 3, seed)
     ensemble = Ensemble(model, 3, dtype="float32", max_rows=4)
     assert_is(ensemble.predict(x, seed), logits, rounding(model, logits))
-    assert ensemble._prepared[1].runner.packs_input is False
+    assert ensemble.prepared(x).runner.packs_input is False
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -240,7 +240,7 @@ def test_what_precedes_the_noise_runs_once_an_image(name, prefix, packs_input, f
     ensemble.predict(x, seed)
     seen.clear()  # of the probe batch that the fused model is checked on
     prediction = ensemble.predict(x, seed)
-    assert ensemble._prepared[1].runner.packs_input is packs_input
+    assert ensemble.prepared(x).runner.packs_input is packs_input
     assert seen == [2 * draws if packs_input else 2] * 3
     with torch.no_grad():
         logits = sequential(model, x, draws, seed)
@@ -504,7 +504,7 @@ def test_forwards_that_count_their_rows(net, packs_input, fuse, seed):
         logits = sequential(model, x, 6, seed)
     ensemble = Ensemble(model, 6, dtype="float32", fuse=fuse, max_rows=12)
     assert_is(ensemble.predict(x, seed), logits, rounding(model, logits))
-    assert ensemble._prepared[1].runner.packs_input is packs_input
+    assert ensemble.prepared(x).runner.packs_input is packs_input
     asks = x.clone().requires_grad_()
     (found,) = torch.autograd.grad(ensemble(asks)[0, 0], asks)
     assert found[0].any() and not found[1:].any()  # of one image, whatever lies beside it

@@ -172,7 +172,7 @@ def test_a_gradient_that_the_model_defines_is_the_ensembles(how, seed):
 def test_what_is_kept_for_the_gradient_is_known_beforehand(net, fuse):
     ensemble, x = Ensemble(NETS[net]().requires_grad_(False), 8, dtype="float32", fuse=fuse), torch.rand(2, 3, 10, 10, requires_grad=True)
     ensemble(x)
-    runner = ensemble._prepared[1].runner
+    runner = ensemble.prepared(x).runner
     with SavedBytes(runner.model) as saved:
         ensemble(x)
     softmax = 2 * 8 * CLASSES * 4 * 4  # of logits, their softmax and sums: behind the model
@@ -180,6 +180,7 @@ def test_what_is_kept_for_the_gradient_is_known_beforehand(net, fuse):
     free = 6 * runner.saved_bytes * (gradient.KEEP + 1) / MEMORY_SHARE
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rse_fast.ensemble.plan.free_memory", lambda device: free)
-        assert ensemble._prepared[1].planner.rows(gradient=True) == 6
+        patch.setattr("rse_fast.ensemble.plan._ALWAYS_THERE", 0)
+        assert ensemble.prepared(x).planner.rows(gradient=True) == 6
         expected, (found,) = ensemble(x).detach(), torch.autograd.grad(ensemble(x)[0, 0], x)
     assert expected.isfinite().all() and found[0].any()

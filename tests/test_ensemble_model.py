@@ -268,7 +268,6 @@ def test_copies_and_pickles(fuse, warm, seed):
     for other in (copy.deepcopy(ensemble), copy.copy(ensemble), pickle.loads(pickle.dumps(ensemble)), torch.load(file, weights_only=False)):
         assert (other.draws, other.seed, other.max_rows, other.fuse) == (3, seed, 5, fuse)
         assert torch.equal(other.predict(x).probs, ensemble.predict(x).probs)
-        assert other._lock is not ensemble._lock
         if other.model is not ensemble.model:
             before = ensemble.predict(x).probs
             load_another(other.model)
@@ -410,7 +409,7 @@ def test_running_out_of_memory_loses_nothing_and_is_remembered(fuse, how, seed):
     assert (found.probs - expected.probs).abs().max() <= tolerance
     assert (ensemble(x) - whole).abs().max() <= 2 * tolerance
     assert torch.cat([p.labels for p in ensemble.stream([x[:3], x[3:]])]).shape == (7,)
-    assert ensemble._prepared[1].planner.limit < 2 * 11
+    assert ensemble.prepared(x).planner.limit < 2 * 11
 
 
 @pytest.mark.parametrize("how", [None, 0.999999])

@@ -32,6 +32,7 @@ def noisy_linear(x=torch.zeros(4, 7), weight=torch.zeros(2, 7), bias=BIAS, sigma
 
 ALL = (add_noise, noisy_conv2d, noisy_conv, noisy_linear)
 CONVS = (noisy_conv2d, noisy_conv)
+IDS = r"sample_ids must be an int64 tensor \[4, 2\], got "
 
 # Functions, the bad arguments, the error, and its text: the argument's name, what is expected, what was got.
 BAD = [
@@ -77,9 +78,9 @@ BAD = [
     (ALL, {"draw_offset": -1}, ValueError, "draw_offset must not be negative, got -1"),
     (ALL, {"draw_offset": 2**32 - 1, "draws": 2}, ValueError, r"draw_offset \+ draws must fit the 32-bit counter .* got 4294967297"),
     (ALL, {"draw_offset": 1.0}, TypeError, "draw_offset must be an integer, got float"),
-    (ALL, {"sample_ids": [[0, 0]] * 4}, ValueError, r"sample_ids must be an int64 tensor \[4, 2\], got list"),
-    (ALL, {"sample_ids": torch.zeros(4, 2)}, ValueError, r"sample_ids must be an int64 tensor \[4, 2\], got torch.float32 of shape \(4, 2\)"),
-    (ALL, {"sample_ids": torch.zeros(3, 2).long()}, ValueError, r"sample_ids must be an int64 tensor \[4, 2\], got torch.int64 of shape \(3, 2\)"),
+    (ALL, {"sample_ids": [[0, 0]] * 4}, ValueError, IDS + "list"),
+    (ALL, {"sample_ids": torch.zeros(4, 2)}, ValueError, IDS + r"torch.float32 of shape \(4, 2\)"),
+    (ALL, {"sample_ids": torch.zeros(3, 2).long()}, ValueError, IDS + r"torch.int64 of shape \(3, 2\)"),
     (ALL, {"sample_ids": torch.full((4, 2), -1)}, ValueError, "sample_ids must hold indices that fit the 32-bit counter with 1 draws, got"),
     (ALL, {"sample_ids": torch.tensor([[2**32, 0]] * 4)}, ValueError, "sample_ids must hold indices that fit the 32-bit counter"),
     (ALL, {"sample_ids": torch.tensor([[0, 2**32 - 1]] * 4), "draws": 2}, ValueError, "sample_ids must hold indices .* with 2 draws"),

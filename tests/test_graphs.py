@@ -21,8 +21,8 @@ def model(rng):
     return NETS["residual"]().cuda().eval()
 
 
-def captured(ensemble):
-    run = ensemble._prepared[1].run
+def captured(ensemble, x):
+    run = ensemble.prepared(x).run
     return len(run._graphs) if isinstance(run, graphs.Graphs) else None
 
 
@@ -35,7 +35,7 @@ def test_replays_give_what_launches_give(model, fuse):
         for image_offset in (0, 2**32 - 3):
             found, expected = ensemble.predict(x, call, image_offset), plain.predict(x, call, image_offset)
             assert torch.equal(found.probs, expected.probs) and torch.equal(found.votes, expected.votes), (call, image_offset)
-    assert captured(ensemble) == 1 and captured(plain) is None
+    assert captured(ensemble, x) == 1 and captured(plain, x) is None
 
 
 @pytest.mark.parametrize("how", ["exact", 0.9])
@@ -46,14 +46,14 @@ def test_replays_take_images_at_any_stage(model, how):
     for _ in range(3):
         assert torch.equal(found.predict(x).labels, expected.predict(x).labels)
         assert torch.equal(found.predict(x).draws_used, expected.predict(x).draws_used)
-    assert captured(found) >= 1
+    assert captured(found, x) >= 1
 
 
 def test_every_replay_has_fresh_noise(model):
     ensemble = Ensemble(model, 4)
     x = torch.rand(2, 3, 10, 10, device="cuda")
     predictions = [ensemble.predict(x) for _ in range(6)]
-    assert captured(ensemble) == 1
+    assert captured(ensemble, x) == 1
     assert len({p.seed for p in predictions}) == 6
     assert len({tuple(p.probs.flatten().tolist()) for p in predictions}) == 6
     again = ensemble.predict(x, predictions[0].seed)
@@ -78,10 +78,10 @@ def test_gradients_and_large_batches_run_without(model, monkeypatch):
     x = torch.rand(2, 3, 10, 10, device="cuda", requires_grad=True)
     for _ in range(3):
         ensemble(x).sum().backward()
-    assert captured(ensemble) == 0
+    assert captured(ensemble, x) == 0
     for _ in range(3):
         ensemble.predict(torch.rand(graphs.MOST_ROWS, 3, 10, 10, device="cuda"))
-    assert captured(ensemble) == 0
+    assert captured(ensemble, x) == 0
 
 
 class Synchronises(nn.Module):
@@ -102,7 +102,7 @@ def test_a_model_that_cannot_be_captured_says_so_and_works(rng):
     ensemble = Ensemble(model, 4, seed=3, fuse=False)
     with pytest.warns(RuntimeWarning, match="cannot be captured in a CUDA graph"):
         found = [ensemble.predict(x).probs for _ in range(4)]
-    assert all(torch.equal(p, expected) for p in found) and captured(ensemble) == 0
+    assert all(torch.equal(p, expected) for p in found) and captured(ensemble, x) == 0
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.rand(3, device="cuda").unique().numel() == 3  # torch's own generator still works
 
@@ -137,7 +137,7 @@ def test_a_graph_of_inference_mode_is_replayed_outside(model):
     x, ensemble = torch.rand(2, 3, 10, 10, device="cuda"), Ensemble(model, 4, seed=1)
     with torch.inference_mode():
         inside = [ensemble.predict(x).probs for _ in range(3)]
-    assert captured(ensemble) == 1 and torch.equal(ensemble.predict(x).probs, inside[0])
+    assert captured(ensemble, x) == 1 and torch.equal(ensemble.predict(x).probs, inside[0])
 
 
 def test_a_failed_capture_leaves_earlier_graphs_as_they_were(model, rng):
@@ -150,7 +150,7 @@ def test_a_failed_capture_leaves_earlier_graphs_as_they_were(model, rng):
     with pytest.warns(RuntimeWarning, match="cannot be captured"):
         for _ in range(3):
             bad.predict(x)
-    assert captured(ensemble) == 1 and torch.equal(ensemble.predict(x).probs, before)
+    assert captured(ensemble, x) == 1 and torch.equal(ensemble.predict(x).probs, before)
     drawn = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -169,7 +169,7 @@ def test_hooks_are_called_and_so_nothing_is_captured(model):
         before = len(called)
         ensemble.predict(x)
         assert len(called) > before
-    assert captured(ensemble) is None
+    assert captured(ensemble, x) is None
 
 
 def test_a_captured_call_without_a_seed_is_refused(model):

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from rse_fast import functional, ops, reference
+from rse_fast.address import NoiseAddress
+from rse_fast.layout import layout, packed_like
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPATIAL = [(), (1,), (2,), (5,), (16,), (17,), (3, 3), (7, 5), (33, 2), (3, 4, 5)]
@@ -79,8 +81,8 @@ def channels_last(x):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Fills every output with NaN before the kernel runs: an element that is not written shows."""
-    plain = reference.packed_like
-    monkeypatch.setattr(reference, "packed_like", lambda x, rows: plain(x, rows).fill_(math.nan))
+    for module in ("noise", "reference"):
+        monkeypatch.setattr(f"rse_fast.{module}.packed_like", lambda x, rows: packed_like(x, rows).fill_(math.nan))
 
 
 # --------------------------------------------------------------------------------------------------- words, uniforms, Box-Muller
@@ -208,10 +210,10 @@ def test_normals_of_every_shape(backend, channels, poisoned, rng):
     for spatial, rows in itertools.product(SPATIAL, (0, 1, 3)):
         shape = (channels, *spatial)
         eps = eps_rows(seed, 5, 3, 1, shape)[:rows]
-        for layout in (torch.clone, channels_last):
-            y = functional.add_noise(layout(torch.zeros(rows, *shape)), 1.0, seed=seed, stream=5, backend=backend)
+        for lay in (torch.clone, channels_last):
+            y = functional.add_noise(lay(torch.zeros(rows, *shape)), 1.0, seed=seed, stream=5, backend=backend)
             assert y.shape == eps.shape and y.dtype == torch.float32
-            assert not rows or (y - eps).abs().max() <= 1e-6, (shape, rows, layout)
+            assert not rows or (y - eps).abs().max() <= 1e-6, (shape, rows, lay)
 
 
 @pytest.mark.parametrize("draws", (1, 2, 5))
@@ -223,16 +225,16 @@ def test_every_dtype_and_option(backend, draws, poisoned, rng):
         clean = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
         vectors = [torch.rand(channels) + 0.01, torch.randn(channels), torch.randn(channels)]
         eps = eps_rows(seed, 1, 2, draws, shape)
-        for per_channel, affine, relu, lazy, layout in itertools.product((0, 1), (0, 1), (0, 1), (0, 1), (torch.clone, channels_last)):
+        for per_channel, affine, relu, lazy, lay in itertools.product((0, 1), (0, 1), (0, 1), (0, 1), (torch.clone, channels_last)):
             sigma = vectors[0] if per_channel else vectors[0][0]
             scale, shift = vectors[1:] if affine else (None, None)
             packed = torch.cat([clean] * draws)
-            x = layout(clean if lazy else packed)
+            x = lay(clean if lazy else packed)
             options = {"scale": scale, "shift": shift, "act": "relu" if relu else None}
             y = functional.add_noise(x, sigma, seed=seed, stream=1, images=2, draws=draws, backend=backend, **options)
-            what = (shape, dtype, per_channel, affine, relu, lazy, layout)
+            what = (shape, dtype, per_channel, affine, relu, lazy, lay)
             check(y, dtype, *bound(packed, sigma, eps, scale, shift, relu), what)
-            assert reference.layout(y) == reference.layout(x), what
+            assert layout(y) == layout(x), what
 
 
 def test_scale_and_shift_alone(backend, rng):
@@ -273,7 +275,7 @@ def test_every_memory_layout_with_no_more_copies_than_needed(backend, dtype, poi
             with torch.autograd.profiler.profile(use_kineto=False, record_shapes=True) as profile:
                 y = functional.add_noise(x, sigma, seed=seed, images=3, draws=2, backend=backend)
             check(y, dtype, *bound(torch.cat([x, x]), sigma, eps), (name, shape))
-            assert reference.layout(y) == out, (name, shape)
+            assert layout(y) == out, (name, shape)
             assert torch.equal(x, before), name
             if backend == "cpu":
                 made = [e for e in profile.function_events if e.name == "aten::copy_" and e.input_shapes[0] == list(x.shape)]
@@ -297,7 +299,8 @@ def test_counters_up_to_their_top(backend, rng):
     x = torch.zeros(3, *shape)
     corners = ((TOP - 3, TOP - 2, TOP - 1), (TOP - 3, 0, 0), (0, TOP - 2, 0), (0, 0, TOP - 1), (2**31 - 1, 2**31 - 1, 2**31))
     for image_offset, draw_offset, stream in corners:
-        y = functional.add_noise(x, 1.0, seed=1, stream=stream, images=3, draws=2, image_offset=image_offset, draw_offset=draw_offset, backend=backend)
+        where = dict(stream=stream, images=3, draws=2, image_offset=image_offset, draw_offset=draw_offset)
+        y = functional.add_noise(x, 1.0, seed=1, **where, backend=backend)
         assert (y - eps_rows(1, stream, 3, 2, shape, image_offset, draw_offset)).abs().max() <= 1e-6, (image_offset, draw_offset, stream)
 
 
@@ -314,11 +317,11 @@ def test_seeds_of_every_kind(backend, rng):
 def test_each_image_may_have_its_own_place(backend, poisoned, rng):
     sample_ids = torch.tensor([[9, 4], [TOP - 1, 0], [9, TOP - 3], [0, 7]])
     for shape in ((3, 5, 7), (8, 300), (6,)):
-        for layout in (torch.clone, channels_last):
-            x = layout(torch.randn(4, *shape))
+        for lay in (torch.clone, channels_last):
+            x = lay(torch.randn(4, *shape))
             y = functional.add_noise(x, 0.7, seed=5, images=4, draws=3, sample_ids=sample_ids, backend=backend)
             eps = torch.stack([eps_rows(5, 0, 1, 3, shape, *place) for place in sample_ids.tolist()], 1).flatten(0, 1)
-            check(y, x.dtype, *bound(torch.cat([x] * 3), 0.7, eps), (shape, layout))
+            check(y, x.dtype, *bound(torch.cat([x] * 3), 0.7, eps), (shape, lay))
 
 
 # ----------------------------------------------------------------------------------------------------- add_noise: values and rounding
@@ -405,13 +408,13 @@ def test_rounding_once_is_seen_by_this_test(rng):
 
 # ------------------------------------------------------------------------------------------------------------------------- sigma_grad
 def test_sigma_grad_sums_what_add_noise_added(backend, rng):
-    for shape, dtype, layout in itertools.product(((3, 5, 7), (8, 33), (6,)), DTYPES, (torch.clone, channels_last)):
-        g = layout(torch.randn(6, *shape).to(dtype))
+    for shape, dtype, lay in itertools.product(((3, 5, 7), (8, 33), (6,)), DTYPES, (torch.clone, channels_last)):
+        g = lay(torch.randn(6, *shape).to(dtype))
         terms = g.double() * eps_rows(9, 2, 3, 2, shape)
         for per_channel in (False, True):
-            s = ops.sigma_grad(g, torch.tensor(9), 2, 3, 2, 0, 0, per_channel, backend)
+            s = ops.sigma_grad(g, *NoiseAddress(torch.tensor(9), 2, 3, 2), per_channel, backend)
             over = [d for d in range(g.dim()) if d != 1 or not per_channel]
             # Terms within 1e-6 |g| (eps) and one float32 rounding of the product, summed in float64, rounded once at the end.
             error = (1e-6 * g.double().abs() + 2.0**-23 * terms.abs()).sum(over) + 2.0**-24 * terms.sum(over).abs()
             assert s.dtype == torch.float32 and s.shape == error.shape
-            assert ((s - terms.sum(over)).abs() <= error).all(), (shape, dtype, layout, per_channel)
+            assert ((s - terms.sum(over)).abs() <= error).all(), (shape, dtype, lay, per_channel)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rse_fast import functional, reference
+from rse_fast.address import NoiseAddress
 
 SHAPES = ((3, 17, 19), (5, 1031), (8, 7, 9), (64, 5, 5), (128,), (1, 2, 3, 5))  # below and above a tile of 256 quads
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +69,7 @@ def test_the_order_of_rows_does_not_matter(noise):
         whole = noise(x, draw_offset=3)
         assert torch.equal(torch.cat([noise(x[i : i + 1], image_offset=int(i), draw_offset=3) for i in order]), whole[order])
         assert torch.equal(noise(x[order], images=5, sample_ids=sample_ids[order]), whole[order])
-        assert torch.equal(noise(x, sample_ids=sample_ids, image_offset=50, draw_offset=60), whole)  # sample_ids come before image_offset and draw_offset
+        assert torch.equal(noise(x, sample_ids=sample_ids, image_offset=50, draw_offset=60), whole)  # sample_ids take the offsets' place
 
 
 def test_draws_are_rows_and_fewer_are_a_prefix_of_more(noise):
@@ -150,6 +151,7 @@ def test_global_generators_are_neither_read_nor_moved(noise):
 
 def test_backends_agree_with_each_other(noise, rng):
     x = torch.randn(2, 6, 50)
-    other = reference.add_noise(x, torch.tensor(0.7), torch.tensor(3), 2, 2, 2, 5, 6)
+    at = NoiseAddress(torch.tensor(3), 2, 2, 2, 5, 6)
+    other = reference.add_noise(x, torch.tensor(0.7), *at)
     # Both are within 1e-6 sigma and a few roundings of float64.
-    assert (noise(x, seed=3, stream=2, images=2, draws=2, image_offset=5, draw_offset=6) - other).abs().max() <= 2 * 0.7e-6 + 8 * 2.0**-24 * 10
+    assert (noise(x, **at._asdict()) - other).abs().max() <= 2 * 0.7e-6 + 8 * 2.0**-24 * 10

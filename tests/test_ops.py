@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as plain
 
-from rse_fast import functional, ops, reference
+from rse_fast import autograd, functional, ops, reference
+from rse_fast.address import NoiseAddress
 
 U = 2.0**-24  # one float32 rounding
 SEED = torch.tensor(-123456789)
@@ -47,20 +48,21 @@ def leaf(*shape, dtype=torch.float32, layout=torch.clone):
 
 def op_calls():
     """Op and arguments: dtypes, layouts, lazy and packed, with and without the optional arguments."""
-    at, sigma, sample_ids = (SEED, 3, 2, 2, 1, 5), torch.tensor(0.3), torch.tensor([[4, 0], [2**32 - 1, 7]])
+    at, sigma = NoiseAddress(SEED, 3, 2, 2, 1, 5), torch.tensor(0.3)
+    own = at._replace(sample_ids=torch.tensor([[4, 0], [2**32 - 1, 7]]))
     learnt = sigma.clone().requires_grad_()
     for dtype, layout in ((torch.float32, torch.clone), (torch.float32, channels_last), (torch.bfloat16, torch.clone)):
         x, parameter = functools.partial(leaf, dtype=dtype, layout=layout), functools.partial(leaf, dtype=dtype)
         yield ops.add_noise, (x(2, 3, 5, 4), learnt, *at, None, None, False, "auto")
         yield ops.noisy_conv, (x(2, 4, 6, 5), parameter(6, 2, 3, 3), parameter(6), sigma, *at, [2, 1], [1, 0], [1, 2], 2, "auto")
     for backend in ("auto", "torch"):
-        yield ops.add_noise, (leaf(4, 3, 5), torch.rand(3, requires_grad=True), *at, leaf(3), leaf(3), True, backend, sample_ids)
+        yield ops.add_noise, (leaf(4, 3, 5), torch.rand(3, requires_grad=True), *own, leaf(3), leaf(3), True, backend)
         per_channel = torch.rand(2, requires_grad=True)
-        yield ops.noisy_conv, (leaf(4, 2, 9), leaf(3, 2, 4), None, per_channel, *at, [1], [0], [1], 1, backend, sample_ids)
-        yield ops.noisy_linear, (leaf(2, 4, 5), leaf(3, 5), leaf(3), torch.rand(5, requires_grad=True), *at, backend, sample_ids)
-        yield ops.sigma_grad, (leaf(4, 3, 5, 4), *at, True, backend, sample_ids)
+        yield ops.noisy_conv, (leaf(4, 2, 9), leaf(3, 2, 4), None, per_channel, *own, [1], [0], [1], 1, backend)
+        yield ops.noisy_linear, (leaf(2, 4, 5), leaf(3, 5), leaf(3), torch.rand(5, requires_grad=True), *own, backend)
+        yield ops.sigma_grad, (leaf(4, 3, 5, 4), *own, True, backend)
     yield ops.add_noise, (leaf(2, 3, 1, 5).transpose(-1, -2), sigma, *at, None, None, True, "auto")
-    yield ops.add_noise, (leaf(0, 3), sigma, SEED, 0, 0, 2, 0, 0, None, None, False, "auto")
+    yield ops.add_noise, (leaf(0, 3), sigma, *NoiseAddress(SEED, 0, 0, 2), None, None, False, "auto")
     yield ops.noisy_linear, (parameter(2, 5), parameter(3, 5), None, learnt, *at, "auto")
     yield ops.sigma_grad, (parameter(4, 3), *at, False, "auto")
 
@@ -75,8 +77,8 @@ def test_opcheck(rng):
 
 def test_each_kind_of_device_has_an_implementation_of_one_schema():
     for op in (ops.add_noise, ops.activate_noise, ops.conv_activate_noise, ops.noisy_conv, ops.noisy_linear, ops.sigma_grad):
-        for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(op.default.name(), key), (op, key)
+        for key in ("CPU", "CUDA", "XPU", "MPS"):
+            assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.default.name(), key), (op, key)
 
 
 # ----------------------------------------------------------------------------------------------- gradients in float64, torch backend
@@ -114,13 +116,15 @@ def gradient_cases(per_channel):
     for rows in ((2,), (6, 2)):
         linear = functools.partial(functional.noisy_linear, **at)
         yield f"noisy_linear {rows}", linear, (double(*rows, 4), double(3, 4), double(3), sigma(4))
-    yield "sigma_grad", lambda g: ops.sigma_grad(g, SEED, 2, 2, 3, 4, 1, per_channel, "torch"), (double(6, 3, 4),)
+    address = NoiseAddress(SEED, 2, 2, 3, 4, 1)
+    yield "sigma_grad", lambda g: autograd.sigma_grad(g, address, per_channel, "torch"), (double(6, 3, 4),)
 
 
 @pytest.mark.parametrize("per_channel", (False, True), ids=("scalar sigma", "sigma per channel"))
 def test_gradients_and_their_gradients_in_float64(per_channel, rng):
     for name, function, inputs in gradient_cases(per_channel):
-        assert torch.autograd.gradcheck(function, inputs, fast_mode=True), name  # along random directions, not element by element
+        # Along random directions, not element by element; in reverse and in forward mode.
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True, check_forward_ad=True), name
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True), name
 
 
@@ -261,23 +265,26 @@ def test_noise_alone_holds_nothing(backend, rng):
 
 
 # ---------------------------------------------------------------------------------------------------------------- what would go wrong
-def test_forward_mode_is_refused():
+def test_ops_without_a_derivative_refuse_forward_mode():
     """Below autograd the tangents would be lost, and every derivative be zero."""
-    x = torch.rand(2, 3, 4, 4)
-    weight = torch.rand(4, 3, 2, 2)
-    for function in (lambda x: functional.add_noise(x, 0.1, seed=1), lambda x: functional.noisy_conv2d(x, weight, None, 0.1, seed=1)):
-        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+    x, weight = torch.rand(2, 3, 4, 4), torch.rand(4, 3, 2, 2)
+    for function in (
+        lambda x: functional.add_noise_(x, 0.1, seed=1),
+        lambda x: functional.activate_noise(x, 0.1, seed=1)[0],
+        lambda x: functional.conv_activate_noise(x, weight, 0.1, seed=1),
+    ):
+        with pytest.raises(RuntimeError):
             torch.func.jvp(function, (x,), (torch.ones_like(x),))
 
 
 def test_rows_that_are_neither_images_nor_draws_are_refused(backend):
     """A traced graph holds the number of images it was traced with; the kernels would read beyond a smaller batch."""
-    args = torch.tensor(0.1), SEED, 0, 4, 2, 0, 0
+    args = torch.tensor(0.1), *NoiseAddress(SEED, 0, 4, 2)
     for rows in (1, 3, 5, 16):
         x = torch.zeros(rows, 3, 2, 2)
-        with pytest.raises(ValueError, match=f"x must have images=4 or draws . images=8 rows, got {rows}"):
+        with pytest.raises(ValueError, match=f"the input must have images=4 or draws . images=8 rows, got {rows}"):
             ops.add_noise(x, *args, None, None, False, backend)
-        with pytest.raises(ValueError, match=f"x must have .* rows, got {rows}"):
+        with pytest.raises(ValueError, match=f"the input must have .* rows, got {rows}"):
             ops.noisy_conv(x, torch.zeros(2, 3, 1, 1), None, *args, [1, 1], [0, 0], [1, 1], 1, backend)
 
 

@@ -148,8 +148,7 @@ def test_the_graph_keeps_bytes_between_layers_and_floats_where_they_are_needed(r
     assert list(report.quantized) == ["0", "3", "7", "9"] and "no convolution" in report.kept["10.2"]
     assert str(report).startswith("int8: 4 of 5 layers") and f"{quantize.weight_bits()} bits" in str(report)
     seen = []
-    with ensemble._model(torch.rand(2, 3, 10, 10)) as prepared:
-        graph = getattr(prepared, "runner", prepared).model
+    graph = ensemble.prepared(torch.rand(2, 3, 10, 10)).runner.model
     layers = [m for m in graph.modules() if isinstance(m, quantize.QuantizedConv)]
     for layer in layers:
         layer.register_forward_hook(lambda m, args, y: seen.append((args[0].dtype, y.dtype)))
@@ -168,7 +167,7 @@ def test_layers_that_bytes_would_disturb_stay(rng, monkeypatch):
     assert not ensemble.quantization.quantized
     assert all("of its own noise (limit 0.0)" in ensemble.quantization.kept[name] for name in noise_layers(model))
     x = torch.rand(3, 3, 10, 10)
-    plain = rse_fast.Ensemble(model, 2, seed=1, dtype=ensemble._resolve_dtype(x.device))
+    plain = rse_fast.Ensemble(model, 2, seed=1, dtype=ensemble.prepared(x).runner.dtype)
     assert torch.allclose(ensemble.predict(x).probs, plain.predict(x).probs, rtol=0, atol=1e-5)
     assert ensemble.rows(x) == plain.rows(x)  # a packed batch of bytes has more
     monkeypatch.undo()
@@ -254,9 +253,9 @@ def test_trained_on_digits_int8_agrees_with_float32(rng):
     assert len(bytes_.quantization.quantized) == 7
     want, got = floats.predict(images), bytes_.predict(images)
     accuracy = [(p.labels == splits.test.labels).float().mean().item() for p in (want, got)]
-    with floats._model(images) as model:
-        logits = [part[-1].softmax(-1) for part in floats._passes(model, images[:100], torch.tensor(4), 0)]
-    deviation = torch.cat(logits, 1).std(0).mean().item() / 10  # of a mean of 100 draws
+    sample_ids = torch.stack([torch.arange(100), torch.zeros(100, dtype=torch.int64)], 1)
+    shares = floats.logits_at(images[:100], sample_ids, 10, torch.tensor(4)).softmax(-1)
+    deviation = shares.std(0).mean().item() / 10  # of a mean of 100 draws
     print(f"accuracy {accuracy}, mean difference {(got.probs - want.probs).abs().mean():.2g}, standard error {deviation:.2g}")
     assert accuracy[0] > 0.85 and abs(accuracy[0] - accuracy[1]) <= 0.004  # two of 540 images
     assert (got.labels == want.labels).float().mean() >= 0.995

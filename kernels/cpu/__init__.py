@@ -1,6 +1,7 @@
 """Noise on the CPU: the launcher of the C++ library, on tensors. Importing this opens nothing; the first call does."""
 
 import ctypes
+import functools
 
 import torch
 
@@ -18,35 +19,37 @@ _SIGNATURE = (
 )  # fmt: skip
 
 
-def add_noise(
-    x, out, flat, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, sample_ids=None, clean=None, pool=False, step=1.0,
-    zero_point=0,
-) -> None:  # fmt: skip
+def add_noise(x, out, flat, sigma, at, scale, shift, relu, clean=None, pool=False, step=1.0, zero_point=0) -> None:
     """Fills ``out`` [draws * images, C, *spatial] with ``act(x * scale + shift) + sigma * eps``.
 
     x [images or draws * images, C, *spatial] and out lie alike in memory: contiguous, or channels last where ``flat``. sigma float32
-    of 1 or C values, scale and shift float32 [C] or None; seed int64 of one value; sample_ids int64 [images, 2] or None; all contiguous and
-    on the CPU. ``clean``, if given, has the shape, dtype and layout of x and takes ``act(x * scale + shift)``.
+    of 1 or C values, scale and shift float32 [C] or None; all contiguous and on the CPU, as the tensors of ``at``, the noise's address (its
+    seed int64 of one value, its sample_ids int64 [images, 2] or None). ``clean``, if given, has the shape, dtype and layout of x and takes
+    ``act(x * scale + shift)``.
 
     out has the dtype of x (one of `DTYPES`), or is uint8 for an x of these, uint8 or int32: sigma, scale and shift are then in steps of
     out, which takes ``saturate(zero_point + rint(value))``, rint to nearest even; there is no ``clean`` then.
     """
-    if not out.numel():
+    elements = out.numel()
+    if not elements:
         return
-    handle = load().handle
-    function = handle.rse_add_noise
-    if not function.argtypes:
-        function.argtypes, function.restype = _SIGNATURE, ctypes.c_int
-    channels = x.shape[1]
-    pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
-    failed = function(
-        x.data_ptr(), out.data_ptr(), pointer(clean), BYTE_DTYPES[x.dtype], BYTE_DTYPES[out.dtype], step, zero_point, flat,
-        x.shape[0], images, draws, channels, out.numel() // out.shape[0] // channels,
-        x.numel() // x.shape[0] // channels, x.shape[3] if pool else 0,
-        seed.data_ptr(), stream, image_offset, draw_offset, pointer(sample_ids), sigma.data_ptr(), sigma.numel(), pointer(scale), pointer(shift), relu,
+    run, pixels = _function(), out.shape[0] * out.shape[1]
+    failed = run(
+        x.data_ptr(), out.data_ptr(), None if clean is None else clean.data_ptr(), BYTE_DTYPES[x.dtype], BYTE_DTYPES[out.dtype],
+        step, zero_point, flat, x.shape[0], at.images, at.draws, x.shape[1], elements // pixels,
+        x.numel() // (x.shape[0] * x.shape[1]) if pool else elements // pixels, x.shape[3] if pool else 0,
+        at.seed.data_ptr(), at.stream, at.image_offset, at.draw_offset, None if at.sample_ids is None else at.sample_ids.data_ptr(),
+        sigma.data_ptr(), sigma.numel(), None if scale is None else scale.data_ptr(), None if shift is None else shift.data_ptr(), relu,
         torch.get_num_threads(),
     )  # fmt: skip
     if failed == 2:
         raise TypeError(f"the CPU noise kernel does not make {out.dtype} of {x.dtype}, zero_point {zero_point}")
     if failed:
         raise MemoryError("the CPU noise kernel could not allocate its per-channel tables")
+
+
+@functools.cache
+def _function():
+    function = load().handle.rse_add_noise
+    function.argtypes, function.restype = _SIGNATURE, ctypes.c_int
+    return function

@@ -96,15 +96,17 @@ def position(step, part, width, lines, S_BLOCK: tl.constexpr, POOL: tl.constexpr
         return 0, step * S_BLOCK, step * S_BLOCK, width - step * S_BLOCK
 
 
-_INTEGERS = ["layer_stream", "images", "image_offset", "draw_offset", "steps", "parts", "width", "lines", "width_in", "height_in", "channel_units"]
+_INTEGERS = [
+    "layer_stream", "images", "image_offset", "draw_offset", "steps", "parts", "width", "lines", "width_in", "height_in", "channel_units"
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _add_noise_flat_kernel(
-    x_ptr, y_ptr, clean_ptr, sigma_ptr, scale_ptr, shift_ptr, seed_ptr, places_ptr,
+    x_ptr, y_ptr, clean_ptr, sigma_ptr, scale_ptr, shift_ptr, seed_ptr, ids_ptr,
     layer_stream, image_offset, draw_offset, images, repeats, tiles, steps, parts, width, lines, width_in, height_in, channel_units,
     UNIT: tl.constexpr, SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr,
-    PLACES: tl.constexpr, CLEAN: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    HAS_IDS: tl.constexpr, CLEAN: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
     TILES_C: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Rows lie [S, C]. A thread takes QUADS neighbouring quads of channels; a program one block of channels at `steps` tiles of S."""
@@ -117,7 +119,7 @@ def _add_noise_flat_kernel(
     step0 = (s_tile // parts if POOL else s_tile) * steps
 
     k0, k1 = key_words(seed_ptr)
-    c_image, c_draw = place(image, draw, image_offset, draw_offset, places_ptr, PLACES)
+    c_image, c_draw = place(image, draw, image_offset, draw_offset, ids_ptr, HAS_IDS)
     i_s = tl.arange(0, S_BLOCK)  # [S_BLOCK]
     c = c_tile * C_BLOCK + tl.arange(0, C_BLOCK)  # [C_BLOCK]
     quad_c = c_tile * (C_BLOCK // 4) + tl.arange(0, C_BLOCK // 4 // QUADS) * QUADS  # [C_BLOCK / 4 / QUADS]
@@ -150,10 +152,10 @@ def _add_noise_flat_kernel(
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _add_noise_planar_kernel(
-    x_ptr, y_ptr, clean_ptr, sigma_ptr, scale_ptr, shift_ptr, seed_ptr, places_ptr,
+    x_ptr, y_ptr, clean_ptr, sigma_ptr, scale_ptr, shift_ptr, seed_ptr, ids_ptr,
     layer_stream, image_offset, draw_offset, images, repeats, tiles, steps, parts, width, lines, width_in, height_in, C, position_units,
     UNIT: tl.constexpr, SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr,
-    PLACES: tl.constexpr, CLEAN: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    HAS_IDS: tl.constexpr, CLEAN: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
     S_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Rows lie [C, S]. A thread takes the quads of RUN neighbouring positions, one run in each of the four channels' planes."""
@@ -166,7 +168,7 @@ def _add_noise_planar_kernel(
     step0 = (s_tile // parts if POOL else s_tile) * steps
 
     k0, k1 = key_words(seed_ptr)
-    c_image, c_draw = place(image, draw, image_offset, draw_offset, places_ptr, PLACES)
+    c_image, c_draw = place(image, draw, image_offset, draw_offset, ids_ptr, HAS_IDS)
     i_s = tl.arange(0, S_BLOCK)  # [S_BLOCK]
     i_run = tl.arange(0, S_BLOCK // RUN) * RUN  # where each thread's run begins
     g = (tile - s_tile * g_tiles) * G_BLOCK + tl.arange(0, G_BLOCK)  # [G_BLOCK]
@@ -205,26 +207,23 @@ def _add_noise_planar_kernel(
             tl.store(y_row + offsets, x + sigma * z[lane], mask=mask)
 
 
-def add_noise(
-    x, out, flat, sigma, seed, stream, images, draws, image_offset, draw_offset, scale=None, shift=None, relu=False, sample_ids=None,
-    clean=None, pool=False,
-) -> None:  # fmt: skip
+def add_noise(x, out, flat, sigma, at, scale=None, shift=None, relu=False, clean=None, pool=False) -> None:
     """Fills ``out`` [draws * images, C, *spatial] with ``act(x * scale + shift) + sigma * eps``.
 
     x [images or draws * images, C, *spatial] and out (and clean) lie alike in memory: contiguous, or channels last where ``flat``.
-    sigma float32 of 1 or C values, scale and shift float32 [C] or None, seed int64 of one value; sample_ids int64 [images, 2] or None; all
-    contiguous and on one device.
+    sigma float32 of 1 or C values, scale and shift float32 [C] or None; all contiguous and on one device, as the tensors of
+    ``at``, the noise's address (its seed int64 of one value, its sample_ids int64 [images, 2] or None).
     clean: None, or a tensor like x (like out, if out has fewer positions) that receives the activation without noise, one row for
     each row of x. pool: the largest of each 2x2 window of the activation goes on; x [*, C, H, W], out [*, C, H // 2, W // 2].
     """
     if not out.numel():
         return
-    words = word(stream), word(image_offset), word(draw_offset)
+    words = word(at.stream), word(at.image_offset), word(at.draw_offset)
     affine, varies = (scale is not None, shift is not None), sigma.numel() > 1
-    key = flat, x.dtype, x.shape, out.shape, images, varies, affine, relu, sample_ids is not None, clean is not None, pool
+    key = flat, x.dtype, x.shape, out.shape, at.images, varies, affine, relu, at.sample_ids is not None, clean is not None, pool
 
     def run(config, y=out):
-        launch(_plan, (x, y, clean, sigma, scale, shift, seed, sample_ids), words, *key, config)
+        launch(_plan, (x, y, clean, sigma, scale, shift, at.seed, at.sample_ids), words, *key, config)
 
     fused = varies or relu or pool or any(affine)
     config = default(x.element_size(), fused)
@@ -243,7 +242,7 @@ def _plan(flat, dtype, shape_in, shape_out, images, varies, affine, relu, sample
     kernel, programs, tiling = plan(channels, lines, width, rows, dtype.itemsize, not (varies or any(affine)), varies, pool, config)
     others = dict(
         images=images, repeats=rows // shape_in[0], width_in=shape_in[3] if pool else 1, height_in=shape_in[2] if pool else 1,
-        SIGMA_VARIES=varies, HAS_SCALE=affine[0], HAS_SHIFT=affine[1], RELU=relu, PLACES=sample_ids, CLEAN=clean, POOL=pool,
+        SIGMA_VARIES=varies, HAS_SCALE=affine[0], HAS_SHIFT=affine[1], RELU=relu, HAS_IDS=sample_ids, CLEAN=clean, POOL=pool,
         WIDE=math.prod(shape_in[1:]) >= ENOUGH_32_BITS, FAST=fast_math(),
     )  # fmt: skip
     return kernel, programs, {**others, **tiling}

@@ -97,8 +97,8 @@ def _noise_case(
     pointer = _BITS[dtype]
     arguments = dict(
         x_ptr=pointer, y_ptr=pointer, clean_ptr=pointer if flags.get("CLEAN") else None, sigma_ptr="*fp32", seed_ptr="*i64",
-        scale_ptr="*fp32" if affine else None, shift_ptr="*fp32" if affine else None, places_ptr="*i64" if flags.get("PLACES") else None,
-        SIGMA_VARIES=False, HAS_SCALE=affine, HAS_SHIFT=affine, RELU=affine, PLACES=False, CLEAN=False, POOL=pool, WIDE=False, FAST=True,
+        scale_ptr="*fp32" if affine else None, shift_ptr="*fp32" if affine else None, ids_ptr="*i64" if flags.get("HAS_IDS") else None,
+        SIGMA_VARIES=False, HAS_SCALE=affine, HAS_SHIFT=affine, RELU=affine, HAS_IDS=False, CLEAN=False, POOL=pool, WIDE=False, FAST=True,
     )  # fmt: skip
     arguments.update(shape)
     arguments.update(flags, **{} if lazy else {"repeats": 1})
@@ -112,8 +112,8 @@ def _noise_case(
 def _sigma_case(name, dtype, flat, channels, width, per_channel, main=False, **flags) -> Case:
     kernel, _, shape, _ = sigma_grad.plan(channels, width, dtype.itemsize, flat, sigma_grad.DEFAULT)
     arguments = dict(
-        g_ptr=_BITS[dtype], part_ptr="*fp32", seed_ptr="*i64", places_ptr="*i64" if flags.get("PLACES") else None,
-        PLACES=False, PER_CHANNEL=per_channel, WIDE=False, FAST=True,
+        g_ptr=_BITS[dtype], part_ptr="*fp32", seed_ptr="*i64", ids_ptr="*i64" if flags.get("HAS_IDS") else None,
+        HAS_IDS=False, PER_CHANNEL=per_channel, WIDE=False, FAST=True,
     )  # fmt: skip
     elements = shape["S_BLOCK"] * (shape["C_BLOCK"] if flat else 4 * shape["G_BLOCK"])
     arguments.update({k: v for k, v in shape.items() if k.isupper() or k == "num_warps"}, **flags)
@@ -127,9 +127,9 @@ def _conv_case(name, kind, channels, c_out, kernel, noise_in, targets=EVERY, abs
     tile = conv.default_tile(c_out, channels, itemsize, noise_in)
     arguments = dict(
         x_ptr=kind, w_ptr=kind, y_ptr=kind, scale_ptr=None if noise_in else "*fp32", shift_ptr=kind if noise_in else "*fp32",
-        sigma_ptr="*fp32", seed_ptr="*i64", places_ptr="*i64" if flags.get("PLACES") else None, C=channels, KH=kernel, KW=kernel,
+        sigma_ptr="*fp32", seed_ptr="*i64", ids_ptr="*i64" if flags.get("HAS_IDS") else None, C=channels, KH=kernel, KW=kernel,
         NOISE_IN=noise_in, NOISE_OUT=not noise_in, LAZY=False, SIGMA_VARIES=False, HAS_SCALE=not noise_in, HAS_SHIFT=True,
-        RELU=not noise_in, PLACES=False, EVEN_N=c_out % tile.channels == 0, OUT_UNIT=min(c_out & -c_out, 16), PRECISION="tf32", FAST=True,
+        RELU=not noise_in, HAS_IDS=False, EVEN_N=c_out % tile.channels == 0, OUT_UNIT=min(c_out & -c_out, 16), PRECISION="tf32", FAST=True,
         **tile.arguments(),
     )  # fmt: skip
     if flags.pop("BARE", False):
@@ -148,7 +148,7 @@ def cases() -> list[Case]:
     return [
         _noise_case("add_noise flat bf16", bf16, *last),
         _noise_case("add_noise flat bf16 affine relu", bf16, *last, **affine, main=True),
-        _noise_case("add_noise flat bf16 affine relu, lazy, sample_ids", bf16, *last, **affine, lazy=True, PLACES=True),
+        _noise_case("add_noise flat bf16 affine relu, lazy, sample_ids", bf16, *last, **affine, lazy=True, HAS_IDS=True),
         _noise_case("add_noise flat f16 affine relu, sigma[C], clean", f16, *last, **affine, SIGMA_VARIES=True, CLEAN=True),
         _noise_case("add_noise flat f32 affine relu", f32, *last, **affine),
         _noise_case("add_noise flat bf16 C=5", bf16, True, 5, 33 * 31, **affine),
@@ -160,23 +160,25 @@ def cases() -> list[Case]:
         _noise_case("add_noise planar f16 C=3, lazy", f16, False, 3, 1024, lazy=True),
         _noise_case("add_noise planar bf16 16x16, sigma[C]", bf16, False, 64, 256, **affine, SIGMA_VARIES=True),
         _noise_case("add_noise planar bf16 7x7", bf16, False, 512, 49, **affine),
-        _noise_case("add_noise planar bf16 pool, clean, sample_ids", bf16, False, 64, 16, **pooled, CLEAN=True, PLACES=True),
+        _noise_case("add_noise planar bf16 pool, clean, sample_ids", bf16, False, 64, 16, **pooled, CLEAN=True, HAS_IDS=True),
         _noise_case("add_noise planar bf16, 64-bit offsets", bf16, *planar, WIDE=True),
         _sigma_case("sigma_grad flat bf16 per channel", bf16, True, 64, 1024, True, main=True),
         _sigma_case("sigma_grad flat f32", f32, True, 64, 1024, False),
-        _sigma_case("sigma_grad flat f16, sample_ids, 64-bit offsets", f16, True, 64, 1024, False, PLACES=True, WIDE=True),
+        _sigma_case("sigma_grad flat f16, sample_ids, 64-bit offsets", f16, True, 64, 1024, False, HAS_IDS=True, WIDE=True),
         _sigma_case("sigma_grad planar bf16 per channel", bf16, False, 64, 1024, True, main=True),
         _sigma_case("sigma_grad planar f32", f32, False, 64, 1024, False),
-        _sigma_case("sigma_grad planar f16, sample_ids, 64-bit offsets", f16, False, 64, 1024, False, PLACES=True, WIDE=True),
+        _sigma_case("sigma_grad planar f16, sample_ids, 64-bit offsets", f16, False, 64, 1024, False, HAS_IDS=True, WIDE=True),
         Case("sigma_grad total", sigma_grad._sigma_grad_total_kernel, total, main=True),
         _conv_case("conv bf16 1x1, noise in", "*bf16", 64, 256, 1, True, main=True),
         _conv_case("conv bf16 1x1 to 256, noise in", "*bf16", 128, 256, 1, True),
         _conv_case("conv f16 first 3x3, noise in", "*fp16", 3, 64, 3, True),
         _conv_case("conv tf32 3x3, noise in", "*fp32", 64, 64, 3, True),
         _conv_case("conv bf16 5x5 to 20, noise in, lazy, sample_ids, sigma[C]", "*bf16", 16, 20, 5, True,
-                   LAZY=True, PLACES=True, SIGMA_VARIES=True),
+                   LAZY=True, HAS_IDS=True, SIGMA_VARIES=True),
         _conv_case("conv bf16 3x3, noise out", "*bf16", 64, 128, 3, False, main=True),
-        _conv_case("conv f16 3x3, noise out, bare, sample_ids, sigma[C]", "*fp16", 64, 64, 3, False, BARE=True, PLACES=True, SIGMA_VARIES=True),
+        _conv_case(
+            "conv f16 3x3, noise out, bare, sample_ids, sigma[C]", "*fp16", 64, 64, 3, False, BARE=True, HAS_IDS=True, SIGMA_VARIES=True
+        ),
         _conv_case("conv tf32 1x1, noise out", "*fp32", 64, 64, 1, False),
         _conv_case("conv int8 3x3, noise out", "*i8", 128, 128, 3, False, main=True),
         _conv_case("conv fp8 e4m3fn 3x3, noise out", "*fp8e4nv", 128, 128, 3, False, fp8, no_e4m3, main=True),

@@ -51,11 +51,11 @@ _INTEGERS += ["stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _conv_kernel(
-    x_ptr, w_ptr, y_ptr, scale_ptr, shift_ptr, sigma_ptr, seed_ptr, places_ptr,
+    x_ptr, w_ptr, y_ptr, scale_ptr, shift_ptr, sigma_ptr, seed_ptr, ids_ptr,
     layer_stream, image_offset, draw_offset, images, repeats, M, H, W, OH, OW, c_out,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, NOISE_IN: tl.constexpr, NOISE_OUT: tl.constexpr, LAZY: tl.constexpr,
-    SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr, PLACES: tl.constexpr,
+    SIGMA_VARIES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, RELU: tl.constexpr, HAS_IDS: tl.constexpr,
     EVEN_N: tl.constexpr, OUT_UNIT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def _conv_kernel(
     k0, k1 = key_words(seed_ptr)
     stream = layer_stream.to(tl.uint32)
     if NOISE_IN:
-        c_image, c_draw = place(image, draw, image_offset, draw_offset, places_ptr, PLACES)
+        c_image, c_draw = place(image, draw, image_offset, draw_offset, ids_ptr, HAS_IDS)
         if not SIGMA_VARIES:
             one_sigma = tl.load(sigma_ptr)
 
@@ -146,7 +146,7 @@ def _conv_kernel(
         quad_out = (s_out * groups_out).to(tl.uint32)[:, None] + quad_n.to(tl.uint32)[None, :]  # [BLOCK_M, BLOCK_N / 4]
         sigma_out = tl.load(sigma_ptr + n, mask=inside_n)[None, :] if SIGMA_VARIES else tl.load(sigma_ptr)
         for repeat in tl.range(0, repeats, num_stages=1):
-            c_image, c_draw = place(image, draw + repeat, image_offset, draw_offset, places_ptr, PLACES)
+            c_image, c_draw = place(image, draw + repeat, image_offset, draw_offset, ids_ptr, HAS_IDS)
             z0, z1, z2, z3 = normals(quad_out, c_image[:, None], c_draw[:, None], stream, k0, k1, FAST)
             noisy = y + sigma_out * channels_last(z0, z1, z2, z3)
             y_row = ((draw + repeat).to(tl.int64) * images + image) * OH * OW + s_out
@@ -156,54 +156,51 @@ def _conv_kernel(
 
 
 # --------------------------------------------------------------------------------------------------------------------- launchers
-def noisy_conv(x, weight, bias, sigma, seed, stream, images, draws, image_offset, draw_offset, stride, padding, dilation, sample_ids=None) -> torch.Tensor:
+def noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation) -> torch.Tensor:
     """``conv2d(x + sigma * eps, weight, bias)`` [draws * images, Cout, OH, OW], channels last, in x's dtype.
 
     x [images or draws * images, Cin, H, W] channels last, float32 (products in tf32), bfloat16 or float16; weight [Cout, Cin, KH, KW]
     and bias [Cout] of x's dtype; sigma float32 of 1 or Cin values; stride, padding, dilation: pairs; the rest as in add_noise.
     """
     return _launch(
-        x, weight, x.dtype, (sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids), stride, padding, dilation,
+        x, weight, x.dtype, sigma, at, stride, padding, dilation,
         NOISE_IN=True, NOISE_OUT=False, scale=None, shift=bias, relu=False,
     )  # fmt: skip
 
 
-def conv_activate_noise(
-    x, weight, sigma, seed, stream, images, draws, image_offset, draw_offset, scale, shift, relu, stride, padding, dilation, dtype=None, sample_ids=None
-) -> torch.Tensor:
+def conv_activate_noise(x, weight, sigma, at, scale, shift, relu, stride, padding, dilation, dtype=None) -> torch.Tensor:
     """``act(conv2d(x, weight) * scale + shift) + sigma * eps`` [draws * images, Cout, OH, OW], channels last, rounded once to `dtype`.
 
     x [images or draws * images, Cin, H, W] channels last and weight [Cout, Cin, KH, KW]: both float32, bfloat16 or float16, or both
     int8 (summed in int32), or both float8_e4m3fn (sm_89 and up) or float8_e4m3fnuz (gfx942). scale, shift:
     float32 [Cout] or None. In low precision scale also undoes the steps of x and weight and divides by the result's step, and so do shift
-    and sigma: y then comes out in steps of `dtype` (default: x's), saturated. sigma float32 of 1 or Cout values; stream, images, draws, ...
-    address the noise of y, as in add_noise.
+    and sigma: y then comes out in steps of `dtype` (default: x's), saturated. sigma float32 of 1 or Cout values; ``at`` is the address
+    of the noise of y, as in add_noise.
     """
     return _launch(
-        x, weight, dtype or x.dtype, (sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids), stride, padding, dilation,
+        x, weight, dtype or x.dtype, sigma, at, stride, padding, dilation,
         NOISE_IN=False, NOISE_OUT=True, scale=scale, shift=shift, relu=relu,
     )  # fmt: skip
 
 
-def _launch(x, weight, dtype, noise, stride, padding, dilation, *, NOISE_IN, NOISE_OUT, scale, shift, relu):
-    sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids = noise
+def _launch(x, weight, dtype, sigma, at, stride, padding, dilation, *, NOISE_IN, NOISE_OUT, scale, shift, relu):
     _, channels, height, width = x.shape
     c_out, _, KH, KW = weight.shape
     sizes = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip((height, width), padding, dilation, (KH, KW), stride, strict=True)
     ]
-    y = torch.empty((images * draws, *sizes, c_out), dtype=dtype, device=x.device)
+    y = torch.empty((at.rows, *sizes, c_out), dtype=dtype, device=x.device)
     if y.numel():
-        tensors = x, packed_weight(weight), y, scale, shift, sigma, seed, sample_ids
+        tensors = x, packed_weight(weight), y, scale, shift, sigma, at.seed, at.sample_ids
         geometry = tuple(stride), tuple(padding), tuple(dilation)
         settled = dict(
             NOISE_IN=NOISE_IN, NOISE_OUT=NOISE_OUT, SIGMA_VARIES=sigma.numel() > 1, HAS_SCALE=scale is not None,
-            HAS_SHIFT=shift is not None, RELU=relu, PLACES=sample_ids is not None,
+            HAS_SHIFT=shift is not None, RELU=relu, HAS_IDS=at.sample_ids is not None,
         )  # fmt: skip
-        key = (x.dtype, dtype), x.shape, weight.shape, y.shape, images, geometry, tuple(settled.items())
+        key = (x.dtype, dtype), x.shape, weight.shape, y.shape, at.images, geometry, tuple(settled.items())
 
         def run(tile: Tile):
-            launch(_plan, tensors, (word(stream), word(image_offset), word(draw_offset)), *key, tile)
+            launch(_plan, tensors, (word(at.stream), word(at.image_offset), word(at.draw_offset)), *key, tile)
 
         tile = default_tile(c_out, channels, x.element_size(), NOISE_IN)
         if tuning(x):

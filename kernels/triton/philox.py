@@ -23,11 +23,11 @@ def key_words(seed_ptr):
 
 
 @triton.jit
-def place(image, draw, image_offset, draw_offset, places_ptr, PLACES: tl.constexpr):
-    """Counter words (image, draw) of packed row ``draw * images + image``; with PLACES from int64 [images, 2] of (image, first draw)."""
-    if PLACES:
-        first = tl.load(places_ptr + 2 * image + 1)
-        return tl.load(places_ptr + 2 * image).to(tl.uint32), first.to(tl.uint32) + draw.to(tl.uint32)
+def place(image, draw, image_offset, draw_offset, ids_ptr, HAS_IDS: tl.constexpr):
+    """Counter words (image, draw) of packed row ``draw * images + image``; with HAS_IDS from int64 [images, 2] of (image, first draw)."""
+    if HAS_IDS:
+        first = tl.load(ids_ptr + 2 * image + 1)
+        return tl.load(ids_ptr + 2 * image).to(tl.uint32), first.to(tl.uint32) + draw.to(tl.uint32)
     else:
         return image_offset.to(tl.uint32) + image.to(tl.uint32), draw_offset.to(tl.uint32) + draw.to(tl.uint32)
 

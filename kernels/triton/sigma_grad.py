@@ -42,8 +42,8 @@ def _tile_origin(index, tiles, tiles_s, images):
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _sigma_grad_flat_kernel(
-    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, image_offset, draw_offset, images, tiles, tiles_s, steps, S, unit_count,
-    UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
+    g_ptr, part_ptr, seed_ptr, ids_ptr, layer_stream, image_offset, draw_offset, images, tiles, tiles_s, steps, S, unit_count,
+    UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, HAS_IDS: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     TILES_C: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """Rows lie [S, C]. One program sums `steps` tiles of one block of channels into row `piece` of part [pieces, C or TILES_C]."""
@@ -65,7 +65,7 @@ def _sigma_grad_flat_kernel(
         mask = ((s < S) & (index < tiles))[:, None] & (c < C)[None, :]
         g = tl.load(g_ptr + row.to(tl.int64) * S * C + s[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
         quad = s.to(tl.uint32)[:, None] * groups + quad_c[None, :]
-        image, draw = place(image, draw, image_offset, draw_offset, places_ptr, PLACES)
+        image, draw = place(image, draw, image_offset, draw_offset, ids_ptr, HAS_IDS)
         z0, z1, z2, z3 = normals_run(quad, 1, image, draw, layer_stream.to(tl.uint32), k0, k1, QUADS, FAST)
         total += g * channels_last(z0, z1, z2, z3)
     if PER_CHANNEL:
@@ -81,8 +81,8 @@ def _store_channel(part_ptr, piece, C, c, total):
 
 @triton.jit(do_not_specialize=[*_INTEGERS])
 def _sigma_grad_planar_kernel(
-    g_ptr, part_ptr, seed_ptr, places_ptr, layer_stream, image_offset, draw_offset, images, tiles, tiles_s, tiles_g, steps, C, unit_count,
-    UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
+    g_ptr, part_ptr, seed_ptr, ids_ptr, layer_stream, image_offset, draw_offset, images, tiles, tiles_s, tiles_g, steps, C, unit_count,
+    UNIT: tl.constexpr, PER_CHANNEL: tl.constexpr, HAS_IDS: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     S_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Rows lie [C, S]. One program sums `steps` tiles of one block of quads into row `piece` of part [pieces, C or tiles_g]."""
@@ -108,7 +108,7 @@ def _sigma_grad_planar_kernel(
         inside = ((s < S) & (index < tiles))[None, :]
         first = (tile * S_BLOCK + tl.arange(0, S_BLOCK // RUN) * RUN).to(tl.uint32)
         quad = first[None, :] * groups.to(tl.uint32) + group.to(tl.uint32)[:, None]
-        image, draw = place(image, draw, image_offset, draw_offset, places_ptr, PLACES)
+        image, draw = place(image, draw, image_offset, draw_offset, ids_ptr, HAS_IDS)
         z0, z1, z2, z3 = normals_run(quad, groups.to(tl.uint32), image, draw, layer_stream.to(tl.uint32), k0, k1, RUN, FAST)
         g_ptrs = g_ptr + row.to(tl.int64) * C * S + c[:, None] * plane + s[None, :]  # [G_BLOCK, S_BLOCK]
         t0 += z0 * tl.load(g_ptrs, mask=inside & (c < C)[:, None], other=0.0).to(tl.float32)
@@ -136,16 +136,16 @@ def _sigma_grad_total_kernel(part_ptr, out_ptr, pieces, columns, P_BLOCK: tl.con
     tl.store(out_ptr + c, tl.sum(total, 0).to(tl.float32), mask=c < columns)
 
 
-def sigma_grad(g, flat, seed, stream, images, draws, image_offset, draw_offset, per_channel, sample_ids=None) -> torch.Tensor:
+def sigma_grad(g, flat, at, per_channel) -> torch.Tensor:
     """``sum(g * eps)`` for g [draws * images, C, *spatial], contiguous or channels last where ``flat``: float32, 0-dim or [C].
 
-    seed int64 of one value and sample_ids int64 [images, 2] or None on the device of g. No synchronisation; on one device equal g in
+    at: the noise's address, its tensors on the device of g. No synchronisation; on one device equal g in
     an equal layout give equal bits.
     """
     channels = g.shape[1]
     if not g.numel():
         return g.new_zeros((channels,) if per_channel else (), dtype=torch.float32)
-    key = flat, g.dtype, g.shape, images, per_channel, sample_ids is not None
+    key = flat, g.dtype, g.shape, at.images, per_channel, at.sample_ids is not None
     columns = channels if per_channel else 1
     out = g.new_empty((columns,), dtype=torch.float32)
 
@@ -153,7 +153,7 @@ def sigma_grad(g, flat, seed, stream, images, draws, image_offset, draw_offset, 
         _, programs, others = _plan(*key, cut)
         pieces = triton.cdiv(others["tiles"], others["steps"]) if per_channel else programs
         part = g.new_empty((pieces, columns), dtype=torch.float32)
-        launch(_plan, (g, part, seed, sample_ids), (word(stream), word(image_offset), word(draw_offset)), *key, cut)
+        launch(_plan, (g, part, at.seed, at.sample_ids), (word(at.stream), word(at.image_offset), word(at.draw_offset)), *key, cut)
         launch(_plan_total, (part, out), (pieces, columns), columns)
 
     cut = DEFAULT
@@ -173,7 +173,7 @@ def _plan(flat, dtype, shape, images, per_channel, sample_ids, cut: Cut):
     tiles = rows * tiles_s
     steps = triton.cdiv(tiles, min(tiles, cut.pieces))
     others = dict(
-        images=images, tiles=tiles, tiles_s=tiles_s, steps=steps, PER_CHANNEL=per_channel, PLACES=sample_ids,
+        images=images, tiles=tiles, tiles_s=tiles_s, steps=steps, PER_CHANNEL=per_channel, HAS_IDS=sample_ids,
         WIDE=math.prod(shape[1:]) >= ENOUGH_32_BITS, FAST=fast_math(),
     )  # fmt: skip
     return kernel, triton.cdiv(tiles, steps) * blocks, {**others, **tiling}

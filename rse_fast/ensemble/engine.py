@@ -1,24 +1,21 @@
 """The ensemble of n noisy passes as one module: draws packed into the batch, softmax averaged (Liu et al., ECCV 2018)."""
 
-import contextlib
 import functools
 import itertools
 import math
 import os
-import threading
-import warnings
-import weakref
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from rse_fast import functional
-from rse_fast.ensemble import fuse, gradient, plan, quantize
+from rse_fast import autograd, functional
+from rse_fast.ensemble import gradient, quantize
 from rse_fast.ensemble.early_exit import make as make_criterion
-from rse_fast.ensemble.graphs import Graphs
-from rse_fast.ensemble.runner import Runner, has_bfloat16, mismatch
+from rse_fast.ensemble.prepare import Preparation, Prepared
 from rse_fast.ensemble.stream import Pool, Tally, in_order
 from rse_fast.nn import Scope, noise_layers, number_layers
 
@@ -105,21 +102,41 @@ class Ensemble(nn.Module):
         self.calibration = quantize.check_calibration(calibration) if dtype == "int8" else None
         number_layers(model)
         self.model = model
-        self._lock = threading.Lock()
-        self._prepared, self._differentiated = None, False
+        compute = DTYPES.get(dtype)  # None: the best of the device
+        self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration)
+        self._live = Preparation(model, compute, False, backend, False, None)  # for the gradient of its weights
 
     # ------------------------------------------------------------------------------------------------------------------ public
+    # A compiler leaves these calls alone: they take fresh numbers of the operating system and run a snapshot that is optimised already.
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Log of the mean softmax, float32 [B, K]; differentiable in ``x``, so a gradient is the gradient of the whole ensemble,
-        exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`)."""
-        x, seed = self._input(x), self._seed_tensor(self._call_seed(None), x)
+        exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`). Differentiable in the parameters
+        of the model, too: where backward asks for their gradient, the model itself runs again beside its fused snapshot."""
+        x = self.images(x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)
+        if self.seed is None:
+            _refuse_checkpointing()
+        seed = functional.seed_tensor(self.draw_seed(None), x.device)
         if torch.is_grad_enabled() and x.requires_grad:
-            self._differentiated = True  # from now on a snapshot is checked for its gradients as well
+            self._preparation.want_gradients()
+        weights = []  # those that want a gradient, and that a snapshot only holds copies of
+        if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
+            weights = [p for p in self.model.parameters() if p.requires_grad]
+        if weights and autograd.is_transformed():
+            return self._log_mean(self._live, x, seed)
+        result = self._log_mean(self._preparation, x, seed)
+        if not weights:
+            return result
+        live = functools.partial(self._log_mean, self._live)
+        return result + gradient.OfWeights.apply(live, result.detach(), x.detach(), seed, *weights)
+
+    def _log_mean(self, preparation, x, seed):
+        """Log of the mean softmax, float32 [B, K]."""
         rows = []
-        with self._model(x) as model:
-            for _, draw, logits in self._passes(model, x, seed, 0):
+        with preparation.ready(x) as model:
+            for _, draw, logits in self._passes(preparation, model, x, seed, 0):
                 part = logits.log_softmax(-1).logsumexp(0)  # [images, K] of [draws, images, K]
                 if draw.start == 0:
                     rows.append(part)
@@ -128,14 +145,15 @@ class Ensemble(nn.Module):
             empty = x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()  # of no images, for the sake of their gradient
         return torch.cat(rows) - math.log(self.draws) if rows else empty
 
+    @torch.compiler.disable
     @torch.no_grad()
     def predict(self, x: torch.Tensor, seed: int | None = None, image_offset: int = 0) -> Prediction:
-        """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image_offset``, the index of the first image, address the noise:
-        a data set predicted in parts, each with its own image_offset, gets the noise it would get as one batch."""
-        x, seed = self._input(x), self._call_seed(seed)
+        """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image_offset``, the index of the first image, address the
+        noise: a data set predicted in parts, each with its own image_offset, gets the noise it would get as one batch."""
+        x, seed = self.images(x), self.draw_seed(seed)
         image_offset = functional.first_image(image_offset, len(x))
         if self.early_exit is None:
-            return self._prediction(self._all_draws(x, self._seed_tensor(seed, x), image_offset), seed)
+            return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed)
         pool = self._pool(x, seed, self.draws)
         pool.put(x, image_offset)
         finished = [pool.nothing()]
@@ -154,37 +172,33 @@ class Ensemble(nn.Module):
         """
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
+    @torch.compiler.disable
+    def prepared(self, x: torch.Tensor) -> Prepared:
+        """The model as it is run for images like x [B, ...]: what it returns, how it is packed, and how large packed batches are."""
+        with self._preparation.ready(self.images(x)) as model:
+            return model
+
     def rows(self, x: torch.Tensor) -> int:
         """Rows (images x draws) of a full packed batch of images like x [B, ...] at present."""
-        with self._model(self._input(x)) as model:
-            return model.planner.rows(self.max_rows)
+        return self.prepared(x).planner.rows(self.max_rows)
 
     def refresh(self) -> None:
         """Takes a new snapshot of the model at the next call."""
-        with self._lock:
-            self._prepared = None
+        self._preparation.refresh()
 
     @property
     def quantization(self) -> quantize.Report | None:
         """Which layers run in int8, and which do not and why; None for other dtypes. Calibrates, if no call has done so yet."""
         if self.calibration is None:
             return None
-        with self._model(self._input(self.calibration[0])):
-            return self._quantization
-
-    def __getstate__(self):
-        return {**self.__dict__, "_lock": None, "_prepared": None}  # a copy takes its own snapshot
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self._lock = threading.Lock()
+        return self.prepared(self.calibration[0]).report
 
     def extra_repr(self):
         seed = "fresh at every call" if self.seed is None else self.seed
         return f"draws={self.draws}, seed={seed}, dtype={self.dtype}, fuse={self.fuse}, backend={self.backend!r}"
 
-    # ----------------------------------------------------------------------------------------------------------------- one call
-    def _input(self, x):
+    def images(self, x: torch.Tensor) -> torch.Tensor:
+        """``x``, checked to be a batch [B, ...] of images, on the device of the model. Raises TypeError or ValueError."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
@@ -192,24 +206,31 @@ class Ensemble(nn.Module):
         if x.dim() < 2:
             raise ValueError(f"x must be a batch [B, ...], got shape {tuple(x.shape)}")
         parameter = next(self.model.parameters(), None)
-        return x if parameter is None else x.to(parameter.device)
+        return x if parameter is None or parameter.device == x.device else x.to(parameter.device)
 
-    def _call_seed(self, seed):
+    def draw_seed(self, seed: int | None) -> int:
+        """The seed of one call, in [0, 2^64): ``seed``, else the ensemble's own, else 64 fresh bits of the operating system."""
         if seed is not None:
             return _seed(seed)
-        if self.seed is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("seed: a captured call would have the same noise at every replay; give a seed, or let cuda_graphs=True capture")
-        return int.from_bytes(os.urandom(8), "little") if self.seed is None else self.seed
+        if self.seed is not None:
+            return self.seed
+        if torch.jit.is_tracing() or get_proxy_mode() is not None or torch.compiler.is_exporting():
+            raise ValueError(
+                "seed must be a number for an Ensemble to be traced or exported, got None: fresh noise at every call would become one "
+                "constant of the graph; give Ensemble(seed=...) for a graph with that noise"
+            )
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "seed: a captured call would have the same noise at every replay; give a seed, or let cuda_graphs=True capture"
+            )
+        return int.from_bytes(os.urandom(8), "little")
 
-    @staticmethod
-    def _seed_tensor(seed, x):
-        return functional.seed_tensor(seed, x.device)
-
+    # ----------------------------------------------------------------------------------------------------------------- one call
     def _all_draws(self, x, seed, image_offset):
         """The `Tally` of every draw of every image."""
-        with self._model(x) as model:
+        with self._preparation.ready(x) as model:
             tallies = [Tally.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.classes)]
-            for image, draw, logits in self._passes(model, x, seed, image_offset):
+            for image, draw, logits in self._passes(self._preparation, model, x, seed, image_offset):
                 if draw.start == 0:
                     index = torch.arange(image_offset + image.start, image_offset + image.stop, device=x.device)
                     tallies.append(Tally.empty(index, logits.shape[-1]))
@@ -218,20 +239,20 @@ class Ensemble(nn.Module):
 
     def _pool(self, x, seed, draws):
         """A `Pool` for images like ``x``, which runs them through the model."""
-        seed = self._seed_tensor(seed, x)
+        seed, classes = functional.seed_tensor(seed, x.device), self.prepared(x).classes
 
         def run(x, sample_ids, draws):
             return self.logits_at(x, sample_ids, draws, seed)
 
-        with self._model(x) as model:
-            classes = model.classes
         criterion = make_criterion(self.early_exit, draws, max(classes, 1))
         return Pool(run, classes, draws, self.rows(x), criterion, x.device)
 
-    def logits_at(self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None) -> torch.Tensor:
+    def logits_at(
+        self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None
+    ) -> torch.Tensor:
         """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``sample_ids[i, 1] ..`` of image ``sample_ids[i, 0]``
         (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.Scope`."""
-        with self._model(x) as model:
+        with self._preparation.ready(x) as model:
 
             def step(image, draw):
                 at = sample_ids[image].clone()
@@ -263,21 +284,21 @@ class Ensemble(nn.Module):
             seed=seed,
         )
 
-    def _passes(self, model, x, seed, image_offset):
+    def _passes(self, preparation, model, x, seed, image_offset):
         """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
         number = itertools.count()
 
         def step(image, draw):
-            batch = functools.partial(self._chunk, model, seed, image_offset + image.start, draw)
+            batch = functools.partial(self._chunk, preparation, model, seed, image_offset + image.start, draw)
             return gradient.run(batch, x[image], next(number))
 
-        wanted = torch.is_grad_enabled() and (x.requires_grad or not self.fuse)
+        wanted = torch.is_grad_enabled() and (x.requires_grad or not preparation.fuse)
         return model.planner.run(x.shape[0], self.draws, step, self.max_rows, wanted)
 
-    def _chunk(self, model, seed, image_offset, draw, x):
-        """`_logits` with the noise of given images and draws; backward may call it again, outside `_model`'s context."""
+    def _chunk(self, preparation, model, seed, image_offset, draw, x):
+        """`_logits` with the noise of given images and draws; backward may call it again, outside the context of `Preparation.ready`."""
         scope = Scope(seed, len(x), draw.stop - draw.start, image_offset, draw.start, self.backend)
-        with self._mode():
+        with preparation.mode():
             return self._logits(model, x, scope)
 
     @staticmethod
@@ -296,114 +317,6 @@ class Ensemble(nn.Module):
             logits = logits.expand(draws, *logits.shape)
         return logits.reshape(draws, images, -1).float()
 
-    # -------------------------------------------------------------------------------------------------------------- preparation
-    def _resolve_dtype(self, device):
-        if self.dtype not in ("auto", "int8"):
-            return DTYPES[self.dtype]
-        return torch.bfloat16 if has_bfloat16(device) else torch.float32
-
-    def _state(self, x, layers):
-        """Changes whenever a snapshot is out of date: identity, version and place of every tensor, the switches, the shape of x."""
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-        switches = tuple(layer.noise_enabled for layer in layers.values())
-        if not switches:
-            raise ValueError("model must have noisy layers, got none any more; rse_fast.convert(model) adds them")
-        return versions, switches, x.shape[1:], x.device, self._differentiated
-
-    @contextlib.contextmanager
-    def _model(self, x):
-        """The callable that runs packed batches like ``x``."""
-        with self._lock:
-            # Numbered anew, as an ensemble of a part of the model, or of more than it, numbers its layers otherwise.
-            state = self._state(x, number_layers(self.model))
-            if self._prepared is None or self._prepared[0] != state:
-                numbers = torch.get_rng_state()
-                prepared = self._prepare(x)
-                if prepared.runner.random:  # a forward that draws numbers of its own did so in dry runs, too
-                    torch.set_rng_state(numbers)
-                # What the state tells apart by its address is kept, so that nothing else can come to lie there.
-                self._prepared = state, prepared, [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
-            prepared = self._prepared[1]
-        with self._mode():
-            yield prepared
-
-    def _mode(self):
-        """A snapshot is in eval mode for good, a live model within this context."""
-        return contextlib.nullcontext() if self.fuse else _eval_mode(self.model)
-
-    @torch.inference_mode(False)  # a snapshot taken under inference_mode serves calls that want a gradient as well
-    def _prepare(self, x):
-        compute = self._resolve_dtype(x.device)
-        noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
-        if self.fuse:
-            runner = self._fused(x, compute, noisy)
-            if self.dtype == "int8":
-                self._to_int8(runner, x)
-        else:
-            parameter = next(self.model.parameters(), None)
-            with _eval_mode(self.model):
-                runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
-        kind = x.shape[1:], "int8" if self.dtype == "int8" else compute, self.fuse
-        kept = (gradient.KEEP + 1) * runner.saved_bytes if runner.saved_bytes else None  # and one that is run again
-        in_bytes = self.dtype == "int8" and bool(self._quantization.quantized)
-        planner = plan.planner(self.model, kind, x.device, runner.row_bytes, kept, in_bytes)
-        if x.device.type != "cuda":
-            return Prepared(runner, runner, planner)
-        torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them
-        captures = not hooked if self.cuda_graphs is None else self.cuda_graphs
-        return Prepared(runner, Graphs(runner, always=self.cuda_graphs is True) if captures else runner, planner)
-
-    def _to_int8(self, runner, x):
-        """Makes a runner of a fused snapshot run an int8 one."""
-        quantize.check_available(x.device)
-        if x.shape[1:] != self.calibration[0].shape[1:]:
-            wanted, got = tuple(x.shape[1:]), tuple(self.calibration[0].shape[1:])
-            raise ValueError(f"calibration must have images of the shape of x, {wanted}, got {got}")
-        names = list(noise_layers(self.model))
-        if not isinstance(runner.model, torch.fx.GraphModule):
-            self._quantization = quantize.Report({}, dict.fromkeys(names, "the model runs unfused"), quantize.weight_bits())
-            return
-
-        def rewrite(graph):
-            def run():
-                image_offset = 0
-                for batch in itertools.chain.from_iterable(b.split(plan.SWEET_SPOT["cpu"]) for b in self.calibration):
-                    with Scope(torch.tensor(0), len(batch), 1, image_offset, backend=self.backend):
-                        graph(batch.contiguous(memory_format=torch.channels_last))
-                    image_offset += len(batch)
-
-            with torch.no_grad():
-                self._quantization = quantize.quantize(graph, names, run, self._resolve_dtype(x.device))
-
-        runner.model, _ = fuse.snapshot(self.model, self._resolve_dtype(x.device), rewrite)
-
-    def _fused(self, x, dtype, noisy):
-        """A runner of a fused snapshot; of an unfused one where that cannot be had, with a warning."""
-        fused, problem = fuse.snapshot(self.model, dtype)
-        runner = Runner(fused, dtype, dtype, noisy, x)
-        if problem is None:
-            problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._differentiated)
-            if problem is None:
-                return runner
-            runner = Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x)
-        warnings.warn(f"rse-fast: the model runs unfused: {problem}", RuntimeWarning, stacklevel=9)
-        return runner
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What an ensemble needs of its model for images of one shape. run: the runner, or its CUDA graphs."""
-
-    runner: Runner
-    run: Runner | Graphs
-    planner: plan.Planner
-
-    @property
-    def classes(self) -> int:
-        return self.runner.classes
-
 
 class Stream:
     """Iterator over the predictions of `Ensemble.stream`. Closing or dropping it lets go of everything it holds.
@@ -418,7 +331,7 @@ class Stream:
     def __init__(self, ensemble: Ensemble, batches: Iterable[torch.Tensor], draws: int):
         if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
             raise TypeError(f"batches must be an iterable of tensors [B, ...], got {type(batches).__name__}")
-        self.seed = ensemble._call_seed(None)
+        self.seed = ensemble.draw_seed(None)
         self._ensemble, self._draws, self._pool = ensemble, draws, None
         self._predictions = self._run(iter(batches))
 
@@ -438,7 +351,7 @@ class Stream:
         return self._pool.occupancy if self._pool else math.nan
 
     def _checked(self, x, first):
-        x = self._ensemble._input(x)
+        x = self._ensemble.images(x)
         if x.shape[1:] != first.shape[1:]:
             raise ValueError(f"batches must have images of one shape, got {tuple(x.shape[1:])} after {tuple(first.shape[1:])}")
         return x
@@ -448,7 +361,7 @@ class Stream:
         if first is None:
             return
         inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
-        self._pool = self._ensemble._pool(self._ensemble._input(first), self.seed, self._draws)
+        self._pool = self._ensemble._pool(self._ensemble.images(first), self.seed, self._draws)
         tallies = in_order(inputs, self._pool, self.BACKLOG * self._pool.slots)
         while True:
             with torch.no_grad():  # not around the yield: it would reach into the consumer's code
@@ -456,30 +369,6 @@ class Stream:
             if tally is None:
                 return
             yield self._ensemble._prediction(tally, self.seed)
-
-
-# Modules that ensembles hold in eval mode: how many calls are under way, and what the mode was before the first.
-_held: "weakref.WeakKeyDictionary[nn.Module, list]" = weakref.WeakKeyDictionary()
-_held_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _eval_mode(model):
-    modules = list(model.modules())  # two models may share some
-    with _held_lock:
-        for module in modules:
-            _held.setdefault(module, [0, module.training])[0] += 1
-            module.training = False  # and nothing else that its train(False) does, which could not be taken back
-    try:
-        yield
-    finally:
-        with _held_lock:
-            for module in modules:
-                entry = _held[module]
-                entry[0] -= 1
-                if entry[0] == 0:
-                    module.training = entry[1]
-                    del _held[module]
 
 
 def _count(name, value):
@@ -491,3 +380,15 @@ def _count(name, value):
 
 def _seed(seed):
     return functional.integer("seed", seed) % 2**64
+
+
+def _refuse_checkpointing():
+    """Raises within `torch.utils.checkpoint`: backward would run the ensemble again, with other noise, and give a wrong gradient."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            raise ValueError(
+                "seed must be a number within torch.utils.checkpoint, got None: backward runs the ensemble again, and fresh noise would be "
+                "other noise; give Ensemble(seed=...), or call it without checkpoint, since it bounds the memory of its gradient by itself"
+            )
+        frame = frame.f_back

@@ -5,6 +5,7 @@ its noise op, in the pass over memory that adds the noise anyway. On a CPU the c
 order, which it would otherwise bring them into at every call.
 """
 
+import functools
 import operator
 import random
 from collections import Counter
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from rse_fast import functional
+from rse_fast import autograd, functional
 from rse_fast.convert import tensor_attributes
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
 from rse_fast.trace import Draws, Tracer
@@ -153,18 +154,23 @@ class Activation(nn.Module):
 
     def forward(self, x):
         x = x.to(self.layer.weight.dtype)
-        noise = self.layer.noise_arguments(x) if self.layer.noise_enabled else None
-        if noise is None or x.requires_grad:  # the op that does it all is for inference
+        noisy = self.layer.noise_enabled
+        # The op that does it all is for inference, in numbers that the transforms of torch.func do not see.
+        if not noisy or x.requires_grad or autograd.is_transformed() or x.shape[1] != self.layer.in_channels:
             clean = x if self.scale is None else (x * self.scale[:, None, None] + self.shift[:, None, None]).to(x.dtype)
             clean = clean.relu()
             clean = nn.functional.max_pool2d(clean, 2) if self.pool else clean
-            return clean if noise is None else functional.add_noise(clean, **noise), clean
-        options = {"scale": self.scale, "shift": self.shift, "act": "relu", **noise}
+            return self.layer.add_noise(clean) if noisy else clean, clean
+        sigma, at, backend = self.layer.noise(x)
+        if backend != "auto":
+            functional.check_backend(backend, x)
+        options = at, self.scale, self.shift, True
         if self.pool or self.keep:
-            return functional.activate_noise(x, pool=self.pool, keep=self.keep, **options)
-        if self.alone and len(x) == noise["images"] * noise["draws"] and x.is_contiguous(memory_format=torch.channels_last):
-            return functional.add_noise_(x, **options), x  # no fresh memory, and the convolution that reads it finds it in the cache
-        return functional.add_noise(x, **options), x
+            return autograd.activate_noise(x, sigma, *options, self.pool, backend, self.keep)
+        if self.alone and len(x) == at.rows and x.is_contiguous(memory_format=torch.channels_last):
+            autograd.add_noise_(x, sigma, *options, backend)  # no fresh memory, and the convolution that reads it finds it in the cache
+            return x, x
+        return autograd.add_noise(x, sigma, *options, backend), x
 
 
 class FusedConv(nn.Module):
@@ -186,11 +192,12 @@ class FusedConv(nn.Module):
         layer = self.layer
         x = input.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
         if self.activation is not None:
-            x, _ = self.activation(x)
+            x, _ = self.activation.forward(x)  # nobody hangs a hook there
         elif not self.given and getattr(layer, "noise_enabled", False):
-            x = functional.add_noise(x, **layer.noise_arguments(x))
-        # The vendor's op for packed weights has no gradient; elsewhere than on the CPU it does not exist.
-        if x.device.type != "cpu" or x.requires_grad or not x.numel() or not _packs(x.dtype):
+            x = layer.add_noise(x)
+        # The vendor's op for packed weights has no gradient, and what watches torch's ops does not know it. It exists on the CPU alone.
+        watched = autograd.is_transformed() or not autograd.is_direct(x)
+        if x.device.type != "cpu" or x.requires_grad or watched or not x.numel() or not _packs(x.dtype):
             return layer._conv_forward(x, layer.weight, layer.bias)
         if x.dim() != 4 or x.shape[1] != layer.in_channels:  # torch says what is wrong
             return layer._conv_forward(x, layer.weight, layer.bias)
@@ -336,6 +343,11 @@ def pack_weights(model: torch.fx.GraphModule) -> None:
 
 def _packs(dtype: torch.dtype) -> bool:
     """Whether the vendor's library keeps weights of ``dtype`` in its own order on this processor."""
+    return torch.backends.mkldnn.enabled and _packs_in_hardware(dtype)
+
+
+@functools.cache
+def _packs_in_hardware(dtype):
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:

@@ -20,3 +20,27 @@ def run(batch: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, number: 
     if number < KEEP or not torch.is_grad_enabled():
         return batch(x)
     return checkpoint(batch, x, use_reentrant=False)
+
+
+class OfWeights(torch.autograd.Function):
+    """Adds nothing to a result, and the gradient of the model's weights to backward, where a fused snapshot holds copies of them.
+
+    Backward runs it only if such a gradient is asked for, which the gradient of the images alone does not do.
+    """
+
+    @staticmethod
+    def forward(ctx, live, result, x, seed, *weights):
+        """live: (x, seed) -> the same result as ``result``, by the model that holds ``weights``."""
+        ctx.live = live
+        ctx.save_for_backward(x, seed, *weights)
+        return torch.zeros_like(result)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, seed, *weights = ctx.saved_tensors
+        with torch.enable_grad():
+            result = ctx.live(x, seed)
+        if not result.requires_grad:  # of no images
+            return None, None, None, None, *map(torch.zeros_like, weights)
+        return None, None, None, None, *torch.autograd.grad(result, weights, g, allow_unused=True)

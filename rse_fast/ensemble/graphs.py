@@ -97,7 +97,8 @@ class Graphs:
     @torch.no_grad()
     def _capture(self, x, scope):
         sample_ids = torch.zeros((scope.images, 2), dtype=torch.int64, device=x.device)
-        noise = dataclasses.replace(scope, seed=torch.zeros_like(scope.seed), image_offset=0, draw_offset=0, sample_ids=sample_ids, calls={})
+        seed = torch.zeros_like(scope.seed)
+        noise = dataclasses.replace(scope, seed=seed, image_offset=0, draw_offset=0, sample_ids=sample_ids, calls={})
         static = x.clone()
         self._set(noise, scope)
         side = self._side = self._side or torch.cuda.Stream()  # one: torch keeps a workspace of cuBLAS for each

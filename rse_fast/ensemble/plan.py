@@ -25,6 +25,7 @@ OTHER_DEVICES = 256
 
 CLEARLY = 0.97  # a number of rows replaces the general one if it takes less than this share of the time
 MEMORY_SHARE = 0.5  # of the free memory that one packed batch may take; the rest is for what cannot be foreseen, such as workspaces
+_ALWAYS_THERE = 2**24  # bytes for which the operating system is not asked whether they are free, which takes longer than small calls
 _LEAST_WORK = 4  # calls of fewer rows than so many times those of all trials are not measured
 
 Piece = tuple[slice, slice]  # of images, of draws
@@ -45,11 +46,17 @@ class Planner:
         self.measured = False
         self.limit = math.inf  # fewer rows than ran out of memory
 
-    def rows(self, fixed: int | None = None, gradient: bool = False) -> int:
-        """Rows of a full packed batch now. ``fixed``: what the user wants instead; memory that ran out still counts."""
+    def rows(self, fixed: int | None = None, gradient: bool = False, work: float = math.inf) -> int:
+        """Rows of a full packed batch now, for a call of ``work`` rows.
+
+        fixed: what the user wants instead; memory that ran out still counts.
+        """
         if fixed is not None:
             return min(fixed, self.limit)
-        return int(max(1, min(self.sweet_spot, self.limit, self._fits(self.gradient_bytes if gradient else self.row_bytes))))
+        most, row_bytes = min(self.sweet_spot, self.limit), self.gradient_bytes if gradient else self.row_bytes
+        if row_bytes and min(most, work) * row_bytes > _ALWAYS_THERE:
+            most = min(most, self._fits(row_bytes))
+        return int(max(1, most))
 
     def run(
         self, images: int, draws: int, step: Callable, fixed: int | None = None, gradient: bool = False
@@ -72,7 +79,7 @@ class Planner:
                 yield from results
             self._note(rows, seconds / ((stop - start) * draws))
             start = stop
-        for image, draw in chunks(images - start, draws, self.rows(fixed, gradient)):
+        for image, draw in chunks(images - start, draws, self.rows(fixed, gradient, images * draws)):
             yield from self.attempt(slice(start + image.start, start + image.stop), draw, step)
 
     def attempt(self, image: slice, draw: slice, step: Callable) -> Iterator[tuple[slice, slice, object]]:
@@ -101,9 +108,12 @@ class Planner:
         """Sizes to try, twice each: the first run of a size also pays for what a library prepares for it. On a GPU three times: the second
         captures a CUDA graph."""
         times = 3 if self.device.type == "cuda" else 2
+        ladder = LADDER.get(self.device.type, ())
+        if self.measured or torch.is_grad_enabled() or work < times * sum(ladder[:2]) * _LEAST_WORK:
+            return []
         most = min(self.limit, self._fits(self.row_bytes))
-        sizes = [rows for rows in LADDER.get(self.device.type, ()) if rows <= most]
-        if self.measured or torch.is_grad_enabled() or len(sizes) < 2 or times * sum(sizes) * _LEAST_WORK > work:
+        sizes = [rows for rows in ladder if rows <= most]
+        if len(sizes) < 2 or times * sum(sizes) * _LEAST_WORK > work:
             return []
         self.measured, self._times = True, {}
         return sizes * times

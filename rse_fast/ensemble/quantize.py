@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rse_fast import functional
+from rse_fast import autograd, functional
+from rse_fast.address import NoiseAddress
 from rse_fast.ensemble.fuse import _has_hooks, _is_simple, pools_2x2
 from rse_fast.nn import NoiseLayer, NoisyConv2d
 
@@ -159,12 +160,11 @@ class QuantizedConv(nn.Module):
 
     def forward(self, input):  # the name that nn.Conv2d gives it
         check_no_gradient(input)
-        return self.convolve(self.to_bytes(input, self.layer.noise_arguments(input)))
+        return self.convolve(self.to_bytes(input, *self.layer.noise(input)))
 
-    def to_bytes(self, x: torch.Tensor, noise: dict) -> torch.Tensor:
+    def to_bytes(self, x: torch.Tensor, sigma: torch.Tensor, at: NoiseAddress, backend: str) -> torch.Tensor:
         """Pool, noise and rounding in one pass."""
-        noise = dict(noise)
-        return functional.add_noise_u8(x, noise.pop("sigma"), *self.noisy, pool=self.pool, **self.units, **noise)
+        return functional.add_noise_u8(x, sigma, *self.noisy, pool=self.pool, **self.units, **at._asdict(), backend=backend)
 
     def extra_repr(self):
         step, zero_point = self.noisy
@@ -266,7 +266,7 @@ class _Observer(nn.Module):
 
     def forward(self, input):
         layer = self.layer
-        noisy = functional.add_noise(input, **layer.noise_arguments(input))
+        noisy = layer.add_noise(input)
         y = layer._conv_forward(noisy, layer.weight, layer.bias)
         self.noisy.add(noisy)
         self.output.add(y)
@@ -294,9 +294,9 @@ class _Comparison(nn.Module):
         self.rows, self.mean, self.power = 0, 0.0, 0.0  # of float minus int8, per channel
 
     def forward(self, input):
-        noise = self.layer.noise_arguments(input)
-        y = self.layer._conv_forward(functional.add_noise(input, **noise), self.layer.weight, self.layer.bias)
-        difference = (y - self.quantized.convolve(self.quantized.to_bytes(input, noise))).double()
+        sigma, at, backend = self.layer.noise(input)
+        y = self.layer._conv_forward(autograd.add_noise(input, sigma, at, backend=backend), self.layer.weight, self.layer.bias)
+        difference = (y - self.quantized.convolve(self.quantized.to_bytes(input, sigma, at, backend))).double()
         self.rows += difference.numel() // difference.shape[1]
         self.mean, self.power = self.mean + difference.sum((0, 2, 3)), self.power + difference.square().sum((0, 2, 3))
         return y

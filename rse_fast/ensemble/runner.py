@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import nn
 
+from rse_fast import autograd
 from rse_fast.convert import meta_copy
 from rse_fast.ensemble.plan import PeakBytes, SavedBytes
 from rse_fast.nn import Scope
@@ -18,6 +19,8 @@ CHANCE = 4
 class Runner:
     """Runs a model in eval mode and ``dtype`` on packed batches of images like ``x``, computing in ``compute``.
 
+    x: None tries nothing, and packs the batch at the input, which is right for every model.
+
     noisy: whether any noise is switched on. own: whether the model may be laid out in memory as it runs best.
 
     classes: length of the logits, 0 if unknown. packs_input: whether the batch is packed at the input, since something bypasses the first
@@ -26,13 +29,19 @@ class Runner:
     numbers of torch's generators by itself.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor, own: bool = True):
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor | None, own: bool = True
+    ):
         self.model, self.dtype, self.compute, self.noisy = model, dtype, compute, noisy
         self.row_bytes = self.saved_bytes = None
-        self.layout, self.packs_input = torch.channels_last, True
+        self.layout, self.packs_input, self.random, self.classes = torch.channels_last, True, False, 0
+        if x is not None:
+            self._try(x, own)
+
+    def _try(self, x, own):
+        """Finds out what the model needs."""
         lazy = self._dry_run(x, packed=False)
         shape = lazy or self._dry_run(x, packed=True)
-        self.random = False
         images = probe_images(x, 2)
         with Draws() as draws:
             packed = self._probe(images)
@@ -40,7 +49,7 @@ class Runner:
         if _wants_contiguous(packed):
             self.layout = torch.contiguous_format
             if own:
-                model.to(memory_format=self.layout)
+                self.model.to(memory_format=self.layout)
             lazy, packed = self._dry_run(x, packed=False), self._probe(images)
             shape = lazy or self._dry_run(x, packed=True)
         if lazy is not None:
@@ -110,7 +119,9 @@ def probe_images(x: torch.Tensor, count: int) -> torch.Tensor:
 def run(model: nn.Module, x: torch.Tensor, scope: Scope, dtype: torch.dtype, compute: torch.dtype, layout=torch.channels_last):
     """``model``, whose parameters are in ``dtype``, computing in ``compute`` on x (packed, or to be packed by the first noise)."""
     # Never the caller's tensor: a forward that works in place would change it, and see its own work at the next chunk of draws.
-    x = x.to(dtype, copy=True, memory_format=layout if x.dim() == 4 else torch.preserve_format)
+    # A transform of torch.func may see fewer dimensions than there are, and then knows no layout of four.
+    laid = layout if x.dim() == 4 and not autograd.is_transformed() else torch.preserve_format
+    x = x.to(dtype, copy=True, memory_format=laid)
     # Autocast also where the model is in low precision: its forward may make a float32 tensor on the way, as x.float() does. Without its
     # cache, which inside an autocast of the caller's would free, at the end of that, weights that a CUDA graph reads.
     low = compute != torch.float32
@@ -177,6 +188,11 @@ def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: boo
             error, low = error / wanted.norm(), low / wanted.norm()
             return f"fused, it gives other {what} (relative error {error:.2g}, the unfused model's own in {narrow} is {low:.2g})"
     return None
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device's hardware computes in it, else float32."""
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def has_bfloat16(device: torch.device) -> bool:

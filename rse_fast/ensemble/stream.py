@@ -63,7 +63,8 @@ class Tally:
 class Pool:
     """The images under way and those that wait.
 
-    run: (x [A, ...], sample_ids int64 [A, 2], draws m) -> float32 logits [m, A, K], draws ``sample_ids[i, 1] ..`` of image ``sample_ids[i, 0]``.
+    run: (x [A, ...], sample_ids int64 [A, 2], draws m) -> float32 logits [m, A, K], draws ``sample_ids[i, 1] ..`` of image
+    ``sample_ids[i, 0]``.
     draws: most draws an image; rows: rows of a full packed batch; criterion: of `early_exit`.
     """
 

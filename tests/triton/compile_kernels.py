@@ -9,6 +9,7 @@ import torch
 import triton
 from conftest import POINTERS, kernels
 
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels import triton as package
 from rse_fast.kernels.triton import aot, config, conv, launcher
 
@@ -186,10 +187,11 @@ def test_launches_pass_what_their_kernels_take(compiled_launches):
         x, channels, flat = layout(torch.zeros(shape, dtype=torch.bfloat16)), shape[1], layout is channels_last
         out, pooled = x.repeat(2, 1, 1, 1), layout(x[:, :, ::2, ::2][:, :, : shape[2] // 2])
         each = torch.rand(channels)
-        launcher("add_noise")(x, layout(out), flat, torch.tensor(0.1), seed, 2**32 - 1, 4, 2, 0, 2**31)
-        launcher("add_noise")(x, pooled, flat, each, seed, 1, 4, 1, 1, 1, each, each, True, sample_ids, pooled, True)
+        launcher("add_noise")(x, layout(out), flat, torch.tensor(0.1), NoiseAddress(seed, 2**32 - 1, 4, 2, 0, 2**31))
+        at = NoiseAddress(seed, 1, 4, 1, 1, 1, sample_ids)
+        launcher("add_noise")(x, pooled, flat, each, at, each, each, True, pooled, True)
         for per_channel in (False, True):
-            launcher("sigma_grad")(x, flat, seed, 16, 4, 1, 0, 2, per_channel)
+            launcher("sigma_grad")(x, flat, NoiseAddress(seed, 16, 4, draw_offset=2), per_channel)
     assert len(compiled_launches) == 2 * (2 + 2 * 2)
 
 
@@ -198,10 +200,10 @@ def test_convolutions_pass_what_their_kernel_takes(compiled_launches):
     for channels, c_out, kernel in ((3, 64, 3), (64, 20, 1)):
         x = channels_last(torch.zeros(2, channels, 8, 8)).bfloat16()
         weight, scale = torch.zeros(c_out, channels, kernel, kernel), torch.ones(c_out)
-        where = (seed, 2**32 - 1, 2, 2, 0, 2**31, pair, (0, 0), pair)
-        sample_ids = torch.zeros(2, 2, dtype=torch.int64)
-        conv.noisy_conv(x, weight.bfloat16(), scale.bfloat16(), torch.rand(channels), *where, sample_ids)
+        at, geometry = NoiseAddress(seed, 2**32 - 1, 2, 2, 0, 2**31), (pair, (0, 0), pair)
+        own = at._replace(sample_ids=torch.zeros(2, 2, dtype=torch.int64))
+        conv.noisy_conv(x, weight.bfloat16(), scale.bfloat16(), torch.rand(channels), own, *geometry)
         for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
-            y = conv.conv_activate_noise(x.to(dtype), weight.to(dtype), one, *where[:6], scale, scale, True, *where[6:])
+            y = conv.conv_activate_noise(x.to(dtype), weight.to(dtype), one, at, scale, scale, True, *geometry)
             assert y.dtype == dtype and y.shape == (4, c_out, 9 - kernel, 9 - kernel)
     assert len(compiled_launches) == 8

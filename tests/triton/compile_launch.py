@@ -7,9 +7,10 @@ import torch
 import triton
 from triton.runtime import driver
 
-from rse_fast import reference
+from rse_fast.address import NoiseAddress
 from rse_fast.bench.host import still_driver
 from rse_fast.kernels.triton import add_noise, config, conv, sigma_grad
+from rse_fast.layout import packed_like
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -37,32 +38,33 @@ def noise(dtype, shape, images=None, *, flat=True, offset=0, small_offset=0, dra
     n = torch.Size(shape).numel()
     x = laid(torch.zeros(n + offset, dtype=dtype)[offset:], shape, flat)
     images = images or shape[0]
-    out = reference.packed_like(x, images * draws, pool)
+    out = packed_like(x, images * draws, pool)
     scale, shift = (torch.ones(shape[1]), torch.ones(shape[1])) if affine else (None, None)
     sigma = torch.ones(shape[1]) if varies else apart(0.1, small_offset)
-    where = apart(3, small_offset), 5 + at, images, draws, 2**31 + at, at
-    clean = reference.packed_like(x, shape[0], pool) if more.pop("clean", False) else None
+    clean = packed_like(x, shape[0], pool) if more.pop("clean", False) else None
     sample_ids = torch.zeros(images, 2, dtype=torch.int64) if more.pop("sample_ids", False) else None
-    return lambda: add_noise.add_noise(x, out, flat, sigma, *where, scale, shift, sample_ids=sample_ids, clean=clean, pool=pool, **more)
+    where = NoiseAddress(apart(3, small_offset), 5 + at, images, draws, 2**31 + at, at, sample_ids)
+    return lambda: add_noise.add_noise(x, out, flat, sigma, where, scale, shift, clean=clean, pool=pool, **more)
 
 
 def gradient(dtype, shape, *, flat=True, per_channel=False, at=0):
     g = laid(torch.zeros(torch.Size(shape).numel(), dtype=dtype), shape, flat)
-    return lambda: sigma_grad.sigma_grad(g, flat, torch.tensor(3), 5, shape[0], 1, at, 0, per_channel)
+    where = NoiseAddress(torch.tensor(3), 5, shape[0], image_offset=at)
+    return lambda: sigma_grad.sigma_grad(g, flat, where, per_channel)
 
 
 def convolution(dtype, c_in, c_out, *, size=8, stride=1, at=0):
     x = torch.zeros(2, size, size, c_in, dtype=dtype).movedim(-1, 1)
     w = torch.zeros(c_out, 1, 1, c_in, dtype=dtype).movedim(-1, 1)
-    where = torch.tensor(3), 5, 2, 1, at, 0
-    return lambda: conv.noisy_conv(x, w, None, torch.tensor(0.1), *where, (stride, stride), (0, 0), (1, 1))
+    where = NoiseAddress(torch.tensor(3), 5, 2, image_offset=at)
+    return lambda: conv.noisy_conv(x, w, None, torch.tensor(0.1), where, (stride, stride), (0, 0), (1, 1))
 
 
 def to_dtype(dtype):
     x = torch.zeros(2, 8, 8, 64, dtype=torch.int8).movedim(-1, 1)
     w, ones = torch.zeros(32, 1, 1, 64, dtype=torch.int8).movedim(-1, 1), torch.ones(32)
-    where = torch.tensor(3), 5, 2, 1, 0, 0
-    return lambda: conv.conv_activate_noise(x, w, torch.tensor(0.1), *where, ones, ones, True, (1, 1), (0, 0), (1, 1), dtype)
+    where = NoiseAddress(torch.tensor(3), 5, 2)
+    return lambda: conv.conv_activate_noise(x, w, torch.tensor(0.1), where, ones, ones, True, (1, 1), (0, 0), (1, 1), dtype)
 
 
 CASES = {
@@ -190,7 +192,7 @@ def test_it_goes_to_the_current_stream_of_the_tensors_device(launches, monkeypat
     def launch(kind):
         launches.clear()
         x = torch.zeros(4, 16, 8, 8).as_subclass(kind)
-        add_noise.add_noise(x, x, False, torch.tensor(0.1), torch.tensor(3), 0, 4, 1, 0, 0)
+        add_noise.add_noise(x, x, False, torch.tensor(0.1), NoiseAddress(torch.tensor(3), 0, 4))
         ((_, stream, (_, _, where), *_),) = launches
         return stream, where
 

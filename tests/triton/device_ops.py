@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from rse_fast import functional, ops, reference
+from rse_fast import functional, noise, ops, reference
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels.triton import config
 
 
 def test_the_kernels_are_what_auto_takes():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert ops.active_backend(torch.zeros(1, dtype=dtype)) == "triton"
-    assert ops.active_backend(torch.zeros(1, dtype=torch.float64)) == "torch"
-    assert ops.active_backend(torch.zeros(1, device="cpu")) != "triton"
+        assert noise.active_backend(torch.zeros(1, dtype=dtype)) == "triton"
+    assert noise.active_backend(torch.zeros(1, dtype=torch.float64)) == "torch"
+    assert noise.active_backend(torch.zeros(1, device="cpu")) != "triton"
 
 
 def test_noise_is_that_of_the_cpu():
@@ -30,7 +31,7 @@ def test_more_rows_and_positions_than_any_tile(layout):
     scale, shift = torch.randn(64), torch.randn(64)
     y = functional.add_noise(x, sigma, seed=seed, images=40, draws=2, scale=scale, shift=shift, act="relu")
     for rows in (slice(0, 2), slice(38, 40)):
-        want = reference.add_noise(x[rows].double(), sigma, seed, 0, 2, 1, rows.start, 0, scale, shift, True)
+        want = reference.add_noise(x[rows].double(), sigma, *NoiseAddress(seed, 0, 2, 1, rows.start), scale, shift, True)
         assert ((y[rows].double() - want).abs() <= 0.02 + want.abs() * 2.0**-7).all()
     assert y.isfinite().all()
 
@@ -80,27 +81,26 @@ def test_under_compile_the_values_are_the_same():
 
 def test_opcheck(seed):
     x, sigma = torch.randn(2, 5, 4, requires_grad=True), torch.rand(5, requires_grad=True)
-    torch.library.opcheck(torch.ops.rse_fast.add_noise, (x, sigma, seed, 1, 2, 3, 0, 0, torch.rand(5), torch.rand(5), True, "triton", None))
-    torch.library.opcheck(
-        torch.ops.rse_fast.sigma_grad, (torch.randn(6, 5, 4, requires_grad=True), seed, 1, 2, 3, 0, 0, True, "triton", None)
-    )
+    at, affine = NoiseAddress(seed, 1, 2, 3), (torch.rand(5), torch.rand(5), True)
+    torch.library.opcheck(torch.ops.rse_fast.add_noise, (x, sigma, *at, *affine, "triton"))
+    torch.library.opcheck(torch.ops.rse_fast.sigma_grad, (torch.randn(6, 5, 4, requires_grad=True), *at, True, "triton"))
     weight = torch.randn(6, 5, 3, requires_grad=True)
-    conv = ([1], [1], [1], 1, "triton", None)
-    torch.library.opcheck(torch.ops.rse_fast.noisy_conv, (x, weight, None, sigma, seed, 1, 2, 3, 0, 0, *conv), rtol=1e-2, atol=1e-2)
+    conv = ([1], [1], [1], 1, "triton")
+    torch.library.opcheck(torch.ops.rse_fast.noisy_conv, (x, weight, None, sigma, *at, *conv), rtol=1e-2, atol=1e-2)
     linear = (torch.randn(2, 4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True), None, sigma)
-    torch.library.opcheck(torch.ops.rse_fast.noisy_linear, (*linear, seed, 1, 2, 3, 0, 0, "triton", None))
-    at = (torch.rand(5), seed, 1, 2, 3, 0, 0, torch.rand(5), torch.rand(5), True)
+    torch.library.opcheck(torch.ops.rse_fast.noisy_linear, (*linear, *at, "triton"))
+    more = (torch.rand(5), *at, *affine)
     for layout in (torch.contiguous_format, torch.channels_last):
         image = torch.randn(2, 5, 6, 7).to(memory_format=layout)
-        torch.library.opcheck(torch.ops.rse_fast.activate_noise, (image, *at, True, "triton", None))
-    one, x32 = ([1, 1], [0, 0], [1, 1], 1, None, "triton", None), torch.randint(-9, 9, (2, 32, 6, 7), dtype=torch.int8)
+        torch.library.opcheck(torch.ops.rse_fast.activate_noise, (image, *more, True, "triton", True))
+    one, x32 = ([1, 1], [0, 0], [1, 1], 1, None, "triton"), torch.randint(-9, 9, (2, 32, 6, 7), dtype=torch.int8)
     half = torch.randn(2, 5, 6, 7).half()
     for image, weight in (
         (half, torch.randn(5, 5, 1, 1).half()),  # the kernel
         (half, torch.randn(5, 5, 3, 3).half()),  # the vendor's convolution, then one pass
         (x32, torch.randint(-9, 9, (5, 32, 3, 3), dtype=torch.int8)),
     ):
-        torch.library.opcheck(torch.ops.rse_fast.conv_activate_noise, (image, weight, *at, *one))
+        torch.library.opcheck(torch.ops.rse_fast.conv_activate_noise, (image, weight, *more, *one))
 
 
 def test_each_key_has_its_own_meaning_of_auto():
@@ -131,18 +131,19 @@ def test_under_autocast():
 
 
 def test_autotuning_changes_no_bit_of_the_noise(monkeypatch, tmp_path):
-    x, seed, where = torch.randn(8, 64, 32, 32).bfloat16(), torch.tensor(3), (torch.tensor(3), 0, 8, 1, 0, 0)
+    x, seed = torch.randn(8, 64, 32, 32).bfloat16(), torch.tensor(3)
+    at = NoiseAddress(seed, 0, 8)
     images, sigma = x.contiguous(memory_format=torch.channels_last), torch.tensor(5.0)
     byte, weight = torch.randint(-9, 9, (8, 64, 32, 32), dtype=torch.int8), torch.randint(-9, 9, (64, 64, 1, 1), dtype=torch.int8)
-    one = ([1, 1], [0, 0], [1, 1], 1, None, "triton", None)
+    one = ([1, 1], [0, 0], [1, 1], 1, None, "triton")
     exact = (
         lambda: functional.add_noise(x, 0.3, seed=seed),
         lambda: functional.add_noise_(x.clone(), 0.3, seed=seed),
         lambda: functional.activate_noise(images, 0.3, seed=seed, act="relu", pool=True)[0],
-        lambda: ops.conv_activate_noise(byte, weight, sigma, *where, None, None, True, *one),
+        lambda: ops.conv_activate_noise(byte, weight, sigma, *at, None, None, True, *one),
     )
     within = (  # sums in another order
-        (lambda: ops.sigma_grad(images, *where, True, "triton"), 1e-2),
+        (lambda: ops.sigma_grad(images, *at, True, "triton"), 1e-2),
         (lambda: functional.noisy_conv2d(images, weight.bfloat16(), None, 0.3, seed=seed).float(), 4.0),
     )
     plain = [call() for call in exact], [call() for call, _ in within]

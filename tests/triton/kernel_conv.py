@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rse_fast import functional, reference
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels.triton import conv, runs_on
 
 # A product of operands has an 11-bit mantissa at least (tf32, float16), bfloat16's 8; the interpreter does not round to tf32.
@@ -45,9 +46,9 @@ def test_noise_at_the_input(case, dtype, seed):
     bias = torch.randn(c_out).to(dtype) if dtype != torch.float16 else None
     sigma = torch.rand(shape[1]) if dtype == torch.float32 else torch.tensor(0.5)
     sample_ids = torch.tensor([[7 + i, 3] for i in range(images)]) if dtype == torch.float16 else None
-    where = (sigma, seed, 3, images, draws, 5, 9)
-    y = conv.noisy_conv(x, w, bias, *where, stride, padding, dilation, sample_ids)
-    noisy = reference.add_noise(x.double(), sigma.double(), *where[1:], sample_ids=sample_ids)
+    at = NoiseAddress(seed, 3, images, draws, 5, 9, sample_ids)
+    y = conv.noisy_conv(x, w, bias, sigma, at, stride, padding, dilation)
+    noisy = reference.add_noise(x.double(), sigma.double(), *at)
     more = (stride, padding, dilation, False, (0, 0), 1)
     want = torch.convolution(noisy, w.double(), None if bias is None else bias.double(), *more)
     scale = torch.convolution(noisy.abs(), w.double().abs(), None, *more)
@@ -57,14 +58,13 @@ def test_noise_at_the_input(case, dtype, seed):
     if kernel == (1, 1) and bias is None:
         one = torch.zeros_like(w)
         one[0, 0] = 1
-        got = conv.noisy_conv(x, one, None, *where, stride, padding, dilation, sample_ids)[:, :1]
-        more = dict(seed=seed, stream=3, images=images, draws=draws, image_offset=5, draw_offset=9, sample_ids=sample_ids)
-        assert torch.equal(got, functional.add_noise(x, sigma, **more, backend="triton")[:, :1])
+        got = conv.noisy_conv(x, one, None, sigma, at, stride, padding, dilation)[:, :1]
+        assert torch.equal(got, functional.add_noise(x, sigma, **at._asdict(), backend="triton")[:, :1])
 
 
 def test_padding_has_no_noise(seed):
     x, w = channels_last(torch.zeros(1, 4, 3, 3)), torch.ones(16, 4, 1, 1)
-    y = conv.noisy_conv(x, w, None, torch.tensor(1.0), seed, 0, 1, 1, 0, 0, (1, 1), (2, 2), (1, 1))
+    y = conv.noisy_conv(x, w, None, torch.tensor(1.0), NoiseAddress(seed, 0, 1), (1, 1), (2, 2), (1, 1))
     assert (y[..., :2, :] == 0).all() and (y[..., :, -2:] == 0).all() and (y[..., 2:5, 2:5] != 0).all()
 
 
@@ -75,12 +75,12 @@ def test_noise_in_the_epilogue(case, dtype, seed):
     x, w = channels_last(torch.randn(shape).to(dtype)), torch.randn(c_out, shape[1], *kernel).to(dtype)
     scale, shift = torch.randn(c_out), torch.randn(c_out)
     sigma = torch.rand(c_out) if dtype == torch.float32 else torch.tensor(0.5)
-    where = (seed, 3, images, draws, 5, 9)
-    y = conv.conv_activate_noise(x, w, sigma, *where, scale, shift, True, stride, padding, dilation)
+    at = NoiseAddress(seed, 3, images, draws, 5, 9)
+    y = conv.conv_activate_noise(x, w, sigma, at, scale, shift, True, stride, padding, dilation)
     more = (stride, padding, dilation, False, (0, 0), 1)
     clean = torch.convolution(x.double(), w.double(), None, *more)
     size = torch.convolution(x.double().abs(), w.double().abs(), None, *more) * scale.abs().double().view(-1, 1, 1)
-    want = reference.add_noise(clean, sigma.double(), *where, scale.double(), shift.double(), True)
+    want = reference.add_noise(clean, sigma.double(), *at, scale.double(), shift.double(), True)
     size = size.repeat(len(want) // len(size), 1, 1, 1)
     assert close(y, want, 2 * size + 4e-4, dtype)
 
@@ -89,14 +89,14 @@ def test_int8_rounds_once_with_the_noise_as_dither(seed):
     shape, c_out = (2, 32, 5, 5), 20
     x, w = channels_last(torch.randint(-100, 100, shape, dtype=torch.int8)), torch.randint(-100, 100, (c_out, 32, 3, 3), dtype=torch.int8)
     scale, shift, sigma = torch.rand(c_out) * 1e-3, torch.randn(c_out), torch.tensor(5.0)
-    where = (seed, 3, 2, 2, 5, 9)
-    y = conv.conv_activate_noise(x, w, sigma, *where, scale, shift, True, *SAME)
+    at = NoiseAddress(seed, 3, 2, 2, 5, 9)
+    y = conv.conv_activate_noise(x, w, sigma, at, scale, shift, True, *SAME)
     exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
-    want = reference.add_noise(exact, sigma.double(), *where, scale.double(), shift.double(), True).clamp(-128, 127)
+    want = reference.add_noise(exact, sigma.double(), *at, scale.double(), shift.double(), True).clamp(-128, 127)
     assert y.dtype == torch.int8 and len(y) == 4
     off = (y.double() - want).abs()
     assert off.max() <= 0.5 + 0.01 and (y.float().std() > 1)
-    saturated = conv.conv_activate_noise(x, w, sigma, *where, scale * 1000, shift, False, *SAME)
+    saturated = conv.conv_activate_noise(x, w, sigma, at, scale * 1000, shift, False, *SAME)
     assert {saturated.min().item(), saturated.max().item()} == {-128, 127}
 
 
@@ -106,17 +106,17 @@ def test_fp8_rounds_once_with_the_noise_as_dither(e4m3, seed):
         pytest.skip("this device multiplies no such numbers")
     x, w = channels_last(torch.randn(2, 32, 5, 5)).to(e4m3), torch.randn(20, 32, 3, 3).to(e4m3)
     scale, shift, sigma = torch.rand(20), torch.randn(20), torch.tensor(0.5)
-    where = (seed, 3, 2, 2, 5, 9)
+    at = NoiseAddress(seed, 3, 2, 2, 5, 9)
     exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
-    want = reference.add_noise(exact, sigma.double(), *where, scale.double(), shift.double(), False)
+    want = reference.add_noise(exact, sigma.double(), *at, scale.double(), shift.double(), False)
     # Hopper's units cut each product to 13 bits behind the largest one's first (DeepSeek-V3 report, section 3.5.2).
     size = torch.nn.functional.conv2d(x.double().abs(), w.double().abs(), padding=1) * scale.double().view(-1, 1, 1)
     allowed = 4e-4 + (2.0**-11 if x.is_cuda else 2.0**-20) * size.repeat(2, 1, 1, 1)
-    in_float = conv.conv_activate_noise(x, w, sigma, *where, scale, shift, False, *SAME, dtype=torch.float32)
+    in_float = conv.conv_activate_noise(x, w, sigma, at, scale, shift, False, *SAME, dtype=torch.float32)
     assert ((in_float.double() - want).abs() <= allowed).all()
-    y = conv.conv_activate_noise(x, w, sigma, *where, scale, shift, False, *SAME)
+    y = conv.conv_activate_noise(x, w, sigma, at, scale, shift, False, *SAME)
     limit = torch.finfo(e4m3).max
-    saturated = conv.conv_activate_noise(x, w, sigma, *where, scale * 1000, shift, False, *SAME)
+    saturated = conv.conv_activate_noise(x, w, sigma, at, scale * 1000, shift, False, *SAME)
     assert saturated.float().abs().max() == limit and saturated.float().isfinite().all()
     assert y.dtype == e4m3 and ((y.double() - want).abs() <= (want.abs() + allowed) * 2.0**-4 + 2.0**-10 + allowed).all()
 
@@ -162,17 +162,18 @@ def test_the_op_of_the_epilogue(seed):
         assert got.stride() == want.stride() and got.dtype == dtype
         off = (got.float() - want.float()).abs()
         assert (off <= (1.01 if dtype == torch.int8 else 0.02 + 2.0**-9 * want.float().abs())).all(), (kernel, groups, dtype)
-        at = (each, seed, 0, 2, 2, 0, 0, scale, None, True, [1, 1], [kernel // 2] * 2, [1, 1], groups, None, "triton", None)
-        torch.library.opcheck(torch.ops.rse_fast.conv_activate_noise, (x, w, *at), test_utils=("test_schema", "test_faketensor"))
+        geometry = ([1, 1], [kernel // 2] * 2, [1, 1], groups)
+        args = (x, w, each, *NoiseAddress(seed, 0, 2, 2), scale, None, True, *geometry, None, "triton")
+        torch.library.opcheck(torch.ops.rse_fast.conv_activate_noise, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_tiles_that_autotuning_tries_change_only_the_order_of_sums(seed, monkeypatch):
     """Integers are summed exactly, so the epilogue's noise must come out bit for bit; noise at the input meets float sums of 32 terms."""
     x, w = channels_last(torch.randint(-9, 9, (1, 32, 5, 5), dtype=torch.int8)), torch.randint(-9, 9, (40, 32, 1, 1), dtype=torch.int8)
-    sigma, where, geometry = torch.tensor(5.0), (seed, 3, 1, 2, 5, 9), ((1, 1), (0, 0), (1, 1))
+    sigma, at, geometry = torch.tensor(5.0), NoiseAddress(seed, 3, 1, 2, 5, 9), ((1, 1), (0, 0), (1, 1))
     calls = (
-        lambda: conv.conv_activate_noise(x, w, sigma, *where, None, None, True, *geometry),
-        lambda: conv.noisy_conv(x.float(), w.float(), None, sigma, *where, *geometry),
+        lambda: conv.conv_activate_noise(x, w, sigma, at, None, None, True, *geometry),
+        lambda: conv.noisy_conv(x.float(), w.float(), None, sigma, at, *geometry),
     )
     wanted = [call() for call in calls]
     for tile in conv.candidates(conv.default_tile(40, 32, 1, False))[::5]:
@@ -186,5 +187,5 @@ def test_what_the_fake_promises(seed):
     for shape, c_out, kernel in (((2, 3, 7, 6), 8, 3), ((2, 16, 5, 5), 12, 1), ((2, 8, 5, 5), 8, 3)):
         for layout in (torch.clone, channels_last):
             arguments = (layout(torch.randn(shape)).half(), torch.randn(c_out, shape[1], kernel, kernel).half(), None, torch.tensor(0.3))
-            more = (seed, 0, 2, 2, 0, 0, [1, 1], [1, 1], [1, 1], 1, "triton", None)
+            more = (*NoiseAddress(seed, 0, 2, 2), [1, 1], [1, 1], [1, 1], 1, "triton")
             torch.library.opcheck(torch.ops.rse_fast.noisy_conv, (*arguments, *more), test_utils=("test_schema", "test_faketensor"))

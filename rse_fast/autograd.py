@@ -1,0 +1,330 @@
+"""The gradients of the noise, and the shortest way from a call to a kernel.
+
+A call goes straight to its kernel where nothing watches it. Where a compiler, a tracer, or a dispatch or function mode does, it goes
+through the registered op (see `ops`), which they know how to handle. Inside a transform of `torch.func`, and in forward mode, it goes
+through `AddNoise`, which has a rule for each; a convolution is then a noise and torch's own convolution. The results are the same.
+
+Gradients regenerate eps from the seed; no noise is ever stored.
+"""
+
+import torch
+from torch.autograd import forward_ad
+
+from rse_fast import noise
+from rse_fast.address import NoiseAddress
+from rse_fast.layout import packed_like
+
+_registered = torch.ops.rse_fast
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# Bytes of a noisy input up to which one call of the vendor's library makes all gradients of a convolution. The noisy input then lives
+# until the gradient of the input, as large as itself, is there; larger ones are freed before.
+ONE_CALL = 2**22
+
+NO_GRADIENT = (
+    "this op is for inference and has no gradient, but one of its inputs requires one: call it under torch.no_grad(), or take "
+    "add_noise or noisy_conv, which have one"
+)
+
+
+def is_direct(x: torch.Tensor) -> bool:
+    """Whether a call on ``x`` may go straight to its kernel: nothing traces or watches it, and x is a plain tensor with data."""
+    return not (
+        torch.compiler.is_compiling()  # first: a compiler knows the answer, and what follows is not for it
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or type(x) not in _PLAIN
+        or x.is_meta
+        or torch._C._get_tracing_state()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is under way."""
+    return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
+def _wants_gradient(*tensors) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- calls
+def add_noise(x, sigma, at, scale=None, shift=None, relu=False, backend="auto", after=None) -> torch.Tensor:
+    """``act(x * scale + shift) + sigma * eps``, with all gradients. Arguments as in `rse_fast.noise`.
+
+    after: a tensor that backward has and forward has not, where backward makes the forward's noise again. It is not read. A compiler sees
+    by it that the call belongs to backward; it would otherwise take both calls for one, and store the result in between.
+    """
+    if is_transformed():
+        return AddNoise.apply(x, sigma, scale, shift, at, relu, backend)
+    if not is_direct(x):
+        return _registered.add_noise.default(x, sigma, *at, scale, shift, relu, backend, after)
+    if _wants_gradient(x, sigma, scale, shift):
+        return _add_noise(x, sigma, scale, shift, at, relu, backend)
+    return noise.add_noise(x, sigma, at, scale, shift, relu, backend)
+
+
+def noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend="auto") -> torch.Tensor:
+    """``conv(x + sigma * eps, weight, bias)``, with all gradients; saves the clean x for backward."""
+    if is_transformed():
+        return _convolution(add_noise(x, sigma, at, backend=backend), weight, bias, stride, padding, dilation, groups)
+    if not (is_direct(x) and type(weight) in _PLAIN):
+        return _registered.noisy_conv.default(x, weight, bias, sigma, *at, stride, padding, dilation, groups, backend)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _wants_gradient(bias, sigma)):
+        return _noisy_conv(x, weight, bias, sigma, at, (stride, padding, dilation), groups, backend)
+    return noise.noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend)
+
+
+def noisy_linear(x, weight, bias, sigma, at, backend="auto") -> torch.Tensor:
+    """``linear(x + sigma * eps, weight, bias)`` of x [rows, *, features], with all gradients; saves the clean x for backward."""
+    if is_transformed():
+        return torch.nn.functional.linear(add_noise(x.movedim(-1, 1), sigma, at, backend=backend).movedim(1, -1), weight, bias)
+    if not (is_direct(x) and type(weight) in _PLAIN):
+        return _registered.noisy_linear.default(x, weight, bias, sigma, *at, backend)
+    if _wants_gradient(x, weight, bias, sigma):
+        return _noisy_linear(x, weight, bias, sigma, at, backend)
+    y = noise.add_noise(x.movedim(-1, 1), sigma, at, None, None, False, backend).movedim(1, -1)
+    return torch.nn.functional.linear(y, weight, bias)
+
+
+def sigma_grad(g, at, per_channel, backend="auto") -> torch.Tensor:
+    """``sum(g * eps)`` over everything, or per channel: the gradient of sigma; differentiable in g."""
+    if is_transformed():
+        real = torch.promote_types(g.dtype, torch.float32)
+        eps = add_noise(torch.zeros_like(g, dtype=real), torch.ones((), dtype=real, device=g.device), at, backend=backend)
+        return (g * eps).sum([d for d in range(g.dim()) if d != 1 or not per_channel])
+    if not is_direct(g):
+        return _registered.sigma_grad.default(g, *at, per_channel, backend)
+    if _wants_gradient(g):
+        return _sigma_grad(g, at, per_channel, backend)
+    return noise.sigma_grad(g, at, per_channel, backend)
+
+
+def add_noise_(x, sigma, at, scale=None, shift=None, relu=False, backend="auto") -> None:
+    """`add_noise` in the memory of x, for inference."""
+    if not is_direct(x) or is_transformed():
+        return _registered.add_noise_.default(x, sigma, *at, scale, shift, relu, backend)
+    if _wants_gradient(x, sigma, scale, shift):
+        raise RuntimeError(NO_GRADIENT)
+    return noise.add_noise_(x, sigma, at, scale, shift, relu, backend)
+
+
+def activate_noise(x, sigma, at, scale=None, shift=None, relu=False, pool=False, backend="auto", keep=True):
+    """(noisy, clean) of ``maxpool?(act(x * scale + shift))`` in one pass, for inference."""
+    if not is_direct(x) or is_transformed():
+        return _registered.activate_noise.default(x, sigma, *at, scale, shift, relu, pool, backend, keep)
+    if _wants_gradient(x, sigma, scale, shift):
+        raise RuntimeError(NO_GRADIENT)
+    return noise.activate_noise(x, sigma, at, scale, shift, relu, pool, backend, keep)
+
+
+def _convolution(y, weight, bias, stride, padding, dilation, groups):
+    return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _sum_draws(g, rows, at):
+    """The gradient of lazy packing: one image was read by all its draws."""
+    return g if g.shape[0] == rows else g.unflatten(0, (at.draws, at.images)).sum(0)
+
+
+def _below(x, sigma, at, scale, shift, relu, backend):
+    """The noise without a gradient, for the forward of the functions below, also where the op is traced."""
+    if is_direct(x):
+        return noise.add_noise(x, sigma, at, scale, shift, relu, backend)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _registered.add_noise.default(x, sigma, *at, scale, shift, relu, backend)
+
+
+# --------------------------------------------------------------------------------------------------------------------- functions
+class AddNoise(torch.autograd.Function):
+    """`add_noise` in reverse and forward mode and under the transforms of `torch.func`. Keeps x only where a gradient reads it."""
+
+    @staticmethod
+    def forward(x, sigma, scale, shift, at, relu, backend):
+        return _below(x, sigma, at, scale, shift, relu, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, sigma, scale, shift, at, relu, backend = inputs
+        keep_x = relu or ctx.needs_input_grad[2] or scale is not None
+        saved = x if keep_x else None, sigma, scale, shift, at.seed, at.sample_ids
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.like = x.shape, x.dtype
+        ctx.rest = at[1:6], relu, backend
+
+    @staticmethod
+    def _mask(ctx, x, scale, shift):
+        """Where the activation lets gradients pass, or None for everywhere."""
+        if not ctx.rest[1]:
+            return None
+        if scale is None and shift is None:
+            return x > 0
+        column = [-1] + [1] * (x.dim() - 2)
+        clean = x.to(torch.promote_types(x.dtype, torch.float32))
+        clean = clean if scale is None else clean * scale.view(column)
+        return (clean if shift is None else clean + shift.view(column)) > 0
+
+    @staticmethod
+    def backward(ctx, g):
+        x, sigma, scale, shift, seed, sample_ids = ctx.saved_tensors
+        where, _, backend = ctx.rest
+        at = NoiseAddress(seed, *where, sample_ids)
+        needs_x, needs_sigma, needs_scale, needs_shift = ctx.needs_input_grad[:4]
+        g_sigma = sigma_grad(g, at, sigma.dim() == 1, backend) if needs_sigma else None
+        g_x = g_scale = g_shift = None
+        if needs_x or needs_scale or needs_shift:
+            g = _sum_draws(g, ctx.like[0][0], at)
+            if (mask := AddNoise._mask(ctx, x, scale, shift)) is not None:
+                g = g * mask
+            over = [d for d in range(g.dim()) if d != 1]
+            g_x = g if scale is None else (g * scale.view([-1] + [1] * (g.dim() - 2))).to(g.dtype)
+            g_scale = (g * x).sum(over, dtype=scale.dtype) if needs_scale else None
+            g_shift = g.sum(over, dtype=shift.dtype) if needs_shift else None
+        return g_x if needs_x else None, g_sigma, g_scale, g_shift, None, None, None
+
+    @staticmethod
+    def jvp(ctx, t_x, t_sigma, t_scale, t_shift, *_):
+        x, sigma, scale, shift, seed, sample_ids = ctx.saved_tensors
+        where, _, backend = ctx.rest
+        at, (shape, dtype) = NoiseAddress(seed, *where, sample_ids), ctx.like
+        real = torch.promote_types(dtype, torch.float32)
+        column = [-1] + [1] * (len(shape) - 2)
+        t = torch.zeros(shape, dtype=real, device=seed.device)
+        if t_x is not None:
+            t = t + (t_x if scale is None else t_x * scale.view(column))
+        if t_scale is not None:
+            t = t + x * t_scale.view(column)
+        if t_shift is not None:
+            t = t + t_shift.view(column)
+        if (mask := AddNoise._mask(ctx, x, scale, shift)) is not None:
+            t = t * mask
+        if t.shape[0] != at.rows:
+            t = t.repeat(at.draws, *[1] * (t.dim() - 1))
+        if t_sigma is not None:
+            zeros, one = torch.zeros((at.rows, *shape[1:]), dtype=real, device=seed.device), torch.ones_like(sigma)
+            t = t + add_noise(zeros, one, at, backend=backend) * (t_sigma.view(column) if t_sigma.dim() else t_sigma)
+        return t.to(dtype)
+
+    @staticmethod
+    def vmap(info, in_dims, x, sigma, scale, shift, at, relu, backend):
+        """Entry by entry: each has a seed of its own, or all have the same noise, as the caller's randomness says."""
+
+        def entry(value, dim, i):
+            return value if dim is None else value.select(dim, i)
+
+        *dims, dims_at, _, _ = in_dims
+        results = []
+        for i in range(info.batch_size):
+            own = [entry(value, dim, i) for value, dim in zip((x, sigma, scale, shift), dims, strict=True)]
+            own_at = at if dims_at is None else NoiseAddress(*(entry(v, d, i) for v, d in zip(at, dims_at, strict=True)))
+            results.append(add_noise(own[0], own[1], own_at, own[2], own[3], relu, backend))
+        return torch.stack(results), 0
+
+
+class NoisyConv(torch.autograd.Function):
+    """`noisy_conv` in reverse mode. Keeps the clean input, and regenerates the noisy one where the weight's gradient needs it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, sigma, at, geometry, groups, backend):
+        ctx.save_for_backward(x, weight, sigma, at.seed, at.sample_ids)
+        ctx.rest = None if bias is None else [bias.shape[0]], at[1:6], geometry, groups, backend
+        if is_direct(x):
+            return noise.noisy_conv(x, weight, bias, sigma, at, *geometry, groups, backend)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _convolution(_below(x, sigma, at, None, None, False, backend), weight, bias, *geometry, groups)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, sigma, seed, sample_ids = ctx.saved_tensors
+        bias_sizes, where, (stride, padding, dilation), groups, backend = ctx.rest
+        at = NoiseAddress(seed, *where, sample_ids)
+        needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
+        needs_b, needs_noisy = needs_b and bias_sizes is not None, needs_x or needs_sigma
+
+        def gradients(read, stride, needs):
+            return torch.ops.aten.convolution_backward.default(
+                g, read, weight, bias_sizes, stride, padding, dilation, False, [0] * len(stride), groups, needs
+            )
+
+        def packed():  # where only the shape is read
+            return x if x.shape[0] == at.rows else packed_like(x, at.rows)
+
+        g_noisy = g_w = g_b = None
+        if needs_w:
+            read, step = add_noise(x, sigma, at, backend=backend, after=g), stride
+            if _written_astray(read, weight, stride, padding):
+                read, step = read[(slice(None), slice(None), *(slice(None, None, s) for s in stride))], [1] * len(stride)
+            whole = needs_noisy and step is stride and read.numel() * read.element_size() <= ONE_CALL
+            g_noisy, g_w, g_b = gradients(read, step, [whole, True, needs_b])
+            del read  # before the gradient of the input, as large as it, is there
+            needs_noisy, needs_b = needs_noisy and not whole, False
+        if needs_noisy or needs_b:
+            g_noisy, _, g_bias = gradients(packed(), stride, [needs_noisy, False, needs_b])
+            g_b = g_bias if needs_b else g_b
+        g_x = _sum_draws(g_noisy, x.shape[0], at) if needs_x else None
+        g_sigma = sigma_grad(g_noisy, at, sigma.dim() == 1, backend) if needs_sigma else None
+        return g_x, g_w, g_b, g_sigma, None, None, None, None
+
+
+def _written_astray(x, weight, stride, padding):
+    """Whether oneDNN would write past its workspace for the weight's gradient: strided 1x1 convolutions of few channels, channels last
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). Taken at the pixels that it reads, the same convolution has no stride."""
+    pointwise = all(k == 1 for k in weight.shape[2:]) and not any(padding)
+    return x.device.type == "cpu" and pointwise and max(stride) > 1 and weight.shape[1] < 16
+
+
+class NoisyLinear(torch.autograd.Function):
+    """`noisy_linear` in reverse mode. Keeps the clean input."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, sigma, at, backend):
+        ctx.save_for_backward(x, weight, sigma, at.seed, at.sample_ids)
+        ctx.rest = at[1:6], backend
+        y = _below(x.movedim(-1, 1), sigma, at, None, None, False, backend).movedim(1, -1)
+        return torch.nn.functional.linear(y, weight, bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, sigma, seed, sample_ids = ctx.saved_tensors
+        where, backend = ctx.rest
+        at = NoiseAddress(seed, *where, sample_ids)
+        needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
+        g_w = None
+        if needs_w:
+            noisy = add_noise(x.movedim(-1, 1), sigma, at, backend=backend, after=g).movedim(1, -1)
+            g_w = g.flatten(0, -2).mT @ noisy.flatten(0, -2)
+        g_b = g.flatten(0, -2).sum(0) if needs_b else None
+        g_noisy = g @ weight if needs_x or needs_sigma else None
+        g_x = _sum_draws(g_noisy, x.shape[0], at) if needs_x else None
+        g_sigma = sigma_grad(g_noisy.movedim(-1, 1), at, sigma.dim() == 1, backend) if needs_sigma else None
+        return g_x, g_w, g_b, g_sigma, None, None
+
+
+class SigmaGrad(torch.autograd.Function):
+    """`sigma_grad`, which is linear in g: its gradient is eps, scaled."""
+
+    @staticmethod
+    def forward(ctx, g, at, per_channel, backend):
+        ctx.save_for_backward(at.seed, at.sample_ids)
+        ctx.rest = g.shape, g.dtype, at[1:6], backend
+        if is_direct(g):
+            return noise.sigma_grad(g, at, per_channel, backend)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _registered.sigma_grad.default(g, *at, per_channel, backend)
+
+    @staticmethod
+    def backward(ctx, gg):
+        seed, sample_ids = ctx.saved_tensors
+        shape, dtype, where, backend = ctx.rest
+        zeros = gg.new_zeros(shape, dtype=dtype)
+        eps = add_noise(zeros, torch.ones_like(gg), NoiseAddress(seed, *where, sample_ids), backend=backend)
+        return eps * (gg.view([-1] + [1] * (len(shape) - 2)) if gg.dim() else gg).to(dtype), None, None, None
+
+
+def _apply(function):
+    """``function.apply`` without the look at transforms of `torch.func`, which the calls above have taken: a third of its time."""
+    return super(torch.autograd.Function, function).apply
+
+
+_add_noise, _noisy_conv, _noisy_linear, _sigma_grad = map(_apply, (AddNoise, NoisyConv, NoisyLinear, SigmaGrad))

@@ -1,0 +1,231 @@
+"""Keeps a model ready to run packed batches: a fused snapshot of it, or the model itself, with the checks and the plan that belong to it.
+
+The model is watched. When it changes, or images of another shape come, everything is made anew at the next call. It is made on a thread
+of its own: what surrounds the caller (modes, transforms of `torch.func`, hooks of activation checkpointing, autocast) does not reach it.
+"""
+
+import contextlib
+import itertools
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from rse_fast import autograd
+from rse_fast.ensemble import fuse, gradient, plan, quantize
+from rse_fast.ensemble.graphs import Graphs
+from rse_fast.ensemble.runner import Runner, best_dtype, mismatch
+from rse_fast.ensemble.watch import Watch
+from rse_fast.nn import Scope, noise_layers, number_layers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model made ready for images of one shape.
+
+    Attributes:
+        runner: runs a packed batch.
+        run: the runner, or its CUDA graphs.
+        planner: how large packed batches are.
+        report: which layers run in int8, for dtype "int8".
+        problem: why the model runs unfused where a fused one was wanted, or None.
+    """
+
+    runner: Runner
+    run: Runner | Graphs
+    planner: plan.Planner
+    report: quantize.Report | None = None
+    problem: str | None = None
+
+    @property
+    def classes(self) -> int:
+        return self.runner.classes
+
+
+class Preparation:
+    """A model, and what an ensemble needs of it, made when it is asked for. May be used from any thread.
+
+    Args:
+        model: has noisy layers.
+        dtype: the one to compute in, None for the best of the device.
+        fuse: take a fused snapshot; False runs the model itself.
+        backend: of the noise.
+        cuda_graphs: True, False, or None to decide.
+        calibration: batches of images for an int8 snapshot, or None for no such.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, fuse: bool, backend: str, cuda_graphs: bool | None, calibration):
+        self.model, self.dtype, self.fuse, self.backend = model, dtype, fuse, backend
+        self.cuda_graphs, self.calibration = cuda_graphs, calibration
+        self._gradients = False
+        self._lock, self._current, self._watch, self._layers = threading.Lock(), None, None, []
+
+    @contextlib.contextmanager
+    def ready(self, x: torch.Tensor):
+        """The `Prepared` model for images like ``x`` [B, ...], in eval mode while the context lasts."""
+        if autograd.is_transformed() and any(map(is_functorch_wrapped_tensor, self.model.parameters())):
+            # torch.func.functional_call has put other parameters in place, for this call only.
+            with eval_mode(self.model):
+                dtype = next(self.model.parameters()).dtype
+                runner = Runner(self.model, dtype, self.dtype or dtype, True, None)
+                yield Prepared(runner, runner, plan.Planner(x.device))
+            return
+        with self._lock:
+            state = x.shape[1:], x.device, self._gradients
+            if self._current is None or self._current[0] != state or self._watch.changed():
+                self._current = None
+                self._layers = list(number_layers(self.model).values())
+                if not self._layers:
+                    raise ValueError("model must have noisy layers, got none any more; rse_fast.convert(model) adds them")
+                self._watch = Watch(self.model)
+                shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
+                prepared = _on_a_thread_of_its_own(
+                    lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device
+                )
+                self._current = state, prepared
+                if prepared.problem is not None:
+                    _warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")
+            if any(layer.stream != index for index, layer in enumerate(self._layers)):
+                number_layers(self.model)  # an ensemble of a part of the model, or of more than it, numbers its layers otherwise
+            prepared = self._current[1]
+        with self.mode():
+            yield prepared
+
+    def mode(self):
+        """A snapshot is in eval mode for good, a live model within this context."""
+        return contextlib.nullcontext() if self.fuse else eval_mode(self.model)
+
+    def want_gradients(self) -> None:
+        """From now on a snapshot is checked for its gradients as well."""
+        self._gradients = True
+
+    def refresh(self) -> None:
+        """Makes everything anew at the next call."""
+        with self._lock:
+            self._current = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_lock": None, "_current": None, "_watch": None, "_layers": []}  # a copy takes its own snapshot
+
+    def __setstate__(self, state):
+        self.__dict__ = {**state, "_lock": threading.Lock()}
+
+    # ------------------------------------------------------------------------------------------------------------------ anew
+    def _prepare(self, x) -> Prepared:
+        numbers = torch.get_rng_state()
+        compute = self.dtype or best_dtype(x.device)
+        noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
+        report = problem = None
+        if self.fuse:
+            runner, problem = self._fused(x, compute, noisy)
+            if self.calibration is not None:
+                report = self._to_int8(runner, x, compute)
+        else:
+            parameter = next(self.model.parameters(), None)
+            with eval_mode(self.model):
+                runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
+        if runner.random:  # a forward that draws numbers of its own did so in dry runs, too
+            torch.set_rng_state(numbers)
+        kind = x.shape[1:], compute if self.calibration is None else "int8", self.fuse
+        kept = (gradient.KEEP + 1) * runner.saved_bytes if runner.saved_bytes else None  # and one that is run again
+        in_bytes = report is not None and bool(report.quantized)
+        planner = plan.planner(self.model, kind, x.device, runner.row_bytes, kept, in_bytes)
+        if x.device.type != "cuda":
+            return Prepared(runner, runner, planner, report, problem)
+        torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them
+        captures = not hooked if self.cuda_graphs is None else self.cuda_graphs
+        return Prepared(runner, Graphs(runner, always=self.cuda_graphs is True) if captures else runner, planner, report, problem)
+
+    def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None]:
+        """(runner of a fused snapshot, None), or (of an unfused one, why) where that cannot be had."""
+        fused, problem = fuse.snapshot(self.model, dtype)
+        runner = Runner(fused, dtype, dtype, noisy, x)
+        if problem is None:
+            problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
+        return (runner, None) if problem is None else (Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem)
+
+    def _to_int8(self, runner, x, dtype) -> quantize.Report:
+        """Makes a runner of a fused snapshot run an int8 one; ``dtype`` is that of the layers that stay in floating point."""
+        quantize.check_available(x.device)
+        if x.shape[1:] != self.calibration[0].shape[1:]:
+            wanted, got = tuple(x.shape[1:]), tuple(self.calibration[0].shape[1:])
+            raise ValueError(f"calibration must have images of the shape of x, {wanted}, got {got}")
+        names = list(noise_layers(self.model))
+        if not isinstance(runner.model, torch.fx.GraphModule):
+            return quantize.Report({}, dict.fromkeys(names, "the model runs unfused"), quantize.weight_bits())
+        report = None
+
+        def rewrite(graph):
+            def run():
+                image_offset = 0
+                for batch in itertools.chain.from_iterable(b.split(plan.SWEET_SPOT["cpu"]) for b in self.calibration):
+                    with Scope(torch.tensor(0), len(batch), 1, image_offset, backend=self.backend):
+                        graph(batch.contiguous(memory_format=torch.channels_last))
+                    image_offset += len(batch)
+
+            nonlocal report
+            with torch.no_grad():
+                report = quantize.quantize(graph, names, run, dtype)
+
+        runner.model, _ = fuse.snapshot(self.model, dtype, rewrite)
+        return report
+
+
+def _warn_caller(message: str) -> None:
+    """Warns at the line of the user's that led here, however many of ours and of torch's stand between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rse_fast", "torch", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+def _on_a_thread_of_its_own(make: Callable, device: torch.device):
+    """``make()`` without gradients on a fresh thread, with the caller's default device and current stream; raises what it raises."""
+    result, default = [], torch.get_default_device()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def run():
+        try:
+            with torch.no_grad(), default if default.type != "cpu" else contextlib.nullcontext(), torch.cuda.stream(stream):
+                result.append(make())
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=run, name="rse-fast-prepare", daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+# Modules that ensembles hold in eval mode: how many calls are under way, and what the mode was before the first.
+_held: "weakref.WeakKeyDictionary[nn.Module, list]" = weakref.WeakKeyDictionary()
+_held_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module):
+    """``model`` in eval mode while any thread is within; each module's own mode comes back afterwards."""
+    modules = list(model.modules())  # two models may share some
+    with _held_lock:
+        for module in modules:
+            _held.setdefault(module, [0, module.training])[0] += 1
+            module.training = False  # and nothing else that its train(False) does, which could not be taken back
+    try:
+        yield
+    finally:
+        with _held_lock:
+            for module in modules:
+                entry = _held[module]
+                entry[0] -= 1
+                if entry[0] == 0:
+                    module.training = entry[1]
+                    del _held[module]

@@ -1,0 +1,26 @@
+"""How a batch of images lies in memory, and room for another one that lies alike."""
+
+import torch
+
+
+def layout(x: torch.Tensor) -> str | None:
+    """How ``x`` [rows, C, *spatial] lies in memory: "planar" (contiguous), "flat" (channels last) or None (neither)."""
+    if x.is_contiguous():
+        return "planar"
+    if x.dim() == 4:
+        return "flat" if x.is_contiguous(memory_format=torch.channels_last) else None
+    return "flat" if x.movedim(1, -1).is_contiguous() else None
+
+
+def packed_like(x: torch.Tensor, rows: int, pool: bool = False, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised tensor of ``rows`` rows like those of ``x``, or of its 2x2 max-pool, in the layout of ``x`` and its dtype.
+
+    Contiguous where ``x`` is in neither layout.
+    """
+    lies = layout(x)
+    if lies and rows == x.shape[0] and not pool and dtype is None:
+        return torch.empty_like(x)
+    spatial = [n // 2 for n in x.shape[2:]] if pool else x.shape[2:]
+    if lies != "flat":
+        return x.new_empty((rows, x.shape[1], *spatial), dtype=dtype)
+    return x.new_empty((rows, *spatial, x.shape[1]), dtype=dtype).movedim(-1, 1)

@@ -1,0 +1,155 @@
+"""What each op computes on tensors that have data: which backend makes the noise, and the launch of its kernel.
+
+Nothing here validates, knows gradients, or may be traced: that is for `functional`, `autograd` and `ops`. ``at`` is a
+`NoiseAddress`, ``sigma`` float32 of 1 or C values, ``scale`` and ``shift`` float32 [C] or None, all on the device of the input.
+"""
+
+import functools
+import warnings
+
+import torch
+
+from rse_fast import reference
+from rse_fast.address import NoiseAddress
+from rse_fast.kernels import cpu, triton
+from rse_fast.layout import layout, packed_like
+
+
+def active_backend(x: torch.Tensor) -> str:
+    """What ``backend="auto"`` runs for a tensor like ``x``: "triton" (CUDA, ROCm), "cpu" (the C++ library) or "torch"."""
+    kind = x.device.type
+    if kind == "cpu":
+        real = torch.float32 if x.dtype in triton.LOW_PRECISION else x.dtype  # the noise on a convolution of such tensors is float32
+        return "cpu" if real in cpu.DTYPES and cpu.load().handle is not None else "torch"
+    if kind != "cuda" or not triton.runs_on(x):
+        return "torch"
+    if triton.problem() is None:
+        return "triton"
+    _say_once(triton.problem())
+    return "torch"
+
+
+@functools.cache
+def _say_once(problem):
+    warnings.warn(f"rse-fast: noise on GPUs is made by plain torch operations, slowly: {problem}", RuntimeWarning, stacklevel=2)
+
+
+def choice(weight: torch.Tensor, groups: int) -> str:
+    """Where a noisy convolution of ``weight`` and channels-last images like it makes its noise: "in_kernel" or "separate"."""
+    if weight.dim() != 4 or active_backend(weight) != "triton":
+        return "separate"
+    return triton.noise_choice("input", weight, weight, groups)
+
+
+def add_noise(x, sigma, at: NoiseAddress, scale, shift, relu, backend) -> torch.Tensor:
+    backend = active_backend(x) if backend == "auto" else backend
+    if backend == "torch":
+        return reference.add_noise(x, sigma, *at, scale, shift, relu)
+    lies = layout(x)
+    x = x if lies else x.contiguous()
+    out = packed_like(x, at.rows)
+    sigma, scale, shift = _dense(sigma, scale, shift)
+    launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
+    launch(x, out, lies == "flat", sigma, at, scale, shift, relu)
+    return out
+
+
+def add_noise_(x, sigma, at: NoiseAddress, scale, shift, relu, backend) -> None:
+    """x has a row for each row of the result and is dense, contiguous or channels last."""
+    backend = active_backend(x) if backend == "auto" else backend
+    if backend == "torch":
+        x.copy_(reference.add_noise(x, sigma, *at, scale, shift, relu))
+        return
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # autograd refuses to go back through what was kept of x before
+    sigma, scale, shift = _dense(sigma, scale, shift)
+    launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
+    launch(x, x, layout(x) == "flat", sigma, at, scale, shift, relu)
+
+
+def activate_noise(x, sigma, at: NoiseAddress, scale, shift, relu, pool, backend, keep) -> tuple[torch.Tensor, torch.Tensor]:
+    """clean = maxpool2x2?(act(x * scale + shift)), one row for each row of x (none unless ``keep``); noisy = clean before its rounding
+    + sigma * eps."""
+    backend = active_backend(x) if backend == "auto" else backend
+    if layout(x) is None:
+        x = x.contiguous()
+    noisy, clean = packed_like(x, at.rows, pool), packed_like(x, x.shape[0] if keep else 0, pool)
+    if backend == "torch":
+        value = reference.activate(x, scale, shift, relu, pool)
+        noisy.copy_(reference.add_noise(value, sigma, *at))
+        return noisy, clean.copy_(value) if keep else clean
+    sigma, scale, shift = _dense(sigma, scale, shift)
+    launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
+    launch(x, noisy, layout(x) == "flat", sigma, at, scale, shift, relu, clean if keep else None, pool)
+    return noisy, clean
+
+
+def add_noise_u8(x, step, zero_point, sigma, at: NoiseAddress, scale, shift, relu, pool, backend) -> torch.Tensor:
+    if backend == "torch" or (backend == "auto" and not (x.device.type == "cpu" and cpu.load().handle is not None)):
+        return reference.add_noise_u8(x, step, zero_point, sigma, *at, scale, shift, relu, pool)
+    if layout(x) is None:
+        x = x.contiguous()
+    out = packed_like(x, at.rows, pool, torch.uint8)
+    sigma, scale, shift = _dense(sigma, scale, shift)
+    cpu.add_noise(x, out, layout(x) == "flat", sigma, at, scale, shift, relu, pool=pool, step=step, zero_point=zero_point)
+    return out
+
+
+def noisy_conv(x, weight, bias, sigma, at: NoiseAddress, stride, padding, dilation, groups, backend) -> torch.Tensor:
+    backend = active_backend(x) if backend == "auto" else backend
+    if backend == "triton" and x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        if triton.convolves("input", x, weight, groups):
+            sigma, bias = _dense(sigma, bias)
+            return triton.launcher("noisy_conv")(x, weight, bias, sigma, at, stride, padding, dilation)
+    y = add_noise(x, sigma, at, None, None, False, backend)
+    return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def conv_activate_noise(
+    x, weight, sigma, at: NoiseAddress, scale, shift, relu, stride, padding, dilation, groups, dtype, backend
+) -> torch.Tensor:
+    """act(conv(x) * scale + shift) + sigma * eps, rounded to dtype: in the convolution's epilogue, or by add_noise behind the vendor's."""
+    backend = active_backend(x) if backend == "auto" else backend
+    if backend == "triton" and triton.convolves("output", x, weight, groups):
+        x = x.contiguous(memory_format=torch.channels_last)
+        sigma, scale, shift = _dense(sigma, scale, shift)
+        launch = triton.launcher("conv_activate_noise")
+        return launch(x, weight, sigma, at, scale, shift, relu, stride, padding, dilation, dtype)
+    low = x.dtype in triton.LOW_PRECISION
+    with torch.autocast(x.device.type, enabled=False):  # casts are `functional`'s; a cast of integers would lose some
+        y = torch.convolution(
+            *((x.float(), weight.float()) if low else (x, weight)), None, stride, padding, dilation, False, [0] * len(stride), groups
+        )
+    dtype = dtype or x.dtype
+    y = y if dtype == y.dtype else y.float()  # so that add_noise does not round
+    y = add_noise(y.movedim(1, -1).contiguous().movedim(-1, 1), sigma, at, scale, shift, relu, backend)
+    return reference.narrow(y, dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def sigma_grad(g, at: NoiseAddress, per_channel, backend) -> torch.Tensor:
+    """``sum(g * eps)`` over everything, or per channel."""
+    backend = active_backend(g) if backend == "auto" else backend
+    if backend == "torch":
+        return reference.sigma_grad(g, *at, per_channel)
+    lies = layout(g)
+    if backend == "triton":
+        g = g if lies else g.contiguous()
+        return triton.launcher("sigma_grad")(g, lies == "flat", at, per_channel)
+    # One draw of all images at a time: the transient eps stays that small, and the order of summation is fixed.
+    total = torch.zeros((g.shape[1],) if per_channel else (), dtype=torch.float64, device=g.device)
+    # Whatever torch's default type and device are.
+    real = {"dtype": torch.float32, "device": g.device}
+    one, zeros = torch.ones((), **real), torch.zeros((at.images, *g.shape[1:]), **real)
+    if lies == "flat":
+        zeros = packed_like(g, at.images).float().zero_()
+    over = [d for d in range(g.dim()) if d != 1 or not per_channel]
+    for d in range(at.draws if at.images else 0):
+        ids = None if at.sample_ids is None else at.sample_ids + torch.tensor([0, d], device=g.device)
+        one_draw = at._replace(draws=1, draw_offset=at.draw_offset + d, sample_ids=ids)
+        eps = add_noise(zeros, one, one_draw, None, None, False, backend)
+        total += (eps * g[d * at.images : (d + 1) * at.images]).sum(over, dtype=torch.float64)
+    return total.float()
+
+
+def _dense(*parameters):
+    return (p if p is None or p.is_contiguous() else p.contiguous() for p in parameters)
