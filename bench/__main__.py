@@ -111,7 +111,7 @@ def measure_cases(chosen: dict, out: Path, only: str, seconds: float) -> dict:
         found = results.merge({"rows": [], "targets": []}, rows, targets, where)
         report.show(found)
         new = {key: new[key] + found[key] for key in new}
-    report.show_promises(results.load(out))
+    report.show_targets(results.load(out))
     report.console.print(f"merged into {out}")
     return new
 
@@ -123,7 +123,7 @@ def show_report(path: Path) -> int:
     if not found["rows"]:
         raise ValueError(f"{path} holds no results")
     report.show(found)
-    report.show_promises(found)
+    report.show_targets(found)
     made = pictures.draw(found, path.with_suffix(""))
     report.console.print(f"{len(made)} pictures in {path.with_suffix('')}")
     return 0

@@ -7,7 +7,7 @@ import math
 import torch
 
 import rse_fast
-from rse_fast.ensemble.engine import has_bfloat16
+from rse_fast.ensemble.runner import has_bfloat16
 
 from . import networks, peers
 from .ensemble import CHUNK

@@ -6,7 +6,7 @@ import functools
 import torch
 
 import rse_fast
-from rse_fast.ensemble.engine import has_bfloat16
+from rse_fast.ensemble.runner import has_bfloat16
 
 from . import networks, peers
 from .measure import Refused, Row, best_peer, compare, device, ratio, selected, target
@@ -66,7 +66,7 @@ def check_exact(ensemble, model, x, rounding) -> None:
     want = 0
     with torch.no_grad():
         for d in range(ensemble.draws):
-            with rse_fast.nn.Scope(torch.tensor(3, device=x.device), len(x), 1, 0, d, "torch"):
+            with rse_fast.nn.NoiseContext(torch.tensor(3, device=x.device), len(x), 1, 0, d, "torch"):
                 want = want + model.eval()(x).softmax(-1) / ensemble.draws
     error = (ensemble.predict(x, seed=3).probs - want).abs().max()
     if not error <= rounding:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import promises, results
+from . import results, targets
 from .measure import COSTS, role
 
 console = Console(width=120)
@@ -65,10 +65,10 @@ def show(found: dict) -> None:
         console.print(table)
 
 
-def show_promises(found: dict) -> None:
+def show_targets(found: dict) -> None:
     table = Table("on", "task", "measured", "target", "holds", title="every target, judged on what was measured")
-    for promise, t in promises.judge(found["targets"]):
-        table.add_row(promise.hardware, promise.task, measured(t), wanted(t), verdict(t))
+    for aim, t in targets.judge(found["targets"]):
+        table.add_row(aim.hardware, aim.task, measured(t), wanted(t), verdict(t))
     console.print(table)
 
 
@@ -123,7 +123,7 @@ def markdown(found: dict, name: str) -> str:
     meant = "two cores with AVX-512 BF16" if here == "CPU" else "an H200"
     lines = [f"### {results.machine(rows[0])}", "", about, "", f"Targets, set for {meant}:", ""]
     lines += ["| task | measured | target | holds |", "|---|---|---|---|"]
-    judged = promises.judge(found["targets"])
+    judged = targets.judge(found["targets"])
     lines += [f"| {p.task} | {measured(t)} | {wanted(t)} | {verdict(t)} |" for p, t in judged if p.hardware == here]
     suites = {suite: pivots for suite in HEADINGS if (pivots := _pivots(rows, suite))}
     lines += ["", f"<details><summary>Every implementation: {', '.join(suites).replace('_', ' ')}</summary>"]
@@ -184,7 +184,7 @@ def write_readme(readme: Path, paths: list[Path]) -> None:
         parts.append(markdown(found, str(path)))
         seen.add(hardware(found))
     for missing in sorted({"CPU", "GPU"} - seen):
-        unmeasured = [f"| {p.task} | {wanted(t)} |" for p, t in promises.judge([]) if p.hardware == missing]
+        unmeasured = [f"| {p.task} | {wanted(t)} |" for p, t in targets.judge([]) if p.hardware == missing]
         heading = [f"### Not measured: needs a {missing}", "", "| task | target |", "|---|---|"]
         parts.append("\n".join(heading + unmeasured))
     command = f"{COMMAND} {' '.join(map(str, paths))}"

@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 import rse_fast
-from rse_fast import train, workload
+from rse_fast import run_inputs, train
 
 
 class Labeller:
@@ -27,8 +27,8 @@ class Labeller:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         indices = sorted(batch["id"].tolist())
         parts = [
-            self.ensemble.predict(workload.images(self.test, rows, self.device), image_offset=rows[0])
-            for rows in workload.neighbours(indices, len(indices))
+            self.ensemble.predict(run_inputs.images(self.test, rows, self.device), image_offset=rows[0])
+            for rows in run_inputs.neighbours(indices, len(indices))
         ]
         return {
             "index": np.array(indices),

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rse_fast import data, workload
-from rse_fast.certify import COVERS, certify, clopper_pearson, input_noise
+from rse_fast import data, run_inputs
 from rse_fast.ensemble import Ensemble
+from rse_fast.smoothing import COVERS, certify, clopper_pearson, input_noise
 
 RADII = (0, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)  # of the summary, up to the largest that was certified
 
@@ -69,27 +69,27 @@ def run(argv: list[str]) -> dict:
     Raises ValueError or TypeError naming the option, OSError for a folder that cannot be written.
     """
     args = _parser().parse_args(argv)
-    model, part, rows, facts = workload.load(args)
+    model, part, rows, facts = run_inputs.load(args)
     labels = torch.as_tensor(part.labels)
     some, all_classes = len(labels[list(rows)].unique()), len(labels.unique())
     if bool((labels[1:] >= labels[:-1]).all()) and some < min(all_classes, len(rows)):
         text = f"--images: the part is sorted by class, and these {len(rows)} images are of {some} of its {all_classes} classes; "
         warnings.warn(text + f"--every {max(1, len(labels) // len(rows))} takes as many of all", RuntimeWarning, stacklevel=2)
     ensemble = Ensemble(model, dtype=args.dtype, max_rows=args.max_rows)
-    x = workload.images(part, rows[:1], args.device)
+    x = run_inputs.images(part, rows[:1], args.device)
     certify(ensemble, x[:0], n0=args.n0, n=args.n, alpha=args.alpha, radii=args.radius)  # what it refuses leaves no folder
     sigma = float(input_noise(model, x).current_sigma())
     settings = facts | {
         "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha, "radii": args.radius,
         "dtype": str(ensemble.prepared(x).runner.compute)[6:],
     }  # fmt: skip
-    settings = workload.open_folder(args.out, "certify.json", settings, args.seed) | {"every": args.every}
+    settings = run_inputs.open_folder(args.out, "certify.json", settings, args.seed) | {"every": args.every}
     return _run(args, ensemble, part, rows, settings, shlex.join(["rse-fast", "certify", *argv]))
 
 
 def _parser():
     parser = argparse.ArgumentParser(prog="rse-fast certify", description=__doc__.partition("\n\n")[0].replace("``", ""))
-    workload.add_arguments(parser)
+    run_inputs.add_arguments(parser)
     parser.add_argument("--n0", type=int, default=100, help="draws that select the class (default: %(default)s)")
     parser.add_argument("--n", type=int, default=10_000, help="draws that estimate its share (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=1e-3, help="probability that an image's statement is wrong (default: %(default)s)")
@@ -119,11 +119,11 @@ def _run(args, ensemble, part, rows, settings, command):
         if not file.tell():
             file.write(("\t".join(COLUMNS) + "\n").encode())
         # As many neighbours at once as the selection's draws leave room for, so that a large device is not idle.
-        x = workload.images(part, rows[:1], args.device)
+        x = run_inputs.images(part, rows[:1], args.device)
         size = max(1, ensemble.rows(x) // args.n0) if args.every == 1 else 1
         waiting = [i for i in rows if i not in done]
         with tqdm(total=len(rows), initial=len(rows) - len(waiting), unit="image", disable=None) as bar:
-            for group in workload.neighbours(waiting, size):
+            for group in run_inputs.neighbours(waiting, size):
                 for row in _certify(args, ensemble, part, group, settings):
                     table.append(row)
                     file.write(("\t".join(map(str, asdict(row).values())) + "\n").encode())
@@ -142,7 +142,7 @@ def _run(args, ensemble, part, rows, settings, command):
 
 def _certify(args, ensemble, part, group, settings):
     begin = time.perf_counter()
-    x = workload.images(part, group, args.device)
+    x = run_inputs.images(part, group, args.device)
     out = certify(ensemble, x, n0=args.n0, n=args.n, alpha=args.alpha, seed=settings["seed"], radii=args.radius, image_offset=group[0])
     seconds = (time.perf_counter() - begin) / len(group)
     for i, index in enumerate(group):

@@ -1,8 +1,8 @@
 """Layers that add Gaussian noise to their input, in training and in evaluation alike (Liu et al., ECCV 2018).
 
 Where the noise's seed comes from: by default from torch's generator of the device, drawn anew at every call as dropout does it, so
-``torch.manual_seed`` reproduces a run and activation checkpointing replays it. Inside a `Scope` (Ensemble, certify, tests) the seed is
-given, and every value of the noise is a function of (seed, layer, draw, image, position) alone.
+``torch.manual_seed`` reproduces a run and activation checkpointing replays it. Inside a `NoiseContext` (Ensemble, certify, tests) the seed
+is given, and every value of the noise is a function of (seed, layer, draw, image, position) alone.
 """
 
 import sys
@@ -17,20 +17,20 @@ from rse_fast.address import NoiseAddress
 
 __all__ = ["GaussianNoise", "NoisyConv1d", "NoisyConv2d", "NoisyConv3d", "NoisyLinear"]
 
-_active = threading.local()  # one scope a thread: two threads may run one model with different seeds
+_active = threading.local()  # one context a thread: two threads may run one model with different seeds
 
 
 @dataclass
-class Scope:
-    """Fixes the noise of every layer called within ``with scope:`` on this thread.
+class NoiseContext:
+    """Fixes the noise of every layer called within ``with context:`` on this thread.
 
     seed: int64 tensor of one value. A batch of ``images`` rows leaves the first noisy layer as ``draws * images`` rows (lazy packing);
     rows are draws ``draw_offset ..`` of images ``image_offset ..``, or of the (image, first draw) of each row of ``sample_ids``. A layer's
-    stream is its index in the model, plus the number of its earlier calls within the scope in the high half of the word: one scope is one
-    forward pass.
+    stream is its index in the model, plus the number of its earlier calls within the context in the high half of the word: one context is
+    one forward pass.
     ``silent``: the stream of a layer whose first call adds no noise, because the caller has added it already.
 
-    Activation checkpointing goes around a scope: one inside would run again in backward, where no scope is left, and is refused.
+    Activation checkpointing goes around a context: one inside would run again in backward, where no context is left, and is refused.
     """
 
     seed: torch.Tensor
@@ -44,16 +44,16 @@ class Scope:
     calls: dict = field(default_factory=dict, repr=False)
 
     def __enter__(self):
-        self._outer = getattr(_active, "scope", None)
-        _active.scope = self
+        self._outer = getattr(_active, "context", None)
+        _active.context = self
         self._frame = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else id(sys._getframe(1))
         return self
 
     def __exit__(self, *error):
-        _active.scope = self._outer
+        _active.context = self._outer
 
     def noise(self, layer: "NoiseLayer", x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
-        """What `NoiseLayer.noise` returns for a call of ``layer`` on ``x`` within this scope."""
+        """What `NoiseLayer.noise` returns for a call of ``layer`` on ``x`` within this context."""
         rows = x.shape[0]
         if rows != self.images and rows != self.images * self.draws:
             raise ValueError(
@@ -96,7 +96,7 @@ class NoiseLayer(nn.Module):
     sigma: standard deviation of the noise, in the units of the input. Fixed: a float32 buffer outside the state dict, so keys stay
     those of the plain layer. Learnable: ``softplus(sigma_raw)`` of the float32 parameter ``sigma_raw``, positive whatever the optimiser
     does (in the spirit of PNI, He et al., CVPR 2019); a state dict without it loads, and leaves it as it is. `set_sigma` changes either.
-    stream: index of the layer in its model (set by `number_layers`), addresses the noise within a Scope.
+    stream: index of the layer in its model (set by `number_layers`), addresses the noise within a NoiseContext.
     """
 
     stream = 0
@@ -140,8 +140,8 @@ class NoiseLayer(nn.Module):
 
     def noise(self, x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
         """(sigma, address, backend) of the noise of one call on ``x``."""
-        scope = getattr(_active, "scope", None)
-        return (self.current_sigma(), ambient(x), "auto") if scope is None else scope.noise(self, x)
+        context = getattr(_active, "context", None)
+        return (self.current_sigma(), ambient(x), "auto") if context is None else context.noise(self, x)
 
     def add_noise(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` plus the noise of one call; the channels are dimension ``channel_dim``."""
@@ -283,7 +283,7 @@ class NoisyLinear(NoisyInput, nn.Linear):
 def _fits(x, dimensions, channel_dim, sigma, at, backend) -> bool:
     """Whether a layer's call on ``x`` has nothing left to check, which `functional` would do at length.
 
-    What cannot change was checked when the layer was made, and its rows by the scope.
+    What cannot change was checked when the layer was made, and its rows by the context.
     """
     return (
         backend == "auto"

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import distributed
 from tqdm import tqdm
 
-from rse_fast import data, workload
+from rse_fast import data, run_inputs
 from rse_fast.ensemble import Ensemble, shard
 from rse_fast.train.distributed import connect
 
@@ -42,7 +42,7 @@ def _parser():
         return text if text == "exact" else float(text)
 
     parser = argparse.ArgumentParser(prog="rse-fast predict", description=__doc__.partition("\n\n")[0].replace("``", ""))
-    workload.add_arguments(parser)
+    run_inputs.add_arguments(parser)
     parser.add_argument("--draws", type=int, default=10, help="noisy passes an image (default: %(default)s)")
     parser.add_argument("--early-exit", type=early_exit, metavar="HOW", help="exact, or a confidence such as 0.999 (default: all draws)")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="new, or to continue (default: %(default)s)")
@@ -50,13 +50,13 @@ def _parser():
 
 
 def _run(args, ranks):
-    model, part, rows, facts = workload.load(args)
+    model, part, rows, facts = run_inputs.load(args)
     ensemble = Ensemble(model, args.draws, dtype=args.dtype, max_rows=args.max_rows, early_exit=args.early_exit)
     settings = facts | {"draws": args.draws, "early_exit": args.early_exit, "dtype": args.dtype}
     opened = [None, None]
     if ranks.main:  # one process makes the folder, and all take its seed
         try:
-            opened = [workload.open_folder(args.out, "predict.json", settings, args.seed), None]
+            opened = [run_inputs.open_folder(args.out, "predict.json", settings, args.seed), None]
         except (OSError, ValueError) as error:
             opened = [None, error]
     if ranks.size > 1:
@@ -70,8 +70,8 @@ def _run(args, ranks):
         data.append(args.out / f"predictions-{ranks.rank}.jsonl") as file,
         tqdm(total=len(mine), unit="image", disable=None if ranks.main else True) as bar,
     ):
-        for group in workload.neighbours(mine, max(1, 4 * ensemble.rows(workload.images(part, rows[:1], args.device)) // args.draws)):
-            out = ensemble.predict(workload.images(part, group, args.device), seed=settings["seed"], image_offset=group[0])
+        for group in run_inputs.neighbours(mine, max(1, 4 * ensemble.rows(run_inputs.images(part, rows[:1], args.device)) // args.draws)):
+            out = ensemble.predict(run_inputs.images(part, group, args.device), seed=settings["seed"], image_offset=group[0])
             lines = [json.dumps(_line(i, part.labels[i], out, k)) + "\n" for k, i in enumerate(group)]
             file.write("".join(lines).encode())
             file.flush()

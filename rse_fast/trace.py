@@ -30,7 +30,7 @@ class Tracer(torch.fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-class Draws(TorchDispatchMode):
+class RandomOpDetector(TorchDispatchMode):
     """``any``: whether this thread drew from a generator of torch's. The generator's state would tell of other threads as well."""
 
     any = False

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rse_fast
-from rse_fast.nn import GaussianNoise, NoisyConv2d, Scope
+from rse_fast.nn import GaussianNoise, NoiseContext, NoisyConv2d
 
 CLASSES = 5
 
@@ -147,7 +147,7 @@ def sequential(model: nn.Module, x: torch.Tensor, draws: int, seed: int, image_o
     model.eval()
     passes = []
     for d in range(draw_offset, draw_offset + draws):
-        with Scope(seed, len(x), 1, image_offset, d):
+        with NoiseContext(seed, len(x), 1, image_offset, d):
             passes.append(model(x))
     for module, training in modes.items():
         module.training = training

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rse_fast
-from bench import ensemble, measure, networks, noise, peers, promises, report, results, scaling
+from bench import ensemble, measure, networks, noise, peers, report, results, scaling
 from bench.__main__ import main, measure_cases
 from rse_fast import reference
 
@@ -218,8 +218,8 @@ def test_every_target_of_noise_and_ensemble_is_judged_by_what_they_measure():
                 continue
             measured = ensemble.targets(where, kind, batch, draws, ensemble.case_name(kind, batch, draws), rates)
             targets += [{**t, "device": gpu or "cpu"} for t in measured]
-    judged = {(p.hardware, p.suite, p.task): t for p, t in promises.judge(targets)}
-    assert len(judged) == len(promises.PROMISES)
+    judged = {(p.hardware, p.suite, p.task): t for p, t in targets.judge(targets)}
+    assert len(judged) == len(targets.TARGETS)
     for (_, suite, task), t in judged.items():
         assert (t["holds"] is None) == (suite not in ("noise", "ensemble")), task
         assert t["holds"] is not None or t["needs"]

@@ -12,8 +12,8 @@ from torch import nn
 
 import rse_fast
 from rse_fast import Ensemble, functional
-from rse_fast.certify import _votes, clopper_pearson, estimate, grid_step, largest_bound, looks, on_grid
 from rse_fast.nn import GaussianNoise, number_layers
+from rse_fast.smoothing import _votes, clopper_pearson, estimate, grid_step, largest_bound, looks, on_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIGMA = 0.25
@@ -279,7 +279,7 @@ def test_function_and_module_have_one_name(run_python):
     code = """
 import sys, rse_fast, importlib
 assert callable(rse_fast.certify) and "scipy" not in sys.modules
-module = importlib.import_module("rse_fast.certify")
+module = importlib.import_module("rse_fast.smoothing")
 assert module.certify is rse_fast.certify and callable(rse_fast.certify)
 print("fine")
 """

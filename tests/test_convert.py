@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import rse_fast
 from rse_fast import functional
-from rse_fast.nn import NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, Scope, noise_layers
+from rse_fast.nn import NoiseContext, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -109,7 +109,7 @@ def sigmas(model):
 
 
 def scoped(model, x, seed):
-    with Scope(torch.tensor(seed), len(x)):
+    with NoiseContext(torch.tensor(seed), len(x)):
         return model(x)
 
 

@@ -12,7 +12,7 @@ import rse_fast
 from rse_fast import Ensemble
 from rse_fast.ensemble import gradient
 from rse_fast.ensemble.plan import MEMORY_SHARE, SavedBytes
-from rse_fast.nn import Scope
+from rse_fast.nn import NoiseContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,7 +101,7 @@ def test_backward_after_the_call_leaves_modes_and_the_noise_of_others_alone(seed
     logp = ensemble(y).sum()
     model.train()
     statistics = [m.running_mean.clone() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    with Scope(torch.tensor(1), 1):
+    with NoiseContext(torch.tensor(1), 1):
         logp.backward()
     assert torch.equal(y.grad, expected) and all(m.training for m in model.modules())
     for before, m in zip(statistics, (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)), strict=True):

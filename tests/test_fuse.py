@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 import rse_fast
 from rse_fast.ensemble import fuse
 from rse_fast.models import VGG16, ModelA, ResNeXt29
-from rse_fast.nn import GaussianNoise, NoisyConv2d, Scope, noise_layers
+from rse_fast.nn import GaussianNoise, NoiseContext, NoisyConv2d, noise_layers
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -27,7 +27,7 @@ def seed(rng):
 
 
 def run(model, x, seed):
-    with Scope(seed, IMAGES, DRAWS):
+    with NoiseContext(seed, IMAGES, DRAWS):
         return model(x)
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rse_fast
 from rse_fast import functional
-from rse_fast.nn import GaussianNoise, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyLinear, Scope, number_layers
+from rse_fast.nn import GaussianNoise, NoiseContext, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyLinear, number_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -210,7 +210,7 @@ def test_gradient_of_learnable_sigma_against_finite_differences(rng):
     x, seed = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor(5)
 
     def loss():
-        with Scope(seed, images=2, draws=3):
+        with NoiseContext(seed, images=2, draws=3):
             return layer(x).sin().sum()
 
     loss().backward()
@@ -275,7 +275,7 @@ def test_a_small_network_holds_what_the_plain_one_holds(rng):
     assert held(network(NoisyConv2d), x) <= held(network(nn.Conv2d), x) + 3 * 12  # a sigma and a seed a layer
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- Scope
+# ---------------------------------------------------------------------------------------------------------------- NoiseContext
 @pytest.fixture
 def model():
     layers = nn.Sequential(NoisyConv2d(3, 4, 3, padding=1), nn.ReLU(), GaussianNoise(0.2), nn.Flatten(), NoisyLinear(4 * 25, 5))
@@ -286,7 +286,7 @@ def model():
 def test_a_scope_gives_each_layer_its_stream(model, rng):
     x, seed = torch.randn(2, 3, 5, 5), torch.tensor(77)
     state = torch.get_rng_state()
-    with Scope(seed, images=2, draws=3, image_offset=4, draw_offset=5):
+    with NoiseContext(seed, images=2, draws=3, image_offset=4, draw_offset=5):
         y = model(x)
     assert torch.equal(torch.get_rng_state(), state)
     where = {"seed": 77, "images": 2, "draws": 3, "image_offset": 4, "draw_offset": 5}
@@ -301,19 +301,19 @@ def test_a_scope_takes_places_and_a_backend(model, library, rng):
     x, sample_ids = torch.randn(2, 3, 5, 5), torch.tensor([[9, 1], [3, 6]])
     results = {}
     for backend in ("cpu", "torch"):
-        with Scope(torch.tensor(77), images=2, draws=2, sample_ids=sample_ids, backend=backend):
+        with NoiseContext(torch.tensor(77), images=2, draws=2, sample_ids=sample_ids, backend=backend):
             results[backend] = model(x).detach()
     for i, (image, draw) in enumerate(sample_ids.tolist()):
-        with Scope(torch.tensor(77), images=1, draws=2, image_offset=image, draw_offset=draw):
+        with NoiseContext(torch.tensor(77), images=1, draws=2, image_offset=image, draw_offset=draw):
             assert torch.allclose(model(x[i : i + 1]), results["cpu"][i::2], atol=1e-5)
     assert torch.allclose(results["cpu"], results["torch"], atol=1e-5) and not torch.equal(results["cpu"], results["torch"])
 
 
 def test_a_layer_called_twice_in_a_scope_gets_other_noise(rng):
     layer, x = GaussianNoise(1.0), torch.zeros(2, 3, 5)
-    with Scope(torch.tensor(1), images=2):
+    with NoiseContext(torch.tensor(1), images=2):
         first, second = layer(x), layer(x)
-    with Scope(torch.tensor(1), images=2):
+    with NoiseContext(torch.tensor(1), images=2):
         assert torch.equal(layer(x), first) and torch.equal(layer(x), second)
     assert torch.equal(second, functional.add_noise(x, 1.0, seed=1, stream=1 << 16)) and not torch.equal(first, second)
 
@@ -321,8 +321,8 @@ def test_a_layer_called_twice_in_a_scope_gets_other_noise(rng):
 def test_scopes_nest_and_end_with_exceptions(rng):
     layer, x = GaussianNoise(1.0), torch.zeros(2, 3, 5)
     one, two = (functional.add_noise(x, 1.0, seed=seed) for seed in (1, 2))
-    with Scope(torch.tensor(1), images=2):
-        with pytest.raises(KeyError), Scope(torch.tensor(2), images=2):
+    with NoiseContext(torch.tensor(1), images=2):
+        with pytest.raises(KeyError), NoiseContext(torch.tensor(2), images=2):
             assert torch.equal(layer(x), two)
             raise KeyError
         assert torch.equal(layer(x), one)
@@ -333,7 +333,7 @@ def test_threads_do_not_disturb_each_other(model, rng):
     x = torch.randn(2, 3, 5, 5)
 
     def run(seed):
-        with torch.no_grad(), Scope(torch.tensor(seed), images=2, draws=2):
+        with torch.no_grad(), NoiseContext(torch.tensor(seed), images=2, draws=2):
             return model(x)
 
     expected, barrier, wrong = [run(seed) for seed in range(4)], threading.Barrier(4), []
@@ -353,7 +353,7 @@ def test_threads_do_not_disturb_each_other(model, rng):
 
 def test_rows_that_are_no_batch_are_an_error(rng):
     layer = GaussianNoise(1.0)
-    with Scope(torch.tensor(1), images=4, draws=3):
+    with NoiseContext(torch.tensor(1), images=4, draws=3):
         for rows in (4, 12):
             assert layer(torch.zeros(rows, 3)).shape == (12, 3)
         for rows in (1, 3, 8, 24):
@@ -365,11 +365,11 @@ def test_a_scope_silences_the_first_call_of_one_layer(rng):
     model = nn.Sequential(NoisyLinear(4, 4, sigma=0.3), NoisyLinear(4, 4, sigma=0.2))
     number_layers(model)
     x, seed = torch.randn(3, 4), torch.tensor(int(rng.integers(2**62)))
-    with Scope(seed, 3, silent=0):
+    with NoiseContext(seed, 3, silent=0):
         y = model[0](x)
         again, other = model[0](x), model[1](x)
     assert torch.equal(y, nn.functional.linear(x, model[0].weight, model[0].bias))
-    with Scope(seed, 3):
+    with NoiseContext(seed, 3):
         model[0](x)
         assert torch.equal(again, model[0](x)) and torch.equal(other, model[1](x))
     assert not torch.equal(again, y)
@@ -381,7 +381,7 @@ def test_checkpointing_inside_a_scope_is_refused_and_around_it_works(model, reen
     x, seed = torch.randn(2, 3, 5, 5), torch.tensor(4)
 
     def run(x, inside=False):
-        with Scope(seed, 2):
+        with NoiseContext(seed, 2):
             return checkpoint(model, x, use_reentrant=reentrant) if inside else model(x)
 
     leaves = (x.requires_grad_(), *model.parameters())

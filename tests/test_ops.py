@@ -128,6 +128,13 @@ def test_gradients_and_their_gradients_in_float64(per_channel, rng):
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True), name
 
 
+def test_the_gradient_of_sigma_grad_as_an_op(rng):
+    for per_channel in (False, True):
+        op = lambda g: ops.sigma_grad(g, *NoiseAddress(SEED, 2, 2, 3, 4, 1), per_channel, "torch")  # noqa: B023, E731 - called at once
+        assert torch.autograd.gradcheck(op, double(6, 3, 4), fast_mode=True)
+        assert torch.autograd.gradgradcheck(op, double(6, 3, 4), fast_mode=True)
+
+
 # ------------------------------------------------------------------------------------------------- gradients in float32, all backends
 def check_against_float64(call, model, tensors, eps, what):
     """Output and gradients of ``call(*tensors)`` in float32 against ``model(*tensors, eps)`` in float64.
@@ -273,7 +280,7 @@ def test_ops_without_a_derivative_refuse_forward_mode():
         lambda x: functional.activate_noise(x, 0.1, seed=1)[0],
         lambda x: functional.conv_activate_noise(x, weight, 0.1, seed=1),
     ):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
             torch.func.jvp(function, (x,), (torch.ones_like(x),))
 
 

@@ -12,7 +12,7 @@ import rse_fast
 from rse_fast import data, reference
 from rse_fast.ensemble import quantize
 from rse_fast.models import SmallNet
-from rse_fast.nn import NoisyConv2d, Scope, noise_layers
+from rse_fast.nn import NoiseContext, NoisyConv2d, noise_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +41,7 @@ def test_a_layer_matches_its_integers_in_float64(shape, source, output, rng):
         conv.reads(*source)
     x = torch.randn(3, channels, 9, 6) if source is None else torch.randint(0, 256, (3, channels, 9, 6), dtype=torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last)
-    with Scope(torch.tensor(5), 3, 2):
+    with NoiseContext(torch.tensor(5), 3, 2):
         got = conv(x)
     clean = x.double() if source is None else (x.double() - source[1]) * source[0]
     clean = torch.nn.functional.max_pool2d(clean, 2) if conv.pool else clean

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import rse_fast
 from bench.measure import peak_memory
 from bench.train import saved_bytes
-from rse_fast import reference
+from rse_fast import autograd, reference
 from rse_fast.models import VGG16, ResNeXt29
-from rse_fast.nn import NoisyConv2d, Scope, noise_layers
+from rse_fast.nn import NoiseContext, NoisyConv2d, noise_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,7 +104,8 @@ def test_peak_of_resident_memory_is_the_plain_networks(run_python):
 def test_backward_holds_one_more_buffer_at_a_time(dtype):
     """The noisy input that the weight's gradient reads and the gradient of the input have the same size: never both."""
     plain, noisy = nn.Conv2d(16, 16, 3, padding=1, dtype=dtype), NoisyConv2d(16, 16, 3, padding=1, dtype=dtype)
-    x = torch.rand(4, 16, 64, 64, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = torch.rand(8, 16, 160, 160, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert x.nbytes > autograd.ONE_CALL  # smaller ones are worth one call
 
     def peak(layer):
         y = layer(x)
@@ -140,7 +141,7 @@ def test_a_network_has_the_gradients_of_eager_noise_layers_with_the_same_eps(rng
     noisy = rse_fast.convert(copy.deepcopy(plain), sigma, sigma)
     for layer in noise_layers(noisy).values():
         layer.sigma = layer.sigma.double().fill_(sigma)  # 0.3 in float64 on both sides
-    with Scope(torch.tensor(seed), 4):
+    with NoiseContext(torch.tensor(seed), 4):
         found = gradients(noisy, x, labels)
     expected = gradients(eager(plain, sigma, eps), x, labels)
     # float64 in another order: sums of at most 4 * 144 terms, in 8 layers there and back. A bias before a BatchNorm has gradient 0.
@@ -216,7 +217,7 @@ def test_a_gradient_can_be_differentiated(rng):
     x = torch.randn(3, 2, 6, 6, dtype=torch.float64)
 
     def run(x, *parameters):
-        with Scope(torch.tensor(5), 3):
+        with NoiseContext(torch.tensor(5), 3):
             return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
 
     inputs = [t.detach().double().requires_grad_() for t in (x, *values)]

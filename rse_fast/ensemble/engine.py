@@ -16,8 +16,8 @@ from rse_fast import autograd, functional
 from rse_fast.ensemble import gradient, quantize
 from rse_fast.ensemble.early_exit import make as make_criterion
 from rse_fast.ensemble.prepare import Preparation, Prepared
-from rse_fast.ensemble.stream import Pool, Tally, in_order
-from rse_fast.nn import Scope, noise_layers, number_layers
+from rse_fast.ensemble.stream import DrawStatistics, Scheduler, in_order
+from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -154,13 +154,13 @@ class Ensemble(nn.Module):
         image_offset = functional.first_image(image_offset, len(x))
         if self.early_exit is None:
             return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed)
-        pool = self._pool(x, seed, self.draws)
-        pool.put(x, image_offset)
-        finished = [pool.nothing()]
-        while pool.busy:
-            finished.append(pool.step())
-        tally = Tally.cat(finished)
-        return self._prediction(tally.select(tally.index.argsort()), seed)
+        scheduler = self._scheduler(x, seed, self.draws)
+        scheduler.put(x, image_offset)
+        finished = [scheduler.nothing()]
+        while scheduler.busy:
+            finished.append(scheduler.step())
+        statistics = DrawStatistics.cat(finished)
+        return self._prediction(statistics.select(statistics.index.argsort()), seed)
 
     def stream(self, batches: Iterable[torch.Tensor], draws: int | None = None) -> "Stream":
         """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order.
@@ -227,39 +227,39 @@ class Ensemble(nn.Module):
 
     # ----------------------------------------------------------------------------------------------------------------- one call
     def _all_draws(self, x, seed, image_offset):
-        """The `Tally` of every draw of every image."""
+        """The `DrawStatistics` of every draw of every image."""
         with self._preparation.ready(x) as model:
-            tallies = [Tally.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.classes)]
+            statistics = [DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.classes)]
             for image, draw, logits in self._passes(self._preparation, model, x, seed, image_offset):
                 if draw.start == 0:
                     index = torch.arange(image_offset + image.start, image_offset + image.stop, device=x.device)
-                    tallies.append(Tally.empty(index, logits.shape[-1]))
-                tallies[-1].add(logits.log_softmax(-1))
-        return Tally.cat([t for t in tallies if len(t.index)] or tallies)
+                    statistics.append(DrawStatistics.empty(index, logits.shape[-1]))
+                statistics[-1].add(logits.log_softmax(-1))
+        return DrawStatistics.cat([t for t in statistics if len(t.index)] or statistics)
 
-    def _pool(self, x, seed, draws):
-        """A `Pool` for images like ``x``, which runs them through the model."""
+    def _scheduler(self, x, seed, draws):
+        """A `Scheduler` for images like ``x``, which runs them through the model."""
         seed, classes = functional.seed_tensor(seed, x.device), self.prepared(x).classes
 
         def run(x, sample_ids, draws):
             return self.logits_at(x, sample_ids, draws, seed)
 
         criterion = make_criterion(self.early_exit, draws, max(classes, 1))
-        return Pool(run, classes, draws, self.rows(x), criterion, x.device)
+        return Scheduler(run, classes, draws, self.rows(x), criterion, x.device)
 
     def logits_at(
         self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None
     ) -> torch.Tensor:
         """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``sample_ids[i, 1] ..`` of image ``sample_ids[i, 0]``
-        (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.Scope`."""
+        (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.NoiseContext`."""
         with self._preparation.ready(x) as model:
 
             def step(image, draw):
                 at = sample_ids[image].clone()
                 at[:, 1] += draw.start
                 images, draws = image.stop - image.start, draw.stop - draw.start
-                scope = Scope(seed, images, draws, backend=self.backend, sample_ids=at, silent=silent)
-                return self._logits(model, x[image], scope)
+                context = NoiseContext(seed, images, draws, backend=self.backend, sample_ids=at, silent=silent)
+                return self._logits(model, x[image], context)
 
             parts = list(model.planner.attempt(slice(0, len(x)), slice(0, draws), step))
         if len(parts) == 1:
@@ -270,17 +270,17 @@ class Ensemble(nn.Module):
         return logits
 
     @staticmethod
-    def _prediction(tally, seed):
-        used = tally.used.clamp_min(1)
-        mean = tally.sums / used[:, None]
+    def _prediction(statistics, seed):
+        used = statistics.used.clamp_min(1)
+        mean = statistics.sums / used[:, None]
         total = -torch.special.xlogy(mean, mean).sum(-1)
         return Prediction(
-            labels=mean.argmax(-1) if mean.shape[1] else tally.index,  # empty: there was no image to tell the number of classes
+            labels=mean.argmax(-1) if mean.shape[1] else statistics.index,  # empty: there was no image to tell the number of classes
             probs=mean.float(),
             entropy=total.float(),
-            mutual_information=(total - tally.entropies / used).clamp_min(0).float(),
-            votes=tally.votes,
-            draws_used=tally.used,
+            mutual_information=(total - statistics.entropies / used).clamp_min(0).float(),
+            votes=statistics.votes,
+            draws_used=statistics.used,
             seed=seed,
         )
 
@@ -297,16 +297,16 @@ class Ensemble(nn.Module):
 
     def _chunk(self, preparation, model, seed, image_offset, draw, x):
         """`_logits` with the noise of given images and draws; backward may call it again, outside the context of `Preparation.ready`."""
-        scope = Scope(seed, len(x), draw.stop - draw.start, image_offset, draw.start, self.backend)
+        context = NoiseContext(seed, len(x), draw.stop - draw.start, image_offset, draw.start, self.backend)
         with preparation.mode():
-            return self._logits(model, x, scope)
+            return self._logits(model, x, context)
 
     @staticmethod
-    def _logits(model, x, scope):
+    def _logits(model, x, context):
         """One packed batch: float32 logits [draws, images, K] of images ``x``."""
-        images, draws = scope.images, scope.draws
-        logits = model.run(x, scope)
-        if not scope.calls and model.runner.noisy:
+        images, draws = context.images, context.draws
+        logits = model.run(x, context)
+        if not context.calls and model.runner.noisy:
             raise ValueError("model must call a noisy layer in its forward pass, got a pass without any")
         if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] not in (images, images * draws):
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -332,7 +332,7 @@ class Stream:
         if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
             raise TypeError(f"batches must be an iterable of tensors [B, ...], got {type(batches).__name__}")
         self.seed = ensemble.draw_seed(None)
-        self._ensemble, self._draws, self._pool = ensemble, draws, None
+        self._ensemble, self._draws, self._scheduler = ensemble, draws, None
         self._predictions = self._run(iter(batches))
 
     def __iter__(self):
@@ -343,12 +343,12 @@ class Stream:
 
     def close(self) -> None:
         self._predictions.close()
-        self._pool = None
+        self._scheduler = None
 
     @property
     def occupancy(self) -> float:
         """Share of the rows of the packed batches so far that counted as a draw of an image, in [0, 1]; nan before the first."""
-        return self._pool.occupancy if self._pool else math.nan
+        return self._scheduler.occupancy if self._scheduler else math.nan
 
     def _checked(self, x, first):
         x = self._ensemble.images(x)
@@ -361,14 +361,14 @@ class Stream:
         if first is None:
             return
         inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
-        self._pool = self._ensemble._pool(self._ensemble.images(first), self.seed, self._draws)
-        tallies = in_order(inputs, self._pool, self.BACKLOG * self._pool.slots)
+        self._scheduler = self._ensemble._scheduler(self._ensemble.images(first), self.seed, self._draws)
+        results = in_order(inputs, self._scheduler, self.BACKLOG * self._scheduler.slots)
         while True:
             with torch.no_grad():  # not around the yield: it would reach into the consumer's code
-                tally = next(tallies, None)
-            if tally is None:
+                statistics = next(results, None)
+            if statistics is None:
                 return
-            yield self._ensemble._prediction(tally, self.seed)
+            yield self._ensemble._prediction(statistics, self.seed)
 
 
 def _count(name, value):

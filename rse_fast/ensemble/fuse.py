@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from rse_fast import autograd, functional
 from rse_fast.convert import tensor_attributes
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
-from rse_fast.trace import Draws, Tracer
+from rse_fast.trace import RandomOpDetector, Tracer
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, NoisyConv1d, NoisyConv2d, NoisyConv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -42,9 +42,9 @@ def snapshot(
     try:
         for _ in range(2):  # once more, as it may have been another thread that drew one of Python's or numpy's
             before = _host_numbers()
-            with Draws() as draws:
+            with RandomOpDetector() as detector:
                 graph = _Tracer().trace(copied)
-            if not draws.any and _host_numbers() == before:
+            if not detector.any and _host_numbers() == before:
                 break
         else:
             raise RuntimeError("its forward draws random numbers, which the graph would repeat")

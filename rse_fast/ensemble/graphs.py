@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from rse_fast.ensemble.plan import out_of_memory
-from rse_fast.nn import Scope
+from rse_fast.nn import NoiseContext
 
 # Rows up to which launches may take longer than the arithmetic. On an H100 a noise layer and its convolution cost the host about 0.15 ms,
 # and 1024 rows of VGG16, by arithmetic alone, 0.12 ms of the device a layer.
@@ -50,7 +50,7 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tupl
 class Graphs:
     """Runs packed batches of one model on one CUDA device, captured by shape when a shape comes again.
 
-    run: (x [images, ...], scope) -> logits, without gradients. The seed, the images' indices and their first draws are device tensors of
+    run: (x [images, ...], context) -> logits, without gradients. The seed, the images' indices and their first draws are device tensors of
     the graph, so each replay has the noise it is asked for. May be called from any thread and on any stream; replays follow each other.
     always: whatever the number of rows; otherwise up to MOST_ROWS. What cannot be captured runs as it is, after one warning. What
     Python does in a forward pass, hooks and random numbers of the host among it, happens at the capture and not at a replay.
@@ -61,46 +61,46 @@ class Graphs:
         self._graphs, self._seen, self._lock = {}, Counter(), threading.Lock()
         self._pool = self._side = self._done = None
 
-    def __call__(self, x: torch.Tensor, scope: Scope) -> torch.Tensor:
-        key = x.shape, x.dtype, x.stride(), scope.images, scope.draws, scope.backend, scope.silent
-        wanted = self.always or scope.images * scope.draws <= MOST_ROWS
+    def __call__(self, x: torch.Tensor, context: NoiseContext) -> torch.Tensor:
+        key = x.shape, x.dtype, x.stride(), context.images, context.draws, context.backend, context.silent
+        wanted = self.always or context.images * context.draws <= MOST_ROWS
         if not wanted or self.problem or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
-            return self.run(x, scope)
+            return self.run(x, context)
         with self._lock, torch.cuda.device(x.device):
             if key not in self._graphs:
                 self._seen[key] += 1
                 if self._seen[key] < 2 or len(self._graphs) >= MOST:
-                    return self.run(x, scope)
+                    return self.run(x, context)
             stream = torch.cuda.current_stream()
             if self._done is not None:
                 stream.wait_event(self._done)  # all graphs share one pool of memory, and another stream may be in it
             if key not in self._graphs:
                 try:
-                    self._graphs[key] = self._capture(x, scope)
+                    self._graphs[key] = self._capture(x, context)
                 except Exception as error:
                     if out_of_memory(error):
                         raise  # fewer rows may have a graph
                     self.problem = str(error).splitlines()[0] if str(error) else type(error).__name__
                     message = f"rse-fast: the model cannot be captured in a CUDA graph and runs without one ({self.problem})"
                     warnings.warn(message, RuntimeWarning, stacklevel=2)
-                    return self.run(x, scope)
+                    return self.run(x, context)
             graph, static, noise, logits = self._graphs[key]
             static.copy_(x)
-            self._set(noise, scope)
+            self._set(noise, context)
             graph.replay()
             result = logits.clone()
             self._done = stream.record_event()
-            scope.calls.update(noise.calls)
+            context.calls.update(noise.calls)
             return result
 
     @torch.inference_mode(False)  # the tensors of a graph that is captured under inference_mode are written outside it as well
     @torch.no_grad()
-    def _capture(self, x, scope):
-        sample_ids = torch.zeros((scope.images, 2), dtype=torch.int64, device=x.device)
-        seed = torch.zeros_like(scope.seed)
-        noise = dataclasses.replace(scope, seed=seed, image_offset=0, draw_offset=0, sample_ids=sample_ids, calls={})
+    def _capture(self, x, context):
+        sample_ids = torch.zeros((context.images, 2), dtype=torch.int64, device=x.device)
+        seed = torch.zeros_like(context.seed)
+        noise = dataclasses.replace(context, seed=seed, image_offset=0, draw_offset=0, sample_ids=sample_ids, calls={})
         static = x.clone()
-        self._set(noise, scope)
+        self._set(noise, context)
         side = self._side = self._side or torch.cuda.Stream()  # one: torch keeps a workspace of cuBLAS for each
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -117,13 +117,14 @@ class Graphs:
 
     @staticmethod
     def _fresh(noise):
-        noise.calls.clear()  # one scope is one forward pass: layers count their calls in it
+        noise.calls.clear()  # one context is one forward pass: layers count their calls in it
 
     @staticmethod
-    def _set(noise, scope):
-        noise.seed.copy_(scope.seed)
-        if scope.sample_ids is not None:
-            noise.sample_ids.copy_(scope.sample_ids)
+    def _set(noise, context):
+        noise.seed.copy_(context.seed)
+        if context.sample_ids is not None:
+            noise.sample_ids.copy_(context.sample_ids)
         else:
-            noise.sample_ids[:, 0] = torch.arange(scope.image_offset, scope.image_offset + scope.images, device=noise.sample_ids.device)
-            noise.sample_ids[:, 1] = scope.draw_offset
+            first = context.image_offset
+            noise.sample_ids[:, 0] = torch.arange(first, first + context.images, device=noise.sample_ids.device)
+            noise.sample_ids[:, 1] = context.draw_offset

@@ -22,7 +22,7 @@ from rse_fast.ensemble import fuse, gradient, plan, quantize
 from rse_fast.ensemble.graphs import Graphs
 from rse_fast.ensemble.runner import Runner, best_dtype, mismatch
 from rse_fast.ensemble.watch import Watch
-from rse_fast.nn import Scope, noise_layers, number_layers
+from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Preparation:
             def run():
                 image_offset = 0
                 for batch in itertools.chain.from_iterable(b.split(plan.SWEET_SPOT["cpu"]) for b in self.calibration):
-                    with Scope(torch.tensor(0), len(batch), 1, image_offset, backend=self.backend):
+                    with NoiseContext(torch.tensor(0), len(batch), 1, image_offset, backend=self.backend):
                         graph(batch.contiguous(memory_format=torch.channels_last))
                     image_offset += len(batch)
 

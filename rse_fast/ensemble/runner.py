@@ -8,8 +8,8 @@ from torch import nn
 from rse_fast import autograd
 from rse_fast.convert import meta_copy
 from rse_fast.ensemble.plan import PeakBytes, SavedBytes
-from rse_fast.nn import Scope
-from rse_fast.trace import Draws
+from rse_fast.nn import NoiseContext
+from rse_fast.trace import RandomOpDetector
 
 # A fused model in low precision may be so many times as far from float32 as the unfused one: both errors are sums of the same kind of
 # roundings, whose sizes differ by chance. A wrong fusion is off by far more.
@@ -43,9 +43,9 @@ class Runner:
         lazy = self._dry_run(x, packed=False)
         shape = lazy or self._dry_run(x, packed=True)
         images = probe_images(x, 2)
-        with Draws() as draws:
+        with RandomOpDetector() as detector:
             packed = self._probe(images)
-        self.random = draws.any
+        self.random = detector.any
         if _wants_contiguous(packed):
             self.layout = torch.contiguous_format
             if own:
@@ -60,18 +60,18 @@ class Runner:
             shape = packed.shape
         self.classes = shape[1] if shape else 0
 
-    def __call__(self, x: torch.Tensor, scope: Scope) -> torch.Tensor:
-        """Whatever the model returns for the packed batch that ``scope`` makes of images ``x``."""
+    def __call__(self, x: torch.Tensor, context: NoiseContext) -> torch.Tensor:
+        """Whatever the model returns for the packed batch that ``context`` makes of images ``x``."""
         if self.packs_input and self.noisy:
-            x = x.repeat(scope.draws, *[1] * (x.dim() - 1))
-        return run(self.model, x, scope, self.dtype, self.compute, self.layout)
+            x = x.repeat(context.draws, *[1] * (x.dim() - 1))
+        return run(self.model, x, context, self.dtype, self.compute, self.layout)
 
     @torch.no_grad()
     def _probe(self, images):
         """What the model returns for 2 images in 2 draws, or the exception that it raises."""
         try:
             with seeded(0, images.device) if self.random else contextlib.nullcontext():
-                return self(images, Scope(torch.zeros((), dtype=torch.int64, device=images.device), 2, 2))
+                return self(images, NoiseContext(torch.zeros((), dtype=torch.int64, device=images.device), 2, 2))
         except Exception as error:
             return error.with_traceback(None)
 
@@ -92,11 +92,11 @@ class Runner:
             model, x = meta_copy(self.model).float(), torch.empty(shape, device="meta")
             seed = torch.zeros((), dtype=torch.int64, device="cpu")
             scale = self.compute.itemsize / torch.float32.itemsize / (images * draws)
-            with torch.no_grad(), Scope(seed, images, draws), PeakBytes() as memory:
+            with torch.no_grad(), NoiseContext(seed, images, draws), PeakBytes() as memory:
                 out = model(x)
             self.row_bytes = memory.peak * scale
             try:
-                with torch.enable_grad(), Scope(seed, images, draws), SavedBytes(model) as saved:
+                with torch.enable_grad(), NoiseContext(seed, images, draws), SavedBytes(model) as saved:
                     model(x.requires_grad_())
                 self.saved_bytes = saved.total * scale
             except Exception:  # a model without a gradient
@@ -116,7 +116,7 @@ def probe_images(x: torch.Tensor, count: int) -> torch.Tensor:
     return torch.rand((count, *x.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(x.device)
 
 
-def run(model: nn.Module, x: torch.Tensor, scope: Scope, dtype: torch.dtype, compute: torch.dtype, layout=torch.channels_last):
+def run(model: nn.Module, x: torch.Tensor, context: NoiseContext, dtype: torch.dtype, compute: torch.dtype, layout=torch.channels_last):
     """``model``, whose parameters are in ``dtype``, computing in ``compute`` on x (packed, or to be packed by the first noise)."""
     # Never the caller's tensor: a forward that works in place would change it, and see its own work at the next chunk of draws.
     # A transform of torch.func may see fewer dimensions than there are, and then knows no layout of four.
@@ -125,7 +125,7 @@ def run(model: nn.Module, x: torch.Tensor, scope: Scope, dtype: torch.dtype, com
     # Autocast also where the model is in low precision: its forward may make a float32 tensor on the way, as x.float() does. Without its
     # cache, which inside an autocast of the caller's would free, at the end of that, weights that a CUDA graph reads.
     low = compute != torch.float32
-    with scope, torch.autocast(x.device.type, compute if low else None, enabled=low, cache_enabled=False):
+    with context, torch.autocast(x.device.type, compute if low else None, enabled=low, cache_enabled=False):
         return model(x)
 
 
@@ -155,10 +155,10 @@ def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: boo
 
     def results(model, compute, layout):
         values = probe_images(x, 4).requires_grad_(gradients)
-        scope = Scope(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2)
+        context = NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2)
         # A layer that draws numbers of its own shall draw the same.
         with torch.set_grad_enabled(gradients), seeded(0, x.device) if runner.random else contextlib.nullcontext():
-            logits = run(model, values, scope, compute, compute, layout)
+            logits = run(model, values, context, compute, compute, layout)
             if not gradients or not isinstance(logits, torch.Tensor):
                 return (logits,)
             weights = torch.linspace(1, 2, logits.numel(), device=x.device).view(logits.shape)  # that no symmetry takes away

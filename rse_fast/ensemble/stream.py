@@ -18,7 +18,7 @@ GROWTH = 1.5
 
 
 @dataclass
-class Tally:
+class DrawStatistics:
     """What the draws of some images add up to, one row an image.
 
     index int64 [A]; used int64 [A], the draws counted; sums float64 [A, K] of softmax; votes int64 [A, K] of argmax; entropies float64
@@ -32,7 +32,7 @@ class Tally:
     entropies: torch.Tensor
 
     @classmethod
-    def empty(cls, index: torch.Tensor, classes: int) -> "Tally":
+    def empty(cls, index: torch.Tensor, classes: int) -> "DrawStatistics":
         def zeros(*shape, dtype):
             return torch.zeros(len(index), *shape, dtype=dtype, device=index.device)
 
@@ -51,16 +51,16 @@ class Tally:
         self.votes += vote.sum(0)
         self.entropies += entropy.sum(0, dtype=torch.float64)
 
-    def select(self, rows) -> "Tally":
-        """The tally of some images: ``rows`` is an index or a mask over A, or a slice."""
-        return Tally(*(t[rows] for t in vars(self).values()))
+    def select(self, rows) -> "DrawStatistics":
+        """The statistics of some images: ``rows`` is an index or a mask over A, or a slice."""
+        return DrawStatistics(*(t[rows] for t in vars(self).values()))
 
     @staticmethod
-    def cat(tallies: list["Tally"]) -> "Tally":
-        return Tally(*(torch.cat(ts) for ts in zip(*(vars(t).values() for t in tallies), strict=True)))
+    def cat(statistics: list["DrawStatistics"]) -> "DrawStatistics":
+        return DrawStatistics(*(torch.cat(ts) for ts in zip(*(vars(t).values() for t in statistics), strict=True)))
 
 
-class Pool:
+class Scheduler:
     """The images under way and those that wait.
 
     run: (x [A, ...], sample_ids int64 [A, 2], draws m) -> float32 logits [m, A, K], draws ``sample_ids[i, 1] ..`` of image
@@ -74,85 +74,85 @@ class Pool:
         # Without, all images take the same draws, and an image's draws go together.
         self.slots = max(1, rows // draws) if criterion is None else rows
         self.waiting: deque[tuple[int, torch.Tensor]] = deque()
-        self.x, self.tally, self.state = None, self.nothing(), None
+        self.x, self.statistics, self.state = None, self.nothing(), None
         self.rows_run = self.draws_counted = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting) or len(self.tally.index) > 0
+        return bool(self.waiting) or len(self.statistics.index) > 0
 
     @property
     def occupancy(self) -> float:
         """Share of the rows of the packed batches so far that counted as a draw of an image; nan before the first."""
         return self.draws_counted / self.rows_run if self.rows_run else float("nan")
 
-    def nothing(self) -> Tally:
-        """The tally of no images."""
-        return Tally.empty(torch.zeros(0, dtype=torch.int64, device=self.device), self.classes)
+    def nothing(self) -> DrawStatistics:
+        """The statistics of no images."""
+        return DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=self.device), self.classes)
 
     def put(self, x: torch.Tensor, index0: int) -> None:
         """Queues images x [B, ...] as number index0, index0 + 1, ..."""
         self.waiting.extend((index0 + i, image) for i, image in enumerate(x))
 
-    def step(self) -> Tally:
+    def step(self) -> DrawStatistics:
         """Runs one packed batch; the images that it finished."""
         self._refill()
-        active, draws = len(self.tally.index), self._draws()
-        log_p = self.run(self.x, torch.stack([self.tally.index, self.tally.used], 1), draws).log_softmax(-1)
-        number = self.tally.used + torch.arange(1, draws + 1, device=self.device)[:, None]  # [m, A], of each draw
+        active, draws = len(self.statistics.index), self._draws()
+        log_p = self.run(self.x, torch.stack([self.statistics.index, self.statistics.used], 1), draws).log_softmax(-1)
+        number = self.statistics.used + torch.arange(1, draws + 1, device=self.device)[:, None]  # [m, A], of each draw
         done = number >= self.draws
         if self.criterion is not None:
             self.state, decided = self.criterion.update(self.state, log_p.exp())
             done |= decided
         # A draw counts if none before it ended its image.
         counts = torch.cat([torch.ones_like(done[:1]), done[:-1].cumsum(0) == 0])
-        self.tally.add(log_p, counts)
+        self.statistics.add(log_p, counts)
         self.rows_run += max(self.rows, active * draws)
         self.draws_counted += int(counts.sum())
         done = done.any(0)
-        finished = self.tally.select(done)
+        finished = self.statistics.select(done)
         if len(finished.index):
             self._keep(~done)
         return finished
 
     def _keep(self, rows) -> None:
-        self.x, self.tally = self.x[rows], self.tally.select(rows)
+        self.x, self.statistics = self.x[rows], self.statistics.select(rows)
         self.state = None if self.criterion is None else self.state.select(rows)
 
     def _draws(self) -> int:
         """Draws of each image in the next batch: what fills it, but no more than an image is known to need, or `GROWTH` times before."""
-        left = self.draws - self.tally.used
+        left = self.draws - self.statistics.used
         if self.criterion is None:
             wanted = left
         else:
-            wanted = torch.maximum(self.criterion.needed(self.state), ((GROWTH - 1) * self.tally.used).ceil().long()).minimum(left)
+            wanted = torch.maximum(self.criterion.needed(self.state), ((GROWTH - 1) * self.statistics.used).ceil().long()).minimum(left)
         return max(1, min(self.rows // len(left), int(wanted.max())))
 
     def _refill(self) -> None:
-        free = min(self.slots - len(self.tally.index), len(self.waiting))
+        free = min(self.slots - len(self.statistics.index), len(self.waiting))
         if free <= 0:
             return
         arrived = [self.waiting.popleft() for _ in range(free)]
         x = torch.stack([image for _, image in arrived])
         index = torch.tensor([number for number, _ in arrived], device=self.device)
         self.x = x if self.x is None else torch.cat([self.x, x])
-        self.tally = Tally.cat([self.tally, Tally.empty(index, self.classes)])
+        self.statistics = DrawStatistics.cat([self.statistics, DrawStatistics.empty(index, self.classes)])
         if self.criterion is not None:
             state = self.criterion.start(free, self.device)
             self.state = state if self.state is None else early_exit.cat([self.state, state])
 
 
-def in_order(batches: Iterator[torch.Tensor], pool: Pool, backlog: int) -> Iterator[Tally]:
-    """Yields one `Tally` a batch, in order, its rows in the batch's order.
+def in_order(batches: Iterator[torch.Tensor], scheduler: Scheduler, backlog: int) -> Iterator[DrawStatistics]:
+    """Yields one `DrawStatistics` a batch, in order, its rows in the batch's order.
 
     The source is asked for more only while fewer images wait than there are slots, and fewer than ``backlog`` are held: waiting, under
     way, or finished before their turn (a larger batch is taken whole). What the source raises comes out after the batches before it.
     """
     pending: deque[range] = deque()  # the images of each batch that is not yielded yet
-    finished: dict[int, Tally] = {}
+    finished: dict[int, DrawStatistics] = {}
     failure, more, total, held = None, True, 0, 0
     while more or pending:
-        while more and held < backlog and len(pool.waiting) < pool.slots:
+        while more and held < backlog and len(scheduler.waiting) < scheduler.slots:
             try:
                 x = next(batches)
             except StopIteration:
@@ -160,18 +160,18 @@ def in_order(batches: Iterator[torch.Tensor], pool: Pool, backlog: int) -> Itera
             except Exception as error:
                 failure, more = error, False
             else:
-                pool.put(x, total)
+                scheduler.put(x, total)
                 pending.append(range(total, total + len(x)))
                 total, held = total + len(x), held + len(x)
                 if not len(x):
                     break  # an empty batch may be answered now
-        if pool.busy:
-            done = pool.step()
+        if scheduler.busy:
+            done = scheduler.step()
             for row, index in enumerate(done.index.tolist()):
                 finished[index] = done.select(slice(row, row + 1))
         while pending and all(index in finished for index in pending[0]):
             rows = [finished.pop(index) for index in pending.popleft()]
             held -= len(rows)
-            yield Tally.cat([pool.nothing(), *rows])
+            yield DrawStatistics.cat([scheduler.nothing(), *rows])
     if failure is not None:
         raise failure

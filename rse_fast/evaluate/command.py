@@ -95,7 +95,7 @@ def run(argv: list[str]) -> dict | None:
 
     Raises ValueError or TypeError naming the option, OSError for a folder that cannot be written.
     """
-    from rse_fast import workload
+    from rse_fast import run_inputs
 
     args, command = _parser().parse_args(argv), shlex.join(["rse-fast", "evaluate", *argv])
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -116,16 +116,16 @@ def run(argv: list[str]) -> dict | None:
     cases = protocol.cases(args.eps, args.l2, target.draws, plain is not None)
     cases = [case for case in cases if len(splits.classes) >= attacks.CLASSES.get(case.method, 2)]
     settings = {
-        "protocol": args.protocol, "model": args.model or str(args.run), "weights": workload.digest(model.state_dict()),
-        "plain": args.plain, "plain_weights": workload.digest(plain.state_dict()) if plain is not None else None,
-        "data": splits.name, "part": args.part, "order": order, "labels": workload.digest({"labels": torch.as_tensor(part.labels)}),
+        "protocol": args.protocol, "model": args.model or str(args.run), "weights": run_inputs.digest(model.state_dict()),
+        "plain": args.plain, "plain_weights": run_inputs.digest(plain.state_dict()) if plain is not None else None,
+        "data": splits.name, "part": args.part, "order": order, "labels": run_inputs.digest({"labels": torch.as_tensor(part.labels)}),
         "draws": target.draws, "sigmas": sorted({float(f"{s:.6g}") for layer in noise_layers(model).values()
                                                  for s in layer.current_sigma().detach().flatten().tolist()}),
         "eps": args.eps, "l2": args.l2, "repeats": args.repeats, "dtype": args.dtype, "device": torch.device(args.device).type,
     }  # fmt: skip
     if rank:
         _await(args.out / _SETTINGS)
-    settings = workload.open_folder(args.out, _SETTINGS, settings, args.seed)
+    settings = run_inputs.open_folder(args.out, _SETTINGS, settings, args.seed)
     chosen = [case for case in cases if not args.only or case.name in args.only]
     if unknown := set(args.only or ()) - {case.name for case in cases}:
         raise ValueError(f"--only: expected cases of the protocol ({', '.join(c.name for c in cases)}), got {', '.join(sorted(unknown))}")

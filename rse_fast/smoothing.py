@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rse_fast import functional, ops
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble, plan
-from rse_fast.nn import NoiseLayer, Scope, noise_layers
+from rse_fast.nn import NoiseContext, NoiseLayer, noise_layers
 
 COVERS = """\
 An image with label c and radius R is certified in this sense: the classifier that returns the class with the most votes of infinitely many
@@ -345,7 +345,7 @@ def _first_noise(model, layers, x):
     numbers = torch.get_rng_state()
     with torch.inference_mode(False), torch.no_grad():
         image = x[:1].to(next(model.parameters(), x).dtype, copy=True)
-        with Scope(torch.zeros((), dtype=torch.int64, device=x.device), 1), _Readers(image) as readers:
+        with NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 1), _Readers(image) as readers:
             copied(image)
     if readers.random:
         torch.set_rng_state(numbers)
