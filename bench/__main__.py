@@ -33,7 +33,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="rse-fast bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=None, help="default: all that this machine can run")
     parser.add_argument("--case", default="*", metavar="GLOB", help="only cases whose name matches, such as '*B=16*'")
-    parser.add_argument("--list", action="store_true", help="print the names of suites and cases, measure nothing")
+    listed = dict(nargs="?", const="", choices=("", "cpu", "cuda"), metavar="DEVICE")
+    parser.add_argument("--list", **listed, help="print the names of suites and cases, here or on a cpu or cuda device; measure nothing")
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="start no further case after so many seconds")
     parser.add_argument("--out", type=Path, default=Path("bench-results.json"), metavar="FILE", help="JSON; CSV beside it (%(default)s)")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="compare with the results of OLD.json; exit 1 on a regression")
@@ -62,8 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
 
         return verdict(*reference_run.measure(arguments.compare_ref, arguments.suite, arguments.case), arguments.tolerance)
     if not arguments.report:
+        measure.listed_for = arguments.list or ""
         chosen = cases(arguments.suite, arguments.case)
-        if arguments.list:
+        measure.listed_for = ""
+        if arguments.list is not None:
             print("\n".join(f"{suite}: {name}" for suite, name in chosen))
             return 0
         old = results.load(arguments.compare) if arguments.compare else None  # before it is overwritten, if it is the same file

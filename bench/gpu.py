@@ -21,7 +21,7 @@ from rse_fast import autograd, functional
 from rse_fast.address import NoiseAddress
 from rse_fast.kernels.triton import conv
 
-from . import measure, networks, train
+from . import measure, networks, results, train
 from .peers import eager_noise
 
 GIB = 2**30
@@ -209,7 +209,7 @@ def environment() -> dict:
             "triton": triton.__version__,
             "cuda": torch.version.cuda,
         },
-        "commit": output("git", "rev-parse", "HEAD") or "unknown",
+        "commit": results.commit(Path(rse_fast.__file__).parent),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -271,7 +271,7 @@ def run() -> tuple[list[measure.Row], list[dict]]:
 
 def cases() -> dict:
     """Empty where there is no GPU."""
-    return {"all": run} if torch.cuda.is_available() else {}
+    return {"all": run} if measure.device().type == "cuda" else {}
 
 
 def cases_of_noise() -> list[tuple[torch.dtype, torch.memory_format]]:
@@ -284,7 +284,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/device"), help="folder for the results (default: %(default)s)")
     parser.add_argument("--once", choices=("flat", "planar"), help="launch one kernel and measure nothing")
     parser.add_argument("--host", action="store_true", help="profile the host in training steps and measure nothing else")
+    parser.add_argument("--list", action="store_true", help="print what would be measured, launch and measure nothing")
     arguments = parser.parse_args()
+    if arguments.list:
+        noise = [f"add_noise {str(dtype)[6:]} {str(layout)[6:]}" for dtype, layout in cases_of_noise()]
+        print("\n".join([*noise, *(f"convolution {name}" for name in CONVOLUTIONS)]))
+        return 0
     if arguments.host:
         host()
         return 0
@@ -297,11 +302,7 @@ def main() -> int:
     convolutions = [convolution_case(name) for name in CONVOLUTIONS]
     rows += [row for found, _ in convolutions for row in found]
     choices = [line for _, lines in convolutions for line in lines]
-    held = all(
-        r.of_copy >= TARGET
-        for r in rows
-        if r.case.startswith("add_noise bfloat16") and r.implementation == "rse_fast"
-    )
+    held = all(r.of_copy >= TARGET for r in rows if r.case.startswith("add_noise bfloat16") and r.implementation == "rse_fast")
     where = environment()
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": where, "rows": [asdict(r) for r in rows], "choices": choices}, indent=1)

@@ -25,7 +25,8 @@ LAYER = "convolution 3x3 of 2x8x4x4"
 
 def still_driver(launched):
     """Stands in for Triton's driver of an sm_90 device. Kernels are compiled, and ``launched`` gets what would be handed to the device:
-    (grid, stream, name and hash of the kernel, launch options, arguments). For a process that does nothing else with Triton."""
+    (grid, stream, name, hash and device of the kernel, launch options, arguments). Hooks are called as Triton's launcher calls them. For a
+    process that does nothing else with Triton."""
     from triton.backends.compiler import GPUTarget
 
     class Launcher:
@@ -33,10 +34,14 @@ def still_driver(launched):
             pass
 
         def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+            if enter is not None:
+                enter(metadata)
             launched(((x, y, z), stream, function, packed, arguments))
+            if leave is not None:
+                leave(metadata)
 
     utils = SimpleNamespace(
-        load_binary=lambda name, binary, shared, device: (None, (name, hash(binary)), 0, 0, 1024),
+        load_binary=lambda name, binary, shared, device: (None, (name, hash(binary), device), 0, 0, 1024),
         get_device_properties=lambda device: {"max_shared_mem": 232448},
     )
     return SimpleNamespace(

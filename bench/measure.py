@@ -187,9 +187,12 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes) or 64 * 2**20
 
 
+listed_for = ""  # the device whose cases are listed, "cpu" or "cuda"; "" for this machine's
+
+
 def device() -> torch.device:
     """Where suites measure: a GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(listed_for or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def installed(name: str) -> str:

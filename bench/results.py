@@ -33,18 +33,19 @@ def environment() -> dict[str, str]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] if on_gpu else "",
         "cpu": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {library.unit or 'no C++ library'}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "commit": _commit(Path(rse_fast.__file__).parent),
+        "commit": commit(Path(rse_fast.__file__).parent),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _commit(package: Path) -> str:
-    """The commit of the rse_fast that is measured; "+changes" where its sources, or the kernels', differ from it."""
+def commit(package: Path) -> str:
+    """The commit of the rse_fast that is measured; "+changes" where its sources, or the kernels', differ from it. Of a copy without git,
+    what RSE_FAST_COMMIT says."""
     if not _output("git", "-C", str(package), "ls-files", "__init__.py"):
-        return "not a checkout"
-    commit = _output("git", "-C", str(package), "rev-parse", "HEAD")
+        return os.environ.get("RSE_FAST_COMMIT", "not a checkout")
+    found = _output("git", "-C", str(package), "rev-parse", "HEAD")
     changed = _output("git", "-C", str(package), "status", "--porcelain", "--untracked-files=no", "--", ".", "../kernels", "../bench/*.py")
-    return commit + ("+changes" if changed else "")
+    return found + ("+changes" if changed else "")
 
 
 def _output(*command: str) -> str:

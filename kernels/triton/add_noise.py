@@ -20,9 +20,9 @@ from .config import (
     fast_math,
     launch,
     loop_steps,
-    on_device,
     register_limit,
     tuned,
+    tuning,
     warps,
     word,
 )
@@ -225,13 +225,13 @@ def add_noise(x, out, flat, sigma, at, scale=None, shift=None, relu=False, clean
     def run(config, y=out):
         launch(_plan, (x, y, clean, sigma, scale, shift, at.seed, at.sample_ids), words, *key, config)
 
-    def trial(config):
-        run(config, torch.empty_like(out))  # not over x, where the noise of all trials would pile up
-
-    with on_device(x):
-        fused = any(affine) or varies or relu or pool
-        walk = "add_noise", f"flat{flat:d}", f"fused{fused:d}", f"pool{pool:d}", x.dtype, f"C{x.shape[1]}"
-        run(tuned(x, default(x.element_size(), fused), CANDIDATES, trial, *walk, f"2^{out.numel().bit_length()}"))
+    fused = varies or relu or pool or any(affine)
+    config = default(x.element_size(), fused)
+    if tuning(x):
+        walk = "add_noise", f"flat{flat:d}", f"fused{fused:d}", f"pool{pool:d}", x.dtype, f"C{x.shape[1]}", f"2^{out.numel().bit_length()}"
+        # Not over x, where the noise of all trials would pile up.
+        config = tuned(x, config, CANDIDATES, lambda config: run(config, torch.empty_like(out)), *walk)
+    run(config)
 
 
 def _plan(flat, dtype, shape_in, shape_out, images, varies, affine, relu, sample_ids, clean, pool, config: Config):

@@ -3,23 +3,22 @@
 Nothing here changes a value of the noise, which does not depend on tiles, grids or warps.
 """
 
-import contextlib
 import functools
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
+from triton.runtime import driver
 
 AUTOTUNE_VARIABLE = "RSE_FAST_AUTOTUNE"
 CACHE_VARIABLE = "RSE_FAST_CACHE"
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """threads: of a program. quads: of a thread and tile. steps: at most this many tiles a program."""
 
     threads: int
@@ -70,37 +69,58 @@ def word(value: int) -> int:
     return value - 2**32 if value >= 2**31 else value
 
 
-def on_device(x: torch.Tensor):
-    """The context of the tensor's device, where a launch takes that device's current stream."""
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
-
-
-_launches = {}  # by what `launch` was given: how to launch again, and the arguments behind tensors and words
+_launches = {}  # by what `launch` was given: how to launch again
 
 
 def launch(plan, tensors: tuple, words: tuple, *key) -> None:
-    """Launches the kernel of ``plan(*key)`` on the current device, over so many programs, with ``tensors``, ``words`` and other arguments.
+    """Launches the kernel of ``plan(*key)`` on the device of ``tensors[0]``, on that device's current stream.
 
     plan: a function of hashable values that returns (kernel, programs, others); the kernel's parameters are tensors, words, then others in
-    any order, and it is not specialised on words. Triton finds what it compiled by a search through all arguments, which takes several
-    times the host's time of the launch itself. Here a launch is known again by plan and key, and by what Triton reads of a tensor: device,
-    dtype, alignment to 16 bytes.
+    any order, and it is not specialised on words. key says which tensors are None, and settles the dtypes of the others.
+
+    Triton finds what it compiled by a search through all arguments, which takes several times the host's time of the launch itself. Here a
+    launch is known again by plan and key, and by what else Triton reads of a tensor: its device, and whether its address is a multiple
+    of 16. Then the compiled kernel gets addresses in place of tensors. While someone watches launches by a hook, Triton launches.
     """
-    forms = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
-    known = plan, tensors[0].device, *forms, *key
-    if (found := _launches.get(known)) is not None:
-        again, others = found
-        again(*tensors, *words, *others)
+    addresses, bits = [], 0
+    for tensor in tensors:
+        if tensor is None:
+            addresses.append(None)
+        else:
+            address = tensor.data_ptr()
+            addresses.append(address)
+            bits |= address
+    device = tensors[0].get_device()  # -1 in the interpreter, and where nothing is launched
+    if device >= 0 and device != driver.active.get_current_device():
+        with torch.cuda.device(device):
+            return launch(plan, tensors, words, *key)
+    aligned = bits % 16 == 0 or tuple([address is None or address % 16 == 0 for address in addresses])
+    known = plan, device, aligned, *key
+    found, watched = _launches.get(known), _watched()
+    if found is not None and not watched and not found[0]:
+        _, run, programs, constant, others = found
+        run(programs, 1, 1, driver.active.get_current_stream(device), *constant, *addresses, *words, *others)
         return
     kernel, programs, others = plan(*key)
     compiled = kernel[(programs,)](*tensors, *words, **others)
     # On AMD, Triton reads the size of storages as well; an interpreted kernel leaves nothing.
-    if torch.version.hip is None and compiled is not None:
+    if torch.version.hip is None and compiled is not None and not watched:
         if len(_launches) >= 4096:  # shapes without end: begin anew
             _launches.clear()
-        behind = kernel.arg_names[len(tensors) + len(words) :]
-        _launches[known] = compiled[programs, 1, 1], tuple(others[name] for name in behind)
+        constant = compiled.function, compiled.packed_metadata, None, None, None  # no metadata for hooks, and no hooks
+        behind = tuple(others[name] for name in kernel.arg_names[len(tensors) + len(words) :])
+        _launches[known] = kernel.pre_run_hooks, compiled.run, programs, constant, behind
+
+
+def _watched() -> bool:
+    """Whether launches, or the compilation before them, call a hook. Triton keeps an empty chain where there is none."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
+        or getattr(runtime, "add_stages_inspection_hook", None)  # from triton 3.6 on
+    )
 
 
 def warps(threads: int) -> int:
@@ -122,17 +142,21 @@ def register_limit(registers: int) -> dict:
 _found = {}  # (file, key): what the file said, so that a launch does not read it again
 
 
-def tuned(x: torch.Tensor, default, candidates: list, run, *key):
-    """`default`, or with RSE_FAST_AUTOTUNE=1 the fastest of `candidates` for `run(candidate)`, measured once and kept on disk.
+def tuning(x: torch.Tensor) -> bool:
+    """Whether launches on the device of ``x`` are to be `tuned`: with RSE_FAST_AUTOTUNE=1."""
+    return os.environ.get(AUTOTUNE_VARIABLE) == "1" and x.is_cuda
 
-    `key` names kernel, dtype and shape class; default and candidates are one dataclass. `run` launches the kernel and may do so any
+
+def tuned(x: torch.Tensor, default, candidates: list, run, *key):
+    """The fastest of `default` and `candidates` for `run(candidate)` on the device of ``x``, measured once and kept on disk.
+
+    `key` names kernel, dtype and shape class; default and candidates are of one class. `run` launches the kernel and may do so any
     number of times. Nothing is measured while a CUDA graph is captured.
     """
-    if os.environ.get(AUTOTUNE_VARIABLE) != "1" or not x.is_cuda:
-        return default
     key = f"{torch.cuda.get_device_name(x.device)} | triton {triton.__version__} | {' '.join(map(str, key))}"
-    measure = None if torch.cuda.is_current_stream_capturing() else triton.testing.do_bench
-    return searched(key, default, candidates, run, measure)
+    with torch.cuda.device(x.device):
+        measure = None if torch.cuda.is_current_stream_capturing() else triton.testing.do_bench
+        return searched(key, default, candidates, run, measure)
 
 
 def searched(key: str, default, candidates: list, run, measure):
@@ -156,7 +180,7 @@ def searched(key: str, default, candidates: list, run, measure):
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             continue
     _found[place] = best = min(times, key=times.get, default=default)
-    _write_cache({**_read_cache(), key: asdict(best)})
+    _write_cache({**_read_cache(), key: best._asdict()})
     return best
 
 

@@ -9,13 +9,13 @@ Which of them is taken for a convolution, and why its weight gradient has no ker
 
 import itertools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import fast_math, launch, on_device, stages, tuned, warps, word
+from .config import fast_math, launch, stages, tuned, tuning, warps, word
 from .philox import channels_last, key_words, normals, place
 
 __all__ = ["conv_activate_noise", "noisy_conv"]
@@ -197,21 +197,22 @@ def _launch(x, weight, dtype, sigma, at, stride, padding, dilation, *, NOISE_IN,
             NOISE_IN=NOISE_IN, NOISE_OUT=NOISE_OUT, SIGMA_VARIES=sigma.numel() > 1, HAS_SCALE=scale is not None,
             HAS_SHIFT=shift is not None, RELU=relu, HAS_IDS=at.sample_ids is not None,
         )  # fmt: skip
-        key = x.shape, weight.shape, y.shape, at.images, geometry, tuple(settled.items())
+        key = (x.dtype, dtype), x.shape, weight.shape, y.shape, at.images, geometry, tuple(settled.items())
 
         def run(tile: Tile):
             launch(_plan, tensors, (word(at.stream), word(at.image_offset), word(at.draw_offset)), *key, tile)
 
         tile = default_tile(c_out, channels, x.element_size(), NOISE_IN)
-        with on_device(x):
+        if tuning(x):
             pixels = (x.shape[0] if NOISE_OUT else y.shape[0]) * math.prod(sizes)
             walk = "conv", f"noise_in{NOISE_IN:d}", x.dtype, dtype, f"{channels}-{c_out}", f"{KH}x{KW}", pixels.bit_length()
-            run(tuned(x, tile, candidates(tile), run, *walk))
+            tile = tuned(x, tile, candidates(tile), run, *walk)
+        run(tile)
     return y.movedim(-1, 1)
 
 
-def _plan(shape_in, weight, shape_out, images, geometry, settled, tile: "Tile"):
-    """(kernel, programs, arguments behind tensors and words) for x of shape_in, y of shape_out [rows, OH, OW, Cout]."""
+def _plan(dtypes, shape_in, weight, shape_out, images, geometry, settled, tile: "Tile"):
+    """(kernel, programs, arguments behind tensors and words) for x of shape_in, y of shape_out [rows, OH, OW, Cout], of any dtypes."""
     settled = dict(settled)
     rows_in, channels, height, width = shape_in
     rows_out, OH, OW, c_out = shape_out
@@ -228,8 +229,7 @@ def _plan(shape_in, weight, shape_out, images, geometry, settled, tile: "Tile"):
     return _conv_kernel, programs, {**others, **settled, **tile.arguments()}
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """Output pixels and channels of one program, input values of one step of its sum, threads, and steps under way at once."""
 
     pixels: int

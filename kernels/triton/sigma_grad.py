@@ -4,21 +4,21 @@ The first stage sums pieces of fixed extent (set by the shape, not by the device
 second sums the pieces in float64.
 """
 
+import functools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import ENOUGH_32_BITS, divisor, fast_math, launch, on_device, tuned, warps, word
+from .config import ENOUGH_32_BITS, divisor, fast_math, launch, tuned, tuning, warps, word
 from .philox import channels_last, key_words, normals_run, place
 
 __all__ = ["sigma_grad"]
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """threads: of a program. quads: of a thread and tile. pieces: at most this many for a block of channels."""
 
     threads: int
@@ -156,12 +156,15 @@ def sigma_grad(g, flat, at, per_channel) -> torch.Tensor:
         launch(_plan, (g, part, at.seed, at.sample_ids), (word(at.stream), word(at.image_offset), word(at.draw_offset)), *key, cut)
         launch(_plan_total, (part, out), (pieces, columns), columns)
 
-    with on_device(g):
+    cut = DEFAULT
+    if tuning(g):
         walk = "sigma_grad", f"flat{flat:d}", f"per_channel{per_channel:d}", g.dtype, channels, math.prod(g.shape[2:])
-        run(tuned(g, DEFAULT, CANDIDATES, run, *walk, g.shape[0].bit_length()))
+        cut = tuned(g, cut, CANDIDATES, run, *walk, g.shape[0].bit_length())
+    run(cut)
     return out if per_channel else out.reshape(())
 
 
+@functools.lru_cache(4096)
 def _plan(flat, dtype, shape, images, per_channel, sample_ids, cut: Cut):
     """(kernel, programs, arguments behind tensors and words) of the first stage for g of this shape."""
     rows, channels, *spatial = shape

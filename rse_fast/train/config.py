@@ -67,7 +67,9 @@ class Config:
     bf16: bool = _option(False, bool, "bfloat16 autocast")
     channels_last: bool = _option(True, bool, "memory layout of weights and activations")
     compile: bool = _option(False, bool, "torch.compile")
-    cuda_graphs: bool = _option(False, bool, "capture a step in a CUDA graph: for a network that does the same at each, launched at once")
+    cuda_graphs: bool | None = _option(
+        None, bool, "launch a step as one CUDA graph, for a network that does the same at each (by default the package's own, on one GPU)"
+    )
     seed: int = _option(0, int, "of weights, order, augmentation and noise", low=0, high=2**63 - 1)
     # Bookkeeping
     keep: int = _option(3, int, "checkpoints that are kept", low=1)

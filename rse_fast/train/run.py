@@ -18,6 +18,7 @@ from torch import nn
 from rse_fast import data, models
 from rse_fast.ensemble import Ensemble
 from rse_fast.train import checkpoint, defences
+from rse_fast.train.captured import advice
 from rse_fast.train.config import Config
 from rse_fast.train.distributed import Ranks, connect
 from rse_fast.train.log import Log, draw_curves, read
@@ -122,6 +123,8 @@ def _train(config, out, resume, from_step, ranks: Ranks, stopped, teacher=None, 
         if student is not None:  # whose folder is this one's parent, and a run's from now on: it can be continued
             student.save(out.parent / "config.json")
         log.write(_start_row(trainer, begun))
+        if student is None and (line := advice(config, ranks.device, ranks.size)) is not None:
+            print(line)
     try:
         row = _loop(trainer, saved, log, stopped)
         if row["event"] != "stop":

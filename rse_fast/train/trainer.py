@@ -13,7 +13,7 @@ from rse_fast import models
 from rse_fast.data import Splits, batches, derived_seed, shuffled
 from rse_fast.nn import noise_layers
 from rse_fast.train import defences
-from rse_fast.train.captured import Captured
+from rse_fast.train.captured import Captured, captures
 from rse_fast.train.config import Config
 from rse_fast.train.distributed import Ranks
 
@@ -82,9 +82,9 @@ class Trainer:
         self._forward = self.model
         if self.ranks.size > 1:
             self._forward = nn.parallel.DistributedDataParallel(self.model, [device] if device.type == "cuda" else None)
-        if config.cuda_graphs and (device.type != "cuda" or self.ranks.size > 1):
-            raise ValueError(f"cuda_graphs: needs one process on a CUDA device, got {self.ranks.size} on {device}")
-        self._captured = Captured(self._gradients) if config.cuda_graphs else None
+        self._captured = None
+        if captures(config, device, self.ranks.size):
+            self._captured = Captured(self._gradients, required=config.cuda_graphs is True)
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch's images: loss, accuracy, number
         self._batches: Iterator | None = None
         self._validation: Iterator | None = None
