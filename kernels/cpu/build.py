@@ -1,6 +1,6 @@
 """Builds the CPU library with ninja. Standard library only, so it runs inside an isolated build: ``python kernels/cpu/build.py --out DIR``.
 
-`add_noise.cpp` is compiled once per instruction set ("unit") into one object each, `dispatch.cpp` once with the baseline's flags;
+Each kernel (`KERNELS`) is compiled once per instruction set ("unit") into one object each, `dispatch.cpp` once with the baseline's flags;
 all objects are linked into one library, which picks a unit by cpuid when it is loaded. Only a unit's own object gets its ``-m``
 flags: a flag on the whole target would put such instructions into code that every processor runs.
 """
@@ -23,6 +23,7 @@ UNITS = {
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }
+KERNELS = ("add_noise", "winograd")
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 # Every path through a unit must round alike, whatever the compiler could fuse (see madd in vec.h).
 COMMON += ("-ffp-contract=off",)
@@ -96,7 +97,7 @@ def _ninja_path(path: Path) -> str:
 
 
 def write_ninja(compiler: list[str], source: Path, work: Path, library: Path) -> Path:
-    """Writes ``work/build.ninja``: one compile edge per unit, one for the dispatcher, one link edge."""
+    """Writes ``work/build.ninja``: one compile edge per kernel and unit, one for the dispatcher, one link edge."""
     openmp = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
     threads = (OPENMP,) if _accepts(compiler, (OPENMP,), openmp, work, link=True) else ()
     units = supported_units(compiler, work)
@@ -114,8 +115,11 @@ def write_ninja(compiler: list[str], source: Path, work: Path, library: Path) ->
     ]
     objects = []
     have = " ".join(f"-DRSE_HAVE_{name.upper()}" for name in units)
-    edges = [(name, "add_noise.cpp", " ".join((*unit_flags(name, compiler, work), f"-DRSE_UNIT={name}"))) for name in units]
-    for name, file, flags in [*edges, ("dispatch", "dispatch.cpp", have)]:
+    edges = [("dispatch", "dispatch.cpp", have)]
+    for unit in units:
+        flags = " ".join((*unit_flags(unit, compiler, work), f"-DRSE_UNIT={unit}"))
+        edges += [(f"{kernel}.{unit}", f"{kernel}.cpp", flags) for kernel in KERNELS]
+    for name, file, flags in edges:
         objects.append(f"{name}.o")
         lines += [f"build {name}.o: compile {_ninja_path(source / file)}", f"  flags = {flags}"]
     lines += [f"build {_ninja_path(library)}: link {' '.join(objects)}", f"default {_ninja_path(library)}", ""]
