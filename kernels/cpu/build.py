@@ -23,7 +23,6 @@ UNITS = {
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }
-KERNELS = ("add_noise", "winograd")
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 # Every path through a unit must round alike, whatever the compiler could fuse (see madd in vec.h).
 COMMON += ("-ffp-contract=off",)
@@ -32,8 +31,9 @@ COMMON += ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 OPENMP = "-fopenmp"
 # GCC orders instructions after it has given them registers, which chains what shares one. Ordered before as well, the normals of a block
 # overlap with the words of the next: 1.35 times the normals in the baseline unit, 1.5 times in AVX2. A compiler that does not know the
-# flags does without.
+# flags does without. A product that fills the registers is spilled by the same order.
 ORDER = ("-fschedule-insns", "-fsched-pressure", "--param=sched-pressure-algorithm=2")
+KERNELS = {"add_noise": ORDER, "winograd": ()}
 
 # Left beside the modules when there is no library: the reason, which the loader and `rse-fast doctor` repeat.
 PROBLEM_FILE = "library_problem.txt"
@@ -87,9 +87,10 @@ def supported_units(compiler: list[str], work: Path) -> list[str]:
     return [name for name, flags in UNITS.items() if not flags or _accepts(compiler, flags, body(flags), work)]
 
 
-def unit_flags(unit: str, compiler: list[str], work: Path) -> tuple[str, ...]:
-    """What the compiler is given for a unit beside COMMON. ``work`` is a folder for a trial."""
-    return UNITS[unit] + (ORDER if _accepts(compiler, ("-O3", "-Werror", *ORDER), "int probe() { return 0; }\n", work) else ())
+def unit_flags(kernel: str, unit: str, compiler: list[str], work: Path) -> tuple[str, ...]:
+    """What the compiler is given for a kernel in a unit beside COMMON. ``work`` is a folder for a trial."""
+    flags = KERNELS[kernel]
+    return UNITS[unit] + (flags if _accepts(compiler, ("-O3", "-Werror", *flags), "int probe() { return 0; }\n", work) else ())
 
 
 def _ninja_path(path: Path) -> str:
@@ -117,8 +118,9 @@ def write_ninja(compiler: list[str], source: Path, work: Path, library: Path) ->
     have = " ".join(f"-DRSE_HAVE_{name.upper()}" for name in units)
     edges = [("dispatch", "dispatch.cpp", have)]
     for unit in units:
-        flags = " ".join((*unit_flags(unit, compiler, work), f"-DRSE_UNIT={unit}"))
-        edges += [(f"{kernel}.{unit}", f"{kernel}.cpp", flags) for kernel in KERNELS]
+        for kernel in KERNELS:
+            flags = " ".join((*unit_flags(kernel, unit, compiler, work), f"-DRSE_UNIT={unit}"))
+            edges.append((f"{kernel}.{unit}", f"{kernel}.cpp", flags))
     for name, file, flags in edges:
         objects.append(f"{name}.o")
         lines += [f"build {name}.o: compile {_ninja_path(source / file)}", f"  flags = {flags}"]

@@ -5,13 +5,18 @@
 // cache but the weights of wide layers. No thread waits for another.
 #include "winograd.h"
 
-#include "noise.h"
+#include "vec.h"
 
 #define RSE_CONCAT_(a, b) a##b
 #define RSE_CONCAT(a, b) RSE_CONCAT_(a, b)
 
 namespace rse {
+
+void RSE_CONCAT(add_line_, RSE_UNIT)(const Task&, int64_t, int64_t, int64_t, bool, float*, float*);
+
 namespace {
+
+template <Dtype D> using T = typename Element<D>::type;
 
 template <typename V> RSE_INLINE void put(void* p, V v) { std::memcpy(p, &v, sizeof v); }
 
@@ -44,61 +49,6 @@ template <> struct Transform<2> {  // points 0, +-1 and infinity
     static RSE_INLINE void input(const vf d[4], vf t[4]) { t[0] = d[2] - d[0], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[3] - d[1]; }
     static RSE_INLINE void output(const vf m[4], vf y[2]) { y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] + m[3]; }
 };
-
-// ------------------------------------------------------------------------------------------------------------ noisy lines
-// Line y of an image in quad order, `line` being where position (y, 0) begins. `image` and `clean` are those of the whole image.
-template <Dtype D, bool kNoise, bool kFold, bool kAffine, bool kRelu>
-void make_line(const Convolution& c, const Row& row, const T<D>* image, T<D>* clean, int64_t y, float* line, float* work) {
-    const Task& t = c.source;
-    const Places at = places(c);
-    const int64_t quads = groups(t) * c.width, channels = t.channels, padded = 4 * groups(t);
-    const bool dense = channels == padded;
-    T<D>*const in = reinterpret_cast<T<D>*>(work + at.in), *out = reinterpret_cast<T<D>*>(work + at.clean);
-    T<D>* const clean_line = clean ? clean + y * c.width * channels : nullptr;
-    const auto spread = [&](const T<D>* from, int64_t step_from, T<D>* to, int64_t step_to) {
-        for (int64_t x = 0; x < c.width; ++x) std::memcpy(to + x * step_to, from + x * step_from, channels * sizeof(T<D>));
-    };
-    if (t.x_width) {
-        float* const value = work + at.pooled;
-        pool<D, kAffine, kRelu>(t, image, y * quads, quads, value);
-        if (clean_line) {
-            for (int64_t i = 0; i < 4 * quads; i += kLanes) store_exact<D>(out + i, read<vf>(value + i));
-            spread(out, padded, clean_line, channels);
-        }
-        if constexpr (kNoise) flat<Dtype::f32, Dtype::f32, kFold, false, false>(t, {value, line, nullptr}, row, y * quads, quads);
-        else std::memcpy(line, value, 4 * quads * sizeof(float));
-        return;
-    }
-    const T<D>* x = image + y * c.width * channels;
-    if (!dense) spread(x, channels, in, padded), x = in;
-    T<D>* const target = dense || !clean_line ? clean_line : out;
-    if constexpr (kNoise) {
-        flat<D, Dtype::f32, kFold, kAffine, kRelu>(t, {x, line, target}, row, y * quads, quads);
-    } else {
-        int64_t channel = 0;
-        const auto vector = [&](const T<D>* from, float* to, T<D>* also) __attribute__((always_inline)) {
-            const vf one = splat(1.0f);
-            const vf a = activate<kAffine, kRelu>(load<D>(from), kAffine ? read<vf>(t.scale + channel) : one, kAffine ? read<vf>(t.shift + channel) : one);
-            put(to, a);
-            if (also) store_exact<D>(also, a);
-        };
-        int64_t i = 0;
-        for (; i + kLanes <= 4 * quads; i += kLanes) {
-            vector(x + i, line + i, target ? target + i : nullptr);
-            channel += kLanes;
-            if (channel >= padded) channel %= padded;
-        }
-        if (const int64_t rest = 4 * quads - i) {
-            T<D> from[kLanes] = {}, also[kLanes];
-            float to[kLanes];
-            std::memcpy(from, x + i, rest * sizeof(T<D>));
-            vector(from, to, also);
-            std::memcpy(line + i, to, rest * sizeof(float));
-            if (target) std::memcpy(target + i, also, rest * sizeof(T<D>));
-        }
-    }
-    if (target == out) spread(out, padded, clean_line, channels);
-}
 
 // --------------------------------------------------------------------------------------------------------------- products
 #if defined(__AVX512F__)
@@ -218,52 +168,30 @@ RSE_INLINE void transform_output(const Convolution& c, const Places& at, const f
 }
 
 // ------------------------------------------------------------------------------------------------------------------ calls
-template <Dtype D> using Line = void (*)(const Convolution&, const Row&, const T<D>*, T<D>*, int64_t, float*, float*);
-
-template <Dtype D, bool kNoise, bool kFold> Line<D> line_of(const Task& t) {
-    if constexpr (!kFold)
-        if (t.affine) return t.relu ? make_line<D, kNoise, false, true, true> : make_line<D, kNoise, false, true, false>;
-    return t.relu ? make_line<D, kNoise, kFold, false, true> : make_line<D, kNoise, kFold, false, false>;
-}
-
-template <Dtype D> Line<D> line_of(const Task& t) {
-    if (!t.sigma) return line_of<D, false, false>(t);
-    return t.affine || t.sigma_varies ? line_of<D, true, false>(t) : line_of<D, true, true>(t);
-}
-
 template <Dtype D, int kForm, typename P> void convolve(const Convolution& c, float* work, int64_t begin, int64_t end) {
     constexpr int kSide = kForm + 2;
     using Element = typename P::Element;
     const Task& t = c.source;
     const Places at = places(c);
-    const Line<D> line = line_of<D>(t);
     const int64_t across = tiles_across(c), down = tiles_down(c), channels = 4 * groups(t), steps = ceil_div(t.channels, P::kPair);
     const int64_t area = (c.height + 2 * c.padding - 2) * (c.width + 2 * c.padding - 2), last = end * across;
     const auto row_of = [&](int64_t image) { return image % t.draws * t.images + image / t.draws; };  // an image is read for all its draws while it is near
     float* const strip = work + at.strip;
     std::memset(strip, 0, kSide * at.strip_row * sizeof(float));
-    Row row{};
-    const T<D>* image = nullptr;
-    T<D>* clean = nullptr;
     const float* lines[kSide];
     // Moves the strip to line `number` of tiles: the last two lines of the tiles above are there already, unless this is where the thread begins.
     const auto move = [&](int64_t number) {
-        const int64_t ty = number % down;
-        const bool fresh = number == begin || ty == 0;
-        if (fresh) {
-            const int64_t r = row_of(number / down), source = t.rows == t.images ? r % t.images : r;
-            if (t.sigma) row = make_row(t, r);
-            image = static_cast<const T<D>*>(t.x) + source * t.x_spatial * t.channels;
-            clean = t.clean && r == source ? static_cast<T<D>*>(t.clean) + source * t.spatial * t.channels : nullptr;
-        }
-        // y + padding counts lines; the clean ones of the two that overlap belong to the tiles above.
-        const auto make = [&](int64_t i, bool overlap) {
+        const int64_t ty = number % down, row = row_of(number / down);
+        for (int64_t i = number == begin || ty == 0 ? 0 : 2; i < kSide; ++i) {
             const int64_t padded = ty * kForm + i, y = padded - c.padding;
             float* const to = strip + padded % kSide * at.strip_row;
-            if (y < 0 || y >= c.height) std::memset(to, 0, at.strip_row * sizeof(float));
-            else line(c, row, image, overlap && ty ? nullptr : clean, y, to + c.padding * channels, work);
-        };
-        for (int64_t i = fresh ? 0 : 2; i < kSide; ++i) make(i, i < 2);
+            if (y < 0 || y >= c.height) {
+                std::memset(to, 0, at.strip_row * sizeof(float));
+            } else {
+                const bool clean = i >= 2 || ty == 0;  // of the two that overlap, they belong to the tiles above
+                RSE_CONCAT(add_line_, RSE_UNIT)(t, row, y * c.width, c.width, clean, to + c.padding * channels, work + at.line);
+            }
+        }
     };
     for (int64_t next = begin * across; next < last; next += c.block) {
         const int64_t n = min(c.block, last - next);

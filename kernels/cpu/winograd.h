@@ -37,20 +37,19 @@ static inline int64_t tiles_per_block(const Convolution& c) {
 // Where a thread's arrays lie in its workspace, in floats. Distances between rows that are walked together are odd numbers of cache
 // lines: powers of two would all fall into a few sets of the first-level cache.
 struct Places {
-    int64_t line, strip_row, tile, transformed, product;        // lengths
-    int64_t strip, in, clean, pooled, input, output, total;    // beginnings
+    int64_t strip_row, tile, transformed, product;  // distances
+    int64_t strip, line, input, output, total;      // beginnings
 };
 static inline Places places(const Convolution& c) {
     const int64_t side = c.form + 2, channels = 4 * groups(c.source), width = tiles_across(c) * c.form + 2;
     Places p;
-    p.line = round_up(c.width * channels, kWidest) + kWidest;
     p.strip_row = round_up(width * channels, kWidest) + kWidest;
     p.tile = round_up(channels, 2 * kWidest) + kWidest;  // of transformed channels
     p.transformed = round_up(c.block * p.tile, 2 * kWidest) + kWidest;
     p.product = c.block * kColumns + kWidest;
     p.strip = 0;
-    p.in = p.strip + side * p.strip_row, p.clean = p.in + p.line, p.pooled = p.clean + p.line;
-    p.input = p.pooled + p.line;
+    p.line = p.strip + side * p.strip_row;
+    p.input = round_up(p.line + line_work(c.source, c.width), kWidest);
     p.output = p.input + side * side * p.transformed;
     p.total = p.output + side * side * p.product;
     return p;
