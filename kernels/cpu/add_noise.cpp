@@ -334,20 +334,25 @@ template <Dtype D> void run_bytes(const Task& t, int64_t begin, int64_t end) {
 // ------------------------------------------------------------------------------------------------------------------- lines
 // act(x * scale + shift) of `count` quads from `x` on, in quad order.
 template <Dtype D, bool kAffine, bool kRelu> void activate_flat(const Task& t, const T<D>* x, T<D>* clean, float* y, int64_t count) {
-    const int64_t channels = 4 * groups(t);
+    const int64_t channels = 4 * groups(t), end = 4 * count, whole = end / kLanes * kLanes;
+    int64_t channel = 0;
+    const auto vector = [&](const T<D>* from, T<D>* rounded, float* to) __attribute__((always_inline)) {
+        const vf one = splat(1.0f), scale = kAffine ? read<vf>(t.scale + channel) : one, shift = kAffine ? read<vf>(t.shift + channel) : one;
+        const vf a = activate<kAffine, kRelu>(load<D>(from), scale, shift);
+        store<Dtype::f32>(to, a);
+        if (rounded) store_exact<D>(rounded, a);
+    };
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        vector(x + i, clean ? clean + i : nullptr, y + i);
+        channel += kLanes;
+        if (channel >= channels) channel %= channels;
+    }
     T<D> in[kLanes] = {}, rounded[kLanes];
     float out[kLanes];
-    for (int64_t i = 0, channel = 0; i < 4 * count; i += kLanes, channel = (channel + kLanes) % channels) {
-        const int64_t n = min(kLanes, 4 * count - i);
-        std::memcpy(in, x + i, n * sizeof(T<D>));
-        const vf one = splat(1.0f), scale = kAffine ? read<vf>(t.scale + channel) : one, shift = kAffine ? read<vf>(t.shift + channel) : one;
-        const vf a = activate<kAffine, kRelu>(load<D>(in), scale, shift);
-        store<Dtype::f32>(out, a);
-        std::memcpy(y + i, out, n * sizeof(float));
-        if (!clean) continue;
-        store_exact<D>(rounded, a);
-        std::memcpy(clean + i, rounded, n * sizeof(T<D>));
-    }
+    std::memcpy(in, x + whole, (end - whole) * sizeof(T<D>));
+    vector(in, rounded, out);
+    std::memcpy(y + whole, out, (end - whole) * sizeof(float));
+    if (clean) std::memcpy(clean + whole, rounded, (end - whole) * sizeof(T<D>));
 }
 
 template <Dtype D, bool kAffine, bool kRelu>
