@@ -1,5 +1,6 @@
 // The library's C interface: chooses the unit for this processor and shares the work between threads.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -197,15 +198,15 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype,
     }
 }
 
-// y [draws * images, outputs, height + 2 padding - 2, width + 2 padding - 2] = act(conv3x3(z) + bias + residual), where z [draws * images, channels,
-// height, width] is what rse_add_noise makes of x, unrounded; all channels last. With `pool`, x is [rows, channels, 2 height (+ 1), x_width]. sigma null:
-// no noise, and the seed is not read. weight: see Convolution, in `products` (0 float32, 1 bfloat16). `block`: tiles at a time, 0 to let it be chosen.
-// y, residual and clean have x's dtype (0 float32, 1 bfloat16). Returns 0, 1 when out of memory, or 2 for what the active unit does not compute.
-RSE_EXPORT int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, int64_t rows, int64_t images, int64_t draws, int64_t channels,
-                            int64_t height, int64_t width, int64_t x_height, int64_t x_width, int32_t pool, const int64_t* seed, uint32_t stream,
-                            uint32_t image_offset, uint32_t draw_offset, const int64_t* sample_ids, const float* sigma, int64_t sigma_count,
-                            const float* scale, const float* shift, int32_t relu_in, const void* weight, int32_t products, int64_t form,
-                            int64_t outputs, int64_t padding, const float* bias, const void* residual, int32_t relu, int64_t block, int32_t threads) {
+// y [draws * images, outputs, h + 2 padding - 2, w + 2 padding - 2] = act(conv3x3(z) + bias + residual), where z [draws * images, channels, h, w] is
+// what rse_add_noise makes of x [rows, channels, height, width], unrounded, and (h, w) is (height, width), with `pool` its half; all channels last. sigma
+// null: no noise, and the seed is not read. weight: see Convolution, in `products` (0 float32, 1 bfloat16). `block`: tiles at a time, 0 for as many as are
+// best. y, residual and clean have x's dtype (0 float32, 1 bfloat16). Returns 0, 1 when out of memory, or 2 for what the active unit does not compute.
+RSE_EXPORT int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, int64_t rows, int64_t images, int64_t draws, const int64_t* seed,
+                            uint32_t stream, uint32_t image_offset, uint32_t draw_offset, const int64_t* sample_ids, int64_t channels, int64_t height,
+                            int64_t width, int32_t pool, const float* sigma, int64_t sigma_count, const float* scale, const float* shift,
+                            int32_t relu_in, const void* weight, int32_t products, int64_t form, int64_t outputs, int64_t padding,
+                            const float* bias, const void* residual, int32_t relu, int64_t block, int32_t threads) {
     using namespace rse;
     const bool hardware = !std::strcmp(current().name, "avx512bf16");
     if (dtype < 0 || dtype > 1 || products < 0 || products > int32_t(hardware) || (form != 2 && form != 4)) return 2;
@@ -217,24 +218,27 @@ RSE_EXPORT int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, 
         Convolution c{};
         Task& t = c.source;
         t.x = x, t.clean = clean, t.dtype = Dtype(dtype), t.layout = t.x_layout = Layout::flat;
-        t.rows = rows, t.images = images, t.draws = draws, t.channels = channels, t.spatial = height * width;
-        t.x_spatial = x_height * x_width, t.x_width = pool ? x_width : 0;
+        t.rows = rows, t.images = images, t.draws = draws, t.channels = channels;
+        t.x_spatial = height * width, t.x_width = pool ? width : 0;
         if (sigma) t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
         t.stream = stream, t.image_offset = image_offset, t.draw_offset = draw_offset, t.sample_ids = sample_ids;
         t.sigma = sigma ? s.data() : nullptr, t.scale = a.data(), t.shift = b.data();
         t.sigma_varies = sigma_count != 1, t.affine = scale || shift, t.relu = relu_in != 0;
         t.rises = pool && std::all_of(a.begin(), a.end(), [](float v) { return v >= 0; });
-        c.height = height, c.width = width, c.padding = padding, c.outputs = outputs, c.form = form;
+        c.height = pool ? height / 2 : height, c.width = pool ? width / 2 : width;
+        t.spatial = c.height * c.width;
+        c.padding = padding, c.outputs = outputs, c.form = form;
         c.weight = weight, c.products = Dtype(products), c.bias = d.data(), c.residual = residual, c.relu = relu != 0, c.y = y;
-        const int64_t lines = images * draws * tiles_down(c);
-        c.block = block ? block : min(tiles_per_block(c), ceil_div(lines, threads) * tiles_across(c));
-        bool failed = false;
-        share(lines, 1, threads, [&](int64_t begin, int64_t end) {
+        const int64_t lines = images * draws * tiles_down(c), work = tiles_across(c) * (form + 2) * (form + 2) * channels * outputs;
+        c.block = min(block ? block : kBlock, lines * tiles_across(c));
+        constexpr int64_t kGrain = 1 << 19;  // multiplications worth waking a thread for: 5 to 20 microseconds
+        std::atomic<bool> failed{false};
+        share(lines, ceil_div(kGrain, work), threads, [&](int64_t begin, int64_t end) {
             float* const memory = workspace.floats(places(c).total);
             if (memory) current().convolver(c, memory, begin, end);
             else failed = true;
         });
-        return failed;
+        return failed ? 1 : 0;
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -174,7 +174,7 @@ template <Dtype D, int kForm, typename P> void convolve(const Convolution& c, fl
     const Task& t = c.source;
     const Places at = places(c);
     const int64_t across = tiles_across(c), down = tiles_down(c), channels = 4 * groups(t), steps = ceil_div(t.channels, P::kPair);
-    const int64_t area = (c.height + 2 * c.padding - 2) * (c.width + 2 * c.padding - 2), last = end * across;
+    const int64_t area = (c.height + 2 * c.padding - 2) * (c.width + 2 * c.padding - 2);
     const auto row_of = [&](int64_t image) { return image % t.draws * t.images + image / t.draws; };  // an image is read for all its draws while it is near
     float* const strip = work + at.strip;
     std::memset(strip, 0, kSide * at.strip_row * sizeof(float));
@@ -193,8 +193,9 @@ template <Dtype D, int kForm, typename P> void convolve(const Convolution& c, fl
             }
         }
     };
-    for (int64_t next = begin * across; next < last; next += c.block) {
-        const int64_t n = min(c.block, last - next);
+    const int64_t start = begin * across, tiles = (end - begin) * across, blocks = ceil_div(tiles, c.block);
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t next = start + tiles * block / blocks, n = start + tiles * (block + 1) / blocks - next;
         for (int64_t i = 0; i < n; ++i) {
             const int64_t number = (next + i) / across, column = (next + i) % across;
             if (column == 0) move(number);
@@ -209,9 +210,9 @@ template <Dtype D, int kForm, typename P> void convolve(const Convolution& c, fl
                 const Element* a = reinterpret_cast<const Element*>(work + at.input) + p * at.transformed;
                 float* const out = work + at.output + p * at.product;
                 for (int64_t i = 0; i < panels; ++i) {
-                    const int64_t from = n * i / panels, tiles = n * (i + 1) / panels - from;
+                    const int64_t from = n * i / panels, count = n * (i + 1) / panels - from;
                     for (int h = 0; h < kColumns; h += 2 * kLanes)
-                        multiply_some<P>(tiles, a + from * at.tile, at.tile, u + h * P::kPair, steps, out + from * kColumns + h);
+                        multiply_some<P>(count, a + from * at.tile, at.tile, u + h * P::kPair, steps, out + from * kColumns + h);
                 }
             }
             for (int64_t i = 0; i < n; ++i) {
