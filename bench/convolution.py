@@ -12,7 +12,8 @@ from .measure import Refused, Row, compare, device, ratio, target
 
 # Distinct 3x3 convolutions of stride 1 behind the first: (inputs, outputs, side), and how many there are.
 SHAPES = {
-    "VGG16": {(64, 64, 32): 1, (64, 128, 16): 1, (128, 128, 16): 1, (128, 256, 8): 1, (256, 256, 8): 2, (256, 512, 4): 1, (512, 512, 4): 2, (512, 512, 2): 3},
+    "VGG16": {(64, 64, 32): 1, (64, 128, 16): 1, (128, 128, 16): 1, (128, 256, 8): 1, (256, 256, 8): 2,
+              (256, 512, 4): 1, (512, 512, 4): 2, (512, 512, 2): 3},
     "ResNet-18": {(64, 64, 56): 4, (128, 128, 28): 3, (256, 256, 14): 3, (512, 512, 7): 3},
     "ResNet-50": {(64, 64, 56): 3, (128, 128, 28): 3, (256, 256, 14): 5, (512, 512, 7): 2},
     "SmallNet": {(32, 32, 32): 1, (32, 64, 16): 1, (64, 64, 16): 1, (64, 128, 8): 1, (128, 128, 8): 2},
@@ -74,16 +75,16 @@ def network(name: str, rows: int) -> tuple[list[Row], list[dict]]:
     for shape, count in SHAPES[name].items():
         rows_, rates = layer(*shape, rows)
         found += rows_
-        best = {"plain": [rates[f"rse_fast F{tile}"] for tile in (2, 4)], "noise": [rates[f"rse_fast F{tile} with noise"] for tile in (2, 4)]}
+        best = {key: [rates[f"rse_fast F{tile}{end}"] for tile in (2, 4)] for key, end in (("plain", ""), ("noise", " with noise"))}
         for key in seconds:
             rate = rates[DIRECT] if key == DIRECT else max((r for r in best[key] if r), default=None)
             seconds[key] = None if rate is None or seconds[key] is None else seconds[key] + count / rate
     case = f"3x3 convolutions of {name}, {rows} rows"
     wanted = TARGET if (name, rows) == ("VGG16", 80) else 1
     return found, [
-        target("convolution", case, "time with noise over oneDNN's direct without", ratio(seconds["noise"], seconds[DIRECT]), wanted, "x", at_most=True),
-        target("convolution", case, "time without noise over oneDNN's direct", ratio(seconds["plain"], seconds[DIRECT]), wanted, "x", at_most=True),
-    ]  # fmt: skip
+        target("convolution", case, what, ratio(seconds[key], seconds[DIRECT]), wanted, "x", at_most=True)
+        for key, what in (("noise", "time with noise over oneDNN's direct without"), ("plain", "time without noise over oneDNN's direct"))
+    ]
 
 
 def cases() -> dict:

@@ -1,4 +1,4 @@
-"""kernels/cpu/build.py: one object for each kernel and unit, none with an instruction of a higher set, one library of them, and what a failure says.
+"""kernels/cpu/build.py: an object for each kernel and unit, no instruction of a higher set in it, one library, what a failure says.
 
 Instructions are read off the objects: the first bytes of one after its prefixes say which encoding it has, whatever its name. VEX came with
 AVX and EVEX with AVX-512, so neither may stand in code that every processor runs.

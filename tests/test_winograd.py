@@ -1,4 +1,4 @@
-"""The Winograd convolution of the CPU library against float64, its noise against the contract, its laws of equal bits, and what it may touch."""
+"""The CPU library's Winograd convolution against float64, its noise against the contract, its laws of equal bits, and what it may touch."""
 
 import itertools
 from collections import namedtuple
@@ -6,7 +6,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import conv2d, max_pool2d, pad
+from torch.nn.functional import conv2d, pad
 
 from rse_fast import reference
 from rse_fast.kernels import cpu
@@ -48,8 +48,8 @@ def noisy_input(x, at=None, sigma=None, scale=None, shift=None, relu_in=False, p
     height, width = (side // (1 + pool) for side in x.shape[2:])
     out = poisoned(images * draws, x.shape[1], height, width)
     cpu.add_noise(
-        x.float().contiguous(memory_format=torch.channels_last), out, True, sigma, at.seed, at.stream, images, draws, at.image_offset, at.draw_offset,
-        scale, shift, relu_in, at.sample_ids, pool=pool,
+        channels_last(x.float()), out, True, sigma, at.seed, at.stream, images, draws, at.image_offset, at.draw_offset, scale, shift,
+        relu_in, at.sample_ids, pool=pool,
     )  # fmt: skip
     return out
 
@@ -87,11 +87,11 @@ def transformed(z, weight, tile, padding, magnitude=lambda a: a):
 def bound(z, weight, tile, padding, dtype, products=torch.float32, *added):
     """Largest possible error of each output, for an exact z.
 
-    Written out, an output is a sum of terms a * u * b * z. Computed, each term carries one factor (1 + d), |d| <= u = 2^-24, for every rounding
-    on its way: at most 4 in each pass of the input transform (a product and a sum, twice; with FMA half of it), 1 for the weight, one product and C
-    sums over channels, at most 5 in each pass of the output transform, 2 for bias and residual: n = C + 22. So the error is at most gamma_n = n u / (1 - n u)
-    times the same sum over magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, lemma 3.1). Products of bfloat16 round both
-    factors once more, by 2^-8 each, and their hardware rounds a pair's two products one by one. Then the result is rounded to its dtype.
+    Written out, an output is a sum of terms a * u * b * z. Computed, each term carries one factor (1 + d), |d| <= u = 2^-24, for every
+    rounding on its way: at most 4 in each pass of the input transform (a product and a sum, twice; with FMA half of it), 1 for the weight,
+    one product and C sums over channels, at most 5 in each pass of the output transform, 2 for bias and residual: n = C + 22. So the error
+    is at most gamma_n = n u / (1 - n u) times the same sum over magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, lemma
+    3.1). Products of bfloat16 round both factors once more, by 2^-8 each, and their hardware rounds a pair's two products one by one. Then the result is rounded to its dtype.
     """
     n = weight.shape[1] + 22
     gamma = n * 2.0**-24 / (1 - n * 2.0**-24)
@@ -127,7 +127,8 @@ def test_against_float64(unit, tile, dtype, rng):
         x = channels_last(torch.randn(rows, inputs, height * (1 + pool) + pool, width * (1 + pool)).to(dtype))
         weight, bias = torch.randn(outputs, inputs, 3, 3), torch.randn(outputs)
         before = {
-            "at": address(rows, 1 + i % 3), "sigma": torch.rand(inputs if i % 2 else 1) if i % 5 else None, "pool": pool, "relu_in": i % 4 < 2,
+            "at": address(rows, 1 + i % 3), "sigma": torch.rand(inputs if i % 2 else 1) if i % 5 else None,
+            "pool": pool, "relu_in": i % 4 < 2,
             "scale": torch.randn(inputs) if i % 3 else None, "shift": torch.randn(inputs) if i % 3 else None,
         }  # fmt: skip
         z = noisy_input(x, **before)
@@ -206,7 +207,8 @@ def test_the_noise_is_the_contracts_and_padding_has_none(unit, tile, rng):
         weight = one_tap(channels, i, j)
         got = convolved(x, weight, tile, sigma=torch.ones(1), at=at).double() - convolved(packed, weight, tile).double()
         z = eps + packed.double()
-        limit = bound(z, weight, tile, 1, torch.float32) + bound(packed, weight, tile, 1, torch.float32) + 2e-6  # of eps, and its sum with x
+        # eps is within 1e-6 of float64, and its sum with x is rounded once
+        limit = bound(z, weight, tile, 1, torch.float32) + bound(packed, weight, tile, 1, torch.float32) + 2e-6
         assert ((got - conv2d(eps, weight.double(), padding=1)).abs() <= limit).all()
         assert limit.max() < 1e-3
         if i == 0:  # the first line reads padding alone

@@ -337,7 +337,8 @@ template <Dtype D, bool kAffine, bool kRelu> void activate_flat(const Task& t, c
     const int64_t channels = 4 * groups(t), end = 4 * count, whole = end / kLanes * kLanes;
     int64_t channel = 0;
     const auto vector = [&](const T<D>* from, T<D>* rounded, float* to) __attribute__((always_inline)) {
-        const vf one = splat(1.0f), scale = kAffine ? read<vf>(t.scale + channel) : one, shift = kAffine ? read<vf>(t.shift + channel) : one;
+        const vf one = splat(1.0f);
+        const vf scale = kAffine ? read<vf>(t.scale + channel) : one, shift = kAffine ? read<vf>(t.shift + channel) : one;
         const vf a = activate<kAffine, kRelu>(load<D>(from), scale, shift);
         store<Dtype::f32>(to, a);
         if (rounded) store_exact<D>(rounded, a);
@@ -388,7 +389,7 @@ void line(const Task& t, int64_t r, int64_t first, int64_t count, bool clean, fl
             std::memset(in, 0, 4 * quads * sizeof(T<D>));
             spread(x, channels, in, padded), x = in;
         }
-        noise(std::integral_constant<Dtype, D>{}, x, rounded, std::integral_constant<bool, kAffine>{}, std::integral_constant<bool, kRelu>{});
+        noise(std::integral_constant<Dtype, D>{}, x, rounded, std::bool_constant<kAffine>{}, std::bool_constant<kRelu>{});
     }
     if (rounded != kept) spread(buffer, padded, kept, channels);
 }

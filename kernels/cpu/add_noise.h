@@ -33,8 +33,8 @@ constexpr int64_t kRun = 1024;   // the same where four planes are walked side b
 // Processes tiles [begin, end) of the task's images * draws * tiles_per_row(task).
 using Unit = void (*)(const Task&, int64_t begin, int64_t end);
 
-// `count` positions from `first` on of packed row r of a flat task, as floats that are not rounded, in quad order; with `clean` also those of the task's
-// clean output, where they belong to this row. Without sigma there is no noise. work: line_work(task, count) floats.
+// `count` positions from `first` on of packed row r of a flat task, as floats that are not rounded, in quad order; with `clean` also those
+// of the task's clean output, where they belong to this row. Without sigma there is no noise. work: line_work(task, count) floats.
 using Liner = void (*)(const Task&, int64_t r, int64_t first, int64_t count, bool clean, float* line, float* work);
 
 // What stands between a counter and its normals, for tests: `count` quads (a multiple of 16) from `quad` on, in planes [4][count].

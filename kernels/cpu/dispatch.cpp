@@ -52,7 +52,8 @@ const std::vector<Entry>& entries() {
         (void)avx512;
 #endif
 #ifdef RSE_HAVE_AVX512BF16
-        list.push_back({"avx512bf16", add_noise_avx512bf16, sample_avx512bf16, winograd_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
+        const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+        list.push_back({"avx512bf16", add_noise_avx512bf16, sample_avx512bf16, winograd_avx512bf16, avx512bf16});
 #endif
 #ifdef RSE_HAVE_AVX512
         list.push_back({"avx512", add_noise_avx512, sample_avx512, winograd_avx512, avx512});
@@ -198,14 +199,16 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype,
     }
 }
 
-// y [draws * images, outputs, h + 2 padding - 2, w + 2 padding - 2] = act(conv3x3(z) + bias + residual), where z [draws * images, channels, h, w] is
-// what rse_add_noise makes of x [rows, channels, height, width], unrounded, and (h, w) is (height, width), with `pool` its half; all channels last. sigma
-// null: no noise, and the seed is not read. weight: see Convolution, in `products` (0 float32, 1 bfloat16). `block`: tiles at a time, 0 for as many as are
-// best. y, residual and clean have x's dtype (0 float32, 1 bfloat16). Returns 0, 1 when out of memory, or 2 for what the active unit does not compute.
-RSE_EXPORT int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, int64_t rows, int64_t images, int64_t draws, const int64_t* seed,
-                            uint32_t stream, uint32_t image_offset, uint32_t draw_offset, const int64_t* sample_ids, int64_t channels, int64_t height,
-                            int64_t width, int32_t pool, const float* sigma, int64_t sigma_count, const float* scale, const float* shift,
-                            int32_t relu_in, const void* weight, int32_t products, int64_t form, int64_t outputs, int64_t padding,
+// y [draws * images, outputs, h + 2 padding - 2, w + 2 padding - 2] = act(conv3x3(z) + bias + residual), where z [draws * images, channels,
+// h, w] is what rse_add_noise makes of x [rows, channels, height, width], unrounded, and (h, w) is (height, width), with `pool` its half;
+// all channels last. sigma null: no noise, and the seed is not read. weight: see Convolution, in `products` (0 float32, 1 bfloat16).
+// `block`: tiles at a time, 0 for as many as are best. y, residual and clean have x's dtype (0 float32, 1 bfloat16). Returns 0, 1 when out
+// of memory, or 2 for what the active unit does not compute.
+RSE_EXPORT int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, int64_t rows, int64_t images, int64_t draws,
+                            const int64_t* seed, uint32_t stream, uint32_t image_offset, uint32_t draw_offset,
+                            const int64_t* sample_ids, int64_t channels, int64_t height, int64_t width, int32_t pool, const float* sigma,
+                            int64_t sigma_count, const float* scale, const float* shift, int32_t relu_in, const void* weight,
+                            int32_t products, int64_t form, int64_t outputs, int64_t padding,
                             const float* bias, const void* residual, int32_t relu, int64_t block, int32_t threads) {
     using namespace rse;
     const bool hardware = !std::strcmp(current().name, "avx512bf16");

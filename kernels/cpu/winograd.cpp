@@ -1,8 +1,8 @@
 // One unit of Winograd's 3x3 convolution with noise in its input: compiled once per instruction set, with RSE_UNIT naming the unit.
 //
-// A thread walks its tiles in blocks. A strip of noisy lines, as high as a tile, moves down the image, so noise is made once though tiles overlap; the
-// block's tiles are transformed out of it, multiplied by the weights of kColumns outputs at a time, and transformed back. All stays in the second-level
-// cache but the weights of wide layers. No thread waits for another.
+// A thread walks its tiles in blocks. A strip of noisy lines, as high as a tile, moves down the image, so noise is made once though tiles
+// overlap; the block's tiles are transformed out of it, multiplied by the weights of kColumns outputs at a time, and transformed back. All
+// stays in the second-level cache but the weights of wide layers. No thread waits for another.
 #include "winograd.h"
 
 #include "vec.h"
@@ -21,8 +21,8 @@ template <Dtype D> using T = typename Element<D>::type;
 template <typename V> RSE_INLINE void put(void* p, V v) { std::memcpy(p, &v, sizeof v); }
 
 // ------------------------------------------------------------------------------------------------------------- transforms
-// B^T d and A^T m of one line of a tile. The points of F(4x4) are 0, +-5/8, +-3/2 and infinity: every coefficient is exact in float32, and the error is half
-// that of the usual 0, +-1, +-2 at the same cost.
+// B^T d and A^T m of one line of a tile. The points of F(4x4) are 0, +-5/8, +-3/2 and infinity: every coefficient is exact in float32, and
+// the error is half that of the usual 0, +-1, +-2 at the same cost.
 template <int kForm> struct Transform;
 
 template <> struct Transform<4> {
@@ -77,9 +77,12 @@ struct Bfloats {
 };
 #endif
 
-// out[kTiles][kColumns] of 2 * kLanes columns: channel after channel, each with one rounding, so that no sum depends on how tiles are grouped.
+template <typename P> using E = typename P::Element;
+
+// out[kTiles][kColumns] of 2 * kLanes columns: channel after channel, each with one rounding, so that no sum depends on how tiles are
+// grouped.
 template <typename P, int kTiles>
-__attribute__((noinline)) void multiply(const typename P::Element* a, int64_t stride, const typename P::Element* u, int64_t steps, float* out) {
+__attribute__((noinline)) void multiply(const E<P>* a, int64_t stride, const E<P>* u, int64_t steps, float* out) {
     vf sum[kTiles][2] = {};
     for (int64_t k = 0; k < steps; ++k, a += P::kPair, u += P::kPair * kColumns) {
 #pragma GCC unroll 14
@@ -93,13 +96,14 @@ __attribute__((noinline)) void multiply(const typename P::Element* a, int64_t st
 }
 
 template <typename P, int kTiles = kMost>
-RSE_INLINE void multiply_some(int64_t tiles, const typename P::Element* a, int64_t stride, const typename P::Element* u, int64_t steps, float* out) {
+RSE_INLINE void multiply_some(int64_t tiles, const E<P>* a, int64_t stride, const E<P>* u, int64_t steps, float* out) {
     if (tiles == kTiles) return multiply<P, kTiles>(a, stride, u, steps, out);
     if constexpr (kTiles > 1) multiply_some<P, kTiles - 1>(tiles, a, stride, u, steps, out);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ tiles
-template <int kForm, typename P> RSE_INLINE void transform_input(const Convolution& c, const Places& at, const float* const lines[], float* work, int64_t n) {
+template <int kForm, typename P>
+RSE_INLINE void transform_input(const Convolution& c, const Places& at, const float* const lines[], float* work, int64_t n) {
     constexpr int kSide = kForm + 2;
     const int64_t channels = 4 * groups(c.source);
     for (int64_t k = 0; k < channels; k += kLanes) {
@@ -126,7 +130,8 @@ template <int kForm, typename P> RSE_INLINE void transform_input(const Convoluti
 
 // kColumns outputs from `first` on of the tile whose upper left output is (top, left).
 template <Dtype D, int kForm>
-RSE_INLINE void transform_output(const Convolution& c, const Places& at, const float* product, int64_t first, int64_t base, int64_t top, int64_t left) {
+RSE_INLINE void transform_output(const Convolution& c, const Places& at, const float* product, int64_t first, int64_t base, int64_t top,
+                                 int64_t left) {
     constexpr int kSide = kForm + 2;
     const int64_t height = c.height + 2 * c.padding - 2, width = c.width + 2 * c.padding - 2;
     for (int64_t k = 0; k < kColumns && first + k < c.outputs; k += kLanes) {
@@ -175,11 +180,13 @@ template <Dtype D, int kForm, typename P> void convolve(const Convolution& c, fl
     const Places at = places(c);
     const int64_t across = tiles_across(c), down = tiles_down(c), channels = 4 * groups(t), steps = ceil_div(t.channels, P::kPair);
     const int64_t area = (c.height + 2 * c.padding - 2) * (c.width + 2 * c.padding - 2);
-    const auto row_of = [&](int64_t image) { return image % t.draws * t.images + image / t.draws; };  // an image is read for all its draws while it is near
+    // An image is read for all its draws while it is near.
+    const auto row_of = [&](int64_t image) { return image % t.draws * t.images + image / t.draws; };
     float* const strip = work + at.strip;
     std::memset(strip, 0, kSide * at.strip_row * sizeof(float));
     const float* lines[kSide];
-    // Moves the strip to line `number` of tiles: the last two lines of the tiles above are there already, unless this is where the thread begins.
+    // Moves the strip to line `number` of tiles: the last two lines of the tiles above are there already, unless this is where the thread
+    // begins.
     const auto move = [&](int64_t number) {
         const int64_t ty = number % down, row = row_of(number / down);
         for (int64_t i = number == begin || ty == 0 ? 0 : 2; i < kSide; ++i) {

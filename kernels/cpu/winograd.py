@@ -1,4 +1,4 @@
-"""3x3 convolutions on the CPU by Winograd's minimal filtering, which make the noise in their input transform: weights, and the launcher of the C++ kernel."""
+"""3x3 convolutions on the CPU by Winograd's minimal filtering, noise in their input transform: weights, and the C++ kernel's launcher."""
 
 import ctypes
 import math
@@ -36,7 +36,8 @@ def transform_weight(weight: torch.Tensor, tile: int, dtype: torch.dtype = torch
         dtype: of the products: float32, or bfloat16 where the active unit is "avx512bf16".
 
     Returns:
-        [ceil(outputs / COLUMNS), tile + 2, tile + 2, inputs, COLUMNS], or in bfloat16 [..., ceil(inputs / 2), COLUMNS, 2]; zeros fill it up.
+        [ceil(outputs / COLUMNS), tile + 2, tile + 2, inputs, COLUMNS], or in bfloat16 [..., ceil(inputs / 2), COLUMNS, 2]; filled up
+        with zeros.
     """
     side, (outputs, inputs) = tile + 2, weight.shape[:2]
     pair = 2 if dtype == torch.bfloat16 else 1
@@ -56,21 +57,21 @@ def convolution(
     x, weight, out, padding=1, *, bias=None, residual=None, relu=False,
     at=None, sigma=None, scale=None, shift=None, relu_in=False, pool=False, clean=None, block=0,
 ) -> None:  # fmt: skip
-    """Fills ``out`` with ``act(conv3x3(z) + bias + residual)``, where ``z = maxpool?(act(x * scale + shift)) + sigma * eps`` is never stored.
+    """Fills ``out`` with ``act(conv3x3(z) + bias + residual)``, ``z = maxpool?(act(x * scale + shift)) + sigma * eps``, never stored.
 
     Stride 1, dilation 1, groups 1. z is that of add_noise, in float32 and not rounded to the dtype of x; padding gets no noise.
 
     Args:
         x: [at.images or at.images * at.draws, inputs, H, W], float32 or bfloat16. All maps are channels last and dense.
         weight: what `transform_weight` gave; it says which tile and in which dtype products are.
-        out: [at.images * at.draws, outputs, h + 2 * padding - 2, w + 2 * padding - 2], dtype of x, (h, w) being (H, W), with ``pool`` its half. Row
-            ``d * images + i`` is draw d of image i.
+        out: [at.images * at.draws, outputs, h + 2 * padding - 2, w + 2 * padding - 2], dtype of x, (h, w) being (H, W), with ``pool``
+            its half. Row ``d * images + i`` is draw d of image i.
         padding: 0, 1 or 2.
         bias: float32 [outputs] or None.
         residual: as out, or None; may be out itself.
         relu: whether a ReLU ends it.
-        at: a noise address: seed (int64 tensor of one value), stream, images, draws, image_offset, draw_offset, sample_ids (int64 [images, 2] or None). None:
-            no noise, and out has a row for each row of x.
+        at: a noise address: seed (int64 tensor of one value), stream, images, draws, image_offset, draw_offset, sample_ids (int64
+            [images, 2] or None). None: no noise, and out has a row for each row of x.
         sigma: float32 of 1 or ``inputs`` values; None: no noise.
         scale, shift: float32 [inputs] or None.
         relu_in: whether a ReLU follows them.
@@ -101,6 +102,7 @@ def convolution(
     )  # fmt: skip
     if failed == 2:
         unit = library.handle.rse_active_unit().decode()
-        raise TypeError(f"the CPU unit {unit} does not convolve {x.dtype} with products in {weight.dtype} and tiles of {weight.shape[1] - 2}")
+        tile = weight.shape[1] - 2
+        raise TypeError(f"the CPU unit {unit} does not convolve {x.dtype} with products in {weight.dtype} and tiles of {tile}")
     if failed:
         raise MemoryError("the CPU convolution could not allocate its workspace")
