@@ -91,7 +91,8 @@ def bound(z, weight, tile, padding, dtype, products=torch.float32, *added):
     rounding on its way: at most 4 in each pass of the input transform (a product and a sum, twice; with FMA half of it), 1 for the weight,
     one product and C sums over channels, at most 5 in each pass of the output transform, 2 for bias and residual: n = C + 22. So the error
     is at most gamma_n = n u / (1 - n u) times the same sum over magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, lemma
-    3.1). Products of bfloat16 round both factors once more, by 2^-8 each, and their hardware rounds a pair's two products one by one. Then the result is rounded to its dtype.
+    3.1). Products of bfloat16 round both factors once more, by 2^-8 each, and their hardware rounds a pair's two products one by one. Then
+    the result is rounded to its dtype.
     """
     n = weight.shape[1] + 22
     gamma = n * 2.0**-24 / (1 - n * 2.0**-24)
