@@ -16,7 +16,7 @@ from pathlib import Path
 from . import measure, report, results
 
 # name: the module that holds the suite
-SUITES = ("noise", "ensemble", "early_exit", "int8", "train", "attack", "certify", "startup", "host", "growth", "gpu")
+SUITES = ("noise", "convolution", "ensemble", "early_exit", "int8", "train", "attack", "certify", "startup", "host", "growth", "gpu")
 
 
 def main(argv: list[str] | None = None) -> int:

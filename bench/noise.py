@@ -55,7 +55,8 @@ def philox_words() -> ctypes.CDLL:
         out = Path(folder) / "philox_words.so"
         source = str(Path(__file__).parent / "philox_words.cpp")
         compiler = build.find_compiler()
-        flags = (*build.unit_flags(unit, compiler, Path(folder)), *build.COMMON, "-Wno-unused-function", build.OPENMP, f"-I{sources}")
+        flags = build.unit_flags("add_noise", unit, compiler, Path(folder))
+        flags += (*build.COMMON, "-Wno-unused-function", build.OPENMP, f"-I{sources}")
         subprocess.run([*compiler, *flags, "-shared", source, "-o", str(out)], check=True, capture_output=True)
         return ctypes.CDLL(str(out))
 

@@ -1,9 +1,10 @@
-"""kernels/cpu/build.py: one object for each unit, none with an instruction of a higher set, one library of them, and what a failure says.
+"""kernels/cpu/build.py: an object for each kernel and unit, no instruction of a higher set in it, one library, what a failure says.
 
 Instructions are read off the objects: the first bytes of one after its prefixes say which encoding it has, whatever its name. VEX came with
 AVX and EVEX with AVX-512, so neither may stand in code that every processor runs.
 """
 
+import itertools
 import platform
 import re
 import shutil
@@ -34,16 +35,16 @@ def test_the_installed_library_is_there_and_runs(compiler):
 
 
 @needs_binutils
-def test_one_object_per_unit(built):
-    units = {path.stem for path in built[1].glob("*.o")} - {"dispatch"}
-    assert units == set(build.supported_units(build.find_compiler(), built[1]))
-    assert {"baseline", *(["avx2", "avx512"] if X86 else [])} <= units
+def test_one_object_per_kernel_and_unit(built):
+    units = build.supported_units(build.find_compiler(), built[1])
+    assert {path.stem for path in built[1].glob("*.o")} == {"dispatch", *(f"{kernel}.{unit}" for kernel in build.KERNELS for unit in units)}
+    assert {"baseline", *(["avx2", "avx512"] if X86 else [])} <= set(units)
 
 
 @needs_binutils
 def test_the_library_exports_the_c_interface_only(built):
     defined = {line.split()[-1].partition("@")[0] for line in tool("nm", "-D", "--defined-only", built[0]).splitlines()}
-    assert {"rse_abi_version", "rse_units", "rse_active_unit", "rse_select_unit", "rse_add_noise"} <= defined
+    assert {"rse_abi_version", "rse_units", "rse_active_unit", "rse_select_unit", "rse_add_noise", "rse_winograd"} <= defined
     assert [name for name in defined if not name.startswith("rse_")] == []
 
 
@@ -63,8 +64,8 @@ def test_units_that_the_compiler_does_not_know_are_left_out(compiler, monkeypatc
 
 def test_an_order_of_instructions_is_asked_only_of_a_compiler_that_knows_the_flag(compiler, monkeypatch, tmp_path):
     for flag, taken in (("-fno-such-order-of-instructions", ()), ("-O2", ("-O2",))):
-        monkeypatch.setattr(build, "ORDER", (flag,))
-        assert build.unit_flags("avx2", compiler, tmp_path) == build.UNITS["avx2"] + taken
+        monkeypatch.setitem(build.KERNELS, "add_noise", (flag,))
+        assert build.unit_flags("add_noise", "avx2", compiler, tmp_path) == build.UNITS["avx2"] + taken
 
 
 def test_cxx_is_the_only_candidate_if_set(monkeypatch):
@@ -80,7 +81,7 @@ def test_cxx_may_carry_arguments(compiler, monkeypatch):
 
 
 def test_a_broken_source_names_the_compiler_and_repeats_its_message(compiler, tmp_path):
-    for name in ("add_noise.cpp", "dispatch.cpp"):
+    for name in ("add_noise.cpp", "winograd.cpp", "dispatch.cpp"):
         (tmp_path / name).write_text("#error of this test\n")
     with pytest.raises(build.BuildError, match="failed\n(.|\n)*of this test"):
         build.build(tmp_path / "out", source=tmp_path)
@@ -163,13 +164,14 @@ def shared(path):
 @needs_x86
 def test_no_instruction_of_a_higher_set_in_a_lower_unit(built):
     objects = {path.stem: path for path in built[1].glob("*.o")}
-    assert {"baseline", "avx2", "avx512", "dispatch"} <= set(objects)
-    for unit, path in objects.items():
+    assert {"add_noise.baseline", "add_noise.avx2", "winograd.avx512", "dispatch"} <= set(objects)
+    for name, path in objects.items():
         code = list(instructions(path))
         assert len(code) > 100 and all(i.function for i in code)
-        assert leaks(unit, path) == [], unit
-    functions = {i.function for i in instructions(objects["avx2"])}
+        assert leaks(name.rpartition(".")[2], path) == [], name
+    functions = {i.function for i in instructions(objects["add_noise.avx2"])}
     assert {"_ZN3rse14add_noise_avx2ERKNS_4TaskEll", "_ZN3rse11sample_avx2ERKNS_6SampleE"} <= functions
+    assert "_ZN3rse13winograd_avx2ERKNS_11ConvolutionEPfll" in {i.function for i in instructions(objects["winograd.avx2"])}
 
 
 @needs_binutils
@@ -182,11 +184,12 @@ def test_the_check_finds_what_it_looks_for(built, compiler, tmp_path):
         ("dispatch", "avx512", "EVEX encoding"),
         ("avx2", "avx512", "AVX-512"),
     ):
-        found = leaks(lower, objects / f"{higher}.o")
-        assert any(leak.startswith(f"{why}: ") for leak in found), (lower, higher)
-    assert any("zmm" in leak and "rse" in leak for leak in leaks("avx2", objects / "avx512.o"))
-    if (objects / "avx512bf16.o").exists():
-        found = leaks("avx512", objects / "avx512bf16.o")
+        for kernel in build.KERNELS:
+            found = leaks(lower, objects / f"{kernel}.{higher}.o")
+            assert any(leak.startswith(f"{why}: ") for leak in found), (lower, higher)
+    assert any("zmm" in leak and "rse" in leak for leak in leaks("avx2", objects / "add_noise.avx512.o"))
+    if (objects / "add_noise.avx512bf16.o").exists():
+        found = leaks("avx512", objects / "add_noise.avx512bf16.o")
         assert found and all(re.search(": vcvtne2?ps2bf16 ", leak) for leak in found)
     # What a flag on a whole target does, in each direction that the objects above do not show.
     body = (
@@ -206,12 +209,13 @@ def test_the_check_finds_what_it_looks_for(built, compiler, tmp_path):
 def test_units_share_no_symbol(built):
     # A weak symbol (an inline function, a template, its static variable) is kept once, and possibly in its AVX-512 form.
     defined = []
-    for name in build.UNITS:
-        path = built[1] / f"{name}.o"
+    entries = {"add_noise": 3, "winograd": 1}
+    for kernel, name in itertools.product(build.KERNELS, build.UNITS):
+        path = built[1] / f"{kernel}.{name}.o"
         if not path.exists():
             continue
         assert shared(path) == [], name
         symbols = [line.split()[-2:] for line in tool("nm", "--defined-only", "--extern-only", path).splitlines()]
-        assert {kind for kind, _ in symbols} == {"T"} and len(symbols) == 2, (name, symbols)
+        assert {kind for kind, _ in symbols} == {"T"} and len(symbols) == entries[kernel], (name, symbols)
         defined += [symbol for _, symbol in symbols]
-    assert len(defined) == len(set(defined)) >= 2
+    assert len(defined) == len(set(defined)) >= 4

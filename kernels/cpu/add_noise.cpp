@@ -94,7 +94,7 @@ template <bool kMore> RSE_INLINE void step(const Row& row, Quads& quads, uint64_
 
 // ------------------------------------------------------------------------------------------------------------------ layouts
 template <Dtype D> using T = typename Element<D>::type;
-template <Dtype D, Dtype Y> constexpr bool kHasClean = D == Y && D != Dtype::u8;
+template <Dtype D, Dtype Y> constexpr bool kHasClean = Y != Dtype::u8 && (D == Dtype::f32 || D == Dtype::bf16 || D == Dtype::f16);
 
 // act(a * scale + shift). The same operations in the same order in every walk.
 template <bool kAffine, bool kRelu> RSE_INLINE vf activate(vf a, vf scale, vf shift) {
@@ -331,6 +331,76 @@ template <Dtype D> void run_bytes(const Task& t, int64_t begin, int64_t end) {
     t.relu ? run<D, Dtype::u8, true, true>(t, begin, end) : run<D, Dtype::u8, true, false>(t, begin, end);
 }
 
+// ------------------------------------------------------------------------------------------------------------------- lines
+// act(x * scale + shift) of `count` quads from `x` on, in quad order.
+template <Dtype D, bool kAffine, bool kRelu> void activate_flat(const Task& t, const T<D>* x, T<D>* clean, float* y, int64_t count) {
+    const int64_t channels = 4 * groups(t), end = 4 * count, whole = end / kLanes * kLanes;
+    int64_t channel = 0;
+    const auto vector = [&](const T<D>* from, T<D>* rounded, float* to) __attribute__((always_inline)) {
+        const vf one = splat(1.0f);
+        const vf scale = kAffine ? read<vf>(t.scale + channel) : one, shift = kAffine ? read<vf>(t.shift + channel) : one;
+        const vf a = activate<kAffine, kRelu>(load<D>(from), scale, shift);
+        store<Dtype::f32>(to, a);
+        if (rounded) store_exact<D>(rounded, a);
+    };
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        vector(x + i, clean ? clean + i : nullptr, y + i);
+        channel += kLanes;
+        if (channel >= channels) channel %= channels;
+    }
+    T<D> in[kLanes] = {}, rounded[kLanes];
+    float out[kLanes];
+    std::memcpy(in, x + whole, (end - whole) * sizeof(T<D>));
+    vector(in, rounded, out);
+    std::memcpy(y + whole, out, (end - whole) * sizeof(float));
+    if (clean) std::memcpy(clean + whole, rounded, (end - whole) * sizeof(T<D>));
+}
+
+template <Dtype D, bool kAffine, bool kRelu>
+void line(const Task& t, int64_t r, int64_t first, int64_t count, bool clean, float* y, float* work) {
+    const int64_t channels = t.channels, padded = 4 * groups(t), quads = groups(t) * count, quad = groups(t) * first, part = 4 * quads + 16;
+    const int64_t source = t.rows == t.images ? r % t.images : r;
+    const auto spread = [&](const T<D>* from, int64_t step_from, T<D>* to, int64_t step_to) {
+        for (int64_t s = 0; s < count; ++s) std::memcpy(to + s * step_to, from + s * step_from, channels * sizeof(T<D>));
+    };
+    T<D>*const in = reinterpret_cast<T<D>*>(work), *const buffer = reinterpret_cast<T<D>*>(work + part);
+    const T<D>* x = static_cast<const T<D>*>(t.x) + source * t.x_spatial * channels;
+    T<D>* const kept = t.clean && clean && r == source ? static_cast<T<D>*>(t.clean) + (source * t.spatial + first) * channels : nullptr;
+    T<D>* const rounded = kept && channels != padded ? buffer : kept;
+    const auto noise = [&](auto type, const auto* from, auto* to_clean, auto affine, auto relu) {
+        constexpr Dtype kFrom = decltype(type)::value;
+        if (!t.sigma) return activate_flat<kFrom, affine, relu>(t, from, to_clean, y, quads);
+        const Row row = make_row(t, r);
+        if constexpr (!affine)
+            if (folds<affine>(t)) return flat<kFrom, Dtype::f32, true, affine, relu>(t, {from, y, to_clean}, row, quad, quads);
+        flat<kFrom, Dtype::f32, false, affine, relu>(t, {from, y, to_clean}, row, quad, quads);
+    };
+    if (t.x_width) {
+        float* const value = work + 2 * part;
+        pool<D, kAffine, kRelu>(t, x, quad, quads, value);
+        if (rounded) {
+            for (int64_t i = 0; i < 4 * quads; i += kLanes) store_exact<D>(buffer + i, read<vf>(value + i));
+            if (rounded != buffer) std::memcpy(rounded, buffer, 4 * quads * sizeof(T<D>));
+        }
+        noise(std::integral_constant<Dtype, Dtype::f32>{}, value, static_cast<float*>(nullptr), std::false_type{}, std::false_type{});
+    } else {
+        x += first * channels;
+        if (channels != padded) {
+            std::memset(in, 0, 4 * quads * sizeof(T<D>));
+            spread(x, channels, in, padded), x = in;
+        }
+        noise(std::integral_constant<Dtype, D>{}, x, rounded, std::bool_constant<kAffine>{}, std::bool_constant<kRelu>{});
+    }
+    if (rounded != kept) spread(buffer, padded, kept, channels);
+}
+
+template <Dtype D> void line_of_floats(const Task& t, int64_t r, int64_t first, int64_t count, bool clean, float* y, float* work) {
+    if (t.affine)
+        t.relu ? line<D, true, true>(t, r, first, count, clean, y, work) : line<D, true, false>(t, r, first, count, clean, y, work);
+    else
+        t.relu ? line<D, false, true>(t, r, first, count, clean, y, work) : line<D, false, false>(t, r, first, count, clean, y, work);
+}
+
 template <typename V> RSE_INLINE void put(void* p, V v) { std::memcpy(p, &v, sizeof v); }
 
 }  // namespace
@@ -350,6 +420,11 @@ void RSE_CONCAT(sample_, RSE_UNIT)(const Sample& s) {
             put(s.uniforms + at, j % 2 ? angle(w[j]) * 0x1p-31f : uniform(w[j]) * (1 / kUnit));
         }
     }
+}
+
+void RSE_CONCAT(add_line_, RSE_UNIT)(const Task& t, int64_t r, int64_t first, int64_t count, bool clean, float* y, float* work) {
+    if (t.dtype == Dtype::f32) return line_of_floats<Dtype::f32>(t, r, first, count, clean, y, work);
+    line_of_floats<Dtype::bf16>(t, r, first, count, clean, y, work);
 }
 
 void RSE_CONCAT(add_noise_, RSE_UNIT)(const Task& t, int64_t begin, int64_t end) {

@@ -33,6 +33,10 @@ constexpr int64_t kRun = 1024;   // the same where four planes are walked side b
 // Processes tiles [begin, end) of the task's images * draws * tiles_per_row(task).
 using Unit = void (*)(const Task&, int64_t begin, int64_t end);
 
+// `count` positions from `first` on of packed row r of a flat task, as floats that are not rounded, in quad order; with `clean` also those
+// of the task's clean output, where they belong to this row. Without sigma there is no noise. work: line_work(task, count) floats.
+using Liner = void (*)(const Task&, int64_t r, int64_t first, int64_t count, bool clean, float* line, float* work);
+
 // What stands between a counter and its normals, for tests: `count` quads (a multiple of 16) from `quad` on, in planes [4][count].
 struct Sample {
     Task task;              // key, stream, image_offset and draw_offset are read, and images = 1
@@ -55,6 +59,8 @@ static inline Walk walk(const Task& t) {
     if (t.layout == Layout::flat) return t.channels % 4 == 0 ? Walk::flat : Walk::scattered;
     return t.spatial >= 16 && !t.x_width ? Walk::planar : Walk::scattered;
 }
+
+static inline int64_t line_work(const Task& t, int64_t count) { return 3 * (4 * groups(t) * count + 16); }
 
 static inline int64_t tiles_per_row(const Task& t) {
     return walk(t) == Walk::planar ? groups(t) * ceil_div(t.spatial, kRun) : ceil_div(groups(t) * t.spatial, kTile);

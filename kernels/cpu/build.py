@@ -1,6 +1,6 @@
 """Builds the CPU library with ninja. Standard library only, so it runs inside an isolated build: ``python kernels/cpu/build.py --out DIR``.
 
-`add_noise.cpp` is compiled once per instruction set ("unit") into one object each, `dispatch.cpp` once with the baseline's flags;
+Each kernel (`KERNELS`) is compiled once per instruction set ("unit") into one object each, `dispatch.cpp` once with the baseline's flags;
 all objects are linked into one library, which picks a unit by cpuid when it is loaded. Only a unit's own object gets its ``-m``
 flags: a flag on the whole target would put such instructions into code that every processor runs.
 """
@@ -31,8 +31,9 @@ COMMON += ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 OPENMP = "-fopenmp"
 # GCC orders instructions after it has given them registers, which chains what shares one. Ordered before as well, the normals of a block
 # overlap with the words of the next: 1.35 times the normals in the baseline unit, 1.5 times in AVX2. A compiler that does not know the
-# flags does without.
+# flags does without. A product that fills the registers is spilled by the same order.
 ORDER = ("-fschedule-insns", "-fsched-pressure", "--param=sched-pressure-algorithm=2")
+KERNELS = {"add_noise": ORDER, "winograd": ()}
 
 # Left beside the modules when there is no library: the reason, which the loader and `rse-fast doctor` repeat.
 PROBLEM_FILE = "library_problem.txt"
@@ -86,9 +87,10 @@ def supported_units(compiler: list[str], work: Path) -> list[str]:
     return [name for name, flags in UNITS.items() if not flags or _accepts(compiler, flags, body(flags), work)]
 
 
-def unit_flags(unit: str, compiler: list[str], work: Path) -> tuple[str, ...]:
-    """What the compiler is given for a unit beside COMMON. ``work`` is a folder for a trial."""
-    return UNITS[unit] + (ORDER if _accepts(compiler, ("-O3", "-Werror", *ORDER), "int probe() { return 0; }\n", work) else ())
+def unit_flags(kernel: str, unit: str, compiler: list[str], work: Path) -> tuple[str, ...]:
+    """What the compiler is given for a kernel in a unit beside COMMON. ``work`` is a folder for a trial."""
+    flags = KERNELS[kernel]
+    return UNITS[unit] + (flags if _accepts(compiler, ("-O3", "-Werror", *flags), "int probe() { return 0; }\n", work) else ())
 
 
 def _ninja_path(path: Path) -> str:
@@ -96,7 +98,7 @@ def _ninja_path(path: Path) -> str:
 
 
 def write_ninja(compiler: list[str], source: Path, work: Path, library: Path) -> Path:
-    """Writes ``work/build.ninja``: one compile edge per unit, one for the dispatcher, one link edge."""
+    """Writes ``work/build.ninja``: one compile edge per kernel and unit, one for the dispatcher, one link edge."""
     openmp = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
     threads = (OPENMP,) if _accepts(compiler, (OPENMP,), openmp, work, link=True) else ()
     units = supported_units(compiler, work)
@@ -114,8 +116,12 @@ def write_ninja(compiler: list[str], source: Path, work: Path, library: Path) ->
     ]
     objects = []
     have = " ".join(f"-DRSE_HAVE_{name.upper()}" for name in units)
-    edges = [(name, "add_noise.cpp", " ".join((*unit_flags(name, compiler, work), f"-DRSE_UNIT={name}"))) for name in units]
-    for name, file, flags in [*edges, ("dispatch", "dispatch.cpp", have)]:
+    edges = [("dispatch", "dispatch.cpp", have)]
+    for unit in units:
+        for kernel in KERNELS:
+            flags = " ".join((*unit_flags(kernel, unit, compiler, work), f"-DRSE_UNIT={unit}"))
+            edges.append((f"{kernel}.{unit}", f"{kernel}.cpp", flags))
+    for name, file, flags in edges:
         objects.append(f"{name}.o")
         lines += [f"build {name}.o: compile {_ninja_path(source / file)}", f"  flags = {flags}"]
     lines += [f"build {_ninja_path(library)}: link {' '.join(objects)}", f"default {_ninja_path(library)}", ""]

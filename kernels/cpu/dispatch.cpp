@@ -1,5 +1,6 @@
 // The library's C interface: chooses the unit for this processor and shares the work between threads.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -10,7 +11,7 @@
 #include <omp.h>
 #endif
 
-#include "add_noise.h"
+#include "winograd.h"
 
 #define RSE_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -18,12 +19,16 @@ namespace rse {
 
 void add_noise_baseline(const Task&, int64_t, int64_t);
 void sample_baseline(const Sample&);
+void winograd_baseline(const Convolution&, float*, int64_t, int64_t);
 void add_noise_avx2(const Task&, int64_t, int64_t);
 void sample_avx2(const Sample&);
+void winograd_avx2(const Convolution&, float*, int64_t, int64_t);
 void add_noise_avx512(const Task&, int64_t, int64_t);
 void sample_avx512(const Sample&);
+void winograd_avx512(const Convolution&, float*, int64_t, int64_t);
 void add_noise_avx512bf16(const Task&, int64_t, int64_t);
 void sample_avx512bf16(const Sample&);
+void winograd_avx512bf16(const Convolution&, float*, int64_t, int64_t);
 
 namespace {
 
@@ -31,6 +36,7 @@ struct Entry {
     const char* name;
     Unit unit;
     Sampler sampler;
+    Convolver convolver;
     bool runs;
 };
 
@@ -46,15 +52,16 @@ const std::vector<Entry>& entries() {
         (void)avx512;
 #endif
 #ifdef RSE_HAVE_AVX512BF16
-        list.push_back({"avx512bf16", add_noise_avx512bf16, sample_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
+        const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+        list.push_back({"avx512bf16", add_noise_avx512bf16, sample_avx512bf16, winograd_avx512bf16, avx512bf16});
 #endif
 #ifdef RSE_HAVE_AVX512
-        list.push_back({"avx512", add_noise_avx512, sample_avx512, avx512});
+        list.push_back({"avx512", add_noise_avx512, sample_avx512, winograd_avx512, avx512});
 #endif
 #ifdef RSE_HAVE_AVX2
-        list.push_back({"avx2", add_noise_avx2, sample_avx2, avx2});
+        list.push_back({"avx2", add_noise_avx2, sample_avx2, winograd_avx2, avx2});
 #endif
-        list.push_back({"baseline", add_noise_baseline, sample_baseline, true});
+        list.push_back({"baseline", add_noise_baseline, sample_baseline, winograd_baseline, true});
         return list;
     }();
     return all;
@@ -84,10 +91,48 @@ std::vector<float> periodic(const float* values, int64_t n, int64_t channels, fl
     return out;
 }
 
+// Calls part(begin, end) on up to `threads` threads that share [0, count); each gets `grain` or more.
+template <typename Part> void share(int64_t count, int64_t grain, int64_t threads, Part part) {
+#ifdef _OPENMP
+    const int64_t workers = min(threads, ceil_div(count, grain));
+    if (workers > 1) {
+#pragma omp parallel num_threads(int(workers))
+        {
+            const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
+            part(count * i / n, count * (i + 1) / n);
+        }
+        return;
+    }
+#endif
+    (void)grain, (void)threads;
+    part(0, count);
+}
+
+// Memory that a thread keeps from call to call: fresh pages cost more than what is computed in them.
+class Workspace {
+  public:
+    ~Workspace() { std::free(memory_); }
+    // At least `count` floats at the beginning of a cache line, or null.
+    float* floats(int64_t count) {
+        if (count > count_) {
+            std::free(memory_);
+            count_ = 0, memory_ = std::malloc((count + 16) * sizeof(float));
+            if (!memory_) return nullptr;
+            count_ = count;
+        }
+        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t(63));
+    }
+
+  private:
+    void* memory_ = nullptr;
+    int64_t count_ = 0;
+};
+thread_local Workspace workspace;
+
 }  // namespace
 }  // namespace rse
 
-RSE_EXPORT int rse_abi_version(void) { return 4; }
+RSE_EXPORT int rse_abi_version(void) { return 5; }
 
 RSE_EXPORT const char* rse_units(void) {
     static const std::string names = [] {
@@ -147,19 +192,56 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype,
 #endif
         const int64_t tiles = images * draws * tiles_per_row(t);
         constexpr int64_t kGrain = 8;  // tiles worth waking a thread for: about 5 microseconds, or 20 of long planes
-        const int64_t workers = min(threads, ceil_div(tiles, kGrain));
-#ifdef _OPENMP
-        if (workers > 1) {
-#pragma omp parallel num_threads(int(workers))
-            {
-                const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-                unit(t, tiles * i / n, tiles * (i + 1) / n);
-            }
-            return 0;
-        }
-#endif
-        unit(t, 0, tiles);
+        share(tiles, kGrain, threads, [&](int64_t begin, int64_t end) { unit(t, begin, end); });
         return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// y [draws * images, outputs, h + 2 padding - 2, w + 2 padding - 2] = act(conv3x3(z) + bias + residual), where z [draws * images, channels,
+// h, w] is what rse_add_noise makes of x [rows, channels, height, width], unrounded, and (h, w) is (height, width), with `pool` its half;
+// all channels last. sigma null: no noise, and the seed is not read. weight: see Convolution, in `products` (0 float32, 1 bfloat16).
+// `block`: tiles at a time, 0 for as many as are best. y, residual and clean have x's dtype (0 float32, 1 bfloat16). Returns 0, 1 when out
+// of memory, or 2 for what the active unit does not compute.
+RSE_EXPORT int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, int64_t rows, int64_t images, int64_t draws,
+                            const int64_t* seed, uint32_t stream, uint32_t image_offset, uint32_t draw_offset,
+                            const int64_t* sample_ids, int64_t channels, int64_t height, int64_t width, int32_t pool, const float* sigma,
+                            int64_t sigma_count, const float* scale, const float* shift, int32_t relu_in, const void* weight,
+                            int32_t products, int64_t form, int64_t outputs, int64_t padding,
+                            const float* bias, const void* residual, int32_t relu, int64_t block, int32_t threads) {
+    using namespace rse;
+    const bool hardware = !std::strcmp(current().name, "avx512bf16");
+    if (dtype < 0 || dtype > 1 || products < 0 || products > int32_t(hardware) || (form != 2 && form != 4)) return 2;
+    try {
+        const std::vector<float> s = periodic(sigma, sigma_count, channels, 0.0f, 1), a = periodic(scale, channels, channels, 1.0f, 1),
+                                 b = periodic(shift, channels, channels, 0.0f, 1);
+        std::vector<float> d(round_up(outputs, kColumns));
+        if (bias) std::copy(bias, bias + outputs, d.begin());
+        Convolution c{};
+        Task& t = c.source;
+        t.x = x, t.clean = clean, t.dtype = Dtype(dtype), t.layout = t.x_layout = Layout::flat;
+        t.rows = rows, t.images = images, t.draws = draws, t.channels = channels;
+        t.x_spatial = height * width, t.x_width = pool ? width : 0;
+        if (sigma) t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
+        t.stream = stream, t.image_offset = image_offset, t.draw_offset = draw_offset, t.sample_ids = sample_ids;
+        t.sigma = sigma ? s.data() : nullptr, t.scale = a.data(), t.shift = b.data();
+        t.sigma_varies = sigma_count != 1, t.affine = scale || shift, t.relu = relu_in != 0;
+        t.rises = pool && std::all_of(a.begin(), a.end(), [](float v) { return v >= 0; });
+        c.height = pool ? height / 2 : height, c.width = pool ? width / 2 : width;
+        t.spatial = c.height * c.width;
+        c.padding = padding, c.outputs = outputs, c.form = form;
+        c.weight = weight, c.products = Dtype(products), c.bias = d.data(), c.residual = residual, c.relu = relu != 0, c.y = y;
+        const int64_t lines = images * draws * tiles_down(c), work = tiles_across(c) * (form + 2) * (form + 2) * channels * outputs;
+        c.block = min(block ? block : kBlock, lines * tiles_across(c));
+        constexpr int64_t kGrain = 1 << 19;  // multiplications worth waking a thread for: 5 to 20 microseconds
+        std::atomic<bool> failed{false};
+        share(lines, ceil_div(kGrain, work), threads, [&](int64_t begin, int64_t end) {
+            float* const memory = workspace.floats(places(c).total);
+            if (memory) current().convolver(c, memory, begin, end);
+            else failed = true;
+        });
+        return failed ? 1 : 0;
     } catch (const std::bad_alloc&) {
         return 1;
     }

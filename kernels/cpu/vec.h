@@ -36,7 +36,15 @@ typedef uint64_t vq __attribute__((vector_size(4 * kLanes)));   // kLanes / 2 do
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));   // kLanes half words, as stored
 typedef uint8_t vb __attribute__((vector_size(kLanes)));        // kLanes bytes, as stored
 
-RSE_INLINE vf splat(float a) { return vf{} + a; }
+RSE_INLINE vf splat(float a) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_set1_ps(a);
+#elif defined(__AVX2__)
+    return (vf)_mm256_set1_ps(a);
+#else
+    return vf{a, a, a, a};
+#endif
+}
 
 // a where the sign bit of `sign` is set, b elsewhere.
 RSE_INLINE vf select(vi sign, vf a, vf b) {

@@ -1,0 +1,57 @@
+// y = act(conv3x3(maxpool?(act(x * scale + shift)) + sigma * eps) + bias + residual) by Winograd's minimal filtering, channels last: what
+// dispatch.cpp and the units share.
+#pragma once
+#include "add_noise.h"
+
+namespace rse {
+
+// Stride 1, dilation 1, groups 1. Rows are those of `source`, whose y, y_dtype and zero_point are not read; y has x's dtype.
+struct Convolution {
+    Task source;     // x, channels last, and the noise at each position; sigma is null where there is none
+    int64_t height, width, padding, outputs;  // of the convolution's input: behind the pool. Padding gets no noise
+    int64_t form;    // 4 for F(4x4, 3x3), 2 for F(2x2, 3x3)
+    const void* weight;  // [outputs / kColumns, form + 2, form + 2, channels, kColumns], the last block filled up with zeros; in bfloat16
+    Dtype products;      // channels go in pairs: [..., channels / 2, kColumns, 2]
+    const float* bias;   // filled up to whole blocks of kColumns
+    const void* residual;  // null, or as y
+    bool relu;
+    void* y;
+    int64_t block;  // tiles whose transforms are held at a time
+};
+
+constexpr int64_t kColumns = 32;  // output channels that are computed at a time, in every unit
+constexpr int64_t kWidest = 16;   // lanes of the widest vector
+
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static inline int64_t tiles_down(const Convolution& c) { return ceil_div(c.height + 2 * c.padding - 2, c.form); }
+static inline int64_t tiles_across(const Convolution& c) { return ceil_div(c.width + 2 * c.padding - 2, c.form); }
+
+// Tiles whose transforms are held at a time: with fewer, the weights of wide layers are read too often; with more, narrow layers leave the
+// second-level cache. Between 28 and 84 the time of no layer of VGG16 differs by more than 5 %.
+constexpr int64_t kBlock = 40;
+
+// Where a thread's arrays lie in its workspace, in floats. Distances between rows that are walked together are odd numbers of cache
+// lines: powers of two would all fall into a few sets of the first-level cache.
+struct Places {
+    int64_t strip_row, tile, transformed, product;  // distances
+    int64_t strip, line, input, output, total;      // beginnings
+};
+static inline Places places(const Convolution& c) {
+    const int64_t side = c.form + 2, channels = 4 * groups(c.source), width = tiles_across(c) * c.form + 2;
+    Places p;
+    p.strip_row = round_up(width * channels, kWidest) + kWidest;
+    p.tile = round_up(channels, 2 * kWidest) + kWidest;  // of transformed channels
+    p.transformed = round_up(c.block * p.tile, 2 * kWidest) + kWidest;
+    p.product = c.block * kColumns + kWidest;
+    p.strip = 0;
+    p.line = p.strip + side * p.strip_row;
+    p.input = round_up(p.line + line_work(c.source, c.width), kWidest);
+    p.output = p.input + side * side * p.transformed;
+    p.total = p.output + side * side * p.product;
+    return p;
+}
+
+// Computes lines of tiles [begin, end) of images * draws * tiles_down(c), image by image, each with all its draws.
+using Convolver = void (*)(const Convolution&, float* workspace, int64_t begin, int64_t end);
+
+}  // namespace rse

@@ -1,0 +1,108 @@
+"""3x3 convolutions on the CPU by Winograd's minimal filtering, noise in their input transform: weights, and the C++ kernel's launcher."""
+
+import ctypes
+import math
+
+import torch
+
+from .loader import load
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+COLUMNS = 32  # outputs that are computed at a time; kColumns of winograd.h
+
+_pointer, _i32, _i64, _u32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
+_SIGNATURE = (
+    *[_pointer] * 3, _i32, *[_i64] * 3, _pointer, *[_u32] * 3, _pointer, *[_i64] * 3, _i32, _pointer, _i64, _pointer, _pointer, _i32,
+    _pointer, _i32, *[_i64] * 3, _pointer, _pointer, _i32, _i64, _i32,
+)  # fmt: skip
+
+# Points at which F(m x m, 3x3) evaluates polynomials, beside infinity: those of winograd.cpp.
+_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.625, -0.625, 1.5, -1.5)}
+
+
+def filter_matrix(tile: int) -> torch.Tensor:
+    """G [tile + 2, 3] in float64, of Toom and Cook: a 3x3 filter g becomes ``G g G^T``. Lagrange's denominators are in it."""
+    points = _POINTS[tile]
+    rows = [[p**i / math.prod(p - q for q in points if q != p) for i in range(3)] for p in points]
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+def transform_weight(weight: torch.Tensor, tile: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight as `convolution` reads it: transformed in float64, rounded once, in blocks of `COLUMNS` outputs.
+
+    Args:
+        weight: [outputs, inputs, 3, 3], any floating dtype. An affine map behind the convolution belongs in it: multiply it first.
+        tile: 4 for F(4x4, 3x3), a quarter of the multiplications; 2 for F(2x2, 3x3), 4 of 9, with less rounding error.
+        dtype: of the products: float32, or bfloat16 where the active unit is "avx512bf16".
+
+    Returns:
+        [ceil(outputs / COLUMNS), tile + 2, tile + 2, inputs, COLUMNS], or in bfloat16 [..., ceil(inputs / 2), COLUMNS, 2]; filled up
+        with zeros.
+    """
+    side, (outputs, inputs) = tile + 2, weight.shape[:2]
+    pair = 2 if dtype == torch.bfloat16 else 1
+    g = filter_matrix(tile)
+    u = torch.einsum("pi,ocij,qj->opqc", g, weight.detach().to("cpu", torch.float64), g)
+    u = torch.nn.functional.pad(u, (0, -inputs % pair, 0, 0, 0, 0, 0, -outputs % COLUMNS))
+    u = u.reshape(-1, COLUMNS, side, side, u.shape[-1] // pair, pair).permute(0, 2, 3, 4, 1, 5)
+    return (u if pair == 2 else u.squeeze(-1)).to(dtype).contiguous()
+
+
+def turned(weight: torch.Tensor) -> torch.Tensor:
+    """The weight that makes the gradient of the input out of that of the output, with padding ``2 - padding``: [inputs, outputs, 3, 3]."""
+    return weight.transpose(0, 1).flip(2, 3)
+
+
+def convolution(
+    x, weight, out, padding=1, *, bias=None, residual=None, relu=False,
+    at=None, sigma=None, scale=None, shift=None, relu_in=False, pool=False, clean=None, block=0,
+) -> None:  # fmt: skip
+    """Fills ``out`` with ``act(conv3x3(z) + bias + residual)``, ``z = maxpool?(act(x * scale + shift)) + sigma * eps``, never stored.
+
+    Stride 1, dilation 1, groups 1. z is that of add_noise, in float32 and not rounded to the dtype of x; padding gets no noise.
+
+    Args:
+        x: [at.images or at.images * at.draws, inputs, H, W], float32 or bfloat16. All maps are channels last and dense.
+        weight: what `transform_weight` gave; it says which tile and in which dtype products are.
+        out: [at.images * at.draws, outputs, h + 2 * padding - 2, w + 2 * padding - 2], dtype of x, (h, w) being (H, W), with ``pool``
+            its half. Row ``d * images + i`` is draw d of image i.
+        padding: 0, 1 or 2.
+        bias: float32 [outputs] or None.
+        residual: as out, or None; may be out itself.
+        relu: whether a ReLU ends it.
+        at: a noise address: seed (int64 tensor of one value), stream, images, draws, image_offset, draw_offset, sample_ids (int64
+            [images, 2] or None). None: no noise, and out has a row for each row of x.
+        sigma: float32 of 1 or ``inputs`` values; None: no noise.
+        scale, shift: float32 [inputs] or None.
+        relu_in: whether a ReLU follows them.
+        pool: whether the largest of each 2x2 window goes on.
+        clean: [rows of x, inputs, h, w], dtype of x; takes z without its noise.
+        block: tiles whose transforms are held at a time; 0: as many as are best. The result does not depend on it.
+
+    Raises:
+        TypeError: the active unit has no products in the dtype of ``weight``.
+        MemoryError: no memory for a thread's workspace, a few megabytes.
+    """
+    if not out.numel():
+        return
+    library = load()
+    function = library.handle.rse_winograd
+    if not function.argtypes:
+        function.argtypes, function.restype = _SIGNATURE, ctypes.c_int
+    pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
+    rows, inputs, height, width = x.shape
+    place = (rows, 1, None, 0, 0, 0, None) if at is None else (
+        at.images, at.draws, at.seed.data_ptr(), at.stream, at.image_offset, at.draw_offset, pointer(at.sample_ids)
+    )  # fmt: skip
+    failed = function(
+        x.data_ptr(), out.data_ptr(), pointer(clean), DTYPES[x.dtype], rows, *place, inputs, height, width, pool,
+        pointer(sigma), 0 if sigma is None else sigma.numel(), pointer(scale), pointer(shift), relu_in,
+        weight.data_ptr(), DTYPES[weight.dtype], weight.shape[1] - 2, out.shape[1], padding, pointer(bias), pointer(residual), relu,
+        block, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed == 2:
+        unit = library.handle.rse_active_unit().decode()
+        tile = weight.shape[1] - 2
+        raise TypeError(f"the CPU unit {unit} does not convolve {x.dtype} with products in {weight.dtype} and tiles of {tile}")
+    if failed:
+        raise MemoryError("the CPU convolution could not allocate its workspace")

@@ -1,0 +1,311 @@
+"""The CPU library's Winograd convolution against float64, its noise against the contract, its laws of equal bits, and what it may touch."""
+
+import itertools
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import conv2d, pad
+
+from rse_fast import reference
+from rse_fast.kernels import cpu
+from rse_fast.kernels.cpu import winograd
+
+Address = namedtuple("Address", "seed stream images draws image_offset draw_offset sample_ids")
+SEED = torch.tensor(-(2**40) - 77)
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+
+
+def address(images, draws=1, image_offset=3, draw_offset=2, sample_ids=None, stream=9):
+    return Address(SEED, stream, images, draws, image_offset, draw_offset, sample_ids)
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def poisoned(*shape, dtype=torch.float32):
+    return channels_last(torch.full(shape, float("nan"), dtype=dtype))
+
+
+def convolved(x, weight, tile=4, padding=1, *, products=torch.float32, rows=None, **arguments):
+    """The result, and the clean output where ``clean`` is true. ``weight`` [outputs, inputs, 3, 3] is transformed here."""
+    height, width = (side // (1 + arguments.get("pool", False)) for side in x.shape[2:])
+    at = arguments.get("at")
+    rows = len(x) if at is None else at.images * at.draws
+    out = poisoned(rows, len(weight), height + 2 * padding - 2, width + 2 * padding - 2, dtype=x.dtype)
+    if arguments.pop("clean", False):
+        arguments["clean"] = poisoned(*x.shape[:2], height, width, dtype=x.dtype)
+    winograd.convolution(x, winograd.transform_weight(weight, tile, products), out, padding, **arguments)
+    return (out, arguments["clean"]) if "clean" in arguments else out
+
+
+def noisy_input(x, at=None, sigma=None, scale=None, shift=None, relu_in=False, pool=False):
+    """What is convolved: float32, of float32 roundings that are the kernel's own, packed."""
+    images, draws = (len(x), 1) if at is None else (at.images, at.draws)
+    at, sigma = (at or address(images), torch.zeros(1) if sigma is None else sigma)
+    height, width = (side // (1 + pool) for side in x.shape[2:])
+    out = poisoned(images * draws, x.shape[1], height, width)
+    cpu.add_noise(
+        channels_last(x.float()), out, True, sigma, at.seed, at.stream, images, draws, at.image_offset, at.draw_offset, scale, shift,
+        relu_in, at.sample_ids, pool=pool,
+    )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- theory
+def matrices(tile):
+    """A^T, G, B^T of F(tile x tile, 3x3) by Toom and Cook, in float64, with the denominators of Lagrange's formula in G."""
+    points = {2: (0, 1, -1), 4: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)}[tile]
+    a = [[p**i for p in points] + [float(i == tile - 1)] for i in range(tile)]
+    g = [[p**i / np.prod([p - q for q in points if q != p]) for i in range(3)] for p in points] + [[0, 0, 1]]
+    polynomials = [np.poly([q for q in points if q != p])[::-1] for p in points] + [np.poly(points)[::-1]]
+    b = [[*polynomial, *[0] * (tile + 2 - len(polynomial))] for polynomial in polynomials]
+    return tuple(torch.tensor(np.array(m, dtype=float)) for m in (a, g, b))
+
+
+def tiles(z, tile, padding):
+    """[N, C, tiles down, tiles across, tile + 2, tile + 2], zeros beyond the edges."""
+    sides = [side + 2 * padding - 2 for side in z.shape[2:]]
+    down, across = (-side % tile for side in sides)
+    z = pad(z, (padding, padding + across, padding, padding + down))
+    return z.unfold(2, tile + 2, tile).unfold(3, tile + 2, tile)
+
+
+def transformed(z, weight, tile, padding, magnitude=lambda a: a):
+    """A^T [sum over channels of (G w G^T) (B^T z B)] A in float64, of the magnitudes where ``magnitude`` is abs."""
+    a, g, b = matrices(tile)
+    u = magnitude(torch.einsum("pi,ocij,qj->ocpq", g, weight, g))
+    a, b, z = magnitude(a), magnitude(b), magnitude(z)
+    v = torch.einsum("pi,nctsij,qj->nctspq", b, tiles(z, tile, padding), b)
+    y = torch.einsum("ip,notspq,jq->notsij", a, torch.einsum("nctspq,ocpq->notspq", v, u), a)
+    y = y.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return y[:, :, : z.shape[2] + 2 * padding - 2, : z.shape[3] + 2 * padding - 2]
+
+
+def bound(z, weight, tile, padding, dtype, products=torch.float32, *added):
+    """Largest possible error of each output, for an exact z.
+
+    Written out, an output is a sum of terms a * u * b * z. Computed, each term carries one factor (1 + d), |d| <= u = 2^-24, for every
+    rounding on its way: at most 4 in each pass of the input transform (a product and a sum, twice; with FMA half of it), 1 for the weight,
+    one product and C sums over channels, at most 5 in each pass of the output transform, 2 for bias and residual: n = C + 22. So the error
+    is at most gamma_n = n u / (1 - n u) times the same sum over magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, lemma
+    3.1). Products of bfloat16 round both factors once more, by 2^-8 each, and their hardware rounds a pair's two products one by one. Then
+    the result is rounded to its dtype.
+    """
+    n = weight.shape[1] + 22
+    gamma = n * 2.0**-24 / (1 - n * 2.0**-24)
+    if products == torch.bfloat16:
+        gamma = (1 + gamma) * (1 + 2.0**-8) ** 2 - 1
+    size = transformed(z.double(), weight.double(), tile, padding, torch.abs) + sum(a.double().abs() for a in added)
+    exact = conv2d(z.double(), weight.double(), padding=padding).abs() + sum(a.double().abs() for a in added)
+    rounding = UNIT_ROUNDOFF[dtype] if dtype != torch.float32 else 0.0  # in float32 the last rounding is among the n
+    return gamma * size * (1 + rounding) + rounding * exact + 1e-37
+
+
+@pytest.mark.parametrize("tile", (2, 4))
+def test_the_matrices_make_a_convolution(tile, rng):
+    z, weight = torch.randn(2, 3, 7, 9, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    for padding in (0, 1, 2):
+        assert (transformed(z, weight, tile, padding) - conv2d(z, weight, padding=padding)).abs().max() <= 1e-11
+    assert (winograd.filter_matrix(tile) - matrices(tile)[1]).abs().max() <= 1e-15
+    for m in (matrices(tile)[0], matrices(tile)[2]):
+        assert torch.equal(m.float().double(), m)  # exact in float32
+
+
+# --------------------------------------------------------------------------------------------------------------------------- results
+SIDES = [(1, 1), (2, 3), (3, 2), (4, 4), (5, 8), (6, 1), (7, 7), (8, 5), (9, 13), (13, 6), (12, 11), (10, 10)]
+CHANNELS = [(1, 3), (3, 64), (5, 1), (64, 5), (129, 129), (64, 64), (1, 1), (3, 129), (129, 3), (5, 5), (64, 129), (5, 64)]
+
+
+@pytest.mark.parametrize("dtype", winograd.DTYPES)
+@pytest.mark.parametrize("tile", (2, 4))
+def test_against_float64(unit, tile, dtype, rng):
+    """Every side and every number of channels, with and without each option."""
+    for i, ((height, width), (inputs, outputs)) in enumerate(zip(SIDES, CHANNELS, strict=True)):
+        rows, padding, pool = (1, 7)[i % 2], (1, 0, 1, 2)[i % 4] if min(height, width) > 2 else 1, i % 3 == 2
+        x = channels_last(torch.randn(rows, inputs, height * (1 + pool) + pool, width * (1 + pool)).to(dtype))
+        weight, bias = torch.randn(outputs, inputs, 3, 3), torch.randn(outputs)
+        before = {
+            "at": address(rows, 1 + i % 3), "sigma": torch.rand(inputs if i % 2 else 1) if i % 5 else None,
+            "pool": pool, "relu_in": i % 4 < 2,
+            "scale": torch.randn(inputs) if i % 3 else None, "shift": torch.randn(inputs) if i % 3 else None,
+        }  # fmt: skip
+        z = noisy_input(x, **before)
+        want = conv2d(z.double(), weight.double(), bias.double(), padding=padding)
+        residual = channels_last(torch.randn(want.shape).to(dtype)) if i % 2 else None
+        relu = i % 4 > 1
+        got, clean = convolved(x, weight, tile, padding, bias=bias, residual=residual, relu=relu, clean=True, **before)
+        added = [bias[:, None, None]] + ([residual] if i % 2 else [])
+        want = want + residual.double() if i % 2 else want
+        want = want.relu() if relu else want
+        case = (height, width, inputs, outputs, rows, padding, pool)
+        assert ((got.double() - want).abs() <= bound(z, weight, tile, padding, dtype, torch.float32, *added)).all(), case
+        quiet = noisy_input(x, address(rows), None, before["scale"], before["shift"], before["relu_in"], pool)
+        assert torch.equal(clean, quiet.to(dtype)), case
+
+
+def test_the_bound_is_no_tautology(library, rng):
+    """A convolution of another weight, or whose tiles are cut one line off, is far outside."""
+    x, weight = channels_last(torch.randn(2, 64, 9, 9)), torch.randn(64, 64, 3, 3)
+    got, limit = convolved(x, weight).double(), bound(x, weight, 4, 1, torch.float32)
+    want = conv2d(x.double(), weight.double(), padding=1)
+    assert ((got - want).abs() <= limit).all() and limit.max() <= 0.05 * want.std()
+    assert ((got - want.roll(1, 2)).abs() > limit).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("tile", (2, 4))
+def test_products_in_bfloat16(library, tile, rng):
+    if library.unit != "avx512bf16":
+        pytest.skip("a processor without AVX-512 BF16")
+    for dtype, inputs, outputs in itertools.product(winograd.DTYPES, (1, 5, 64), (3, 40)):
+        x, weight = channels_last(torch.randn(3, inputs, 7, 6).to(dtype)), torch.randn(outputs, inputs, 3, 3)
+        z = noisy_input(x, at := address(3), sigma := torch.rand(1))
+        got = convolved(x, weight, tile, at=at, sigma=sigma, products=torch.bfloat16)
+        want = conv2d(z.double(), weight.double(), padding=1)
+        assert ((got.double() - want).abs() <= bound(z, weight, tile, 1, dtype, torch.bfloat16)).all()
+        assert not torch.equal(got, convolved(x, weight, tile, at=at, sigma=sigma))
+
+
+def test_a_unit_without_bfloat16_products_refuses_them(unit):
+    if unit == "avx512bf16":
+        pytest.skip("it has them")
+    x, weight = channels_last(torch.randn(1, 2, 4, 4)), torch.randn(3, 2, 3, 3)
+    with pytest.raises(TypeError, match=f"{unit}.*bfloat16"):
+        convolved(x, weight, products=torch.bfloat16)
+
+
+@pytest.mark.parametrize("padding", (0, 1, 2))
+@pytest.mark.parametrize("tile", (2, 4))
+def test_the_gradient_of_the_input_is_the_same_kernel(unit, tile, padding, rng):
+    weight, x = torch.randn(5, 9, 3, 3), torch.randn(2, 9, 6, 7, dtype=torch.float64, requires_grad=True)
+    y = conv2d(x, weight.double(), padding=padding)
+    gradient = channels_last(torch.randn(y.shape))
+    (want,) = torch.autograd.grad(y, x, gradient.double())
+    turned = winograd.turned(weight)
+    got = convolved(gradient, turned, tile, 2 - padding)
+    assert got.shape == x.shape and ((got.double() - want).abs() <= bound(gradient, turned, tile, 2 - padding, torch.float32)).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- noise
+def one_tap(channels, i, j):
+    weight = torch.zeros(channels, channels, 3, 3)
+    weight[range(channels), range(channels), i, j] = 1
+    return weight
+
+
+@pytest.mark.parametrize("tile", (2, 4))
+def test_the_noise_is_the_contracts_and_padding_has_none(unit, tile, rng):
+    """Weights that select a tap show the noise of its input pixel: the difference of a call with noise and one without."""
+    images, draws, channels, height, width = 2, 3, 6, 9, 11
+    at = address(images, draws)
+    x = channels_last(torch.randn(images, channels, height, width))
+    eps = reference.gaussian(int(SEED), at.stream, images, draws, channels, height * width, image_offset=3, draw_offset=2)
+    eps = torch.from_numpy(eps).movedim(-1, 1).reshape(-1, channels, height, width)
+    packed = x.repeat(draws, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    for i, j in itertools.product(range(3), range(3)):
+        weight = one_tap(channels, i, j)
+        got = convolved(x, weight, tile, sigma=torch.ones(1), at=at).double() - convolved(packed, weight, tile).double()
+        z = eps + packed.double()
+        # eps is within 1e-6 of float64, and its sum with x is rounded once
+        limit = bound(z, weight, tile, 1, torch.float32) + bound(packed, weight, tile, 1, torch.float32) + 2e-6
+        assert ((got - conv2d(eps, weight.double(), padding=1)).abs() <= limit).all()
+        assert limit.max() < 1e-3
+        if i == 0:  # the first line reads padding alone
+            assert (got[:, :, 0].abs() <= limit[:, :, 0]).all()
+
+
+def test_packed_lazily_or_before_and_by_sample_ids(unit, rng):
+    x, weight, sigma = channels_last(torch.randn(3, 5, 6, 7)), torch.randn(4, 5, 3, 3), torch.rand(5)
+    lazy, clean = convolved(x, weight, sigma=sigma, at=address(3, 2), clean=True)
+    packed = x.repeat(2, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    before, clean_packed = convolved(packed, weight, sigma=sigma, at=address(3, 2), clean=True)
+    assert torch.equal(lazy, before)
+    assert torch.equal(clean, x) and torch.equal(clean_packed, packed)
+    ids = torch.tensor([[3, 2], [2**32 - 1, 7], [5, 2]])
+    other = convolved(x, weight, sigma=sigma, at=address(3, 2, 0, 0, sample_ids=ids))
+    assert torch.equal(other[[0, 2, 3, 5]], lazy[[0, 2, 3, 5]]) and not torch.equal(other[1], lazy[1])
+    alone = convolved(x[1:2], weight, sigma=sigma, at=address(1, 1, 2**32 - 1, 8))
+    assert torch.equal(other[4], alone[0])
+
+
+@pytest.mark.parametrize("tile", (2, 4))
+def test_bits_depend_on_neither_threads_nor_rows_nor_blocks(unit, tile, rng):
+    x, weight, sigma = channels_last(torch.randn(7, 37, 10, 9)), torch.randn(70, 37, 3, 3), torch.rand(1)
+    threads = torch.get_num_threads()
+    want = convolved(x, weight, tile, sigma=sigma, at=address(7, 2))
+    try:
+        for count, block in ((1, 0), (2, 1), (3, 5), (5, 14), (1, 17), (64, 1000)):
+            torch.set_num_threads(count)
+            got, clean = convolved(x, weight, tile, sigma=sigma, at=address(7, 2), block=block, clean=True)
+            assert torch.equal(got, want) and torch.equal(clean, x), (count, block)
+    finally:
+        torch.set_num_threads(threads)
+    for first, rows in ((0, 1), (2, 3), (6, 1)):
+        got = convolved(x[first : first + rows], weight, tile, sigma=sigma, at=address(rows, 1, 3 + first, 3))
+        assert torch.equal(got, want[7 + first : 7 + first + rows])
+
+
+def test_nan_and_infinity_stay_in_their_image(unit):
+    x = torch.randn(3, 5, 6, 6)
+    x[1, 2, 3, 3] = float("nan")
+    for tile in (2, 4):
+        y = convolved(channels_last(x), torch.randn(4, 5, 3, 3), tile)
+        assert y[1, :, 3, 3].isnan().all() and not y[[0, 2]].isnan().any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- memory
+GUARDED = """
+import ctypes, itertools, mmap, sys, torch
+from rse_fast.kernels import cpu
+from rse_fast.kernels.cpu import winograd
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+regions = []
+
+def guarded(shape, dtype, at_end):
+    n, c, h, w = shape
+    size = max(1, n * c * h * w) * dtype.itemsize
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    region = mmap.mmap(-1, pages + 2 * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    for guard in (start, start + mmap.PAGESIZE + pages):
+        assert libc.mprotect(guard, mmap.PAGESIZE, 0) == 0
+    regions.append(region)
+    offset = mmap.PAGESIZE + (pages - size if at_end else 0)
+    flat = torch.frombuffer(region, dtype=dtype, count=n * c * h * w, offset=offset)
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+if sys.argv[1:] == ["read beyond"]:
+    x = guarded((1, 1, 1, 1024), torch.float32, True)
+    ctypes.string_at(x.data_ptr() + 4096, 1)
+
+torch.set_num_threads(1)
+Address = __import__("collections").namedtuple("Address", "seed stream images draws image_offset draw_offset sample_ids")
+shapes = (1, 3), (5, 65), (64, 32), (18, 33)
+weights = {(s, tile): winograd.transform_weight(torch.ones(s[1], s[0], 3, 3), tile) for s in shapes for tile in (2, 4)}
+for unit in cpu.load().units:
+    assert cpu.load().handle.rse_select_unit(unit.encode()) == 0
+    for at_end, dtype, tile, pool, shape, (h, w) in itertools.product(
+        (True, False), winograd.DTYPES, (2, 4), (False, True), shapes, ((1, 1), (3, 6), (5, 5))):
+        inputs, outputs = shape
+        x = guarded((2, inputs, h * (1 + pool), w * (1 + pool)), dtype, at_end).fill_(1)
+        out, residual = guarded((4, outputs, h, w), dtype, at_end), guarded((4, outputs, h, w), dtype, at_end).fill_(1)
+        clean = guarded((2, inputs, h, w), dtype, at_end)
+        u = weights[shape, tile]
+        weight = guarded((1, 1, 1, u.numel()), torch.float32, at_end).view(u.shape).copy_(u)
+        for sigma in (None, torch.ones(1)):
+            at = Address(torch.tensor(1), 0, 2, 2, 0, 0, None)
+            winograd.convolution(x, weight, out, 1, residual=residual, sigma=sigma, at=at, pool=pool, clean=clean)
+        assert (clean == 1).all()
+        regions.clear()
+print("untouched")
+"""
+
+
+def test_nothing_beyond_the_tensors_is_touched(library, run_python):
+    done = run_python("-c", GUARDED)
+    assert done.returncode == 0 and done.stdout.strip() == "untouched", done.stderr
+    assert run_python("-c", GUARDED, "read beyond").returncode < 0  # a guard is one
