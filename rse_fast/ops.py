@@ -12,10 +12,12 @@ import functools
 import inspect
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from rse_fast import autograd, noise
 from rse_fast.address import NoiseAddress
-from rse_fast.layout import packed_like
+from rse_fast.kernels import triton
+from rse_fast.layout import layout, packed_like
 
 _lib = torch.library.Library("rse_fast", "DEF")
 
@@ -130,6 +132,27 @@ for _name, _function, _fake, _gradient in (
     torch.library.register_fake(f"rse_fast::{_name}", _addressed(_fake) if _fake else lambda *_: None, lib=_lib)
     if _name != "add_noise_u8":
         _lib.impl(_name, _gradient_of(_name, _gradient and _addressed(_gradient)), "Autograd")
+
+
+def _add_noise_traced(mode, function, types, args=(), kwargs=None):
+    """On a GPU a compiler takes the Triton kernel itself into its graph, where the shapes are known; all else stays one op."""
+    x, sigma, *at, scale, shift, relu, backend = args[:13]
+    after = args[13] if len(args) > 13 else None
+    known = all(type(n) is int for n in (*x.shape, *at[2:4]))
+    if not (x.device.type == "cuda" and known and backend in ("auto", "triton") and noise.active_backend(x) == "triton"):
+        return mode.__torch_dispatch__(function, types, args, kwargs)
+    with mode:
+        at, lies = NoiseAddress(*at), layout(x)
+        x = x if lies else x.contiguous()
+        out = packed_like(x, at.rows)
+        if after is not None:  # memory that begins in backward ties the kernel to it
+            out = after.new_empty_strided(out.shape, out.stride(), dtype=x.dtype)
+        sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
+        triton.launcher("add_noise")(x, out, lies == "flat", sigma, at, scale, shift, relu)
+        return out
+
+
+torch.library.register_torch_dispatch("rse_fast::add_noise", FunctionalTensorMode, _add_noise_traced, lib=_lib)
 
 
 # --------------------------------------------------------------------------------------------------- two nodes for a tracer

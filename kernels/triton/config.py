@@ -82,6 +82,10 @@ def launch(plan, tensors: tuple, words: tuple, *key) -> None:
     launch is known again by plan and key, and by what else Triton reads of a tensor: its device, and whether its address is a multiple
     of 16. Then the compiled kernel gets addresses in place of tensors. While someone watches launches by a hook, Triton launches.
     """
+    if type(tensors[0]) is not torch.Tensor and not isinstance(tensors[0], torch.nn.Parameter):  # a compiler traces: it takes the kernel in
+        kernel, programs, others = plan(*key)
+        torch.library.wrap_triton(kernel)[(programs,)](*tensors, *words, **others)
+        return
     addresses, bits = [], 0
     for tensor in tensors:
         if tensor is None:
