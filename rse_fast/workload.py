@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, metavar="N", help="at most N images")
     parser.add_argument("--seed", type=int, help="of the noise (default: fresh, kept in the folder)")
     parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
-    parser.add_argument("--chunk-rows", type=int, metavar="ROWS", help="most rows of a packed batch")
+    parser.add_argument("--max-rows", type=int, metavar="ROWS", help="most rows of a packed batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
 
 
