@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 import warnings
@@ -286,14 +287,18 @@ def _cache_folder(root: Path) -> Path:
     return base / "images" / f"{resolved.name}-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:12]}"
 
 
+def memory() -> float:
+    """Bytes of this machine's memory; infinite where it does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
 def _decode_all(files: list[Path], resize: tuple[int, int] | None, channels: int, workers: int | None, progress: bool) -> np.ndarray:
     first = _decode(files[0], resize, channels)
     size = len(files) * first.size
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else size
-    if size > memory / 2:
+    if size > memory() / 2:
         raise ValueError(
             f"resize: {len(files)} images of {_size(first)} take {size / 2**30:.1f} GiB as one array, more than half of this machine's "
-            f"{memory / 2**30:.1f} GiB; give a smaller size"
+            f"{memory() / 2**30:.1f} GiB; give a smaller size"
         )
     images = np.empty((len(files), *first.shape), np.uint8)
     if workers is None:
