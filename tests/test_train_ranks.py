@@ -97,7 +97,7 @@ def test_torchrun_trains_continues_and_leaves_the_run_of_one_process(images, tmp
     train(settings, tmp_path / "one")
     settings.save(tmp_path / "config.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "tiny_training", "train"]
-    command += ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "two")]
+    command += ["--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "two")]
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -217,7 +217,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(i
         return row["event"], row["step"]
 
     assert together(begun) == [["stop", 9], ["stop", 9]]
-    assert main(["--resume", str(tmp_path / "fewer")]) == 0
+    assert main(["--trust", "--resume", str(tmp_path / "fewer")]) == 0
 
     assert os.waitstatus_to_exitcode(os.waitpid(_stopped(settings, tmp_path / "more"), 0)[1]) == 0
     together(lambda rank: train(settings, tmp_path / "more", resume=True)["event"])
@@ -263,7 +263,7 @@ def test_two_processes_continue_bit_for_bit(images, tmp_path, together, defence)
 
 def test_a_batch_that_does_not_divide_is_named(images, tmp_path, together):
     def work(rank):
-        return main(["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")])
+        return main(["--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")])
 
     config(images, batch_size=17).save(tmp_path / "config.json")
     assert together(work) == [2, 2] and not (tmp_path / "run").exists()

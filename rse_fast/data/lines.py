@@ -68,6 +68,10 @@ def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def is_index(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**32
+
+
 def is_integer(value: object) -> bool:
     return type(value) is int and abs(value) < 2**64
 

@@ -3,11 +3,16 @@
 import contextlib
 import importlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run has died, or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def connect(device: str = "auto"):
     """Yields the `Ranks` of this process, connected to the others for the time of the ``with``: NCCL on GPUs, Gloo on CPUs.
 
     device: a torch device, "auto" for a GPU where there is one. With several processes each takes the GPU of its local rank. Raises
-    ValueError for a device that cannot be used.
+    ValueError for a device that cannot be used, `ProcessLost` where another process is gone.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -65,6 +70,20 @@ def connect(device: str = "auto"):
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     owner = not distributed.is_initialized()
+    try:
+        yield from _connected(chosen, owner)
+    except RuntimeError as error:
+        if not _of_the_connection(error):
+            raise
+        raise ProcessLost(f"another process of this run has died or cannot be reached ({str(error).splitlines()[0][:200]})") from error
+
+
+def _of_the_connection(error):
+    """Gloo has no class of its own for what NCCL calls a DistBackendError."""
+    return isinstance(error, distributed.DistError) or re.search(r"gloo|Connection (closed|reset|refused)|Broken pipe", str(error))
+
+
+def _connected(chosen, owner):
     if owner:
         # Imported before there is a group: its functions take the group of that moment as a default argument, and a group held there stays
         # alive after it is destroyed, with threads that abort the process if they need the interpreter while it shuts down.
