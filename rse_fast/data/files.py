@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import stat
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -57,25 +56,15 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"out: cannot write in {str(folder)!r}: {str(there)!r} {why}; name another folder")
 
 
+_held: dict[tuple[int, str], object] = {}  # files that threads of this process write; by process, as a fork inherits them
+
+
 class _Claimed(io.BufferedRandom):
-    """A file that this process writes alone. ``held`` names those of all its threads, which the locks of POSIX do not tell apart."""
-
-    held: set[str] = set()
-    changing = threading.Lock()
-
-    def __init__(self, path):
-        self._name = os.path.realpath(path)
-        with self.changing:
-            if self._name in self.held:  # asked before it is opened: to close it again would give up the lock of the other thread
-                raise BlockingIOError
-            super().__init__(io.FileIO(path, "a+"))
-            self.held.add(self._name)
+    key = None
 
     def close(self):
-        with self.changing:
-            if not self.closed:
-                super().close()
-                self.held.discard(self._name)
+        super().close()
+        _held.pop(self.key, None)
 
 
 def claim(path: str | os.PathLike[str]) -> BinaryIO:
@@ -84,21 +73,24 @@ def claim(path: str | os.PathLike[str]) -> BinaryIO:
     Raises ValueError where another process, or another thread of this one, has it so. Other processes are not noticed on Windows and where
     the file system knows no locks.
     """
-    file = None
+    key, owner = (os.getpid(), os.path.realpath(path)), object()
+    # Asked before it is opened: the locks of POSIX belong to the process, and to close the file again would give up the other thread's.
+    if _held.setdefault(key, owner) is not owner:
+        raise ValueError(f"out: another thread of this process is writing {os.fspath(path)!r}; wait for it, or name another folder")
     try:
-        file = _Claimed(path)
+        file = _Claimed(io.FileIO(path, "a+"))
+    except BaseException:
+        del _held[key]
+        raise
+    file.key = key
+    try:
         if fcntl is not None:  # this kind of lock is not left with the worker processes of one that was killed
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        if file is None and isinstance(error, PermissionError):  # it could not be opened
-            raise
-        who = "another process" if file is not None else "another thread of this process"
-        if file is not None:
-            file.close()
-        raise ValueError(f"out: {who} is writing {os.fspath(path)!r}; wait for it, or name another folder") from None
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"out: another process is writing {os.fspath(path)!r}; wait for it, or name another folder") from None
     except OSError:
-        if file is None:
-            raise
+        pass
     return file
 
 

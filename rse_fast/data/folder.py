@@ -161,12 +161,17 @@ def _check_resize(resize: tuple[int, int] | int | None) -> tuple[int, int] | Non
 
 
 def _folders(folder: Path) -> list[Path]:
-    """What a user would call the folders in a folder, sorted by name. ValueError for a link that leads nowhere."""
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    for entry in entries:
-        if not entry.exists():
-            raise ValueError(f"path: {str(entry)!r} is a link to what is not there")
-    return [entry for entry in entries if entry.is_dir()]
+    """The folders in a folder, sorted by name, without hidden ones. ValueError for a link that leads nowhere, where it may stand for one."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                found.append(folder / entry.name)
+            elif entry.is_symlink() and not os.path.exists(entry) and not Path(entry.name).suffix:
+                raise ValueError(f"path: {entry.path!r} is a link to what is not there")
+    return sorted(found)
 
 
 def _find_parts(root: Path) -> dict[str, Path]:
@@ -201,7 +206,8 @@ def _find_parts(root: Path) -> dict[str, Path]:
 def _list_classes(folder: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
     """Image files sorted by class and name, their labels int64 [N], and the class names."""
     classes = [_utf8(entry) for entry in _folders(folder)]
-    loose = sum(entry.suffix.lower() in _IMAGE_SUFFIXES and entry.is_file() for entry in folder.iterdir() if entry.name[0] != ".")
+    with os.scandir(folder) as entries:
+        loose = sum(_is_image_name(entry.name) and entry.is_file() for entry in entries)
     if len(classes) < 2:
         found = f"{[entry.name for entry in classes]}" + (f" and {loose} images that lie in none" if loose else "")
         raise ValueError(f"path: expected at least two class folders in {str(folder)!r}, found {found}; {_LAYOUTS}")
@@ -211,22 +217,27 @@ def _list_classes(folder: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]
     labels: list[int] = []
     for label, within in enumerate(classes):
         found: list[Path] = []
-        for entry in within.iterdir():
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                text = f"path: expected images in the class folder {str(within)!r}, found the folder {entry.name!r}; {_LAYOUTS}"
-                raise ValueError(text)
-            if entry.suffix.lower() in _IMAGE_SUFFIXES:
+        with os.scandir(within) as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.is_dir():
+                    text = f"path: expected images in the class folder {str(within)!r}, found the folder {entry.name!r}; {_LAYOUTS}"
+                    raise ValueError(text)
+                if not _is_image_name(entry.name):
+                    continue
                 if not entry.is_file():
-                    what = "a link to what is not there" if entry.is_symlink() else "no regular file, but a pipe or a device"
+                    there = os.path.exists(entry)
+                    what = "no regular file, but a pipe or a device" if there else "a link to what is not there"
                     raise ValueError(f"path: expected images in the class folder {str(within)!r}, found {entry.name!r}, which is {what}")
-                found.append(_utf8(entry))
+                found.append(_utf8(within / entry.name))
         if not found:
             raise ValueError(f"path: no images in the class folder {str(within)!r}")
         files += sorted(found)
         labels += [label] * len(found)
     return files, np.array(labels, dtype=np.int64), tuple(entry.name for entry in classes)
+
+
+def _is_image_name(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
 
 
 def _utf8(entry: Path) -> Path:

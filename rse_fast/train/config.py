@@ -135,7 +135,7 @@ class Config:
             raise ValueError(f"config: expected the fields of a training run in {str(path)!r}, got {unknown}")
         try:
             return cls(**found)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{error} (in {str(path)!r})") from error
 
 
@@ -151,7 +151,7 @@ def _checked(f, value):
 
 def _value(name, rule, value):
     kind = rule["kind"]
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not kind:
         raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}")
