@@ -306,6 +306,17 @@ def test_a_model_of_the_users_own(images, tmp_path, monkeypatch):
     del sys.modules["mine_of_test_train_command"]
 
 
+def test_auxiliary_heads_leave_the_main_one_to_be_trained(run, images, tmp_path, capsys):
+    rows = []
+    for kind in ("tuple", "dict"):
+        model = ["--epochs", "2", "--model", f"tiny_training:net_with_a_{kind}"]
+        assert main(["--data", str(images), "--out", str(tmp_path / kind), *TINY, *model]) == 0
+        rows.append(without_times(read(tmp_path / kind / "log.jsonl")))
+    assert rows[0] == rows[1] == without_times(read(run[0] / "log.jsonl"))
+    assert main(["--data", str(images), "--out", str(tmp_path / "puzzle"), *TINY, "--model", "tiny_training:net_with_a_puzzle"]) == 2
+    assert "model: expected logits [B, num_classes] in training, a tuple" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("defence", "error"), [("plain", 1e-3), ("rse", 0.1)])
 def test_compiled_training_is_the_same_training(images, tmp_path, compiler, defence, error):

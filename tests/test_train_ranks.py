@@ -267,3 +267,36 @@ def test_a_batch_that_does_not_divide_is_named(images, tmp_path, together):
 
     config(images, batch_size=17).save(tmp_path / "config.json")
     assert together(work) == [2, 2] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_after_a_process_died_the_other_says_how_to_go_on(images, tmp_path, dies):
+    settings = config(images, epochs=2, **PLAIN)
+    settings.save(tmp_path / "config.json")
+
+    def work(rank):
+        if rank == dies:
+            advance = Trainer.advance
+
+            def killed(self):
+                if self.step == 8:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return advance(self)
+
+            Trainer.advance = killed
+        sys.stderr = open(tmp_path / "said", "a", buffering=1)
+        return main(["--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")])
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_fork(work, rank, 2, port, tmp_path / f"result-{rank}") for rank in (0, 1)]
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert statuses[dies] == -signal.SIGKILL and statuses[1 - dies] == 0, (tmp_path / f"result-{1 - dies}").read_text()
+    assert json.loads((tmp_path / f"result-{1 - dies}").read_text()) == 1
+    (said,) = [line for line in (tmp_path / "said").read_text().splitlines() if "rse-fast" in line]
+    assert said.startswith("rse-fast train: another process of this run has died or cannot be reached (")
+    assert said.endswith(f"rse-fast train --resume {tmp_path / 'run'} --trust")
+    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert main(said.split("rse-fast train ")[1].split()) == 0
+    assert read(tmp_path / "run" / "log.jsonl")[-1]["event"] == "end"

@@ -161,7 +161,7 @@ def _check_resize(resize: tuple[int, int] | int | None) -> tuple[int, int] | Non
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted by name, without hidden ones. ValueError for a link that leads nowhere, where it may stand for one."""
+    """The folders in a folder, sorted, without hidden ones. ValueError for a link that leads nowhere, where it may stand for one."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
