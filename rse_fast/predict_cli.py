@@ -17,7 +17,7 @@ from tqdm import tqdm
 from rse_fast import data, workload
 from rse_fast.data import lines
 from rse_fast.ensemble import Ensemble, shard
-from rse_fast.train.distributed import ProcessLost, connect
+from rse_fast.train.distributed import ProcessLost, connect, leave
 
 _FIELDS = {
     "index": lines.is_index, "label": lines.is_integer, "predicted": lines.is_integer, "probability": lines.is_number,
@@ -36,8 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rse-fast predict: {workload.named(error)}", file=sys.stderr)
         return 2
     except ProcessLost as error:
-        print(f"rse-fast predict: {error}; the same command continues in {args.out}", file=sys.stderr)
-        return 1
+        leave(f"rse-fast predict: {error}; the same command continues in {args.out}")
     except OSError as error:
         print(f"rse-fast predict: {workload.unwritten(error, args.out, 'predictions-*.jsonl')}", file=sys.stderr)
         return 1

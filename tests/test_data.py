@@ -345,6 +345,15 @@ def test_the_cache_is_safe_where_several_write_it(tmp_path):
     assert {path.name for path in cached.parent.iterdir()} == {cached.name, ".lock"}
 
 
+def test_a_user_without_a_home_has_no_cache(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where neither HOME nor the table of users says
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.warns(UserWarning, match="not cached.*RSE_FAST_CACHE"):
+        assert len(data.image_folder(tmp_path).train) == 14
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     make_folder(tmp_path / "images")
     (tmp_path / "occupied").write_text("a file where a folder is needed")

@@ -292,8 +292,7 @@ def test_after_a_process_died_the_other_says_how_to_go_on(images, tmp_path, dies
         port = free.getsockname()[1]
     children = [_fork(work, rank, 2, port, tmp_path / f"result-{rank}") for rank in (0, 1)]
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert statuses[dies] == -signal.SIGKILL and statuses[1 - dies] == 0, (tmp_path / f"result-{1 - dies}").read_text()
-    assert json.loads((tmp_path / f"result-{1 - dies}").read_text()) == 1
+    assert statuses[dies] == -signal.SIGKILL and statuses[1 - dies] == 1, (tmp_path / f"result-{1 - dies}").read_text()
     (said,) = [line for line in (tmp_path / "said").read_text().splitlines() if "rse-fast" in line]
     assert said.startswith("rse-fast train: another process of this run has died or cannot be reached (")
     assert said.endswith(f"rse-fast train --resume {tmp_path / 'run'} --trust")

@@ -258,7 +258,11 @@ def _load_cached(
         raise ValueError(f"path: cannot read the image {str(error.filename)!r}: {error.strerror}") from error
     key = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
     kind = f"images-v1-{'x'.join(map(str, resize)) if resize else 'native'}-{channels}"
-    folder = _cache_folder(root)
+    try:
+        folder = _cache_folder(root)
+    except RuntimeError as error:  # a user without a home
+        warnings.warn(f"decoded images are not cached ({error}); RSE_FAST_CACHE names a folder for them", stacklevel=3)
+        return _decode_all(files, resize, channels, workers, progress)
     cached = folder / f"{kind}-{key}.npy"
     if cached.is_file():
         try:

@@ -10,13 +10,13 @@ from pathlib import Path
 from rse_fast import models, workload
 from rse_fast.train.checkpoint import CheckpointError
 from rse_fast.train.config import Config, size
-from rse_fast.train.distributed import ProcessLost
+from rse_fast.train.distributed import ProcessLost, leave
 from rse_fast.train.run import train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 at the end and after SIGTERM; 130 after Ctrl-C, saved as well; 1 when training diverges or the disk is
-    full; 2 for bad input."""
+    full; 2 for bad input. Ends the process with 1 where another one of the run is gone."""
     args = _parser().parse_args(argv)
     try:
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rse-fast train: {workload.named(error)}", file=sys.stderr)
         return 2
     except ProcessLost as error:
-        print(f"rse-fast train: {error}; to continue from the newest checkpoint: {_continued(config, out)}", file=sys.stderr)
-        return 1
+        leave(f"rse-fast train: {error}; to continue from the newest checkpoint: {_continued(config, out)}")
     except FloatingPointError as error:
         print(f"rse-fast train: {error}; what was saved before is in {out}", file=sys.stderr)
         return 1

@@ -4,8 +4,10 @@ import contextlib
 import importlib
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, distributed
@@ -71,11 +73,21 @@ def connect(device: str = "auto"):
         torch.cuda.set_device(chosen)
     owner = not distributed.is_initialized()
     try:
-        yield from _connected(chosen, owner)
+        if owner:
+            # Imported before there is a group: its functions take the group of that moment as a default argument, and a group held there
+            # stays alive after it is destroyed, with threads that abort the process if they need the interpreter while it shuts down.
+            importlib.import_module("torch.distributed.nn.functional")
+            distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        yield Ranks(distributed.get_rank(), distributed.get_world_size(), chosen)
     except RuntimeError as error:
         if not _of_the_connection(error):
             raise
-        raise ProcessLost(f"another process of this run has died or cannot be reached ({str(error).splitlines()[0][:200]})") from error
+        owner = False  # to leave the group would wait for the dead one
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])[:100]
+        raise ProcessLost(f"another process of this run has died or cannot be reached ({reason})") from error
+    finally:
+        if owner and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _of_the_connection(error):
@@ -83,14 +95,8 @@ def _of_the_connection(error):
     return isinstance(error, distributed.DistError) or re.search(r"gloo|Connection (closed|reset|refused)|Broken pipe", str(error))
 
 
-def _connected(chosen, owner):
-    if owner:
-        # Imported before there is a group: its functions take the group of that moment as a default argument, and a group held there stays
-        # alive after it is destroyed, with threads that abort the process if they need the interpreter while it shuts down.
-        importlib.import_module("torch.distributed.nn.functional")
-        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size(), chosen)
-    finally:
-        if owner:
-            distributed.destroy_process_group()
+def leave(text: str) -> NoReturn:
+    """Says why and ends this process with status 1, at once: threads of its group may wait for the dead one for half an hour."""
+    print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
