@@ -143,6 +143,28 @@ def test_only_regular_files_are_images(tmp_path, what):
         data.load(tmp_path)
 
 
+def test_an_image_is_handed_to_no_other_program(tmp_path, monkeypatch):
+    """PostScript under another name is Ghostscript's to Pillow."""
+    make_folder(tmp_path / "images", per_class=3)
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch '{tmp_path / 'it ran'}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    bad = tmp_path / "images" / "dog" / "x.png"
+    bad.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 7\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match="^path: cannot read the image .*x.png"):
+        data.load(tmp_path / "images")
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_links_in_a_circle_are_named(tmp_path):
+    make_folder(tmp_path, per_class=3)
+    (tmp_path / "dog" / "x.png").symlink_to("y.png")
+    (tmp_path / "dog" / "y.png").symlink_to("x.png")
+    with pytest.raises(ValueError, match="^path: .*[xy].png"):
+        data.load(tmp_path)
+
+
 def replace_by_pipe(path: Path) -> Path:
     path.unlink(missing_ok=True)
     os.mkfifo(path)

@@ -19,6 +19,7 @@ from rse_fast.data.files import claim, open_regular, write_atomically
 from rse_fast.data.parts import Part, Splits, split
 
 _IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow would hand others to programs: PostScript to Ghostscript
 _DECODABLE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa"})
 _FILES_PER_TASK = 64
 _PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
@@ -353,7 +354,7 @@ def _decode(file: Path, resize: tuple[int, int] | None, channels: int) -> np.nda
     from PIL import Image, ImageOps
 
     try:
-        with open_regular(file) as opened, Image.open(opened) as image:
+        with open_regular(file) as opened, Image.open(opened, formats=_FORMATS) as image:
             if image.mode not in _DECODABLE_MODES:
                 raise ValueError(f"pixels of mode {image.mode!r} (more than 8 bits) are not supported; convert it to 8-bit grey or RGB")
             upright = image.convert("RGB" if channels == 3 else "L")
