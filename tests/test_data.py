@@ -13,7 +13,7 @@ from tiny_images import Image, Unpickled, cached_files, make_folder, random_pixe
 
 from rse_fast import data
 
-pytestmark = pytest.mark.usefixtures("no_cache_elsewhere")
+pytestmark = [pytest.mark.usefixtures("no_cache_elsewhere"), pytest.mark.filterwarnings("ignore:.*has no train/ and test/")]
 
 
 # Digits
