@@ -69,7 +69,7 @@ def of_run(folder: Path, images: int) -> tuple[str, nn.Module, torch.Tensor, tor
     (x,) = splits.test.fetch([picked])
     calibration, _ = next(data.batches(splits.val, 256))
     x, y = x.to(device()).float().div_(255), splits.test.labels[picked].to(device())
-    return f"{config.model} network on {splits.name}", train.load_model(folder, device=device()), x, y, calibration.to(device())
+    return f"{config.model} network on {splits.name}", train.load_model(folder, device=device(), trust=True), x, y, calibration.to(device())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,6 +21,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # until the gradient of the input, as large as itself, is there; larger ones are freed before.
 ONE_CALL = 2**22
 
+NO_DERIVATIVE = "this op is for inference and has no forward-mode derivative; take add_noise or noisy_conv, which have one"
 NO_GRADIENT = (
     "this op is for inference and has no gradient, but one of its inputs requires one: call it under torch.no_grad(), or take "
     "add_noise or noisy_conv, which have one"
@@ -36,6 +37,7 @@ def is_direct(x: torch.Tensor) -> bool:
         or type(x) not in _PLAIN
         or x.is_meta
         or torch._C._get_tracing_state()
+        or torch.autograd.profiler._is_profiler_enabled  # a profile names the op
     )
 
 
@@ -102,7 +104,9 @@ def sigma_grad(g, at, per_channel, backend="auto") -> torch.Tensor:
 
 def add_noise_(x, sigma, at, scale=None, shift=None, relu=False, backend="auto") -> None:
     """`add_noise` in the memory of x, for inference."""
-    if not is_direct(x) or is_transformed():
+    if is_transformed():
+        raise RuntimeError(NO_DERIVATIVE)
+    if not is_direct(x):
         return _registered.add_noise_.default(x, sigma, *at, scale, shift, relu, backend)
     if _wants_gradient(x, sigma, scale, shift):
         raise RuntimeError(NO_GRADIENT)
@@ -111,7 +115,9 @@ def add_noise_(x, sigma, at, scale=None, shift=None, relu=False, backend="auto")
 
 def activate_noise(x, sigma, at, scale=None, shift=None, relu=False, pool=False, backend="auto", keep=True):
     """(noisy, clean) of ``maxpool?(act(x * scale + shift))`` in one pass, for inference."""
-    if not is_direct(x) or is_transformed():
+    if is_transformed():
+        raise RuntimeError(NO_DERIVATIVE)
+    if not is_direct(x):
         return _registered.activate_noise.default(x, sigma, *at, scale, shift, relu, pool, backend, keep)
     if _wants_gradient(x, sigma, scale, shift):
         raise RuntimeError(NO_GRADIENT)

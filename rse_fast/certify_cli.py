@@ -1,12 +1,11 @@
 """``rse-fast certify``: certified L2 radius of every image of a test set, in a folder that a killed run continues.
 
-The folder: ``certify.json`` (what is certified, and how), ``certified.tsv`` (a line an image, flushed as it is done), and at the end
-``summary.json``, ``summary.md`` and ``certified.png``, certified accuracy against radius. An image's line depends on the settings and its
-index alone, so a run that was killed and continued gives the table of one that was not, times apart.
+The folder: ``certify.json`` (what is certified, and how), ``certified.tsv`` (a line an image with its checksum, flushed as it is done), and
+at the end ``summary.json``, ``summary.md`` and ``certified.png``, certified accuracy against radius. An image's line depends on the
+settings and its index alone, so a run that was killed and continued gives the table of one that was not, times apart.
 """
 
 import argparse
-import csv
 import json
 import math
 import platform
@@ -22,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from rse_fast import data, run_inputs
+from rse_fast.data import lines
 from rse_fast.ensemble import Ensemble
 from rse_fast.smoothing import COVERS, certify, clopper_pearson, input_noise
 
@@ -44,6 +44,7 @@ class Row:
 
 
 COLUMNS = [f.name for f in fields(Row)]
+_HEADS = ["\t".join(columns).encode() for columns in (COLUMNS, [*COLUMNS, "crc32"])]  # of older versions, and of this one
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,10 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(argv)
     except (ValueError, TypeError) as error:
-        print(f"rse-fast certify: {error}", file=sys.stderr)
+        print(f"rse-fast certify: {run_inputs.named(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"rse-fast certify: {error}; what was certified before is in --out", file=sys.stderr)
+        print(f"rse-fast certify: {run_inputs.unwritten(error, _parser().parse_args(argv).out, 'certified.tsv')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues in the same folder", file=sys.stderr)
@@ -100,15 +101,32 @@ def _parser():
 
 # -------------------------------------------------------------------------------------------------------------------- the table
 def read_table(path: Path) -> list[Row]:
-    """The whole lines of a table; a last one that was cut off is not there. Raises ValueError for another file."""
-    text = path.read_text() if path.exists() else ""
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    if lines and lines[0].split("\t") != COLUMNS:
-        raise ValueError(f"--out: expected the columns {' '.join(COLUMNS)} in {str(path)!r}, got {lines[0]!r}")
-    try:
-        return [Row(*(f.type(value) for f, value in zip(fields(Row), line, strict=True))) for line in csv.reader(lines[1:], delimiter="\t")]
-    except ValueError as error:
-        raise ValueError(f"--out: {str(path)!r} is damaged ({error})") from error
+    """The whole lines of a table; a last one that was cut off is not there. Raises ValueError for another file, and a damaged one. One of
+    an older version has no checksums, which a warning says."""
+    found = []
+    if not path.exists():
+        return found
+    with data.open_regular(path) as file:
+        whole = [line[:-1] for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    if whole and whole[0] not in _HEADS:
+        raise ValueError(f"--out: expected the columns {' '.join(COLUMNS)} in {str(path)!r}, got {whole[0][:200]!r}")
+    sealed = whole[:1] == _HEADS[1:]
+    for number, line in enumerate(whole[1:], start=2):
+        try:
+            if sealed:
+                line, _, checksum = line.rpartition(b"\t")
+                if lines.checksum(line).encode() != checksum:
+                    raise ValueError("its checksum differs")
+            row = Row(*(f.type(value) for f, value in zip(fields(Row), line.decode().split("\t"), strict=True)))
+            if not (0 <= row.index < 2**32 and row.correct in (0, 1) and 0 <= row.radius < math.inf and math.isfinite(row.seconds)):
+                raise ValueError("a value is out of range")
+            found.append(row)
+        except ValueError as error:
+            raise ValueError(f"--out: line {number} of {str(path)!r} is damaged ({str(error)[:100]})") from error
+    if len(whole) > 1 and not sealed:
+        text = f"{str(path)!r} has no checksums, as older versions wrote it: were it damaged, nothing would tell"
+        warnings.warn(text, stacklevel=2)
+    return found
 
 
 def _run(args, ensemble, part, rows, settings, command):
@@ -117,7 +135,9 @@ def _run(args, ensemble, part, rows, settings, command):
     done = {row.index for row in table}
     with data.append(path) as file:
         if not file.tell():
-            file.write(("\t".join(COLUMNS) + "\n").encode())
+            file.write(_HEADS[1] + b"\n")
+        file.seek(0)
+        sealed = file.readline() == _HEADS[1] + b"\n"  # a table of an older version goes on as it is
         # As many neighbours at once as the selection's draws leave room for, so that a large device is not idle.
         x = run_inputs.images(part, rows[:1], args.device)
         size = max(1, ensemble.rows(x) // args.n0) if args.every == 1 else 1
@@ -126,7 +146,8 @@ def _run(args, ensemble, part, rows, settings, command):
             for group in run_inputs.neighbours(waiting, size):
                 for row in _certify(args, ensemble, part, group, settings):
                     table.append(row)
-                    file.write(("\t".join(map(str, asdict(row).values())) + "\n").encode())
+                    text = "\t".join(map(str, asdict(row).values()))
+                    file.write((text + f"\t{lines.checksum(text.encode())}" * sealed + "\n").encode())
                     file.flush()
                 bar.update(len(group))
                 bar.set_postfix_str(f"certified {sum(r.correct for r in table) / len(table):.1%}")

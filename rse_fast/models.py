@@ -9,6 +9,9 @@ Parameter counts are those of the default arguments (BatchNorm's running statist
 """
 
 import importlib
+import os
+import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -220,14 +223,41 @@ def make(name: str, num_classes: int, in_channels: int) -> nn.Module:
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes, in_channels=in_channels)
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(f"model: expected one of {', '.join(MODELS)} or package.module:function, got {name!r}")
     try:
-        factory = getattr(importlib.import_module(module), function)
+        factory = function(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model: cannot import {name!r}: {error}") from error
     model = factory(num_classes=num_classes, in_channels=in_channels)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected {name!r} to return an nn.Module, got {type(model).__name__}")
     return model
+
+
+def function(name: str) -> Callable:
+    """What "package.module:function" names, imported: the code of its author runs. ImportError, AttributeError or ValueError if there is
+    none."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def search_working_directory() -> None:
+    """For the commands: "module:function" may name a module in the working directory, which replaces no installed one."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def main_output(found: object) -> Tensor:
+    """The logits in what a model returns in training, where one with auxiliary heads gives a tuple or a dict: the first of a tuple, as in
+    torchvision and timm, and "logits" or "out" of a dict. Raises TypeError for anything else."""
+    if isinstance(found, dict):
+        found = found.get("logits", found.get("out"))
+    elif isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "model: expected logits [B, num_classes] in training, a tuple that begins with them, or a dict with 'logits' or 'out', "
+            f"got {type(found).__name__}"
+        )
+    return found

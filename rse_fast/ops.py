@@ -102,6 +102,8 @@ def _gradient_of(name, apply):
     op = getattr(torch.ops.rse_fast, name).default
 
     def run(*args):
+        if apply is None and autograd.is_transformed():
+            raise RuntimeError(autograd.NO_DERIVATIVE)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             if apply is None:
                 raise RuntimeError(autograd.NO_GRADIENT)
@@ -139,7 +141,7 @@ def _add_noise_traced(mode, function, types, args=(), kwargs=None):
     x, sigma, *at, scale, shift, relu, backend = args[:13]
     after = args[13] if len(args) > 13 else None
     known = all(type(n) is int for n in (*x.shape, *at[2:4]))
-    if not (x.device.type == "cuda" and known and backend in ("auto", "triton") and noise.active_backend(x) == "triton"):
+    if not (known and "triton" in (backend, backend == "auto" and noise.active_backend(x))):
         return mode.__torch_dispatch__(function, types, args, kwargs)
     with mode:
         at, lies = NoiseAddress(*at), layout(x)

@@ -1,12 +1,13 @@
 """``rse-fast predict``: labels a data set with the ensemble, on one or many devices, in a folder that a killed run continues.
 
-The folder: ``predict.json`` (what predicts, and how), ``predictions-RANK.jsonl`` (a line an image, flushed batch by batch), and at the end
-``predictions.jsonl``, in the order of the data set. Under torchrun each process takes a contiguous share of the images. An image's line
-depends on the settings and its index alone, not on the number of processes; another order of sums may round its last digits otherwise.
+The folder: ``predict.json`` (what predicts, and how), ``predictions-RANK.jsonl`` (a line an image with its checksum, flushed batch by
+batch), and at the end ``predictions.jsonl``, in the order of the data set. Under torchrun each process takes a contiguous share of the
+images. An image's line depends on the settings and its index alone, not on the number of processes; another order of sums may round its
+last digits otherwise. What is not finite is null.
 """
 
 import argparse
-import json
+import math
 import sys
 from pathlib import Path
 
@@ -14,8 +15,14 @@ from torch import distributed
 from tqdm import tqdm
 
 from rse_fast import data, run_inputs
+from rse_fast.data import lines
 from rse_fast.ensemble import Ensemble, shard
-from rse_fast.train.distributed import connect
+from rse_fast.train.distributed import ProcessLost, connect, leave
+
+_FIELDS = {
+    "index": lines.is_index, "label": lines.is_integer, "predicted": lines.is_integer, "probability": lines.is_number,
+    "entropy": lines.is_number, "mutual_information": lines.is_number, "draws_used": lines.is_integer,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
             args.device = ranks.device
             _run(args, ranks)
     except (ValueError, TypeError) as error:
-        print(f"rse-fast predict: {error}", file=sys.stderr)
+        print(f"rse-fast predict: {run_inputs.named(error)}", file=sys.stderr)
         return 2
+    except ProcessLost as error:
+        leave(f"rse-fast predict: {error}; the same command continues in {args.out}")
     except OSError as error:
-        print(f"rse-fast predict: {error}; what was predicted before is in {args.out}", file=sys.stderr)
+        print(f"rse-fast predict: {run_inputs.unwritten(error, args.out, 'predictions-*.jsonl')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; the same command continues in {args.out}", file=sys.stderr)
@@ -72,38 +81,30 @@ def _run(args, ranks):
     ):
         for group in run_inputs.neighbours(mine, max(1, 4 * ensemble.rows(run_inputs.images(part, rows[:1], args.device)) // args.draws)):
             out = ensemble.predict(run_inputs.images(part, group, args.device), seed=settings["seed"], image_offset=group[0])
-            lines = [json.dumps(_line(i, part.labels[i], out, k)) + "\n" for k, i in enumerate(group)]
-            file.write("".join(lines).encode())
+            file.write(b"".join(lines.json_line(_row(i, part.labels[i], out, k)) for k, i in enumerate(group)))
             file.flush()
             bar.update(len(group))
     if ranks.size > 1:
         distributed.barrier()
     if ranks.main:
         done = read(args.out)
-        lines = [json.dumps(done[i]) + "\n" for i in rows]
-        data.write_atomically(args.out / "predictions.jsonl", lambda file: file.write("".join(lines).encode()))
+        whole = b"".join(lines.json_line(done[i]) for i in rows)
+        data.write_atomically(args.out / "predictions.jsonl", lambda file: file.write(whole))
         right = sum(done[i]["label"] == done[i]["predicted"] for i in rows) / len(rows)
         draws = sum(done[i]["draws_used"] for i in rows) / len(rows)
         print(f"{len(rows)} images, accuracy {right:.2%}, {draws:.1f} draws an image; {args.out / 'predictions.jsonl'}")
 
 
-def _line(index, label, out, k):
+def _row(index, label, out, k):
+    def number(value):
+        return round(float(value), 6) if math.isfinite(value) else None
+
     return {
-        "index": index, "label": int(label), "predicted": int(out.labels[k]), "probability": round(float(out.probs[k].max()), 6),
-        "entropy": round(float(out.entropy[k]), 6), "mutual_information": round(float(out.mutual_information[k]), 6),
-        "draws_used": int(out.draws_used[k]),
+        "index": index, "label": int(label), "predicted": int(out.labels[k]), "probability": number(out.probs[k].max()),
+        "entropy": number(out.entropy[k]), "mutual_information": number(out.mutual_information[k]), "draws_used": int(out.draws_used[k]),
     }  # fmt: skip
 
 
 def read(folder: Path) -> dict[int, dict]:
-    """The lines of every process's table by image; a last one that was cut off is not there. Raises ValueError for a damaged file."""
-    done = {}
-    for path in folder.glob("predictions-*.jsonl"):
-        text = path.read_text()
-        for line in text[: text.rfind("\n") + 1].splitlines():
-            try:
-                row = json.loads(line)
-                done[row["index"]] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"--out: {str(path)!r} is damaged ({error})") from error
-    return done
+    """The rows of every process's file by image; a last line that was cut off is not there. Raises ValueError for a damaged file."""
+    return {row["index"]: row for path in sorted(folder.glob("predictions-*.jsonl")) for row in lines.json_lines(path, _FIELDS)}

@@ -2,25 +2,24 @@
 
 import argparse
 import hashlib
-import importlib
 import json
-import os
+import re
 import secrets
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from rse_fast import data, train
+from rse_fast import data, models, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `load` reads."""
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder of rse-fast train")
     parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="in place of RUN: returns a converted model with its weights")
-    parser.add_argument("--data", help="data set, as in rse-fast train (default: the run's, or digits)")
+    add_trust(parser)
+    add_data(parser)
     parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th image (default: %(default)s)")
     parser.add_argument("--images", type=int, metavar="N", help="at most N images")
@@ -28,6 +27,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
     parser.add_argument("--max-rows", type=int, metavar="ROWS", help="most rows of a packed batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust", action="store_true", help="import the model that the configuration of a run folder names, its code")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The options that `splits` reads, with ``run``."""
+    parser.add_argument("--data", metavar="DATA", help="data set, as in rse-fast train (default: the run's, or digits)")
+    parser.add_argument("--resize", type=train.config.size, metavar="N|HxW", help="size of a folder's images (default: the run's)")
+
+
+def splits(args: argparse.Namespace) -> data.Splits:
+    """The data set that the options name."""
+    if args.run is None:
+        return data.load(args.data or "digits", resize=args.resize, progress=True)
+    return train.load_data(train.Config.load(args.run / "config.json"), args.data, args.resize)
+
+
+def model_of(run: Path, trust: bool, device: str = "cpu") -> nn.Module:
+    """The model of a run folder. A module that it names may lie in the working directory, if it is trusted."""
+    if trust and ":" in train.Config.load(run / "config.json").model:
+        models.search_working_directory()
+    return train.load_model(run, device=device, trust=trust)
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
@@ -41,25 +64,22 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
     for name in ("every", "images"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name}: expected at least 1, got {value}")
-    sys.path.insert(0, os.getcwd())  # where a user's own module is
     if args.run is not None:
-        config = train.Config.load(args.run / "config.json")
-        model = train.load_model(args.run)
-        splits = train.load_data(config, args.data)
+        model = model_of(args.run, args.trust)
     else:
-        module, _, function = args.model.partition(":")
+        models.search_working_directory()
         try:
-            model = getattr(importlib.import_module(module), function)()
+            model = models.function(args.model)()
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"--model: expected package.module:function, got {args.model!r} ({error})") from error
-        splits = data.load(args.data or "digits", progress=True)
+    found = splits(args)
     model = model.to(args.device).eval()
-    part = getattr(splits, args.part)
+    part = getattr(found, args.part)
     rows = range(0, len(part), args.every)[: args.images]
     if not len(rows):
         raise ValueError(f"--part: {args.part} of the data set has no images")
-    facts = {"model": args.model or str(args.run), "weights": digest(model.state_dict()), "data": splits.name}
-    facts |= {"labels": digest({"labels": part.labels}), "part": args.part}
+    facts = {"model": args.model or str(args.run), "weights": digest(model.state_dict()), "data": found.name}
+    facts |= {"labels": digest({"labels": part.labels}), "part": args.part, "resize": args.resize and repr(args.resize)}
     return model, part, rows, facts
 
 
@@ -85,19 +105,34 @@ def open_folder(out: Path, name: str, settings: dict, seed: int | None) -> dict:
     """
     path = out / name
     if not path.exists():
+        data.check_writable(out)
         out.mkdir(parents=True, exist_ok=True)
         settings = settings | {"seed": secrets.randbits(63) if seed is None else seed}
         data.write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         return settings
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
+        found = data.read_json(path)
+        if not isinstance(found, dict) or type(found.get("seed")) is not int or not 0 <= found["seed"] < 2**64:
+            raise ValueError("expected settings with a seed")
+    except (OSError, ValueError) as error:
         raise ValueError(f"--out: cannot read {str(path)!r}: {error}") from error
     wanted = settings | {"seed": found.get("seed") if seed is None else seed}
     differing = [f"{name} {found.get(name)!r} there, {value!r} here" for name, value in wanted.items() if found.get(name) != value]
     if differing:
         raise ValueError(f"--out: {str(out)!r} holds results of something else ({'; '.join(differing)}); name another folder")
     return found
+
+
+def named(error: Exception) -> str:
+    """The message of an error, a data set named as on the command line."""
+    return re.sub(r"^(path|out): ", lambda found: {"path": "--data", "out": "--out"}[found[1]] + ": ", str(error))
+
+
+def unwritten(error: OSError, out: Path, *results: str) -> str:
+    """What to say where a folder cannot be written, and of what is there: files that are not empty, of names like ``results``."""
+    if any(file.stat().st_size for pattern in results for file in out.glob(pattern)):
+        return f"{error}; what was saved before is in {out}"
+    return f"cannot write in {str(out)!r} ({error.strerror or error}); name another folder with --out"
 
 
 def digest(tensors) -> str:

@@ -105,4 +105,5 @@ def one_thread():
 def no_cache_elsewhere(monkeypatch, tmp_path_factory):
     """For tests that read data sets: they never touch the user's cache."""
     monkeypatch.delenv("RSE_FAST_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))

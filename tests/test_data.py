@@ -13,7 +13,7 @@ from tiny_images import Image, Unpickled, cached_files, make_folder, random_pixe
 
 from rse_fast import data
 
-pytestmark = pytest.mark.usefixtures("no_cache_elsewhere")
+pytestmark = [pytest.mark.usefixtures("no_cache_elsewhere"), pytest.mark.filterwarnings("ignore:.*has no train/ and test/")]
 
 
 # Digits
@@ -248,7 +248,7 @@ def test_bad_arguments_are_named_before_anything_is_read(tmp_path, name, value):
 def test_cache_is_used_while_nothing_changed(tmp_path):
     make_folder(tmp_path)
     first = data.image_folder(tmp_path)
-    (cached,) = cached_files(tmp_path / ".rse-fast")
+    (cached,) = cached_files(Path.home())
     # The pixels of a file change while its name, size and time do not: only the cache can still know the old ones.
     victim = tmp_path / "cat" / "00.png"
     stat = victim.stat()
@@ -257,13 +257,13 @@ def test_cache_is_used_while_nothing_changed(tmp_path):
     again = data.image_folder(tmp_path)
     for part, other in ((first.train, again.train), (first.val, again.val), (first.test, again.test)):
         assert torch.equal(part.images, other.images) and torch.equal(part.labels, other.labels)
-    assert cached_files(tmp_path) == [cached]
+    assert cached_files(Path.home()) == [cached]
 
 
 def test_cache_is_renewed_when_a_file_changes_appears_or_goes(tmp_path):
     make_folder(tmp_path)
     data.image_folder(tmp_path)
-    (cached,) = cached_files(tmp_path)
+    (cached,) = cached_files(Path.home())
 
     pixels = random_pixels()
     victim = tmp_path / "cat" / "00.png"
@@ -271,8 +271,8 @@ def test_cache_is_renewed_when_a_file_changes_appears_or_goes(tmp_path):
     os.utime(victim, ns=(1, 10**18))
     changed = data.image_folder(tmp_path)
     assert pixels.transpose(2, 0, 1).tobytes() in rows_of(changed.train) | rows_of(changed.val) | rows_of(changed.test)
-    assert cached_files(tmp_path) != [cached]
-    assert len(cached_files(tmp_path)) == 1  # the old array is gone
+    assert cached_files(Path.home()) != [cached]
+    assert len(cached_files(Path.home())) == 1  # the old array is gone
 
     save(tmp_path / "dog" / "new.png", pixels)
     assert sum(map(len, (lambda s: (s.train, s.val, s.test))(data.image_folder(tmp_path)))) == 21
@@ -287,14 +287,14 @@ def test_cache_keeps_apart_what_shapes_the_pixels(tmp_path):
     make_folder(tmp_path)
     shapes = [data.image_folder(tmp_path, **options).train.images.shape[1:] for options in ({}, {"resize": 5}, {"channels": 1}, {})]
     assert shapes == [(3, 9, 7), (3, 5, 5), (1, 9, 7), (3, 9, 7)]
-    assert len(cached_files(tmp_path)) == 3
+    assert len(cached_files(Path.home())) == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "pickle", "other shape"])
 def test_damaged_cache_is_made_anew(tmp_path, damage):
     make_folder(tmp_path)
     first = data.image_folder(tmp_path)
-    (cached,) = cached_files(tmp_path)
+    (cached,) = cached_files(Path.home())
     content = cached.read_bytes()
     if damage == "cut":
         cached.write_bytes(content[: len(content) // 2])
@@ -319,13 +319,39 @@ def test_cache_place_can_be_chosen(tmp_path, monkeypatch):
     assert len(cached_files(tmp_path / "chosen")) == 1
 
 
-def test_read_only_folder_uses_the_home_cache(tmp_path, monkeypatch):
-    make_folder(tmp_path)
-    # Permissions do not bind root, who may run these tests.
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    data.image_folder(tmp_path)
-    assert cached_files(tmp_path) == []
+def test_the_cache_is_the_users_and_leaves_the_data_alone(tmp_path, monkeypatch):
+    make_folder(tmp_path / "images")
+    before = sorted(tmp_path.rglob("*"))
+    data.image_folder(tmp_path / "images")
+    assert sorted(tmp_path.rglob("*")) == before
     assert len(cached_files(Path.home() / ".cache" / "rse-fast")) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    data.image_folder(tmp_path / "images")
+    assert len(cached_files(tmp_path / "xdg" / "rse-fast")) == 1
+
+
+def test_the_cache_is_safe_where_several_write_it(tmp_path):
+    """Processes at once see the same images; a leftover of one that was killed goes with the next write."""
+    make_folder(tmp_path)
+    code = "import sys, hashlib; from rse_fast import data; s = data.image_folder(sys.argv[1])\n"
+    code += "print(hashlib.sha256(s.train.images.numpy().tobytes()).hexdigest())"
+    several = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, tmp_path], stdout=subprocess.PIPE) for _ in range(3)]
+    found = {process.communicate(timeout=120)[0] for process in several}
+    assert len(found) == 1 and len(found.pop()) == 65 and [process.returncode for process in several] == [0] * 3
+    (cached,) = cached_files(Path.home())
+    (cached.parent / f".{cached.name}.0a1b2c3d.tmp").write_bytes(b"half")
+    cached.unlink()
+    data.image_folder(tmp_path)
+    assert {path.name for path in cached.parent.iterdir()} == {cached.name, ".lock"}
+
+
+def test_a_user_without_a_home_has_no_cache(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where neither HOME nor the table of users says
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.warns(UserWarning, match="not cached.*RSE_FAST_CACHE"):
+        assert len(data.image_folder(tmp_path).train) == 14
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):

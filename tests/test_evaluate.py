@@ -424,8 +424,8 @@ def test_a_part_that_is_sorted_by_class_is_shuffled():
 
 
 def test_rows_that_are_no_rows_are_an_error(tmp_path):
-    (tmp_path / "rows-0.jsonl").write_text('{"case": "a", "index": 0}\nnonsense\n')
-    with pytest.raises(ValueError, match="line 2"):
+    (tmp_path / "rows-0.jsonl").write_text('{"case": "a", "index": 0}\n')
+    with pytest.raises(ValueError, match="line 1 .*rows-0.jsonl.*label is missing"):
         rows.read(tmp_path)
 
 

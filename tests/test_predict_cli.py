@@ -77,11 +77,28 @@ def test_a_killed_run_continues(folder, capsys):
     assert "predictions-7.jsonl' is damaged" in capsys.readouterr().err
 
 
+def test_what_is_not_finite_is_null_in_the_file(folder):
+    (folder / "broken.py").write_text("import torch\nfrom predicted import net as whole\ndef net():\n    model = whole()\n"
+                                      "    torch.nn.init.constant_(model.classifier.bias, float('nan'))\n    return model\n")  # fmt: skip
+    assert predict_cli.main([*ARGUMENTS, "--model", "broken:net", "--images", "2", "--out", "x"]) == 0
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in (folder / "x" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["probability"] for row in rows] == [None, None]
+    assert predict_cli.read(folder / "x").keys() == {0, 1}
+
+
 def test_bad_input_is_named(folder, capsys):
     assert predict_cli.main(["--out", "x"]) == 2
     assert "RUN, --model: expected one of the two" in capsys.readouterr().err
     assert predict_cli.main(["--model", "nothing:here", "--out", "x"]) == 2
     assert "--model: expected package.module:function, got 'nothing:here'" in capsys.readouterr().err
+    assert predict_cli.main([*ARGUMENTS, "--resize", "8x6", "--out", "x"]) == 2
+    assert "resize: only an image folder takes it" in capsys.readouterr().err
+    assert predict_cli.main([*ARGUMENTS, "--data", "nowhere", "--out", "x"]) == 2
+    assert "--data: expected a folder of images, got 'nowhere'" in capsys.readouterr().err
     assert predict_cli.main([*ARGUMENTS, "--draws", "0", "--out", "x"]) == 2
     assert "draws must be at least 1, got 0" in capsys.readouterr().err
     assert not (folder / "x").exists()

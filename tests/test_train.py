@@ -298,7 +298,7 @@ def test_sigma_grows_to_its_full_strength_and_is_another_in_validation(start, wa
 def test_the_sigma_of_use_is_that_of_the_kept_model(images, tmp_path):
     train(config(images, epochs=1, init_sigma=0.3, test_init_sigma=0.15, test_inner_sigma=0.05), tmp_path / "run")
     for which in ("best", "last"):
-        sigmas = [layer.sigma.item() for layer in noise_layers(load_model(tmp_path / "run", which)).values()]
+        sigmas = [layer.sigma.item() for layer in noise_layers(load_model(tmp_path / "run", which, trust=True)).values()]
         assert sigmas == pytest.approx([0.15, 0.05])
 
 
@@ -316,7 +316,7 @@ def test_learned_sigmas(images, tmp_path, kind, shapes):
 
     train(dataclasses.replace(settings, lr=1.0, weight_decay=0.0, epochs=1), tmp_path / "run")
     for which in ("best", "last"):  # what was learned is kept
-        kept = [layer.current_sigma() for layer in noise_layers(load_model(tmp_path / "run", which)).values()]
+        kept = [layer.current_sigma() for layer in noise_layers(load_model(tmp_path / "run", which, trust=True)).values()]
         assert [tuple(sigma.shape) for sigma in kept] == shapes
         assert all((sigma - start).abs().max() > 1e-6 for sigma, start in zip(kept, (0.2, 0.1), strict=True))
 
@@ -409,7 +409,7 @@ def test_accuracy_in_the_end_is_of_the_best_weights_on_all_test_images(images, t
     end = train(config(images, defence="plain", batch_size=7, epochs=2), tmp_path / "run")
     splits: Splits = load_data(Config.load(tmp_path / "run" / "config.json"))
     with torch.no_grad():
-        right = load_model(tmp_path / "run")(splits.test.images.float() / 255).argmax(-1) == splits.test.labels
+        right = load_model(tmp_path / "run", trust=True)(splits.test.images.float() / 255).argmax(-1) == splits.test.labels
     assert end["test_accuracy"] == right.double().mean().item() and end["test_images"] == 30
     assert "draws" not in end
 

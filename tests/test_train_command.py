@@ -115,8 +115,8 @@ def test_a_field_of_later_versions_that_is_not_used_changes_no_run():
 
 def test_the_configuration_given_back_repeats_the_run_and_a_flag_changes_its_field(run, tmp_path):
     source = str(run[0] / "config.json")
-    assert main(["--config", source, "--out", str(tmp_path / "again")]) == 0
-    assert main(["--config", source, "--out", str(tmp_path / "other"), "--seed", "5"]) == 0
+    assert main(["--trust", "--config", source, "--out", str(tmp_path / "again")]) == 0
+    assert main(["--trust", "--config", source, "--out", str(tmp_path / "other"), "--seed", "5"]) == 0
     again, other = (Config.load(tmp_path / name / "config.json") for name in ("again", "other"))
     assert again == Config.load(run[0] / "config.json") == dataclasses.replace(other, seed=0) != other
     logs = [without_times(read(folder / "log.jsonl")) for folder in (run[0], tmp_path / "again", tmp_path / "other")]
@@ -129,7 +129,7 @@ def test_none_takes_an_optional_field_back(run, tmp_path):
         tmp_path / "config.json"
     )
     none = ["--clip", "none", "--learnable-sigma", "none", "--resize", "none", "--start-scale", "none"]
-    assert main(["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run"), *none]) == 0
+    assert main(["--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run"), *none]) == 0
     found = Config.load(tmp_path / "run" / "config.json")
     assert (found.clip, found.learnable_sigma, found.resize, found.start_scale) == (None,) * 4
     with pytest.raises(SystemExit):
@@ -139,18 +139,19 @@ def test_none_takes_an_optional_field_back(run, tmp_path):
 def test_without_a_folder_the_run_is_named_after_model_and_defence(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--data", str(images), *TINY]) == 0
-    assert main(["--config", "runs/tiny_training.net-rse/config.json", "--defence", "brelu"]) == 0
+    assert main(["--trust", "--config", "runs/tiny_training.net-rse/config.json", "--defence", "brelu"]) == 0
     assert sorted(os.listdir("runs")) == ["tiny_training.net-brelu", "tiny_training.net-rse"]
     config(images, defence="plain", epochs=1).save(tmp_path / "config.json")
-    assert main(["--config", "config.json"]) == 0  # model and defence are the file's
+    assert main(["--trust", "--config", "config.json"]) == 0  # model and defence are the file's
     assert sorted(os.listdir("runs"))[1] == "tiny_training.net-plain"
 
 
 def test_another_defence_brings_its_own_temperature(tmp_path, images):
     config(images, defence="distillation", epochs=1).save(tmp_path / "config.json")
-    assert main(["--config", str(tmp_path / "config.json"), "--defence", "plain", "--out", str(tmp_path / "plain")]) == 0
+    assert main(["--trust", "--config", str(tmp_path / "config.json"), "--defence", "plain", "--out", str(tmp_path / "plain")]) == 0
     assert Config.load(tmp_path / "plain" / "config.json").temperature == 1.0
-    assert main(["--config", str(tmp_path / "plain" / "config.json"), "--defence", "distillation", "--out", str(tmp_path / "d")]) == 0
+    again = ["--trust", "--config", str(tmp_path / "plain" / "config.json"), "--defence", "distillation"]
+    assert main([*again, "--out", str(tmp_path / "d")]) == 0
     assert Config.load(tmp_path / "d" / "config.json").temperature == 100.0
 
 
@@ -165,7 +166,7 @@ BAD = [
     (["--learnable-sigma", "layer", "--test-init-sigma", "1"], "learnable_sigma"), (["--label-smoothing", "1.1"], "label_smoothing"),
     (["--learnable-sigma", "layer", "--inner-sigma", "0"], "inner_sigma"), (["--ema", "2"], "ema"), (["--clip", "0"], "clip"),
     (["--model", "nothing"], "model"), (["--model", "no_such_module_here:net"], "model"), (["--model", "tiny_training:nothing"], "model"),
-    (["--model", "tiny_training:Path"], "model"), (["--data", "nowhere"], "path"), (["--resize", "8"], "resize"), (["--lazy"], "lazy"),
+    (["--model", "tiny_training:Path"], "model"), (["--data", "nowhere"], "--data"), (["--resize", "8"], "resize"), (["--lazy"], "lazy"),
     (["--device", "abacus"], "device"), (["--config", "nowhere.json"], "config"), (["--from-step", "3"], "--from-step"),
     (["--resume", "nowhere"], "--resume"), (["--keep", "0"], "keep"), (["--seed", "-1"], "seed"), (["--what", "1"], "--what"),
 ]  # fmt: skip
@@ -196,7 +197,7 @@ def test_bad_configuration_files(tmp_path, content, words):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises((ValueError, TypeError), match=words):
         Config.load(tmp_path / "config.json")
-    assert main(["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 2
+    assert main(["--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "run").exists()
 
 
@@ -276,10 +277,10 @@ def test_ctrl_c_saves_and_ends_with_130(run, tmp_path, monkeypatch, capsys):
         return advance(self)
 
     monkeypatch.setattr(Trainer, "advance", interrupted)
-    assert main(["--config", str(run[0] / "config.json"), "--out", str(tmp_path / "run")]) == 130
+    assert main(["--trust", "--config", str(run[0] / "config.json"), "--out", str(tmp_path / "run")]) == 130
     assert "stopped at step 4 and saved; to continue: rse-fast train --resume" in capsys.readouterr().out
     monkeypatch.undo()
-    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert main(["--trust", "--resume", str(tmp_path / "run")]) == 0
     assert without_times(read(tmp_path / "run" / "log.jsonl")) == without_times(read(run[0] / "log.jsonl"))
 
 
@@ -302,9 +303,20 @@ def test_a_model_of_the_users_own(images, tmp_path, monkeypatch):
     Path("mine_of_test_train_command.py").write_text(MINE)
     name = "mine_of_test_train_command:make"
     assert main(["--data", str(images), "--out", "run", *TINY, "--model", name]) == 0
-    model = load_model("run")
+    model = load_model("run", trust=True)
     assert model[2].weight.shape == (3, 144) and read(Path("run/log.jsonl"))[0]["model"] == name
     del sys.modules["mine_of_test_train_command"]
+
+
+def test_auxiliary_heads_leave_the_main_one_to_be_trained(run, images, tmp_path, capsys):
+    rows = []
+    for kind in ("tuple", "dict"):
+        model = ["--epochs", "2", "--model", f"tiny_training:net_with_a_{kind}"]
+        assert main(["--data", str(images), "--out", str(tmp_path / kind), *TINY, *model]) == 0
+        rows.append(without_times(read(tmp_path / kind / "log.jsonl")))
+    assert rows[0] == rows[1] == without_times(read(run[0] / "log.jsonl"))
+    assert main(["--data", str(images), "--out", str(tmp_path / "puzzle"), *TINY, "--model", "tiny_training:net_with_a_puzzle"]) == 2
+    assert "model: expected logits [B, num_classes] in training, a tuple" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -317,7 +329,8 @@ def test_compiled_training_is_the_same_training(images, tmp_path, compiler, defe
         figures.append([row["loss"] for row in read(tmp_path / name / "log.jsonl") if "loss" in row])
     assert np.allclose(*figures, rtol=error)
     assert json.loads((tmp_path / "compiled" / "config.json").read_text())["compile"]
-    assert load_model(tmp_path / "compiled").state_dict().keys() == load_model(tmp_path / "eager").state_dict().keys()
+    names = [load_model(tmp_path / name, trust=True).state_dict().keys() for name in ("compiled", "eager")]
+    assert names[0] == names[1]
 
 
 def test_a_folder_of_images_decoded_once_or_by_workers(tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_torchrun_trains_continues_and_leaves_the_run_of_one_process(images, tmp
     train(settings, tmp_path / "one")
     settings.save(tmp_path / "config.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "tiny_training", "train"]
-    command += ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "two")]
+    command += ["--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "two")]
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -217,7 +217,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(i
         return row["event"], row["step"]
 
     assert together(begun) == [["stop", 9], ["stop", 9]]
-    assert main(["--resume", str(tmp_path / "fewer")]) == 0
+    assert main(["--trust", "--resume", str(tmp_path / "fewer")]) == 0
 
     assert os.waitstatus_to_exitcode(os.waitpid(_stopped(settings, tmp_path / "more"), 0)[1]) == 0
     together(lambda rank: train(settings, tmp_path / "more", resume=True)["event"])
@@ -263,7 +263,39 @@ def test_two_processes_continue_bit_for_bit(images, tmp_path, together, defence)
 
 def test_a_batch_that_does_not_divide_is_named(images, tmp_path, together):
     def work(rank):
-        return main(["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")])
+        return main(["--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")])
 
     config(images, batch_size=17).save(tmp_path / "config.json")
     assert together(work) == [2, 2] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_after_a_process_died_the_other_says_how_to_go_on(images, tmp_path, dies):
+    settings = config(images, epochs=2, **PLAIN)
+    settings.save(tmp_path / "config.json")
+
+    def work(rank):
+        if rank == dies:
+            advance = Trainer.advance
+
+            def killed(self):
+                if self.step == 8:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return advance(self)
+
+            Trainer.advance = killed
+        sys.stderr = open(tmp_path / "said", "a", buffering=1)
+        return main(["--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")])
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_fork(work, rank, 2, port, tmp_path / f"result-{rank}") for rank in (0, 1)]
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert statuses[dies] == -signal.SIGKILL and statuses[1 - dies] == 1, (tmp_path / f"result-{1 - dies}").read_text()
+    (said,) = [line for line in (tmp_path / "said").read_text().splitlines() if "rse-fast" in line]
+    assert said.startswith("rse-fast train: another process of this run has died or cannot be reached (")
+    assert said.endswith(f"rse-fast train --resume {tmp_path / 'run'} --trust")
+    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert main(said.split("rse-fast train ")[1].split()) == 0
+    assert read(tmp_path / "run" / "log.jsonl")[-1]["event"] == "end"

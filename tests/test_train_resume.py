@@ -115,13 +115,13 @@ def test_two_processes_do_not_train_in_one_folder(run, whole, capsys):
     child = fork(train_and_wait)
     os.read(inside, 1)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert main(["--resume", str(run), "--from-step", "23"]) == 2
+    assert main(["--trust", "--resume", str(run), "--from-step", "23"]) == 2
     assert "another process is writing" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     (run / ".log.jsonl.0a1b2c3d.tmp").write_text("what a killed process leaves")
-    assert main(["--resume", str(run), "--from-step", "23"]) == 0
+    assert main(["--trust", "--resume", str(run), "--from-step", "23"]) == 0
     assert_equal_runs(whole[0], run)
     assert not list(run.glob(".*.tmp"))
 
@@ -140,13 +140,13 @@ def test_sigterm_saves_in_mid_epoch_and_exits_0(whole, tmp_path):
         "Trainer.advance = interrupted; sys.exit(command.main(sys.argv[1:]))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", code, "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-c", code, "--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "stopped at step 10 and saved" in done.stdout and "--resume" in done.stdout
     assert [path.name for path in checkpoint.find(tmp_path / "run" / "checkpoints")] == ["step-00000010", "step-00000006"]
     assert read(tmp_path / "run" / "log.jsonl")[-1]["event"] == "stop"
-    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert main(["--trust", "--resume", str(tmp_path / "run")]) == 0
     assert_equal_runs(out, tmp_path / "run")
 
 
@@ -198,19 +198,19 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_the_previous_one_offered
     newest, previous = checkpoint.find(run / "checkpoints")
     change(newest)
     drop_end(run)
-    assert main(["--resume", str(run)]) == 2
+    assert main(["--trust", "--resume", str(run)]) == 2
     said = capsys.readouterr().err
     assert newest.name in said and words in said
     assert "step 23 before it is whole" in said and "--from-step" in said
     with pytest.raises(CheckpointError, match="refused"):
-        load_model(run, "last")
+        load_model(run, "last", trust=True)
 
 
 def test_the_offer_is_good(run, whole, capsys):
     newest, previous = checkpoint.find(run / "checkpoints")
     flip_one_bit(newest / "model.safetensors")
     drop_end(run)
-    assert main(["--resume", str(run), "--from-step", "23"]) == 0
+    assert main(["--trust", "--resume", str(run), "--from-step", "23"]) == 0
     assert_equal_runs(whole[0], run)
 
 
@@ -238,22 +238,22 @@ def test_nothing_is_offered_where_nothing_is_whole(run, capsys):
     for path in checkpoint.find(run / "checkpoints"):
         flip_one_bit(path / "state.pt")
     drop_end(run)
-    assert main(["--resume", str(run)]) == 2
+    assert main(["--trust", "--resume", str(run)]) == 2
     assert "there is no whole one" in capsys.readouterr().err
-    assert main(["--resume", str(run), "--from-step", "5"]) == 2
+    assert main(["--trust", "--resume", str(run), "--from-step", "5"]) == 2
     assert "no checkpoint of step 5" in capsys.readouterr().err
 
 
 def test_another_configuration_does_not_continue_a_run_but_another_machine_does(run, whole, capsys):
     drop_end(run)
-    assert main(["--resume", str(run), "--lr", "0.06"]) == 2
+    assert main(["--trust", "--resume", str(run), "--lr", "0.06"]) == 2
     assert "another configuration" in capsys.readouterr().err
-    assert main(["--resume", str(run), "--keep", "1"]) == 0
+    assert main(["--trust", "--resume", str(run), "--keep", "1"]) == 0
     assert_equal_runs(whole[0], run)
 
 
 def test_a_complete_run_of_another_configuration_is_not_taken_for_this_one(run, capsys):
-    assert main(["--resume", str(run), "--epochs", "9"]) == 2
+    assert main(["--trust", "--resume", str(run), "--epochs", "9"]) == 2
     assert "epochs 4 there, 9 here" in capsys.readouterr().err
 
 
@@ -336,7 +336,7 @@ def test_other_images_do_not_continue_a_run(tmp_path, rng, capsys):
     drop_end(tmp_path / "run")
     for number, held in ((120, 108), (150, 135)):  # as many others, and more
         write_images(tmp_path / "images.npz", rng, train=number)
-        assert main(["--resume", str(tmp_path / "run")]) == 2
+        assert main(["--trust", "--resume", str(tmp_path / "run")]) == 2
         said = capsys.readouterr().err
         assert "data: expected what the run was trained on" in said and "'train': 108" in said and f"'train': {held}" in said
 
@@ -346,7 +346,7 @@ def test_images_that_moved_continue_a_run(run, whole, images, tmp_path, capsys):
     moved = tmp_path / "elsewhere" / "other.npz"
     moved.parent.mkdir()
     shutil.copy(images, moved)
-    assert main(["--resume", str(run), "--data", str(moved)]) == 0
+    assert main(["--trust", "--resume", str(run), "--data", str(moved)]) == 0
     assert_equal_runs(whole[0], run)
     assert Config.load(run / "config.json").data == str(moved)
 
@@ -355,10 +355,10 @@ def test_weights_of_another_model_are_refused(run):
     settings = dataclasses.replace(Config.load(run / "config.json"), model="tiny_training:net_without_batch_statistics")
     settings.save(run / "config.json")
     with pytest.raises(CheckpointError, match="do not fit the model"):
-        load_model(run)
+        load_model(run, trust=True)
     (run / "best.safetensors").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="cannot read the weights"):
-        load_model(run)
+        load_model(run, trust=True)
 
 
 @pytest.mark.parametrize("limit", [2000, 20_000], ids=["no room for weights", "no room for the rest"])
@@ -377,12 +377,12 @@ def test_full_disk_leaves_the_old_checkpoint(whole, tmp_path, limit):
     def continue_without_room():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit if limit < 10_000 else max(sizes) - 1, resource.RLIM_INFINITY))
-        os._exit(main(["--resume", str(tmp_path / "run")]))
+        os._exit(main(["--trust", "--resume", str(tmp_path / "run")]))
 
     assert os.waitstatus_to_exitcode(os.waitpid(fork(continue_without_room), 0)[1]) == 1
     assert checkpoint.find(tmp_path / "run" / "checkpoints") == before
     assert not [name for name in os.listdir(tmp_path / "run" / "checkpoints") if name.startswith(".")]
-    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert main(["--trust", "--resume", str(tmp_path / "run")]) == 0
     assert_equal_runs(whole[0], tmp_path / "run")
 
 

@@ -34,6 +34,30 @@ def net_for_8_pixels(num_classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, num_classes))
 
 
+class _WithAuxiliaryHead(nn.Module):
+    """`net`, which in training returns what ``packed`` makes of its logits and of another head's."""
+
+    def __init__(self, num_classes: int, in_channels: int, packed) -> None:
+        super().__init__()
+        self.net, self.packed = net(num_classes, in_channels), packed
+
+    def forward(self, x: torch.Tensor):
+        logits = self.net(x)
+        return self.packed(logits, logits.detach() + 1) if self.training else logits
+
+
+def net_with_a_tuple(num_classes: int, in_channels: int) -> nn.Module:
+    return _WithAuxiliaryHead(num_classes, in_channels, lambda main, other: (main, other))
+
+
+def net_with_a_dict(num_classes: int, in_channels: int) -> nn.Module:
+    return _WithAuxiliaryHead(num_classes, in_channels, lambda main, other: {"aux": other, "out": main})
+
+
+def net_with_a_puzzle(num_classes: int, in_channels: int) -> nn.Module:
+    return _WithAuxiliaryHead(num_classes, in_channels, lambda main, other: {"aux": other, "head": main})
+
+
 def write_images(path: Path, rng: np.random.Generator, train: int = 120, test: int = 30) -> Path:
     """A .npz data set of three kinds of 8x8 RGB images, told apart by which colour is bright, under noise."""
     stored = {}

@@ -5,12 +5,23 @@ numpy are needed to import this package; what reads a format (scikit-learn, Pill
 """
 
 from rse_fast.data.batches import augment, batches, derived_seed, shuffled
-from rse_fast.data.files import append, claim, sync_folder, write_atomically, write_through
+from rse_fast.data.files import (
+    append,
+    check_writable,
+    claim,
+    open_regular,
+    read_bytes,
+    read_json,
+    sync_folder,
+    write_atomically,
+    write_through,
+)
 from rse_fast.data.folder import FilePart, image_folder
 from rse_fast.data.parts import Part, Splits
 from rse_fast.data.releases import arrays, cifar10, digits, load, stl10
 
 __all__ = [
-    "FilePart", "Part", "Splits", "append", "arrays", "augment", "batches", "cifar10", "claim", "derived_seed", "digits", "image_folder",
-    "load", "shuffled", "stl10", "sync_folder", "write_atomically", "write_through",
+    "FilePart", "Part", "Splits", "append", "arrays", "augment", "batches", "check_writable", "cifar10", "claim", "derived_seed", "digits",
+    "image_folder", "load", "open_regular", "read_bytes", "read_json", "shuffled", "stl10", "sync_folder", "write_atomically",
+    "write_through",
 ]  # fmt: skip

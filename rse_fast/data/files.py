@@ -1,7 +1,10 @@
-"""Files that a reader never sees half written, and that no two processes write."""
+"""Files that a reader never sees half written, that no two processes or threads write, and that are read in bounded time and memory."""
 
+import io
+import json
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -44,12 +47,42 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(handle)
 
 
-def claim(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a file (made where it is missing) to be read and appended to by this process alone, until it is closed or the process ends.
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raises ValueError where ``folder`` could not be made or written to; makes nothing."""
+    folder = Path(folder)
+    there = next((place for place in (folder, *folder.absolute().parents) if os.path.lexists(place)), folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is no folder"
+        raise ValueError(f"out: cannot write in {str(folder)!r}: {str(there)!r} {why}; name another folder")
 
-    Raises ValueError where another process has it so. Nothing is guarded on Windows and where the file system knows no locks.
+
+_held: dict[tuple[int, str], object] = {}  # files that threads of this process write; by process, as a fork inherits them
+
+
+class _Claimed(io.BufferedRandom):
+    key = None
+
+    def close(self):
+        super().close()
+        _held.pop(self.key, None)
+
+
+def claim(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file (made where it is missing) to be read and appended to by this thread alone, until it is closed or the process ends.
+
+    Raises ValueError where another process, or another thread of this one, has it so. Other processes are not noticed on Windows and where
+    the file system knows no locks.
     """
-    file = open(path, "a+b")
+    key, owner = (os.getpid(), os.path.realpath(path)), object()
+    # Asked before it is opened: the locks of POSIX belong to the process, and to close the file again would give up the other thread's.
+    if _held.setdefault(key, owner) is not owner:
+        raise ValueError(f"out: another thread of this process is writing {os.fspath(path)!r}; wait for it, or name another folder")
+    try:
+        file = _Claimed(io.FileIO(path, "a+"))
+    except BaseException:
+        del _held[key]
+        raise
+    file.key = key
     try:
         if fcntl is not None:  # this kind of lock is not left with the worker processes of one that was killed
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,4 +99,32 @@ def append(path: str | os.PathLike[str]) -> BinaryIO:
     file = claim(path)
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
     return file
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file to be read. Raises ValueError for what is none: a pipe would be waited for, a device may never end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{os.fspath(path)!r} is no regular file, but a pipe or a device")
+    return file
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """The content of a regular file. Raises ValueError where it has more than ``most`` bytes."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(most + 1)
+    if max(size, len(content)) > most:
+        raise ValueError(f"{os.fspath(path)!r} has {size} bytes, more than the {most} that such a file may have")
+    return content
+
+
+def read_json(path: str | os.PathLike[str]) -> object:
+    """What a JSON file of at most 16 MiB says. Raises OSError, and ValueError for what is no JSON."""
+    try:
+        return json.loads(read_bytes(path, 2**24))
+    except RecursionError:
+        raise ValueError(f"{os.fspath(path)!r} has brackets that are nested too deeply") from None

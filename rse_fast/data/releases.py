@@ -1,18 +1,22 @@
 """Data sets in the form in which they are published: digits, CIFAR-10 (binary and pickled), STL-10, and arrays of one's own."""
 
+import math
 import os
-import pickle
+import pickletools
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rse_fast.data.folder import image_folder
+from rse_fast.data.files import open_regular, read_bytes
+from rse_fast.data.folder import image_folder, memory
 from rse_fast.data.parts import Part, Splits, split
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+_LARGEST = 2**28  # bytes of a file of a release; the largest that is published has 221 million
 
 
 def load(
@@ -68,7 +72,7 @@ def digits() -> Splits:
 
 def cifar10(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits:
     """CIFAR-10 (Krizhevsky 2009) as published: a folder with ``data_batch_1.bin`` .. ``_5.bin`` and ``test_batch.bin`` (the binary
-    release), or the same names without ``.bin`` (the pickled release, of which nothing is run: see `_Unpickler`).
+    release), or the same names without ``.bin`` (the pickled release, of which nothing is run: see `_unpickled`).
 
     Raises ValueError naming the file that is missing, of the wrong size, or not what it should be.
     """
@@ -110,32 +114,35 @@ def arrays(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits
     file = Path(path)
     try:
         if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as stored:
-                found = {name: stored[name] for name in _ARRAYS}
+            with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
+                kinds = {name: _array_in_zip(archive, name) for name in _ARRAYS}
+                _check_arrays(kinds)
+                found = {}
+                for name in _ARRAYS:
+                    with archive.open(f"{name}.npy") as member:
+                        found[name] = np.lib.format.read_array(member, allow_pickle=False)
         elif file.suffix == ".safetensors":
             from safetensors import safe_open
 
+            open_regular(file).close()
             with safe_open(file, "np") as stored:
+                kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name in _ARRAYS for part in [stored.get_slice(name)]}
+                _check_arrays({name: (shape, _SAFETENSORS.get(kind, np.dtype(np.void))) for name, (shape, kind) in kinds.items()})
                 found = {name: stored.get_tensor(name) for name in _ARRAYS}
         else:
             raise ValueError("the name must end with .npz or .safetensors")
+    except _Unfit:
+        raise
     except Exception as error:  # zipfile and safetensors have errors of their own for damaged files
-        raise ValueError(f"path: cannot read {', '.join(_ARRAYS)} from {str(file)!r}: {error}") from error
+        reason = f"{error}"[:300]
+        raise ValueError(f"path: cannot read {', '.join(_ARRAYS)} from {str(file)!r}: {reason}") from error
     pairs = []
     for name in ("train", "test"):
         images, labels = found[f"{name}_images"], found[f"{name}_labels"]
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise ValueError(f"path: expected {name}_images as uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}")
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not ((labels >= 0) & (labels < 2**31)).all():
-            raise ValueError(f"path: expected {name}_labels as {len(images)} integers >= 0, got {labels.dtype} {list(labels.shape)}")
-        if not len(images):
-            raise ValueError(f"path: expected images in {name}_images, got none")
+        if not ((labels >= 0) & (labels < 2**31)).all():
+            raise ValueError(f"path: expected {name}_labels as {len(images)} integers >= 0, got {labels.min()} .. {labels.max()}")
         pairs.append((images, labels.astype(np.int64)))
     (images, labels), (test_images, test_labels) = pairs
-    if images.shape[1:] != test_images.shape[1:]:
-        raise ValueError(f"path: expected test_images of the shape of train_images, {images.shape[1:]}, got {test_images.shape[1:]}")
-    if images.shape[1] not in (1, 3, 4) and images.shape[3] in (1, 3, 4):
-        raise ValueError(f"path: expected train_images as [N, C, H, W], got {list(images.shape)}, which looks like [N, H, W, C]")
     known = np.unique(labels)
     if len(known) < 2 or known[-1] != len(known) - 1:
         raise ValueError(f"path: expected train_labels of at least two classes 0, 1, ..., each there, got {known}")
@@ -143,6 +150,48 @@ def arrays(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits
         raise ValueError(f"path: expected test_labels below {len(known)}, the classes of train_labels, got {test_labels.max()}")
     classes = tuple(map(str, range(len(known))))
     return _with_val(file.stem, classes, *pairs, val_fraction, flip=True)
+
+
+_SAFETENSORS = {f"{sign}{8 * size}": np.dtype(f"{sign.lower()}{size}") for sign in "IU" for size in (1, 2, 4, 8)}
+
+
+class _Unfit(ValueError):
+    """Of arrays that can be read, but are not a data set."""
+
+
+def _array_in_zip(archive, name):
+    """(shape, dtype) of a member of a .npz file, which is no larger unpacked than they say."""
+    member = archive.getinfo(f"{name}.npy")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that numpy does not write")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        promised = file.tell() + math.prod(shape) * dtype.itemsize
+    if promised != member.file_size:
+        raise ValueError(f"{name} should have {promised} bytes, and has {member.file_size}")
+    return shape, dtype
+
+
+def _check_arrays(kinds):
+    """Raises `_Unfit` unless shapes and dtypes are those of a data set that fits into memory: before it is read."""
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds.values())
+    if size > memory() / 2:
+        raise _Unfit(f"path: the arrays take {size / 2**30:.1f} GiB, more than half of this machine's {memory() / 2**30:.1f} GiB")
+    for name in ("train", "test"):
+        (shape, dtype), (labelled, kind) = kinds[f"{name}_images"], kinds[f"{name}_labels"]
+        if dtype != np.uint8 or len(shape) != 4:
+            raise _Unfit(f"path: expected {name}_images as uint8 [N, C, H, W], got {dtype} {list(shape)}")
+        if kind.kind not in "iu" or labelled != shape[:1]:
+            raise _Unfit(f"path: expected {name}_labels as {shape[0]} integers >= 0, got {kind} {list(labelled)}")
+        if not math.prod(shape):
+            raise _Unfit(f"path: expected images in {name}_images, got none: {list(shape)}")
+    shape, other = kinds["train_images"][0], kinds["test_images"][0]
+    if shape[1:] != other[1:]:
+        raise _Unfit(f"path: expected test_images of the shape of train_images, {shape[1:]}, got {other[1:]}")
+    if shape[1] not in (1, 3, 4) and shape[3] in (1, 3, 4):
+        raise _Unfit(f"path: expected train_images as [N, C, H, W], got {list(shape)}, which looks like [N, H, W, C]")
 
 
 def _with_val(name, classes, train, test, val_fraction, flip) -> Splits:
@@ -156,9 +205,9 @@ def _with_val(name, classes, train, test, val_fraction, flip) -> Splits:
 def _bytes(file: Path, record: int) -> np.ndarray:
     """A file of fixed-size records as uint8 [N, record]."""
     try:
-        content = np.fromfile(file, np.uint8)
-    except OSError as error:
-        raise ValueError(f"path: cannot read {str(file)!r}: {error.strerror}") from error
+        content = np.frombuffer(bytearray(read_bytes(file, _LARGEST)), np.uint8)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"path: cannot read {str(file)!r}: {getattr(error, 'strerror', error)}") from error
     if not len(content) or len(content) % record:
         raise ValueError(f"path: expected records of {record} bytes in {str(file)!r}, got {len(content)} bytes; is it whole?")
     return content.reshape(-1, record)
@@ -171,62 +220,139 @@ def _read_binary(file):
 
 def _read_pickle(file):
     try:
-        with open(file, "rb") as stored:
-            batch = _Unpickler(stored, encoding="bytes").load()
+        batch = _unpickled(read_bytes(file, _LARGEST))
         pixels, labels = (batch[key] if key in batch else batch[key.decode()] for key in (b"data", b"labels"))
         pixels = pixels.array()
-    except Exception as error:  # unpickling a damaged or foreign file raises whatever its opcodes lead to
-        raise ValueError(f"path: {str(file)!r} is not a batch of the pickled CIFAR-10 release: {error!r}") from error
+    except Exception as error:  # a damaged or foreign file raises whatever its opcodes lead to
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise ValueError(f"path: {str(file)!r} is not a batch of the pickled CIFAR-10 release: {reason}") from error
     return _cifar_batch(file, pixels, labels)
 
 
 def _cifar_batch(file, pixels, labels):
     if pixels.ndim != 2 or pixels.shape[1] != 3072 or not isinstance(labels, list) or len(labels) != len(pixels):
         raise ValueError(f"path: expected 3072 bytes and a label for each image in {str(file)!r}, got {list(pixels.shape)}")
-    if not all(type(label) is int and 0 <= label < 10 for label in labels):
-        raise ValueError(f"path: expected labels 0 .. 9 in {str(file)!r}, got {sorted(set(map(str, labels)))[:20]}")
+    wrong = [label if type(label) is int else type(label).__name__ for label in labels if type(label) is not int or not 0 <= label < 10]
+    if wrong:
+        raise ValueError(f"path: expected labels 0 .. 9 in {str(file)!r}, got {wrong[:5]}")
     return pixels.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists, dicts and uint8 arrays, and refuses everything else before it is looked up, let alone called.
+# ------------------------------------------------------------------------------------------------------------- pickles, but not run
+_MOST_OPCODES = 2**20  # the published files have 40,000
+_VALUES = {  # opcodes whose argument is the value, as pickletools reads it: Python 2's strings as text of Latin-1
+    "BININT", "BININT1", "BININT2", "LONG1", "INT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BINBYTES",
+    "SHORT_BINBYTES", "BINBYTES8",
+}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_GLOBALS = {
+    "numpy ndarray", "numpy dtype", "numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct",
+    "_codecs encode",  # how Python 3 writes bytes in the old protocols
+}  # fmt: skip
 
-    numpy's own classes are not called either: stand-ins collect what the file says about its arrays.
+
+def _unpickled(content: bytes) -> object:
+    """What a pickle of numbers, strings, lists, dicts and uint8 arrays says. Nothing is imported or called.
+
+    Python's own readers take memory by what a file announces, not by what it holds, and hash and compare what is nested without end. Here
+    each opcode takes a bounded time, there are 2^20 of them at most, and keys are strings. Raises ValueError for every other opcode.
     """
+    stack, marks, memo, encoded = [], [], {}, 0
 
-    def find_class(self, module, name):
-        allowed = {
-            "numpy": {"ndarray": _PickledArray, "dtype": _PickledDtype},
-            "numpy.core.multiarray": {"_reconstruct": _reconstruct},
-            "numpy._core.multiarray": {"_reconstruct": _reconstruct},
-            "_codecs": {"encode": _encode},  # how Python 3 writes bytes in the old protocols
-        }
-        if name not in allowed.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-        return allowed[module][name]
+    def marked():
+        start = marks.pop()
+        values = stack[start:]
+        del stack[start:]
+        return values
+
+    def put(mapping, pairs):
+        if type(mapping) is not dict or not all(type(key) in (bytes, str) for key in pairs[::2]):
+            raise ValueError("expected a dict whose keys are strings")
+        mapping.update(zip(pairs[::2], pairs[1::2], strict=True))
+
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        name = opcode.name
+        if number == _MOST_OPCODES:
+            raise ValueError(f"it has more than {_MOST_OPCODES} opcodes")
+        if name in ("PROTO", "FRAME"):
+            pass
+        elif name in _VALUES:
+            stack.append(argument)
+        elif name in ("SHORT_BINSTRING", "BINSTRING", "STRING"):
+            stack.append(argument.encode("latin-1"))
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"):
+            stack.append({"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}[name]())
+        elif name in ("LIST", "TUPLE"):
+            stack.append((list if name == "LIST" else tuple)(marked()))
+        elif name == "DICT":
+            pairs = marked()
+            stack.append({})
+            put(stack[-1], pairs)
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            size = int(name[-1])
+            stack[-size:] = [tuple(stack[-size:])]
+        elif name in ("APPEND", "APPENDS"):
+            values = marked() if name == "APPENDS" else [stack.pop()]
+            if type(stack[-1]) is not list:
+                raise ValueError("expected a list to append to")
+            stack[-1].extend(values)
+        elif name in ("SETITEM", "SETITEMS"):
+            value = marked() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+            put(stack[-1], value)
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[argument])
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            if name == "STACK_GLOBAL":
+                names = stack[-2:]
+                del stack[-2:]
+                argument = " ".join(part for part in names if type(part) is str)
+            if argument not in _GLOBALS:
+                raise ValueError(f"{argument.replace(' ', '.')[:100]} is not allowed")
+            stack.append(_Global(argument))
+        elif name == "REDUCE":
+            arguments = stack.pop()
+            encoded += len(arguments[0]) if type(arguments[0]) is str else 0
+            if encoded > len(content):  # the same text many times
+                raise ValueError("it encodes more than it holds")
+            stack.append(_reduced(stack.pop(), arguments))
+        elif name == "BUILD":
+            state = stack.pop()
+            if type(stack[-1]) is not _Pickled:
+                raise ValueError("expected an array to build")
+            stack[-1].state = state
+        elif name == "STOP":
+            return stack.pop()
+        else:
+            raise ValueError(f"the opcode {name} is not allowed")
+    raise ValueError("it has no end")
 
 
-class _PickledDtype:
-    def __init__(self, code, *_):
-        self.code = code.decode() if isinstance(code, bytes) else code
-
-    def __setstate__(self, state):
-        pass
+class _Global(str):
+    """A function or class that a pickle names."""
 
 
-class _PickledArray:
-    def __setstate__(self, state):
-        _, self.shape, self.dtype, self.fortran, self.content = state
+class _Pickled:
+    """What a pickle says of an array (``state``: version, shape, dtype, whether columns come first, bytes) or of a dtype (``code``)."""
+
+    def __init__(self, code=None):
+        self.code, self.state = code, ()
 
     def array(self) -> np.ndarray:
-        if self.dtype.code != "u1" or not isinstance(self.content, bytes):
-            raise pickle.UnpicklingError(f"expected an array of uint8, got {self.dtype.code}")
-        return np.frombuffer(self.content, np.uint8).reshape(self.shape, order="F" if self.fortran else "C").copy()
+        _, shape, dtype, columns_first, content = self.state
+        if dtype.code not in ("u1", b"u1") or type(content) is not bytes:
+            raise ValueError("expected an array of uint8")
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if columns_first else "C").copy()
 
 
-def _reconstruct(cls, *_):
-    return cls()
-
-
-def _encode(text, encoding):
-    return text.encode("latin1")
+def _reduced(function, arguments):
+    if type(function) is not _Global:
+        raise ValueError("expected a function's name to call")
+    if function == "_codecs encode":
+        return arguments[0].encode("latin-1")
+    return _Pickled(arguments[0] if function == "numpy dtype" else None)

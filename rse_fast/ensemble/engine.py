@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from rse_fast import autograd, functional
@@ -23,6 +24,22 @@ DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
     torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float16,
 }  # fmt: skip
+
+
+def _left_by_compilers(function):
+    """`torch.compiler.disable` for calls that take fresh numbers of the operating system and run a snapshot, which is optimised already.
+
+    It is done by what `torch.compiler.disable` does, without its import of the compiler, which would take as long as all of torch's.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    run._torchdynamo_disable = True
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(run.__code__, eval_frame._FrameExecStrategy(skip, skip))  # and what it calls
+    return run
 
 
 @dataclass(frozen=True)
@@ -107,8 +124,7 @@ class Ensemble(nn.Module):
         self._live = Preparation(model, compute, False, backend, False, None)  # for the gradient of its weights
 
     # ------------------------------------------------------------------------------------------------------------------ public
-    # A compiler leaves these calls alone: they take fresh numbers of the operating system and run a snapshot that is optimised already.
-    @torch.compiler.disable
+    @_left_by_compilers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Log of the mean softmax, float32 [B, K]; differentiable in ``x``, so a gradient is the gradient of the whole ensemble,
         exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`). Differentiable in the parameters
@@ -145,7 +161,7 @@ class Ensemble(nn.Module):
             empty = x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()  # of no images, for the sake of their gradient
         return torch.cat(rows) - math.log(self.draws) if rows else empty
 
-    @torch.compiler.disable
+    @_left_by_compilers
     @torch.no_grad()
     def predict(self, x: torch.Tensor, seed: int | None = None, image_offset: int = 0) -> Prediction:
         """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image_offset``, the index of the first image, address the
@@ -172,7 +188,7 @@ class Ensemble(nn.Module):
         """
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
-    @torch.compiler.disable
+    @_left_by_compilers
     def prepared(self, x: torch.Tensor) -> Prepared:
         """The model as it is run for images like x [B, ...]: what it returns, how it is packed, and how large packed batches are."""
         with self._preparation.ready(self.images(x)) as model:

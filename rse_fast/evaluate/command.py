@@ -6,7 +6,6 @@ of those alone, and no row is lost. Under torchrun the batches are shared out am
 """
 
 import argparse
-import importlib
 import os
 import platform
 import shlex
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rse_fast import data
+from rse_fast import models
 from rse_fast.evaluate import attacks, report, rows
 from rse_fast.evaluate.protocols import PROTOCOLS
 from rse_fast.evaluate.run import evaluate
@@ -34,14 +33,16 @@ _ORDER_SEED = 0  # of the order of a test part that is sorted by class
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, also if a check failed; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
+    from rse_fast import run_inputs
+
     argv = sys.argv[1:] if argv is None else argv
     try:
         run(argv)
     except (ValueError, TypeError) as error:
-        print(f"rse-fast evaluate: {error}", file=sys.stderr)
+        print(f"rse-fast evaluate: {run_inputs.named(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"rse-fast evaluate: {error}; what was measured before is in --out", file=sys.stderr)
+        print(f"rse-fast evaluate: {run_inputs.unwritten(error, _parser().parse_args(argv).out, 'rows-*.jsonl')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues in the same folder", file=sys.stderr)
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser():
+    from rse_fast import run_inputs
+
     def eps(text: str) -> float:
         numerator, _, denominator = text.partition("/")
         value = float(numerator) / float(denominator or 1) if float(denominator or 1) else -1.0
@@ -73,7 +76,8 @@ def _parser():
     parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file for --model")
     parser.add_argument("--plain", metavar="RUN|MODULE:FUNCTION", help=f"undefended network to transfer attacks from: {model}")
     parser.add_argument("--plain-weights", type=Path, metavar="FILE", help="safetensors file for --plain MODULE:FUNCTION")
-    parser.add_argument("--data", metavar="DATA", help="data set, as in rse-fast train (default: the run's, or digits)")
+    run_inputs.add_trust(parser)
+    run_inputs.add_data(parser)
     parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="quick", help="default: %(default)s")
     parser.add_argument("--draws", type=count, default=10, metavar="N", help="of the deployed ensemble (default: %(default)s)")
@@ -101,14 +105,13 @@ def run(argv: list[str]) -> dict | None:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    sys.path.insert(0, os.getcwd())  # where a user's own module is
     if (args.run is None) == (args.model is None):
         raise ValueError("--run, --model: expected one of the two")
-    model = load(str(args.run or args.model), args.weights, args.device)
-    plain = load(args.plain, args.plain_weights, args.device) if args.plain else None
+    model = load(str(args.run or args.model), args.weights, args.device, args.trust)
+    plain = load(args.plain, args.plain_weights, args.device, args.trust) if args.plain else None
     if plain is not None and noise_layers(plain):
         raise ValueError("--plain: expected a network without noise to transfer from, got one with noisy layers")
-    splits = _splits(args)
+    splits = run_inputs.splits(args)
     protocol, args.eps = PROTOCOLS[args.protocol], sorted(set(args.eps))
     target = Target(model, args.draws, plain=plain, dtype=args.dtype)
     part = getattr(splits, args.part)
@@ -122,6 +125,7 @@ def run(argv: list[str]) -> dict | None:
         "draws": target.draws, "sigmas": sorted({float(f"{s:.6g}") for layer in noise_layers(model).values()
                                                  for s in layer.current_sigma().detach().flatten().tolist()}),
         "eps": args.eps, "l2": args.l2, "repeats": args.repeats, "dtype": args.dtype, "device": torch.device(args.device).type,
+        "resize": args.resize and repr(args.resize),
     }  # fmt: skip
     if rank:
         _await(args.out / _SETTINGS)
@@ -157,15 +161,18 @@ def run(argv: list[str]) -> dict | None:
     return results
 
 
-def load(source: str, weights: Path | None, device: str) -> nn.Module:
-    """The network of a run folder, or what ``package.module:function`` returns, with the weights of a safetensors file if given."""
-    if ":" not in source:
-        from rse_fast import train
+def load(source: str, weights: Path | None, device: str, trust: bool = False) -> nn.Module:
+    """The network of a run folder, or what ``package.module:function`` returns, with the weights of a safetensors file if given.
 
-        return train.load_model(source, device=device)
-    module, _, function = source.partition(":")
+    trust: a run folder's own module is imported.
+    """
+    from rse_fast import data, run_inputs
+
+    if ":" not in source:
+        return run_inputs.model_of(Path(source), trust, device)
+    models.search_working_directory()
     try:
-        model = getattr(importlib.import_module(module), function)()
+        model = models.function(source)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"--model: expected package.module:function, got {source!r} ({error})") from error
     if not isinstance(model, nn.Module):
@@ -175,18 +182,11 @@ def load(source: str, weights: Path | None, device: str) -> nn.Module:
         from safetensors.torch import load_file
 
         try:
+            data.open_regular(weights).close()
             model.load_state_dict(load_file(weights))
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"--weights: {str(weights)!r} does not fit {source}: {str(error).splitlines()[0]}") from error
     return model.to(device).eval()
-
-
-def _splits(args):
-    if args.run is None:
-        return data.load(args.data or "digits", progress=True)
-    from rse_fast import train
-
-    return train.load_data(train.Config.load(args.run / "config.json"), args.data)
 
 
 def _images(part, count):

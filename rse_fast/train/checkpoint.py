@@ -1,7 +1,8 @@
 """Checkpoints: folders that appear whole or not at all, and are believed only if every byte is what was written.
 
 ``step-00000120/`` holds weights as safetensors, the rest of the state as ``state.pt`` (read with weights_only=True), and
-``manifest.json`` with the size and SHA-256 of each. It is written under another name, flushed to disk and renamed.
+``manifest.json`` with the size and SHA-256 of each. It is written under another name, flushed to disk and renamed. The best weights of a
+run are one safetensors file, with their `digest` in its metadata.
 """
 
 import hashlib
@@ -11,12 +12,13 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rse_fast.data import sync_folder, write_through
+from rse_fast.data import open_regular, read_json, sync_folder, write_atomically, write_through
 
 _FORMAT = "rse-fast checkpoint 1"
 _MANIFEST = "manifest.json"
@@ -29,6 +31,60 @@ class CheckpointError(ValueError):
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's state as contiguous CPU tensors that share no memory, as safetensors wants them."""
     return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+
+
+def digest(tensors: dict[str, Tensor], facts: dict[str, str]) -> str:
+    """SHA-256 of facts, and of names, types and values, in the order of the names."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def save_best(path: Path, tensors: dict[str, Tensor], score: float, epoch: int) -> None:
+    """Writes the weights of a run's best epoch, and its score."""
+    from safetensors.torch import save as to_bytes
+
+    facts = {"best_score": str(score), "best_epoch": str(epoch)}
+    content = to_bytes(tensors, facts | {"sha256": digest(tensors, facts)})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def load_best(path: Path, model: nn.Module) -> dict:
+    """Gives the model what `save_best` wrote and returns best_score and best_epoch. CheckpointError for a file that is damaged, or of
+    another model. One without a digest, as older versions wrote it, is taken with a warning."""
+    from safetensors import safe_open
+
+    try:
+        expected = sum(value.nbytes for value in model.state_dict().values()) + 2**24  # with room for the names
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > expected:
+                raise ValueError(f"it has {size} bytes, more than the weights of the model can have")
+        with safe_open(path, "pt") as file:
+            facts = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        promised = facts.pop("sha256", None)
+        if promised is None:
+            text = f"{str(path)!r} has no digest, as older versions wrote it: were it damaged, nothing would tell"
+            warnings.warn(text, stacklevel=3)
+        elif promised != digest(tensors, facts):
+            raise ValueError("it is damaged (its SHA-256 differs)")
+        found = {"best_score": float(facts["best_score"]), "best_epoch": int(facts["best_epoch"])}
+    except Exception as error:  # safetensors has errors of its own beside OSError
+        reason = f"it does not say {error}" if isinstance(error, KeyError) else str(error)[:300]
+        raise CheckpointError(f"cannot read the weights in {str(path)!r}: {reason}") from error
+    give(model, tensors, path)
+    return found
+
+
+def give(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Loads tensors of ``source`` into the model. CheckpointError where they do not fit."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"the weights in {str(source)!r} do not fit the model: {reason}") from error
 
 
 def save(folder: Path, step: int, run: str, parts: dict[str, dict[str, Tensor]], state: dict, keep: int) -> Path:
@@ -109,14 +165,17 @@ def load(path: Path, run: str) -> tuple[dict[str, dict[str, Tensor]], dict]:
 
     if problem := _problem(path, run):
         raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {problem}")
-    parts = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-    return parts, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        parts = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        return parts, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # what was written is no checkpoint; safetensors and pickle have errors of their own
+        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {str(error).splitlines()[0]}") from error
 
 
 def _problem(path, run):
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = read_json(path / _MANIFEST)
         if manifest["format"] != _FORMAT:
             return f"its format is {manifest['format']!r}, not {_FORMAT!r}"
         if manifest["run"] != run:
@@ -137,7 +196,7 @@ def _problem(path, run):
 
 
 def _sha256(path):
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)

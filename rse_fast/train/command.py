@@ -7,14 +7,16 @@ import shlex
 import sys
 from pathlib import Path
 
+from rse_fast import models, run_inputs
 from rse_fast.train.checkpoint import CheckpointError
-from rse_fast.train.config import Config
+from rse_fast.train.config import Config, size
+from rse_fast.train.distributed import ProcessLost, leave
 from rse_fast.train.run import train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 at the end and after SIGTERM; 130 after Ctrl-C, saved as well; 1 when training diverges or the disk is
-    full; 2 for bad input."""
+    full; 2 for bad input. Ends the process with 1 where another one of the run is gone."""
     args = _parser().parse_args(argv)
     try:
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
@@ -27,21 +29,31 @@ def main(argv: list[str] | None = None) -> int:
         config = dataclasses.replace(config, **_implied(config, given), **given)
         out = args.resume or args.out or Path("runs") / f"{config.model.replace(':', '.')}-{config.defence}"
         if ":" in config.model:
-            sys.path.insert(0, os.getcwd())  # where a user's own module is
+            if "model" not in given and not args.trust:
+                raise ValueError(
+                    f"--trust: {str(source)!r} names the model {config.model!r}, code that would be imported and run; add --trust if you "
+                    "trust who wrote that file"
+                )
+            models.search_working_directory()
         row = train(config, out, resume=args.resume is not None, from_step=args.from_step)
     except CheckpointError as error:
         print(f"rse-fast train: {error}", file=sys.stderr)
         if "is whole" in str(error):
-            print(f"To continue from that: rse-fast train --resume {shlex.quote(str(out))} --from-step STEP", file=sys.stderr)
+            print(f"To continue from that: {_continued(config, out)} --from-step STEP", file=sys.stderr)
         return 2
     except (ValueError, TypeError) as error:
-        print(f"rse-fast train: {error}", file=sys.stderr)
+        print(f"rse-fast train: {run_inputs.named(error)}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:
+    except ProcessLost as error:
+        leave(f"rse-fast train: {error}; to continue from the newest checkpoint: {_continued(config, out)}")
+    except FloatingPointError as error:
         print(f"rse-fast train: {error}; what was saved before is in {out}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"rse-fast train: {run_inputs.unwritten(error, out, 'checkpoints/step-*/*', '*/checkpoints/step-*/*')}", file=sys.stderr)
+        return 1
     if int(os.environ.get("RANK", 0)) == 0:
-        print(_summary(row, out))
+        print(_summary(row, config, out))
     return 130 if row.get("signal") == "SIGINT" else 0
 
 
@@ -50,9 +62,13 @@ def _implied(config: Config, given: dict) -> dict:
     return {"temperature": None} if given.get("defence", config.defence) != config.defence and "temperature" not in given else {}
 
 
-def _summary(row, out):
+def _continued(config, out):
+    return f"rse-fast train --resume {shlex.quote(str(out))}" + " --trust" * (":" in config.model)
+
+
+def _summary(row, config, out):
     if row["event"] == "stop":
-        return f"stopped at step {row['step']} and saved; to continue: rse-fast train --resume {shlex.quote(str(out))}"
+        return f"stopped at step {row['step']} and saved; to continue: {_continued(config, out)}"
     ensemble = f", {row['test_ensemble_accuracy']:.2%} with {row['draws']} draws" if "draws" in row else ""
     best = f"best epoch {row['best_epoch']} ({row['best_score']:.2%} in validation)"
     return f"{out}: {best}; test accuracy {row['test_accuracy']:.2%}{ensemble}"
@@ -66,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="run folder, new (default: runs/MODEL-DEFENCE)")
     parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="config.json of another run; flags change its fields")
     parser.add_argument("--resume", type=Path, default=None, metavar="DIR", help="continue the run in DIR from its newest checkpoint")
+    parser.add_argument("--trust", action="store_true", default=False, help="import the model that --config or --resume names")
     parser.add_argument("--from-step", type=int, default=None, metavar="STEP", help="... or from the checkpoint of this step")
     for f in dataclasses.fields(Config):
         rule, flag = f.metadata, "--" + f.name.replace("_", "-")
@@ -73,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         if rule["kind"] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
-        kind = _number if rule["kind"] is float else rule["kind"]
+        kind = _number if rule["kind"] is float else size if rule["pair"] else rule["kind"]
         if rule["optional"]:
             text += "; none: not given, whatever the configuration says"
             kind = _or_none(kind)

@@ -4,10 +4,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rse_fast.data import write_atomically
+from rse_fast.data import read_json, write_atomically
 
 DEFENCES = ("plain", "rse", "adversarial", "distillation", "brelu", "rse+adversarial")
 
@@ -15,9 +16,11 @@ DEFENCES = ("plain", "rse", "adversarial", "distillation", "brelu", "rse+adversa
 _WHERE = ("data", "device", "workers", "compile", "cuda_graphs", "keep", "save_steps", "log_steps")  # fields that change no result
 
 
-def _option(default, kind, text, *, low=-math.inf, high=math.inf, above=-math.inf, choices=None):
-    """A field of ``kind`` with its help text; numbers must be in [low, high] and greater than ``above``. A default of None allows None."""
+def _option(default, kind, text, *, low=-math.inf, high=math.inf, above=-math.inf, choices=None, pair=False):
+    """A field of ``kind`` with its help text; numbers must be in [low, high] and greater than ``above``. A default of None allows None;
+    pair: two numbers are fine as well."""
     checks = {"kind": kind, "text": text, "low": low, "high": high, "above": above, "choices": choices, "optional": default is None}
+    checks["pair"] = pair
     return field(default=default, metadata=checks)
 
 
@@ -27,7 +30,9 @@ class Config:
 
     # Data and network
     data: str = _option("digits", str, "data set: a folder of images, of CIFAR-10 or of STL-10, a .npz or .safetensors file, or digits")
-    resize: int | None = _option(None, int, "height and width of the images of a folder", low=1)
+    resize: int | tuple[int, int] | None = _option(
+        None, int, "size of the images of a folder: one number, or height and width as in 48x64", low=1, pair=True
+    )
     val_fraction: float = _option(0.1, float, "share of the training images set aside for validation", above=0, high=0.9)
     lazy: bool = _option(False, bool, "decode the images of a folder anew at each use, in worker processes (ImageNet)")
     workers: int | None = _option(None, int, "processes (lazy) or threads that decode images", low=0)
@@ -123,14 +128,17 @@ class Config:
     def load(cls, path: Path) -> "Config":
         """Reads what `save` wrote. Raises ValueError for a file that cannot be read or holds other fields."""
         try:
-            found = json.loads(Path(path).read_text())
+            found = read_json(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"config: cannot read {str(path)!r}: {error}") from error
         names = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(found, dict) or not found.keys() <= names:
             unknown = sorted(found.keys() - names) if isinstance(found, dict) else type(found).__name__
             raise ValueError(f"config: expected the fields of a training run in {str(path)!r}, got {unknown}")
-        return cls(**found)
+        try:
+            return cls(**found)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{error} (in {str(path)!r})") from error
 
 
 def _checked(f, value):
@@ -138,16 +146,29 @@ def _checked(f, value):
     rule = f.metadata
     if value is None and rule["optional"]:
         return None
+    if rule["pair"] and isinstance(value, (list, tuple)) and len(value) == 2:
+        return tuple(_value(f.name, rule, side) for side in value)
+    return _value(f.name, rule, value)
+
+
+def _value(name, rule, value):
     kind = rule["kind"]
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not kind:
-        raise TypeError(f"{f.name}: expected {kind.__name__}, got {value!r}")
+        raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}")
     if rule["choices"] and value not in rule["choices"]:
-        raise ValueError(f"{f.name}: expected one of {', '.join(rule['choices'])}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(rule['choices'])}, got {value!r}")
     if kind in (int, float):
         low, high, above = rule["low"], rule["high"], rule["above"]
         if not (low <= value <= high and value > above and math.isfinite(value)):
             bounds = f"above {above}" if above > -math.inf else f"at least {low}"
-            raise ValueError(f"{f.name}: expected a number {bounds}{f' and at most {high}' if high < math.inf else ''}, got {value!r}")
+            raise ValueError(f"{name}: expected a number {bounds}{f' and at most {high}' if high < math.inf else ''}, got {value!r}")
     return value
+
+
+def size(text: str) -> int | tuple[int, int]:
+    """A number, or two as in 48x64."""
+    if pair := re.fullmatch(r"(\d+)[x,](\d+)", text):
+        return int(pair[1]), int(pair[2])
+    return int(text)

@@ -3,11 +3,18 @@
 import contextlib
 import importlib
 import os
+import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, distributed
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run has died, or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ def connect(device: str = "auto"):
     """Yields the `Ranks` of this process, connected to the others for the time of the ``with``: NCCL on GPUs, Gloo on CPUs.
 
     device: a torch device, "auto" for a GPU where there is one. With several processes each takes the GPU of its local rank. Raises
-    ValueError for a device that cannot be used.
+    ValueError for a device that cannot be used, `ProcessLost` where another process is gone.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -65,13 +72,31 @@ def connect(device: str = "auto"):
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     owner = not distributed.is_initialized()
-    if owner:
-        # Imported before there is a group: its functions take the group of that moment as a default argument, and a group held there stays
-        # alive after it is destroyed, with threads that abort the process if they need the interpreter while it shuts down.
-        importlib.import_module("torch.distributed.nn.functional")
-        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size(), chosen)
-    finally:
         if owner:
+            # Imported before there is a group: its functions take the group of that moment as a default argument, and a group held there
+            # stays alive after it is destroyed, with threads that abort the process if they need the interpreter while it shuts down.
+            importlib.import_module("torch.distributed.nn.functional")
+            distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        yield Ranks(distributed.get_rank(), distributed.get_world_size(), chosen)
+    except RuntimeError as error:
+        if not _of_the_connection(error):
+            raise
+        owner = False  # to leave the group would wait for the dead one
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])[:100]
+        raise ProcessLost(f"another process of this run has died or cannot be reached ({reason})") from error
+    finally:
+        if owner and distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _of_the_connection(error):
+    """Gloo has no class of its own for what NCCL calls a DistBackendError."""
+    return isinstance(error, distributed.DistError) or re.search(r"gloo|Connection (closed|reset|refused)|Broken pipe", str(error))
+
+
+def leave(text: str) -> NoReturn:
+    """Says why and ends this process with status 1, at once: threads of its group may wait for the dead one for half an hour."""
+    print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)

@@ -4,18 +4,20 @@ import json
 import os
 from pathlib import Path
 
-from rse_fast.data import claim, write_atomically
+from rse_fast.data import open_regular, write_atomically
+
+# What later steps of a run read of a row.
+_NUMBERS = {
+    "step": ("step", "epoch"), "epoch": ("step", "epoch"),
+    "end": ("step", "best_epoch", "best_score", "test_accuracy"),
+}  # fmt: skip
 
 
 class Log:
-    """Appends rows to ``folder/log.jsonl``. ``step``: the run continues there, and rows of later steps are dropped (None: a new run).
-
-    While there is one, the folder is this process's alone: ValueError where another trains in it.
-    """
+    """Appends rows to ``folder/log.jsonl``. ``step``: the run continues there, and rows of later steps are dropped (None: a new run)."""
 
     def __init__(self, folder: Path, step: int | None = None, epoch: int = 0):
         self.path = folder / "log.jsonl"
-        self._claim = claim(folder / ".lock")  # not the log itself, which may be replaced
         if step is not None:
             kept = [row for row in read(self.path) if row.get("step", 0) <= step and not (row["event"] == "epoch" and row["epoch"] > epoch)]
             write_atomically(self.path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
@@ -38,19 +40,28 @@ class Log:
             self._board.flush()
 
     def close(self) -> None:
-        self._claim.close()
         if self._board is not None:
             self._board.close()
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a log. A last line that was cut off is left out."""
+    """The rows of a log. A last line that was cut off is left out; ValueError for any other that is no row of a log."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    if not path.exists():
+        return rows
+    with open_regular(path) as file:
+        lines = file.read().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+            numbers = [row[name] for name in _NUMBERS.get(row["event"], ("step",))]
+            if not all(type(value) in (int, float) for value in numbers):
+                raise TypeError(f"expected numbers, got {numbers}")
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise ValueError(f"run: line {number} of {str(path)!r} is no row of a log ({str(error)[:100]})") from error
     return rows
 
 

@@ -36,25 +36,35 @@ def train(config: Config, out: str | Path, *, resume: bool = False, from_step: i
     machine (`Config.fingerprint`); the data may have moved, but must be the same.
 
     Under torchrun all processes call this; only rank 0 writes, all read the folder. Raises ValueError for bad input, CheckpointError (a
-    ValueError) for a checkpoint that is damaged or of another run, FloatingPointError when training diverges, OSError for a full disk.
+    ValueError) for a checkpoint that is damaged or of another run, FloatingPointError when training diverges, OSError for a full disk,
+    `ProcessLost` where another process is gone.
+
+    Signals save and stop the run while it trains. Before that, and during the test at its end, they do what they do elsewhere.
     """
     out = Path(out)
-    with connect(config.device) as ranks, _stop_signals() as stopped:
-        path = out / "config.json"
-        if not resume and (path.exists() or checkpoint.find(out / "checkpoints")):
-            raise ValueError(f"out: {str(out)!r} holds a run already; resume it, or name another folder")
-        if path.exists() and (known := Config.load(path)).fingerprint != config.fingerprint:
-            differing = [f"{name} {value!r} there, {new!r} here" for name, value, new in known.differences(config)]
-            raise ValueError(f"resume: {str(out)!r} holds a run of another configuration ({'; '.join(differing)})")
+    with connect(config.device) as ranks:
+        _check_folder(config, out, resume)
+        if ranks.main:
+            data.check_writable(out)
         teacher = None
         if config.defence == "distillation":
             plain = dataclasses.replace(config, defence="plain")
+            _check_folder(plain, out / "teacher", resume)
             # from_step is the teacher's while that is under way, and the student's afterwards.
-            row = _train(plain, out / "teacher", resume, from_step if _under_way(out / "teacher") else None, ranks, stopped, student=config)
+            row = _train(plain, out / "teacher", resume, from_step if _under_way(out / "teacher") else None, ranks, student=config)
             if row["event"] == "stop":
                 return row
-            teacher = load_model(out / "teacher")
-        return _train(config, out, resume, from_step, ranks, stopped, teacher=teacher)
+            teacher = load_model(out / "teacher", trust=True)  # its configuration is this one
+        return _train(config, out, resume, from_step, ranks, teacher=teacher)
+
+
+def _check_folder(config, out, resume):
+    path = out / "config.json"
+    if not resume and (path.exists() or checkpoint.find(out / "checkpoints")):
+        raise ValueError(f"out: {str(out)!r} holds a run already; resume it, or name another folder")
+    if path.exists() and (known := Config.load(path)).fingerprint != config.fingerprint:
+        differing = [f"{name} {value!r} there, {new!r} here" for name, value, new in known.differences(config)]
+        raise ValueError(f"resume: {str(out)!r} holds a run of another configuration ({'; '.join(differing)})")
 
 
 def _under_way(run):
@@ -62,41 +72,49 @@ def _under_way(run):
     return bool(rows) and rows[-1]["event"] != "end"
 
 
-def load_model(run: str | Path, which: str = "best", device: str | torch.device = "cpu") -> nn.Module:
+def load_model(run: str | Path, which: str = "best", device: str | torch.device = "cpu", *, trust: bool = False) -> nn.Module:
     """The model of a run folder in eval mode, its defence built in (rse: noise is on, with the sigmas for use).
 
-    which: "best", the epoch with the best validation accuracy, or "last", the newest checkpoint. Raises ValueError for a folder that is not
-    a run's, or a file that is damaged. A model that the configuration names as package.module:function is imported and called.
+    which: "best", the epoch with the best validation accuracy, or "last", the newest checkpoint. trust: a model that the configuration
+    names as package.module:function is imported and called, so such a folder is code; only with ``trust=True`` it runs. Raises ValueError
+    for a folder that is not a run's, a file that is damaged, and code that is not trusted.
     """
     run = Path(run)
     if which not in ("best", "last"):
         raise ValueError(f"which: expected best or last, got {which!r}")
     config = Config.load(run / "config.json")
+    if config.model not in models.MODELS and not trust:
+        raise ValueError(
+            f"trust: {str(run / 'config.json')!r} names the model {config.model!r}, code that would be imported and run; if you trust who "
+            "wrote that folder: trust=True, or --trust on the command line"
+        )
     facts = _read_facts(run)
     model = defences.protect(models.make(config.model, len(facts["classes"]), facts["shape"][0]), config)
     defences.use_test_sigma(model, config)
     if which == "best":
-        tensors = _read_weights(run / "best.safetensors")
+        checkpoint.load_best(run / "best.safetensors", model)
     else:
         parts, _ = checkpoint.newest(run / "checkpoints", config.fingerprint)
-        tensors = parts.get("average", parts["model"])
-    _load_weights(model, tensors, run)
+        checkpoint.give(model, parts.get("average", parts.get("model", {})), run)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout).eval()
 
 
-def load_data(config: Config, moved: str | None = None) -> data.Splits:
-    """The data set that a configuration names, or another (``moved``), decoded and split as it says. ValueError for what cannot be read."""
+def load_data(config: Config, moved: str | None = None, resize: int | tuple[int, int] | None = None) -> data.Splits:
+    """The data set that a configuration names, or another (``moved``, ``resize``), decoded and split as it says. ValueError for what cannot
+    be read."""
     if moved is not None:
         images = Path(moved).is_dir()  # of a file, or digits, the size and place are given
         config = dataclasses.replace(config, data=moved, resize=config.resize if images else None, lazy=config.lazy and images)
+    if resize is not None:
+        config = dataclasses.replace(config, resize=resize)
     return data.load(
         config.data, resize=config.resize, val_fraction=config.val_fraction, workers=config.workers, lazy=config.lazy, progress=True
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- one run
-def _train(config, out, resume, from_step, ranks: Ranks, stopped, teacher=None, student=None):
+def _train(config, out, resume, from_step, ranks: Ranks, teacher=None, student=None):
     """One run. student: the configuration of the distillation around it, if it is a teacher's."""
     rows = read(out / "log.jsonl")
     if resume and rows and rows[-1]["event"] == "end" and from_step is None:
@@ -112,29 +130,40 @@ def _train(config, out, resume, from_step, ranks: Ranks, stopped, teacher=None, 
     trainer = Trainer(config, splits, ranks, teacher)
     saved = _Saved(out, config, ranks)
     begun = resume and saved.restore(trainer, from_step)
-    log = None
-    if ranks.main:
-        out.mkdir(parents=True, exist_ok=True)
-        log = Log(out, trainer.step if begun else 0, trainer.epoch)
+    with _writing(out, config, resume or teacher is not None) if ranks.main else nullcontext():
+        log = None
+        if ranks.main:
+            data.write_atomically(out / "data.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
+            config.save(out / "config.json")  # the last: with it, the folder is a run's
+            if student is not None:  # whose folder is this one's parent, and a run's from now on: it can be continued
+                student.save(out.parent / "config.json")
+            log = Log(out, trainer.step if begun else 0, trainer.epoch)
+        try:
+            if log is not None:
+                log.write(_start_row(trainer, begun))
+                if student is None and (line := advice(config, ranks.device, ranks.size)) is not None:
+                    print(line)
+            with _stop_signals() as stopped:
+                row = _loop(trainer, saved, log, stopped)
+            if row["event"] != "stop":
+                row = _end(trainer, saved, out) if ranks.main else row
+            if log is not None and row["event"] in ("stop", "end"):
+                log.write(row)
+            return row
+        finally:
+            if log is not None:
+                log.close()
+
+
+@contextmanager
+def _writing(out, config, resume):
+    """The folder is this thread's alone meanwhile. ValueError where another trains in it, or has done so since it was asked for."""
+    out.mkdir(parents=True, exist_ok=True)
+    with data.claim(out / ".lock"):  # not the log, which may be replaced
+        _check_folder(config, out, resume)
         for leftover in out.glob(".*.tmp"):  # of a process that was killed
             leftover.unlink()
-        data.write_atomically(out / "data.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
-        config.save(out / "config.json")  # the last: with it, the folder is a run's
-        if student is not None:  # whose folder is this one's parent, and a run's from now on: it can be continued
-            student.save(out.parent / "config.json")
-        log.write(_start_row(trainer, begun))
-        if student is None and (line := advice(config, ranks.device, ranks.size)) is not None:
-            print(line)
-    try:
-        row = _loop(trainer, saved, log, stopped)
-        if row["event"] != "stop":
-            row = _end(trainer, saved, out) if ranks.main else row
-        if log is not None and row["event"] in ("stop", "end"):
-            log.write(row)
-        return row
-    finally:
-        if log is not None:
-            log.close()
+        yield
 
 
 def _digest(part):
@@ -178,7 +207,7 @@ def _end(trainer, saved, out):
         draw_curves(read(out / "log.jsonl"), out / "curves.png")
     except ImportError:
         print("no picture of the curves: pip install 'rse-fast[plot]'")
-    model = load_model(out, device=trainer.ranks.device)
+    model = load_model(out, device=trainer.ranks.device, trust=True)  # the configuration is the caller's
     row = {"event": "end", "step": trainer.step, **saved.best_so_far, "test_images": len(trainer.splits.test)}
     seed = data.derived_seed(config.seed, _TEST_STREAM)
     torch.manual_seed(seed)
@@ -240,11 +269,7 @@ class _Saved:
         if score > self.best_so_far.get("best_score", -1.0):
             self.best_so_far = {"best_score": score, "best_epoch": trainer.epoch}
             if self.ranks.main:
-                from safetensors.torch import save
-
-                metadata = {name: str(value) for name, value in self.best_so_far.items()}
-                content = save(checkpoint.weights(trainer.evaluated), metadata)
-                data.write_atomically(self.out / "best.safetensors", lambda file: file.write(content))
+                checkpoint.save_best(self.out / "best.safetensors", checkpoint.weights(trainer.evaluated), score, trainer.epoch)
 
     def restore(self, trainer: Trainer, step: int | None) -> bool:
         """Brings the trainer where a checkpoint was taken; False if the run has none yet."""
@@ -252,54 +277,35 @@ class _Saved:
         if step is None and not checkpoint.find(folder):
             return False
         parts, state = checkpoint.newest(folder, self.config.fingerprint, step)
-        _load_weights(trainer.model, parts["model"], folder)
-        if trainer.average is not None:
-            _load_weights(trainer.average.module, parts["average"], folder)
-        self.best_so_far = state.pop("best")
         path = self.out / "best.safetensors"
-        if path.exists():  # it may be of an epoch after the checkpoint, whose accuracy the run does not reach again
-            found = _read_metadata(path)
-            if found["best_score"] > self.best_so_far.get("best_score", -1.0):
-                self.best_so_far = found
-        trainer.load_state_dict(state)
+        try:
+            best = checkpoint.load_best(path, trainer.evaluated) if path.exists() else {}
+            checkpoint.give(trainer.model, parts["model"], folder)
+            if trainer.average is not None:
+                checkpoint.give(trainer.average.module, parts["average"], folder)
+            self.best_so_far = dict(state.pop("best"))
+            if best and best["best_score"] > self.best_so_far.get("best_score", -1.0):
+                self.best_so_far = best  # of an epoch after the checkpoint, whose accuracy the run does not reach again
+            trainer.load_state_dict(state)
+        except checkpoint.CheckpointError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(f"the checkpoints in {str(folder)!r} are not of such a run ({error!r})") from error
         return True
-
-
-def _load_weights(model, tensors, source):
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise checkpoint.CheckpointError(f"the weights in {str(source)!r} do not fit the model: {reason}") from error
-
-
-def _read_weights(path):
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors has errors of its own beside OSError
-        raise checkpoint.CheckpointError(f"cannot read the weights in {str(path)!r}: {error}") from error
-
-
-def _read_metadata(path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            found = file.metadata()
-        return {"best_score": float(found["best_score"]), "best_epoch": int(found["best_epoch"])}
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"cannot read the weights in {str(path)!r}: {error!r}") from error
 
 
 def _read_facts(run):
     """What data.json says of the data that a run is of."""
     path = run / "data.json"
     try:
-        found = json.loads(path.read_text())
+        found = data.read_json(path)
         if not isinstance(found, dict) or not {"classes", "shape", "train"} <= found.keys():
             raise ValueError("expected the facts about a data set")
+        classes, shape = found["classes"], found["shape"]
+        if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+            raise ValueError("expected at least two names of classes")
+        if not isinstance(shape, list) or len(shape) != 3 or not all(type(side) is int and 0 < side <= 2**16 for side in shape):
+            raise ValueError("expected a shape [channels, height, width]")
         return found
     except (OSError, ValueError) as error:
         raise ValueError(f"run: cannot read {str(path)!r}: {error}") from error
