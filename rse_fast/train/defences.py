@@ -53,7 +53,7 @@ def batch_loss(config: Config, model: nn.Module, forward, images: Tensor, labels
         else:
             images = attacked
     elif config.defence == "brelu":
-        images = add_noise(images, config.augment_sigma, **ambient(images.device))
+        images = add_noise(images, config.augment_sigma, **ambient(images)._asdict())
     draws = config.draws if config.noisy else 1
     logits = main_output(forward(images.repeat(draws, 1, 1, 1))).float()
     labels = labels.repeat(draws)
