@@ -15,6 +15,7 @@ from rse_fast.address import NoiseAddress
 from rse_fast.layout import packed_like
 
 _registered = torch.ops.rse_fast
+_gradients = torch.ops.aten.convolution_backward.default
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 # Bytes of a noisy input up to which one call of the vendor's library makes all gradients of a convolution. The noisy input then lives
@@ -229,11 +230,17 @@ class AddNoise(torch.autograd.Function):
 
 
 class NoisyConv(torch.autograd.Function):
-    """`noisy_conv` in reverse mode. Keeps the clean input, and regenerates the noisy one where the weight's gradient needs it."""
+    """`noisy_conv` in reverse mode. Keeps the clean input, and regenerates the noisy one where the weight's gradient needs it.
+
+    Written for few steps of Python: what a small layer's backward takes beyond the plain layer's is their time.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, sigma, at, geometry, groups, backend):
-        ctx.save_for_backward(x, weight, sigma, at.seed, at.sample_ids)
+        if at.sample_ids is None:
+            ctx.save_for_backward(x, weight, sigma, at.seed)
+        else:
+            ctx.save_for_backward(x, weight, sigma, at.seed, at.sample_ids)
         ctx.rest = None if bias is None else [bias.shape[0]], at[1:6], geometry, groups, backend
         if is_direct(x):
             return noise.noisy_conv(x, weight, bias, sigma, at, *geometry, groups, backend)
@@ -242,42 +249,39 @@ class NoisyConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        x, weight, sigma, seed, sample_ids = ctx.saved_tensors
+        x, weight, sigma, *seed = ctx.saved_tensors
         bias_sizes, where, (stride, padding, dilation), groups, backend = ctx.rest
-        at = NoiseAddress(seed, *where, sample_ids)
-        needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
-        needs_b, needs_noisy = needs_b and bias_sizes is not None, needs_x or needs_sigma
-
-        def gradients(read, stride, needs):
-            return torch.ops.aten.convolution_backward.default(
-                g, read, weight, bias_sizes, stride, padding, dilation, False, [0] * len(stride), groups, needs
-            )
-
-        def packed():  # where only the shape is read
-            return x if x.shape[0] == at.rows else packed_like(x, at.rows)
-
+        needs_x, needs_w, needs_b, needs_sigma, *_ = ctx.needs_input_grad
+        at, zeros = NoiseAddress(seed[0], *where, *seed[1:]), (0,) * len(stride)
+        needs_noisy = needs_x or needs_sigma
         g_noisy = g_w = g_b = None
         if needs_w:
-            read, step = add_noise(x, sigma, at, backend=backend, after=g), stride
-            if _written_astray(read, weight, stride, padding):
-                read, step = read[(slice(None), slice(None), *(slice(None, None, s) for s in stride))], [1] * len(stride)
-            whole = needs_noisy and step is stride and read.numel() * read.element_size() <= ONE_CALL
-            g_noisy, g_w, g_b = gradients(read, step, [whole, True, needs_b])
+            if is_direct(x) and not torch.is_grad_enabled():
+                read = noise.add_noise(x, sigma, at, None, None, False, backend)
+            else:
+                read = add_noise(x, sigma, at, backend=backend, after=g)
+            step, whole = stride, needs_noisy and read.numel() * read.element_size() <= ONE_CALL
+            if weight.shape[1] < 16 and max(stride) > 1 and _written_astray(read, weight, padding):
+                read, whole = read[(slice(None), slice(None), *(slice(None, None, s) for s in stride))], False
+                step = (1,) * len(stride)
+            needs = [whole, True, needs_b]
+            g_noisy, g_w, g_b = _gradients(g, read, weight, bias_sizes, step, padding, dilation, False, zeros, groups, needs)
             del read  # before the gradient of the input, as large as it, is there
             needs_noisy, needs_b = needs_noisy and not whole, False
         if needs_noisy or needs_b:
-            g_noisy, _, g_bias = gradients(packed(), stride, [needs_noisy, False, needs_b])
+            read = x if x.shape[0] == at.rows else packed_like(x, at.rows)  # of which the shape alone is read
+            needs = [needs_noisy, False, needs_b]
+            g_noisy, _, g_bias = _gradients(g, read, weight, bias_sizes, stride, padding, dilation, False, zeros, groups, needs)
             g_b = g_bias if needs_b else g_b
         g_x = _sum_draws(g_noisy, x.shape[0], at) if needs_x else None
         g_sigma = sigma_grad(g_noisy, at, sigma.dim() == 1, backend) if needs_sigma else None
         return g_x, g_w, g_b, g_sigma, None, None, None, None
 
 
-def _written_astray(x, weight, stride, padding):
+def _written_astray(x, weight, padding):
     """Whether oneDNN would write past its workspace for the weight's gradient: strided 1x1 convolutions of few channels, channels last
     (https://github.com/uxlfoundation/oneDNN/issues/6035). Taken at the pixels that it reads, the same convolution has no stride."""
-    pointwise = all(k == 1 for k in weight.shape[2:]) and not any(padding)
-    return x.device.type == "cpu" and pointwise and max(stride) > 1 and weight.shape[1] < 16
+    return x.device.type == "cpu" and all(k == 1 for k in weight.shape[2:]) and not any(padding)
 
 
 class NoisyLinear(torch.autograd.Function):

@@ -10,13 +10,15 @@ import threading
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.fx import Proxy
 
 from rse_fast import autograd, functional
 from rse_fast.address import NoiseAddress
 
 __all__ = ["GaussianNoise", "NoisyConv1d", "NoisyConv2d", "NoisyConv3d", "NoisyLinear"]
 
+_LEAST, _MOST = -(2**63), 2**63 - 1  # of a seed
 _active = threading.local()  # one context a thread: two threads may run one model with different seeds
 
 
@@ -67,9 +69,11 @@ class NoiseContext:
         sigma = layer.current_sigma()
         if call == 0 and layer.stream == self.silent:
             sigma = torch.zeros_like(sigma)
+        seed, sample_ids = self.seed, self.sample_ids
+        if seed.device != x.device:  # a model that is spread over devices
+            seed, sample_ids = seed.to(x.device), None if sample_ids is None else sample_ids.to(x.device)
         stream = layer.stream + (call << 16)
-        at = NoiseAddress(self.seed, stream, self.images, self.draws, self.image_offset, self.draw_offset, self.sample_ids)
-        return sigma, at, self.backend
+        return sigma, NoiseAddress(seed, stream, self.images, self.draws, self.image_offset, self.draw_offset, sample_ids), self.backend
 
     def _refuse_checkpointing(self):
         frame = sys._getframe(1)
@@ -85,9 +89,8 @@ class NoiseContext:
 def ambient(x: torch.Tensor) -> NoiseAddress:
     """The address of fresh noise for a batch ``x``: a seed from torch's generator of the device, and the distributed rank as the stream,
     since equal generator seeds on all ranks must not give equal noise."""
-    distributed = torch.distributed
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    return NoiseAddress(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device), rank, x.shape[0])
+    return NoiseAddress(torch.randint(_LEAST, _MOST, (), dtype=torch.int64, device=x.device), rank, x.shape[0])
 
 
 class NoiseLayer(nn.Module):
@@ -136,7 +139,7 @@ class NoiseLayer(nn.Module):
     def current_sigma(self) -> torch.Tensor:
         """sigma as a float32 tensor; attached to ``sigma_raw`` where it is learnable."""
         raw = self._parameters.get("sigma_raw")
-        return self.sigma if raw is None else nn.functional.softplus(raw)
+        return self._buffers["sigma"] if raw is None else nn.functional.softplus(raw)
 
     def noise(self, x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
         """(sigma, address, backend) of the noise of one call on ``x``."""
@@ -146,7 +149,7 @@ class NoiseLayer(nn.Module):
     def add_noise(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` plus the noise of one call; the channels are dimension ``channel_dim``."""
         sigma, at, backend = self.noise(x)
-        if self.channel_dim == 1 and _fits(x, x.dim(), 1, sigma, at, backend):
+        if self.channel_dim == 1 and x.dim() >= 2 and _fits(x, 1, sigma, backend):
             return autograd.add_noise(x, sigma, at)
         return functional.add_noise(x, sigma, **at._asdict(), channel_dim=self.channel_dim, backend=backend)
 
@@ -195,7 +198,7 @@ class GaussianNoise(NoiseLayer):
         self.init_noise(sigma)
 
     def forward(self, x):
-        if isinstance(x, torch.fx.Proxy):
+        if isinstance(x, Proxy):
             return _one_node(self, x)
         if not self.noise_enabled:
             return x
@@ -209,7 +212,7 @@ class NoisyInput(NoiseLayer):
     """Mixin for a layer with a forward of its own: noise on its first input, then that forward. Channels are dimension 1."""
 
     def forward(self, input, *args, **kwargs):
-        if isinstance(input, torch.fx.Proxy):
+        if isinstance(input, Proxy):
             return _one_node(self, input, *args, **kwargs)
         if self.noise_enabled:
             input = self.add_noise(input)
@@ -224,24 +227,31 @@ class _NoisyConv(NoisyInput):
         self.init_noise(sigma)
 
     def forward(self, input):  # the name that nn.ConvNd gives it: callers may use it
-        if isinstance(input, torch.fx.Proxy):
+        if isinstance(input, Proxy):
             return _one_node(self, input)
         weight, bias = self.weight, self.bias
         if not self.noise_enabled:
             return self._conv_forward(input, weight, bias)
-        stride, padding, dilation, groups = self.stride, self.padding, self.dilation, self.groups
+        stride, padding = self.stride, self.padding
         dimensions = input.dim()
         if dimensions == len(stride) + 1:  # one sample without a batch dimension
             return self.forward(input.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":  # the padding repeats noisy pixels, so noise comes first
             return super().forward(input)
         sigma, at, backend = self.noise(input)
-        if _fits(input, len(stride) + 2, 1, sigma, at, backend) and input.shape[1] == self.in_channels and type(padding) is tuple:
-            input, weight, bias = functional.autocast(input, weight, bias)
-            return autograd.noisy_conv(input, weight, bias, sigma, at, stride, padding, dilation, groups)
+        if (
+            type(padding) is tuple
+            and dimensions == len(stride) + 2
+            and input.shape[1] == self.in_channels
+            and _fits(input, 1, sigma, backend)
+        ):
+            if torch._C._is_any_autocast_enabled():
+                input, weight, bias = functional.autocast(input, weight, bias)
+            return autograd.noisy_conv(input, weight, bias, sigma, at, stride, padding, self.dilation, self.groups)
         return functional.noisy_conv(
-            input, weight, bias, sigma, **at._asdict(), stride=stride, padding=padding, dilation=dilation, groups=groups, backend=backend
-        )
+            input, weight, bias, sigma, **at._asdict(), stride=stride, padding=padding, dilation=self.dilation, groups=self.groups,
+            backend=backend,
+        )  # fmt: skip
 
 
 class NoisyConv1d(_NoisyConv, nn.Conv1d):
@@ -266,7 +276,7 @@ class NoisyLinear(NoisyInput, nn.Linear):
         self.init_noise(sigma)
 
     def forward(self, input):
-        if isinstance(input, torch.fx.Proxy):
+        if isinstance(input, Proxy):
             return _one_node(self, input)
         weight, bias = self.weight, self.bias
         if not self.noise_enabled:
@@ -274,24 +284,23 @@ class NoisyLinear(NoisyInput, nn.Linear):
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         sigma, at, backend = self.noise(input)
-        if _fits(input, input.dim(), -1, sigma, at, backend) and input.shape[-1] == self.in_features:
+        if input.dim() >= 2 and input.shape[-1] == self.in_features and _fits(input, -1, sigma, backend):
             input, weight, bias = functional.autocast(input, weight, bias)
             return autograd.noisy_linear(input, weight, bias, sigma, at)
         return functional.noisy_linear(input, weight, bias, sigma, **at._asdict(), backend=backend)
 
 
-def _fits(x, dimensions, channel_dim, sigma, at, backend) -> bool:
+def _fits(x, channel_dim, sigma, backend) -> bool:
     """Whether a layer's call on ``x`` has nothing left to check, which `functional` would do at length.
 
     What cannot change was checked when the layer was made, and its rows by the context.
     """
     return (
         backend == "auto"
-        and x.dim() == dimensions >= 2
         and x.dtype in functional.FLOATS
         and x.numel() <= 2**32  # so that the counter holds every position
         and (sigma.dim() == 0 or sigma.shape[0] == x.shape[channel_dim])
-        and x.device == sigma.device == at.seed.device
+        and x.device == sigma.device
     )
 
 

@@ -17,6 +17,8 @@ from rse_fast.layout import layout, packed_like
 
 def active_backend(x: torch.Tensor) -> str:
     """What ``backend="auto"`` runs for a tensor like ``x``: "triton" (CUDA, ROCm), "cpu" (the C++ library) or "torch"."""
+    if x.is_cpu and x.dtype in cpu.DTYPES and cpu.load().handle is not None:
+        return "cpu"
     kind = x.device.type
     if kind == "cpu":
         real = torch.float32 if x.dtype in triton.LOW_PRECISION else x.dtype  # the noise on a convolution of such tensors is float32
@@ -47,9 +49,10 @@ def add_noise(x, sigma, at: NoiseAddress, scale, shift, relu, backend) -> torch.
         return reference.add_noise(x, sigma, *at, scale, shift, relu)
     lies = layout(x)
     x = x if lies else x.contiguous()
-    out = packed_like(x, at.rows)
-    sigma, scale, shift = _dense(sigma, scale, shift)
-    launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
+    out = torch.empty_like(x) if lies and x.shape[0] == at.rows else packed_like(x, at.rows)
+    if scale is not None or shift is not None or sigma.dim():
+        sigma, scale, shift = _dense(sigma, scale, shift)
+    launch = cpu.add_noise if backend == "cpu" else triton.launcher("add_noise")
     launch(x, out, lies == "flat", sigma, at, scale, shift, relu)
     return out
 
