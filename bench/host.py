@@ -15,12 +15,14 @@ import torch
 
 import rse_fast
 from rse_fast.address import NoiseAddress
+from rse_fast.models import SmallNet
 
 from . import peers
-from .measure import Row, device, percentiles, selected
+from .measure import Row, device, percentiles, ratio, selected, target
 
 LAUNCH = "launch of 2x64x32x32 bfloat16, nothing runs"
 LAYER = "convolution 3x3 of 2x8x4x4"
+PREDICT = "predict, one draw of one 8x8 image, narrow SmallNet"
 
 
 def still_driver(launched):
@@ -54,18 +56,23 @@ def still_driver(launched):
 
 
 def microseconds(implementations: dict, calls: int = 5, rounds: int = 400) -> dict[str, tuple[float, float, float]]:
-    """(p20, p50, p80) of the host's time of one call, in turns, where `measure.interleaved` has the device's; few calls at a time, so that
-    most samples are not interrupted."""
+    """(p20, p50, p80) of the processor time that one call takes on one thread, in turns, where `measure.interleaved` has the device's time.
+
+    What other processes take of a core is not counted. Few calls at a time, so that all meet caches in the same state.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     times = {name: [] for name in implementations}
     for run in implementations.values():
         for _ in range(100):
             run()
     for _ in range(rounds):
         for name, run in implementations.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             for _ in range(calls):
                 run()
-            times[name].append((time.perf_counter() - start) / calls * 1e6)
+            times[name].append((time.thread_time() - start) / calls * 1e6)
+    torch.set_num_threads(threads)
     return {name: percentiles(values) for name, values in times.items()}
 
 
@@ -94,7 +101,9 @@ def launch() -> tuple[list[Row], list[dict]]:
         error = (done.stderr.strip().splitlines() or ["failed"])[-1]
         return [Row("host", LAUNCH, "rse_fast", "host time", "us", error=error)], []
     found = json.loads(done.stdout)
-    return [Row("host", LAUNCH, name, "host time", "us", *times) for name, times in found.items() if selected(name)], []
+    rows = [Row("host", LAUNCH, name, "host time", "us", *times) for name, times in found.items() if selected(name)]
+    share = _ratio(found, "Triton's own launch")
+    return rows, [target("host", LAUNCH, "over Triton's own launch", share, round(12 / 42, 3), "x", at_most=True)]
 
 
 def layer() -> tuple[list[Row], list[dict]]:
@@ -107,15 +116,37 @@ def layer() -> tuple[list[Row], list[dict]]:
     g = torch.rand_like(x)
     forward = {name: lambda one=one: one(x) for name, one in layers.items()}
     both = {name: lambda one=one: torch.autograd.grad(one(x), (x, *one.parameters()), g) for name, one in layers.items()}
-    return [
-        Row("host", LAYER, name, metric, "us", *times)
-        for metric, runs in (("forward", forward), ("forward and backward", both))
-        for name, times in microseconds(runs).items()
-    ], []
+    found = {"forward": microseconds(forward), "forward and backward": microseconds(both)}
+    rows = [Row("host", LAYER, name, metric, "us", *times) for metric, each in found.items() for name, times in each.items()]
+    return rows, [
+        target("host", LAYER, f"{metric} over the eager noise layer's", _ratio(each, "eager noise layer"), most, "x", at_most=True)
+        for (metric, each), most in zip(found.items(), (1.2, 1.15), strict=True)
+    ]
+
+
+def prediction() -> tuple[list[Row], list[dict]]:
+    """On images so small that hardly any arithmetic is left; the network alone is its fused snapshot without noise."""
+    where = device()
+    model = SmallNet(width=8).to(where).eval()
+    x = torch.rand(1, 3, 8, 8, device=where)
+    ensemble = rse_fast.Ensemble(rse_fast.convert(copy.deepcopy(model), 0.2, 0.1), draws=1, dtype="float32")
+    plain = peers.deterministic(model, torch.float32)
+
+    def network():
+        with torch.no_grad():
+            plain(x)
+
+    runs = {"rse_fast": lambda: ensemble.predict(x), "the network alone (limit)": network}
+    runs = {name: run for name, run in runs.items() if selected(name)}
+    return [Row("host", PREDICT, name, "host time", "us", *times) for name, times in microseconds(runs, rounds=100).items()], []
+
+
+def _ratio(found, peer):
+    return ratio(*(found[name][1] if name in found else None for name in ("rse_fast", peer)))
 
 
 def cases() -> dict:
-    return {LAUNCH: launch, LAYER: layer}
+    return {LAUNCH: launch, LAYER: layer, PREDICT: prediction}
 
 
 if __name__ == "__main__":
