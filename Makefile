@@ -8,13 +8,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) kernels/cpu/build.py
 INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
 
-.PHONY: help demo test check bench build clean
+.PHONY: help demo test check bench docs build clean
 
 help:
 	@echo "make demo   train, attack and report on real images (a few minutes)"
 	@echo "make test   all tests"
 	@echo "make check  ruff"
 	@echo "make bench  benchmarks beside the peers, which it installs"
+	@echo "make docs   the documentation as a site, in site/; a warning is an error"
 	@echo "make build  sdist and wheel into dist/"
 	@echo "make clean  remove .venv and everything built"
 
@@ -35,12 +36,16 @@ bench: $(VENV)/installed-bench $(VENV)/installed-peers
 	$(PIP) install -q --no-deps -c constraints.txt baal
 	$(BIN)/rse-fast bench $(ARGS)
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
 # The sdist first, then the wheel from the sdist: so the sdist is known to be complete.
 build: $(VENV)/installed-test
 	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m build --outdir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/cpu/librse_fast_cpu.* kernels/cpu/library_problem.txt
+	rm -rf $(VENV) build dist site *.egg-info kernels/cpu/librse_fast_cpu.* kernels/cpu/library_problem.txt
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

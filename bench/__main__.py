@@ -1,7 +1,7 @@
 """``rse-fast bench``: measures rse-fast beside its peers and limits, prints tables with ratios, merges the results into a file.
 
 One suite, or one case, can be measured at a time: what FILE holds of the same machine is kept, and measured cases replace their old
-figures. ``--compare`` and ``--compare-ref`` look for regressions; ``--report`` and ``--readme`` measure nothing.
+figures. ``--compare`` and ``--compare-ref`` look for regressions; ``--report`` and ``--results`` measure nothing.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare-ref", metavar="GITREF", help="compare that commit and this checkout, measured in turns in one run")
     parser.add_argument("--tolerance", type=float, default=1.1, metavar="RATIO", help="times worse that are a regression (%(default)s)")
     parser.add_argument("--report", action="store_true", help="tables and pictures of what FILE holds; measures nothing")
-    parser.add_argument("--readme", nargs="+", type=Path, metavar="FILE", help="write README.md and bench/SCALING.md from these results")
+    parser.add_argument("--results", nargs="+", type=Path, metavar="FILE", help="write RESULTS.md and SCALING.md in bench/ from these")
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)  # implementations whose name begins so; for --compare-ref
     arguments = parser.parse_args(argv)
     if arguments.compare and not arguments.compare.exists():
@@ -52,11 +52,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.readme:
+    if arguments.results:
         from . import scaling
 
-        report.write_readme(Path("README.md"), arguments.readme)
-        scaling.write(Path("bench/SCALING.md"), arguments.readme)
+        report.write_page(Path("bench/RESULTS.md"), arguments.results)
+        scaling.write(Path("bench/SCALING.md"), arguments.results)
         return 0
     if arguments.compare_ref:
         from . import reference_run

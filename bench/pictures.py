@@ -1,5 +1,9 @@
-"""Pictures of a results file: throughput against batch and draws, the roofline of the noise, memory against draws."""
+"""Pictures of a results file: throughput against batch and draws, the roofline of the noise, memory against draws.
 
+``python -m bench.pictures`` in a checkout draws the picture of README.md and of the documentation from the committed results.
+"""
+
+import json
 import re
 from pathlib import Path
 
@@ -8,8 +12,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from rse_fast.evaluate.render import COLOURS  # noqa: E402
+
 from . import report, results  # noqa: E402
 from .measure import role  # noqa: E402
+
+RSE, PLAIN, ADVERSARIAL = COLOURS[:3]
 
 
 def draw(found: dict, folder: Path) -> list[Path]:
@@ -102,3 +110,50 @@ PICTURES = {
     "memory-draws": memory_against_draws,
     "roofline": roofline,
 }
+
+
+# -------------------------------------------------------------------------------------------------------------- front picture
+def front(table: dict, found: dict, out: Path) -> None:
+    """Writes README's picture: accuracy of three networks under attack, and cost of the ensemble against its draws.
+
+    Args:
+        table: what bench/table.py has written as table.json.
+        found: a results file of the ensemble suite.
+        out: PNG file to write.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    networks = {"plain": ("no defence", PLAIN), "rse": ("RSE, 10 draws", RSE), "adversarial": ("adversarial training", ADVERSARIAL)}
+    columns = {"clean": "clean", "c = 0.03": "C&W\nc = 0.03", "c = 0.1": "C&W\nc = 0.1", "PGD 8/255": "PGD\n8/255",
+               "AutoAttack 8/255": "AutoAttack\n8/255"}  # fmt: skip
+    for place, (name, (label, colour)) in enumerate(networks.items()):
+        cells = [table["rows"][name]["cells"][column]["accuracy"] for column in columns]
+        heights = [100 * cell["mean"] for cell in cells]
+        errors = [[100 * (c["mean"] - c["low"]) for c in cells], [100 * (c["high"] - c["mean"]) for c in cells]]
+        x = [i + 0.27 * (place - 1) for i in range(len(columns))]
+        left.bar(x, heights, 0.25, yerr=errors, color=colour, label=label, error_kw={"linewidth": 1, "ecolor": "0.3"})
+    left.set_xticks(range(len(columns)), columns.values())
+    left.set(ylabel="accuracy, %", ylim=(0, 100), title="Accuracy under attack (CIFAR-10, 100 images)")
+    series = _series(found, "ensemble", "images", r"VGG16 32x32 B=4 n=(\d+)")
+    shown = {"eager loop": ("loop of noisy passes", COLOURS[3], "s--"), "eager packed": ("the same, one packed batch", COLOURS[4], "^--"),
+             "plain network, packed bfloat16 (limit)": ("as many plain passes, bfloat16", "0.4", ":"),
+             "rse_fast": ("rse-fast", RSE, "o-")}  # fmt: skip
+    for name, (label, colour, style) in shown.items():
+        draws, rates = zip(*((n, row["p50"]) for n, row in series[name]), strict=True)
+        right.plot(draws, [1000 / rate for rate in rates], style, color=colour, label=label)
+    right.set(xscale="log", yscale="log", xlabel="draws", ylabel="ms an image", title="Cost (VGG16, 2 CPU cores)")
+    right.set_xticks([1, 10, 50, 100], [1, 10, 50, 100])
+    right.set_yticks([3, 10, 30, 100, 300, 1000], [3, 10, 30, 100, 300, 1000])
+    right.minorticks_off()
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize="small", frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    committed = Path(__file__).parent / "results"
+    table = json.loads((committed / "cifar10" / "table.json").read_text())
+    front(table, results.load(committed / "epyc-avx512bf16.json"), Path(__file__).parent.parent / "docs" / "assets" / "front.png")

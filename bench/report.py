@@ -1,5 +1,6 @@
-"""Results as tables: in the terminal, and as Markdown in README.md between its bench markers."""
+"""Results as tables: in the terminal, and as Markdown in bench/RESULTS.md between its markers."""
 
+import os
 import re
 from pathlib import Path
 
@@ -73,7 +74,12 @@ def show_targets(found: dict) -> None:
 
 
 def measured(t: dict) -> str:
-    return "not measured here" if t["value"] is None else f"{t['value']:.3g} {t['unit']}".strip()
+    if t["value"] is None:
+        return "not measured here"
+    digits = 3  # more of them where rounding would show a missed target as reached
+    while t["holds"] is False and digits < 9 and float(f"{t['value']:.{digits}g}") == t["target"]:
+        digits += 1
+    return f"{t['value']:.{digits}g} {t['unit']}".strip()
 
 
 def wanted(t: dict) -> str:
@@ -98,8 +104,8 @@ def show_comparison(found: list[dict], tolerance: float) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------- Markdown
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-COMMAND = "rse-fast bench --readme"
-# What the suites' tables say above them in README.md; suites that are not here are not in it.
+COMMAND = "rse-fast bench --results"
+# What the suites' tables say above them in RESULTS.md; suites that are not here are not in it.
 HEADINGS = {
     "noise": "`x + sigma * eps`, by dtype, layout and number of elements",
     "ensemble": "The ensemble of n draws",
@@ -142,12 +148,12 @@ def _pivots(rows: list[dict], suite: str) -> dict[tuple, list[str]]:
     """{(metric, unit): lines of a table} with implementations down and cases across; below it the errors of those that did not run."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["suite"] == suite and _in_readme(row, rows):
+        if row["suite"] == suite and _in_page(row, rows):
             found.setdefault((row["metric"], row["unit"]), []).append(row)
     return {key: _pivot(part) for key, part in found.items()}
 
 
-def _in_readme(row: dict, rows: list[dict]) -> bool:
+def _in_page(row: dict, rows: list[dict]) -> bool:
     if row["suite"] == "noise":
         return row["case"].endswith(" 4M") or row["device"] != "cpu"
     if row["suite"] == "ensemble":  # the cases with every peer
@@ -171,17 +177,17 @@ def _cell(row: dict | None) -> str:
     return "-" if row["p50"] is None else f"{row['p50']:.3g}"
 
 
-def write_readme(readme: Path, paths: list[Path]) -> None:
-    """Writes the tables of these results files between the bench markers of ``readme``. Raises ValueError without the markers."""
-    text = readme.read_text()
+def write_page(page: Path, paths: list[Path]) -> None:
+    """Writes the tables of these results files between the markers of ``page``. Raises ValueError without the markers."""
+    text = page.read_text()
     if len(re.findall(re.escape(BEGIN), text)) != 1 or text.find(END) < text.find(BEGIN):
-        raise ValueError(f"{readme} must hold {BEGIN} once and {END} after it")
+        raise ValueError(f"{page} must hold {BEGIN} once and {END} after it")
     parts, seen = [], set()
     for path in paths:
         found = results.load(path)
         if not found["rows"]:
             raise ValueError(f"{path} holds no results")
-        parts.append(markdown(found, str(path)))
+        parts.append(markdown(found, Path(os.path.relpath(path, page.parent)).as_posix()))  # links are relative to the page
         seen.add(hardware(found))
     for missing in sorted({"CPU", "GPU"} - seen):
         unmeasured = [f"| {p.task} | {wanted(t)} |" for p, t in targets.judge([]) if p.hardware == missing]
@@ -190,4 +196,4 @@ def write_readme(readme: Path, paths: list[Path]) -> None:
     command = f"{COMMAND} {' '.join(map(str, paths))}"
     before, rest = text.split(BEGIN)
     body = "\n\n".join([f"Written by `{command}` from results of `rse-fast bench`.", *parts])
-    results.write_whole(readme, f"{before}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}")
+    results.write_whole(page, f"{before}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}")

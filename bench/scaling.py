@@ -18,7 +18,7 @@ GPU = {"name": "H200 SXM", "tflops": 989.0, "share": 0.4, "gbytes": 4800.0, "rea
 # every activation over memory counts and not the arithmetic (7.6 for VGG16, 10.2 for ResNet-50).
 PASSES = {"measured": 3, "predicted": 9}
 NVLINK, NETWORK = 450.0, 50.0  # GB/s a device and direction: within a node of 8, and between nodes
-COMMAND = "rse-fast bench --readme"
+COMMAND = "rse-fast bench --results"
 
 
 # ---------------------------------------------------------------------------------------------------------------------- fits

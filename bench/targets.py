@@ -64,5 +64,6 @@ def _decide(aim: Target, found: list[dict]) -> dict:
             continue
         if fnmatch.fnmatch(t["case"], aim.case) and fnmatch.fnmatch(t["what"], aim.what):
             return t
-    needs = "a CUDA GPU" if aim.hardware == "GPU" else f"rse-fast bench --suite {aim.suite}"
+    on_gpu = any(t["device"] != "cpu" for t in found)
+    needs = "a CUDA GPU" if aim.hardware == "GPU" and not on_gpu else f"rse-fast bench --suite {aim.suite}"
     return target(aim.suite, aim.case, aim.what, None, aim.wanted, aim.unit, at_most=aim.at_most, needs=needs)

@@ -188,20 +188,34 @@ def test_bad_values_are_refused_before_anything_is_measured(arguments, said, cap
 
 
 # ------------------------------------------------------------------------------------------------------------- what is written
-def test_the_readme_block_is_replaced_and_nothing_else(tmp_path):
-    readme, path = tmp_path / "README.md", tmp_path / "r.json"
+def test_the_block_of_results_is_replaced_and_nothing_else(tmp_path):
+    page, path = tmp_path / "page" / "RESULTS.md", tmp_path / "r.json"
+    page.parent.mkdir()
     results.save(path, found(row("x 4M", p50=2.5, suite="noise"), measure.Row("noise", "x 4M", "peer", "m", "images/s", error="it fails")))
-    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
-    report.write_readme(readme, [path])
-    once = readme.read_text()
+    page.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    report.write_page(page, [path])
+    once = page.read_text()
     assert once.startswith(f"above\n{report.BEGIN}\n") and once.endswith(f"\n{report.END}\nbelow\n") and "\nold\n" not in once
     assert "| rse_fast | 2.5 |" in once and "peer, not timed: it fails" in once and "a processor" in once
     assert once.count("needs a GPU") == 1 and "needs a CPU" not in once
-    report.write_readme(readme, [path])
-    assert readme.read_text() == once
-    readme.write_text("no markers")
+    assert "([all figures](../r.json))" in once
+    report.write_page(page, [path])
+    assert page.read_text() == once
+    page.write_text("no markers")
     with pytest.raises(ValueError, match="must hold"):
-        report.write_readme(readme, [path])
+        report.write_page(page, [path])
+
+
+@pytest.mark.parametrize(("value", "holds", "shown"), [(1.0504, False, "1.0504 x"), (1.0496, True, "1.05 x"), (1.3, False, "1.3 x")])
+def test_a_missed_target_is_never_shown_as_reached(value, holds, shown):
+    missed = measure.target("train", "c", "time over the plain network's", value, 1.05, "x", at_most=True)
+    assert missed["holds"] is holds and report.measured(missed) == shown
+
+
+def test_a_gpu_is_not_told_that_it_needs_a_gpu():
+    aims = [t for aim, t in targets.judge([{"device": "a GPU", "suite": "none", "target": 0}]) if aim.hardware == "GPU"]
+    assert all("GPU" not in t["needs"] and "--suite" in t["needs"] for t in aims)
+    assert all("GPU" in t["needs"] for aim, t in targets.judge([]) if aim.hardware == "GPU")
 
 
 def test_every_target_of_noise_and_ensemble_is_judged_by_what_they_measure():
