@@ -163,6 +163,7 @@ def test_sdist_is_complete(make):
     sources = [path for folder in folders for end in ("*.py", "*.cpp", "*.h") for path in folder.rglob(end)]
     assert {path.relative_to(ROOT).as_posix() for path in sources} <= names
     assert {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "DESIGN.md", "README.md", "Makefile"} <= names
+    assert {"CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", "rse_fast/py.typed", "docs/index.md", "docs/assets/front.png"} <= names
     assert not [name for name in names if name.endswith((".so", ".dylib", ".dll", build.PROBLEM_FILE))]
 
 
