@@ -23,21 +23,34 @@ _NOISY = {nn.Conv1d: NoisyConv1d, nn.Conv2d: NoisyConv2d, nn.Conv3d: NoisyConv3d
 
 # -------------------------------------------------------------------------------------------------------------- convert, revert
 def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=None, learnable=False) -> nn.Module:
-    """Adds Gaussian noise to the input of every convolution of ``model``, in place, and returns it (Liu et al., ECCV 2018).
+    """Adds Gaussian noise to the input of every convolution of a model, in place.
 
-    The layer that is executed first gets ``init_sigma``, all others ``inner_sigma``: standard deviations >= 0, in the units of each
-    layer's input (for the first: pixels; the paper's values are for pixels in [0, 1] without mean/std normalisation).
+    Only classes change: an exact ``nn.ConvNd`` becomes a `NoisyConvNd`, whose backward saves no more than the plain layer's; a subclass
+    keeps its own forward behind the noise. State-dict keys stay. The noise is on in ``train()`` and in ``eval()``; only `noise_off`
+    switches it off.
 
     Args:
-        include: which layers get noise: types and name globs ("layer1.*"), one or several; default all convolutions
-            (`nn.Conv1d/2d/3d` and their subclasses). `nn.Linear` can be asked for. A shared layer is converted once.
+        model: `nn.Module` with initialised parameters.
+        init_sigma: standard deviation >= 0 of the noise of the layer that is executed first, in the units of its input: pixels. The paper's
+            values are for pixels in [0, 1] without mean/std normalisation.
+        inner_sigma: standard deviation >= 0 for all other layers.
+        include: which layers get noise: types and name globs ("layer1.*"), one or several. Default: all of `nn.Conv1d`, `nn.Conv2d`,
+            `nn.Conv3d` and their subclasses. `nn.Linear` can be asked for. A shared layer is converted once.
         exclude: types and name globs of layers that stay plain.
-        learnable: make each sigma a parameter (sigmas must then be positive); convert before the optimiser is made. True or "layer": one
-            a layer; "channel": one for each input channel. `set_sigma` changes fixed and learnable ones later on.
+        learnable: True or "layer" makes the sigma of each layer a parameter, "channel" that of each input channel. Sigmas must then be
+            positive. Convert before you create the optimiser.
 
-    Exact ``nn.ConvNd`` become `NoisyConvNd`, whose backward holds no more than the plain layer's; a subclass keeps its own forward
-    behind the noise. Noise is on in train() and eval() alike; only `noise_off` switches it off. Raises TypeError or ValueError,
-    before anything is changed, if nothing matches or the model has noise already.
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: an argument has a wrong type. Nothing was changed.
+        ValueError: nothing matches, the model has noise already, or a sigma is out of range. Nothing was changed.
+
+    Example:
+        >>> model = rse_fast.convert(model, init_sigma=0.2, inner_sigma=0.1)
+
+    Reference: Liu, Cheng, Zhang, Hsieh, ECCV 2018.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -99,10 +112,19 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
 
 
 def set_sigma(model, init_sigma=0.2, inner_sigma=0.1) -> nn.Module:
-    """Changes the noise of a converted model in place, and returns it: sigma of the layer that is executed first, and of all others.
+    """Changes the sigmas of a converted model in place, as for a test with other noise than in training.
 
-    So a model may be tested with another sigma than it was trained with. A learnable sigma gets the value too, and stays learnable; sigmas
-    per channel all get it. Raises ValueError or TypeError, before anything is changed, as `convert` does.
+    Args:
+        model: a converted model.
+        init_sigma: of the layer that is executed first, >= 0.
+        inner_sigma: of all others, >= 0. A learnable sigma gets the value and stays learnable; it must be positive.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: a sigma is not a number. Nothing was changed.
+        ValueError: a sigma is out of range, or the model has no noisy layers. Nothing was changed.
     """
     layers = [layer for layer in noise_layers(model).values() if isinstance(layer, NoisyInput)]
     if not layers:
@@ -126,7 +148,14 @@ def _check_sigmas(init_sigma, inner_sigma, learnable):
 def revert(model: nn.Module) -> nn.Module:
     """Undoes `convert`, in place: the plain classes come back, sigmas go. Stand-alone `GaussianNoise` layers stay.
 
-    Raises ValueError if there is nothing to revert.
+    Args:
+        model: a converted model.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: there is nothing to revert.
     """
     layers = [layer for layer in noise_layers(model).values() if isinstance(layer, NoisyInput)]
     if not layers:
@@ -153,7 +182,18 @@ def _wants_its_call(module, args) -> None:
 
 @contextlib.contextmanager
 def noise_off(model: nn.Module):
-    """``with noise_off(model):`` runs the model without noise; each layer's switch is restored afterwards."""
+    """``with noise_off(model):`` runs the model without noise; each layer's switch is restored afterwards.
+
+    Args:
+        model: a model with noisy layers.
+
+    Raises:
+        ValueError: the model has none.
+
+    Example:
+        >>> with rse_fast.noise_off(model):
+        ...     clean = model(images)
+    """
     layers = list(noise_layers(model).values())
     if not layers:
         raise ValueError("model must have noisy layers, got none; convert(model) first")
@@ -203,7 +243,14 @@ class Description:
 
 
 def describe(model: nn.Module) -> Description:
-    """The noisy layers of ``model``: name, type, sigma, stream, and what runs them where their parameters are now."""
+    """The noisy layers of a model: name, type, sigma, stream, and the backend that runs them on the device of their parameters.
+
+    Args:
+        model: any `nn.Module`.
+
+    Returns:
+        A `Description` with ``layers`` in module order. Printed, it is a table.
+    """
     layers = []
     for name, layer in noise_layers(model).items():
         like = next((p for n, p in layer.named_parameters(recurse=False) if n != "sigma_raw"), layer.current_sigma())

@@ -31,19 +31,32 @@ def add_noise(
     """``act(x * scale + shift) + sigma * eps``, computed in float32 and rounded once (to nearest even) to the dtype of ``x``.
 
     Args:
-        x: [images or draws * images, ...], at least 2-D; float32, bfloat16 or float16 (float64 on the torch backend).
+        x: rows [images or draws * images, ...], at least 2-D; float32, bfloat16 or float16 (float64 on the torch backend).
         sigma: standard deviation, >= 0: a number, a 0-dim tensor, or one per channel [C].
-        images, draws: default ``images = x.shape[0]``. Output rows are ``draws * images``, estimator-major.
-        image_offset, draw_offset: first image and draw index; indices stay below 2^32.
+        seed: int, taken modulo 2^64, or int64 tensor of one value.
+        stream: number of the layer, >= 0.
+        images: default ``x.shape[0]``.
+        draws: draws of each image. Row ``d * images + i`` of the result is draw d of image i.
+        image_offset: index of the first image; indices stay below 2^32.
+        draw_offset: index of the first draw.
         sample_ids: None, or int64 [images, 2]: each image's own (image index, first draw), in place of image_offset and draw_offset.
-        scale, shift: None, a number, or per channel [C]; applied before ``act``.
+        scale: None, a number, or per channel [C].
+        shift: None, a number, or per channel [C]; like scale applied before ``act``.
         act: None or "relu".
         channel_dim: which dimension holds the channels (not 0).
         backend: "auto" may fall back; "triton" (CUDA, ROCm), "cpu" (C++ library) and "torch" never do.
 
-    Returns a tensor of x's dtype, device and memory layout (contiguous if x is neither contiguous nor channels last). Gradients flow
-    to x, sigma, scale and shift. Raises ValueError or TypeError naming the argument. A sigma given as a CUDA tensor is not checked
-    for its sign, which would synchronise the device.
+    Returns:
+        [draws * images, ...] of x's dtype, device and memory layout (contiguous if x is neither contiguous nor channels last). Gradients
+        flow to x, sigma, scale and shift.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape or value. The sign of a sigma that is a CUDA tensor is not checked, since that would
+            synchronise the device.
+
+    Example:
+        >>> y = add_noise(torch.zeros(4, 3, 8, 8), 0.1, seed=7, draws=2)  # [8, 3, 8, 8]
     """
     _check_input("x", x, minimum=2)
     channel_dim = integer("channel_dim", channel_dim)

@@ -217,9 +217,18 @@ MODELS = {"small": SmallNet, "small-vgg": SmallVGG, "small-resnet": SmallResNet,
 
 
 def make(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    """The network called ``name``: a key of `MODELS`, or "package.module:function", called with num_classes and in_channels as keywords.
+    """A network by its name, without noise.
 
-    Raises ValueError for another name, for what cannot be imported, and for a function that does not return an nn.Module.
+    Args:
+        name: a key of `MODELS`, or "package.module:function", which is imported and called with num_classes and in_channels as keywords.
+        num_classes: logits of an image.
+        in_channels: channels of an image.
+
+    Returns:
+        An `nn.Module` that maps float images [B, in_channels, H, W] in [0, 1] to logits [B, num_classes].
+
+    Raises:
+        ValueError: the name is unknown, cannot be imported, or gives something else than an `nn.Module`.
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes, in_channels=in_channels)

@@ -30,10 +30,12 @@ def checkout(tmp_path):
     """A copy of the sources without anything built."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib", "*.dll", build.PROBLEM_FILE)
     folder = tmp_path / "a checkout"
-    for name in ("rse_fast", "kernels", "bench"):
+    for name in ("rse_fast", "kernels", "bench", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "DESIGN.md", "constraints.txt", "Makefile"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "constraints.txt", "Makefile", "mkdocs.yml"):
         shutil.copy(ROOT / name, folder)
+    for path in ROOT.glob("*.md"):
+        shutil.copy(path, folder)
     return folder
 
 
@@ -147,6 +149,12 @@ def test_a_library_built_earlier_is_not_shipped_by_a_build_that_failed(checkout,
     stale.write_bytes(b"stale")
     wheel, output = make("wheel", CXX="/nonexistent/c++")
     assert LIBRARY not in zipfile.ZipFile(wheel).namelist(), output
+
+
+def test_type_checkers_find_the_annotations(make):
+    wheel, output = make("wheel", CXX="/nonexistent/c++")
+    assert wheel is not None, output
+    assert "rse_fast/py.typed" in unpack(wheel)[1]
 
 
 def test_the_library_can_be_required(make):
