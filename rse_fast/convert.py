@@ -47,7 +47,7 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
         TypeError: an argument has a wrong type. Nothing was changed.
         ValueError: nothing matches, the model has noise already, or a sigma is out of range. Nothing was changed.
 
-    Example:
+    Examples:
         >>> model = rse_fast.convert(model, init_sigma=0.2, inner_sigma=0.1)
 
     Reference: Liu, Cheng, Zhang, Hsieh, ECCV 2018.
@@ -190,7 +190,7 @@ def noise_off(model: nn.Module):
     Raises:
         ValueError: the model has none.
 
-    Example:
+    Examples:
         >>> with rse_fast.noise_off(model):
         ...     clean = model(images)
     """

@@ -55,7 +55,7 @@ def add_noise(
         ValueError: an argument has a wrong shape or value. The sign of a sigma that is a CUDA tensor is not checked, since that would
             synchronise the device.
 
-    Example:
+    Examples:
         >>> y = add_noise(torch.zeros(4, 3, 8, 8), 0.1, seed=7, draws=2)  # [8, 3, 8, 8]
     """
     _check_input("x", x, minimum=2)
