@@ -15,7 +15,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from rse_fast import autograd, functional
 from rse_fast.ensemble import gradient, quantize
 from rse_fast.ensemble.early_exit import make as make_criterion
-from rse_fast.ensemble.prepare import Preparation, Prepared
+from rse_fast.ensemble.prepare import Preparation, Prepared, warn_caller
+from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
 from rse_fast.ensemble.stream import DrawStatistics, Scheduler, in_order
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
@@ -29,11 +30,14 @@ DTYPES = {
 class Prediction:
     """What `Ensemble.predict` returns for B images and K classes, all on the device of the model.
 
-    labels: int64 [B], argmax of probs.
+    An image for which the model gives NaN in any draw has label -1 and NaN probs, and a RuntimeWarning says so at each call
+    (``warnings.simplefilter("error", RuntimeWarning)`` makes it an error). Infinite logits count as numbers without bound.
+
+    labels: int64 [B], argmax of probs; -1 where they are NaN.
     probs: float32 [B, K], mean softmax over the draws.
     entropy: float32 [B], of probs, in nats: total uncertainty.
     mutual_information: float32 [B], entropy minus the mean entropy of the draws, in nats, >= 0: how much the draws disagree.
-    votes: int64 [B, K], how many draws had each class on top.
+    votes: int64 [B, K], how many draws had each class on top; a draw that is NaN has none.
     draws_used: int64 [B].
     seed: the seed that reproduces this prediction, in [0, 2^64).
     """
@@ -137,13 +141,12 @@ class Ensemble(nn.Module):
         rows = []
         with preparation.ready(x) as model:
             for _, draw, logits in self._passes(preparation, model, x, seed, 0):
-                part = logits.log_softmax(-1).logsumexp(0)  # [images, K] of [draws, images, K]
                 if draw.start == 0:
-                    rows.append(part)
+                    rows.append(LogSumOfDraws(logits))
                 else:
-                    rows[-1] = torch.logaddexp(rows[-1], part)
+                    rows[-1].add(logits)
             empty = x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()  # of no images, for the sake of their gradient
-        return torch.cat(rows) - math.log(self.draws) if rows else empty
+        return torch.cat([part.value() for part in rows]) - math.log(self.draws) if rows else empty
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -234,7 +237,7 @@ class Ensemble(nn.Module):
                 if draw.start == 0:
                     index = torch.arange(image_offset + image.start, image_offset + image.stop, device=x.device)
                     statistics.append(DrawStatistics.empty(index, logits.shape[-1]))
-                statistics[-1].add(logits.log_softmax(-1))
+                statistics[-1].add(log_softmax(logits))
         return DrawStatistics.cat([t for t in statistics if len(t.index)] or statistics)
 
     def _scheduler(self, x, seed, draws):
@@ -274,8 +277,15 @@ class Ensemble(nn.Module):
         used = statistics.used.clamp_min(1)
         mean = statistics.sums / used[:, None]
         total = -torch.special.xlogy(mean, mean).sum(-1)
+        # No image may be there to tell the number of classes.
+        undefined = mean.isnan().any(-1)
+        labels = mean.argmax(-1).masked_fill(undefined, -1) if mean.shape[1] else statistics.index
+        if not (labels.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(undefined.any()):
+            warn_caller(
+                f"rse-fast: the model gave NaN for {int(undefined.sum())} of {len(labels)} images; their label is -1 and their probs are NaN"
+            )
         return Prediction(
-            labels=mean.argmax(-1) if mean.shape[1] else statistics.index,  # empty: there was no image to tell the number of classes
+            labels=labels,
             probs=mean.float(),
             entropy=total.float(),
             mutual_information=(total - statistics.entropies / used).clamp_min(0).float(),

@@ -90,7 +90,7 @@ class Preparation:
                 )
                 self._current = state, prepared
                 if prepared.problem is not None:
-                    _warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")
+                    warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")
             if any(layer.stream != index for index, layer in enumerate(self._layers)):
                 number_layers(self.model)  # an ensemble of a part of the model, or of more than it, numbers its layers otherwise
             prepared = self._current[1]
@@ -178,7 +178,7 @@ class Preparation:
         return report
 
 
-def _warn_caller(message: str) -> None:
+def warn_caller(message: str) -> None:
     """Warns at the line of the user's that led here, however many of ours and of torch's stand between."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rse_fast", "torch", "contextlib"):
