@@ -135,7 +135,7 @@ def revert(model: nn.Module) -> nn.Module:
         layer._buffers.pop("sigma", None)
         layer._non_persistent_buffers_set.discard("sigma")
         layer._parameters.pop("sigma_raw", None)
-        for attribute in ("stream", "noise_enabled"):
+        for attribute in ("stream", "noise_enabled", "layer_name", "_remembered_sigma"):
             layer.__dict__.pop(attribute, None)
         for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _wants_its_call]:
             del layer._forward_pre_hooks[key]

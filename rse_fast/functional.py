@@ -295,9 +295,18 @@ def _sigma(sigma, channels, x):
     if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] not in (1, channels)):
         raise ValueError(f"sigma must be a scalar or one value for each of {channels} channels, got shape {tuple(sigma.shape)}")
     sigma = sigma.reshape(()) if sigma.dim() and sigma.numel() == 1 and channels != 1 else sigma
+    _check_data("sigma", sigma, x)
     if sigma.device != x.device or sigma.dtype not in (torch.float32, torch.float64):
         sigma = sigma.to(x.device, torch.float32)
     return sigma.float() if sigma.dtype == torch.float64 and x.dtype != torch.float64 else sigma
+
+
+def _check_data(name, value, x):
+    """Raises where ``value`` has no data for a call on ``x`` that has, or is no plain dense tensor."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.is_meta and not x.is_meta:
+        raise ValueError(f"{name} must have data, got a tensor on the meta device for x on {x.device}")
 
 
 def _sample_ids(sample_ids, images, draws, device):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from rse_fast import autograd, functional
-from rse_fast.ensemble import gradient, quantize
+from rse_fast.ensemble import gradient, hooks, quantize
 from rse_fast.ensemble.early_exit import make as make_criterion
 from rse_fast.ensemble.prepare import Preparation, Prepared, warn_caller
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
@@ -128,7 +128,7 @@ class Ensemble(nn.Module):
         weights = []  # those that want a gradient, and that a snapshot only holds copies of
         if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
             weights = [p for p in self.model.parameters() if p.requires_grad]
-        if weights and autograd.is_transformed():
+        if weights and (autograd.is_transformed() or hooks.watched(self.model)):  # a hook shall see one pass, not two
             return self._log_mean(self._live, x, seed)
         result = self._log_mean(self._preparation, x, seed)
         if not weights:

@@ -305,9 +305,9 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in own:
                     own.add(storage._cdata)
-                    self._held.append(tensor)
+                    self._held.append(tensor.detach())
                     self.total += storage.nbytes()
-            return saved
+            return saved.detach()  # with its history, an operation that saves its own result would keep itself for ever
 
         super().__init__(pack, lambda saved: saved)
 

@@ -18,10 +18,10 @@ from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from rse_fast import autograd
-from rse_fast.ensemble import fuse, gradient, plan, quantize
+from rse_fast.ensemble import fuse, gradient, hooks, plan, quantize
 from rse_fast.ensemble.graphs import Graphs
 from rse_fast.ensemble.runner import Runner, best_dtype, mismatch
-from rse_fast.ensemble.watch import Watch
+from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
 
@@ -128,8 +128,13 @@ class Preparation:
                 report = self._to_int8(runner, x, compute)
         else:
             parameter = next(self.model.parameters(), None)
+            try:
+                tried = hooks.twin(self.model)
+            except Exception:  # a module that cannot be copied
+                tried = self.model
             with eval_mode(self.model):
-                runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
+                runner = Runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
+            runner.model = self.model
         if runner.random:  # a forward that draws numbers of its own did so in dry runs, too
             torch.set_rng_state(numbers)
         kind = x.shape[1:], compute if self.calibration is None else "int8", self.fuse
@@ -145,6 +150,9 @@ class Preparation:
 
     def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None]:
         """(runner of a fused snapshot, None), or (of an unfused one, why) where that cannot be had."""
+        if any(GLOBAL_HOOKS):
+            problem = "hooks of all modules are registered, which a fused model would not call for each"
+            return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem
         fused, problem = fuse.snapshot(self.model, dtype)
         runner = Runner(fused, dtype, dtype, noisy, x)
         if problem is None:
