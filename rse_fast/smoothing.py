@@ -123,7 +123,7 @@ def certify(
         raise ValueError(f"n0 + n must be at most 2^32, got {n0 + n}")
     if not isinstance(alpha, numbers.Real) or not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), got {alpha!r}")
-    radii = [] if radii is None else [radii] if isinstance(radii, (str, numbers.Real)) else list(radii) if np.iterable(radii) else [radii]
+    radii = [] if radii is None else np.atleast_1d(np.asarray(radii, dtype=None if isinstance(radii, torch.Tensor) else object)).tolist()
     if wrong := [r for r in radii if isinstance(r, bool) or not isinstance(r, numbers.Real)]:
         raise TypeError(f"radii must be None, a number or several, got {wrong[0]!r}")
     radii = [float(r) for r in radii]

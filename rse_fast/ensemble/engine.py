@@ -204,11 +204,15 @@ class Ensemble(nn.Module):
         """``x``, checked to be a batch [B, ...] of images, on the device of the model. Raises TypeError or ValueError."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
         if x.dim() < 2:
             raise ValueError(f"x must be a batch [B, ...], got shape {tuple(x.shape)}")
         parameter = next(self.model.parameters(), None)
+        if x.is_meta and (parameter is None or not parameter.is_meta):
+            raise ValueError("x must have data, got a tensor on the meta device")
         return x if parameter is None or parameter.device == x.device else x.to(parameter.device)
 
     def draw_seed(self, seed: int | None) -> int:
