@@ -29,6 +29,7 @@ class NoiseContext:
     stream is its index in the model, plus the number of its earlier calls within the context in the high half of the word: one context is
     one forward pass.
     ``silent``: the stream of a layer whose first call adds no noise, because the caller has added it already.
+    ``undefined``: bool tensors, of the images or of all rows: which had NaN where they became bytes, in which NaN is lost.
 
     Activation checkpointing goes around a context: one inside would run again in backward, where no context is left, and is refused.
     """
@@ -42,6 +43,7 @@ class NoiseContext:
     sample_ids: torch.Tensor | None = None
     silent: int | None = None
     calls: dict = field(default_factory=dict, repr=False)
+    undefined: list = field(default_factory=list, repr=False)
 
     def __enter__(self):
         self._outer = getattr(_active, "context", None)
@@ -81,6 +83,13 @@ class NoiseContext:
                     "the model (an Ensemble bounds the memory of its gradient by itself, see max_rows)"
                 )
             frame = frame.f_back
+
+
+def note_undefined(x: torch.Tensor) -> None:
+    """Notes in the active context which rows of x [rows, ...] hold NaN."""
+    context = getattr(_active, "context", None)
+    if context is not None and x.numel():
+        context.undefined.append(x.amax(tuple(range(1, x.dim()))).isnan())
 
 
 def ambient(x: torch.Tensor) -> NoiseAddress:

@@ -445,3 +445,46 @@ def test_what_other_threads_draw_is_neither_taken_back_nor_taken_for_the_models(
         done.set()
         thread.join()
     assert len(drawn) > 100 and len(set(drawn)) == len(drawn)
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes besides images
+class Volumes(nn.Module):
+    """Convolutions of images and of volumes side by side, and a buffer of six dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.deep, self.head = nn.Conv2d(3, 4, 3), nn.Conv3d(4, 4, (1, 3, 3)), nn.Linear(4, CLASSES)
+        self.register_buffer("table", torch.randn(1, 1, 1, 1, 1, CLASSES))
+
+    def forward(self, x):
+        y = self.deep(self.flat(x).relu().unsqueeze(2)).mean((2, 3, 4))
+        return self.head(y) + self.table.flatten()
+
+
+@FUSE
+def test_a_network_of_images_may_hold_tensors_of_volumes(fuse, seed):
+    model, x = rse_fast.convert(Volumes().eval()), images()
+    before = fingerprint(model)
+    got = Ensemble(model, 4, fuse=fuse, dtype="float32").predict(x, seed)
+    logits = sequential(model, x, 4, seed)
+    assert (got.probs - logits.double().softmax(-1).mean(0)).abs().max() <= rounding(model, logits)
+    assert_unchanged(model, before)
+
+
+def test_rows_that_are_no_images_name_the_layer(seed):
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.mixer = nn.Conv2d(3, 4, 3), nn.Conv1d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.conv(x).flatten(2)  # [N, 4, 64]
+            rows = y.permute(0, 2, 1).reshape(-1, 4, 1)  # a row a pixel
+            return self.mixer(rows).view(len(y), -1, 4).mean(1)
+
+    model = rse_fast.convert(Pixels().eval())
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"noisy layer 'mixer' got .* rows.*convert\(exclude='mixer'\)"):
+        warnings.simplefilter("ignore")
+        Ensemble(model, 3).predict(images(), seed)
+    model = rse_fast.convert(Pixels().eval(), exclude="mixer")
+    assert Ensemble(model, 3).predict(images(), seed).probs.shape == (4, 4)

@@ -217,3 +217,32 @@ def test_certify_counts_nan_against_every_class(rng):
     assert (some.labels == 1).all() and (some.votes[:, 1] < 500).all() and not some.votes[:, [0, 2]].any()
     lower, _ = rse_fast.smoothing.clopper_pearson(np.asarray(some.votes[:, 1]), 500, 1e-3)
     assert np.allclose(some.p_lower, lower)
+
+
+class Standardised(nn.Module):
+    """Takes each image's own mean and deviation away: 0 / 0 for an image of one colour, in front of the first bytes or behind them."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 8, 3, padding=1), first
+        self.rest = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
+
+    def forward(self, x):
+        flat = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)
+        return self.rest(self.stem(flat)) if self.first else self.rest(self.stem(x) + 0 * flat.mean((1, 2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize("early_exit", [None, "exact"])
+@pytest.mark.parametrize("first", [True, False])
+def test_int8_knows_nan(first, early_exit, rng):
+    """Bytes have no NaN, and the largest byte for an infinite pixel."""
+    torch.manual_seed(int(rng.integers(2**31)))
+    model = rse_fast.convert(Standardised(first).eval(), 0.5, 0.5)
+    x = torch.rand(6, 3, 8, 8)
+    ensemble = Ensemble(model, 20, dtype="int8", calibration=torch.rand(16, 3, 8, 8), early_exit=early_exit)
+    assert ensemble.quantization.quantized
+    x[1, 0, 2, 3], x[2, 1, 0, 0], x[4] = math.nan, math.inf, 0.25
+    with pytest.warns(RuntimeWarning, match="NaN for 3 of 6 images"):
+        got = ensemble.predict(x)
+    assert (got.labels == -1).tolist() == [False, True, True, False, True, False]
+    assert torch.equal(got.votes.sum(-1), torch.where(got.labels == -1, 0, got.draws_used))

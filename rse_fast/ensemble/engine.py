@@ -329,7 +329,12 @@ class Ensemble(nn.Module):
             raise ValueError("model must return logits of two classes or more, got one logit, whose softmax is 1 whatever it is")
         if logits.shape[0] == images:  # one draw, or all noise is switched off
             logits = logits.expand(draws, *logits.shape)
-        return logits.reshape(draws, images, -1).float()
+        logits = logits.reshape(draws, images, -1).float()
+        if model.report is not None:  # bytes know no NaN, and make a bright pixel of an infinite one
+            for rows in (~x.flatten(1).isfinite().all(-1), *context.undefined):
+                rows = rows.expand(draws, images) if len(rows) == images else rows.view(draws, images)
+                logits = logits.masked_fill(rows[..., None], math.nan)
+        return logits
 
 
 class Stream:
