@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import threading
 import warnings
 import weakref
@@ -14,6 +15,7 @@ import pytest
 import torch
 from module_state import assert_unchanged, fingerprint
 from small_nets import CLASSES, NETS, rounding, sequential
+from small_nets import plain as small_plain
 from torch import nn
 
 import rse_fast
@@ -488,3 +490,47 @@ def test_rows_that_are_no_images_name_the_layer(seed):
         Ensemble(model, 3).predict(images(), seed)
     model = rse_fast.convert(Pixels().eval(), exclude="mixer")
     assert Ensemble(model, 3).predict(images(), seed).probs.shape == (4, 4)
+
+
+# ------------------------------------------------------------------------------------------------------------- what is likely a mistake
+def _warnings(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+
+
+def _batch_statistics():
+    return rse_fast.convert(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False), nn.ReLU(), *NETS["plain"]()[-1:]))
+
+
+MISTAKES = {
+    "softmax": (lambda: nn.Sequential(*NETS["plain"](), nn.Softmax(1)), 0, 1, "probabilities"),
+    "batch statistics": (_batch_statistics, 0, 1, "BatchNorm without running statistics"),
+    "bytes": (NETS["plain"], 0, 255, r"images reach from .* to 25\d"),
+    "normalised": (NETS["plain"], -2.1, 2.6, "images reach from -2"),
+}
+
+
+@FUSE
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("how", ["predict", "forward", "stream"])
+def test_likely_mistakes_are_told_once(mistake, how, fuse):
+    build, low, high, message = MISTAKES[mistake]
+    ensemble, x = Ensemble(build().eval(), 3, fuse=fuse, dtype="float32"), low + (high - low) * images()
+    calls = {"predict": lambda: ensemble.predict(x), "forward": lambda: ensemble(x), "stream": lambda: list(ensemble.stream([x, x]))}
+    first = _warnings(calls[how])
+    assert len(first) == 1 and re.search(message, first[0])
+    ensemble.refresh()
+    assert not _warnings(lambda: (ensemble.predict(x), ensemble(x.clone().requires_grad_()).sum().backward()))
+
+
+@FUSE
+def test_nothing_is_told_of_what_is_right(fuse):
+    for name in ("plain", "residual", "noisy head", "late noise", "shared", "norm first"):
+        model = NETS[name]()
+        assert not _warnings(lambda: Ensemble(model, 3, fuse=fuse).predict(images()))  # noqa: B023
+    log_softmax = nn.Sequential(*NETS["plain"](), nn.LogSoftmax(1))
+    assert not _warnings(lambda: Ensemble(log_softmax, 3, fuse=fuse).predict(1.4 * images() - 0.2))
+    deep = rse_fast.convert(nn.Sequential(nn.BatchNorm2d(3), *small_plain()), exclude="1").eval()
+    assert not _warnings(lambda: Ensemble(deep, 3, fuse=fuse).predict(255 * images()))

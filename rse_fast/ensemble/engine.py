@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from rse_fast import autograd, functional
 from rse_fast.ensemble import gradient, hooks, quantize
 from rse_fast.ensemble.early_exit import make as make_criterion
-from rse_fast.ensemble.prepare import Preparation, Prepared, warn_caller
+from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers, warn_caller
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
 from rse_fast.ensemble.stream import DrawStatistics, Scheduler, in_order
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
@@ -87,7 +87,7 @@ class Ensemble(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if not noise_layers(model):
-            raise ValueError("model must have noisy layers, got none; rse_fast.convert(model) adds them")
+            raise ValueError(no_layers(model))
         if not isinstance(dtype, (str, torch.dtype)) or (dtype not in ("auto", "int8") and dtype not in DTYPES):
             raise ValueError(f"dtype must be 'auto', float32, bfloat16, float16 or 'int8', got {dtype!r}")
         if dtype == "int8" and not fuse:
@@ -109,6 +109,7 @@ class Ensemble(nn.Module):
         compute = DTYPES.get(dtype)  # None: the best of the device
         self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration)
         self._live = Preparation(model, compute, False, backend, False, None)  # for the gradient of its weights
+        self._live.said = self._preparation.said
 
     # ------------------------------------------------------------------------------------------------------------------ public
     # A compiler leaves these calls alone: they take fresh numbers of the operating system and run a snapshot that is optimised already.

@@ -27,7 +27,8 @@ class Runner:
     classes: length of the logits, 0 if unknown. packs_input: whether the batch is packed at the input, since something bypasses the first
     noise, or takes the rows for images behind it. layout: of images of 4 dimensions. row_bytes: of all tensors that are alive at once, a
     row; saved_bytes: of those that are kept for the gradient of the images, a row; None if unknown. random: whether the forward draws
-    numbers of torch's generators by itself.
+    numbers of torch's generators by itself. called: streams of the layers that a probe of real images called, in order; None if it failed.
+    probabilities: whether it gave probabilities rather than logits.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Runner:
         self.model, self.dtype, self.compute, self.noisy = model, dtype, compute, noisy
         self.row_bytes = self.saved_bytes = None
         self.layout, self.packs_input, self.random, self.classes = torch.channels_last, True, False, 0
+        self.called, self.probabilities = None, False
         if x is not None:
             self._try(x, own)
 
@@ -60,6 +62,7 @@ class Runner:
         if shape is None and isinstance(packed, torch.Tensor) and packed.dim() == 2:
             shape = packed.shape
         self.classes = shape[1] if shape else 0
+        self.probabilities = isinstance(packed, torch.Tensor) and _are_probabilities(packed)
 
     def __call__(self, x: torch.Tensor, context: NoiseContext) -> torch.Tensor:
         """Whatever the model returns for the packed batch that ``context`` makes of images ``x``."""
@@ -72,7 +75,10 @@ class Runner:
         """What the model returns for 2 images in 2 draws, or the exception that it raises."""
         try:
             with silent(), seeded(0, images.device) if self.random else contextlib.nullcontext():
-                return self(images, NoiseContext(torch.zeros((), dtype=torch.int64, device=images.device), 2, 2))
+                context = NoiseContext(torch.zeros((), dtype=torch.int64, device=images.device), 2, 2)
+                result = self(images, context)
+                self.called = [layer.stream for layer in context.calls]
+                return result
         except Exception as error:
             return error.with_traceback(None)
 
@@ -110,6 +116,14 @@ class Runner:
 def _wants_contiguous(error) -> bool:
     """Whether a forward failed as x.view(N, -1) does for a channels-last map."""
     return isinstance(error, RuntimeError) and "view size is not compatible" in str(error)
+
+
+def _are_probabilities(rows) -> bool:
+    """Whether rows [N, K] are the results of a softmax: none below 0, and sums of 1."""
+    if rows.dim() != 2 or rows.shape[1] < 2 or not rows.is_floating_point():
+        return False
+    error = max(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps) * rows.shape[1]
+    return bool((rows >= 0).all() and ((rows.double().sum(1) - 1).abs() <= error).all())
 
 
 def probe_images(x: torch.Tensor, count: int) -> torch.Tensor:
