@@ -72,7 +72,7 @@ def _run(args, ranks):
     ):
         for group in run_inputs.neighbours(mine, max(1, 4 * ensemble.rows(run_inputs.images(part, rows[:1], args.device)) // args.draws)):
             out = ensemble.predict(run_inputs.images(part, group, args.device), seed=settings["seed"], image_offset=group[0])
-            lines = [json.dumps(_line(i, part.labels[i], out, k)) + "\n" for k, i in enumerate(group)]
+            lines = [json.dumps(_line(i, part.labels[i], out, k), allow_nan=False) + "\n" for k, i in enumerate(group)]
             file.write("".join(lines).encode())
             file.flush()
             bar.update(len(group))
@@ -88,9 +88,12 @@ def _run(args, ranks):
 
 
 def _line(index, label, out, k):
+    def number(value):
+        return None if value.isnan() else round(float(value), 6)  # JSON has no NaN
+
     return {
-        "index": index, "label": int(label), "predicted": int(out.labels[k]), "probability": round(float(out.probs[k].max()), 6),
-        "entropy": round(float(out.entropy[k]), 6), "mutual_information": round(float(out.mutual_information[k]), 6),
+        "index": index, "label": int(label), "predicted": int(out.labels[k]), "probability": number(out.probs[k].max()),
+        "entropy": number(out.entropy[k]), "mutual_information": number(out.mutual_information[k]),
         "draws_used": int(out.draws_used[k]),
     }  # fmt: skip
 
