@@ -3,8 +3,8 @@
 import torch
 
 import rse_fast
-from rse_fast.ensemble.runner import has_bfloat16
 from rse_fast.ensemble.quantize import weight_bits
+from rse_fast.ensemble.runner import has_bfloat16
 
 from . import networks, trained
 from .ensemble import distance

@@ -23,7 +23,11 @@ def calls(copied: nn.Module, first: nn.Module) -> Calls | None:
     first: the convolution or linear layer in it whose channels are those of the input.
     """
     names = {module: name for name, module in copied.named_modules()}
-    owners = {id(p): (module, f"{name}.{own}".lstrip(".")) for module, name in names.items() for own, p in module.named_parameters(recurse=False)}
+    owners = {
+        id(parameter): (module, f"{name}.{own}".lstrip("."))
+        for module, name in names.items()
+        for own, parameter in module.named_parameters(recurse=False)
+    }
     for size in SIZES:
         shape = (2, first.in_features) if isinstance(first, nn.Linear) else (2, first.in_channels, *[size] * len(first.kernel_size))
         seen = _Seen(owners)

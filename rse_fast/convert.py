@@ -257,7 +257,7 @@ class Description:
 
 
 def describe(model: nn.Module) -> Description:
-    """The noisy layers of ``model``: name, type, sigma, stream, and what runs them where their parameters are now."""
+    """The noisy layers of ``model``: name, type, sigma, stream, what runs them where their parameters are now, and which are not called."""
     layers, noisy = [], noise_layers(model)
     called = _without_calls(model, {name: layer for name, layer in noisy.items() if isinstance(layer, NoisyInput)})
     for name, layer in noisy.items():
@@ -265,7 +265,8 @@ def describe(model: nn.Module) -> Description:
         sigma = layer.current_sigma().tolist()
         own = isinstance(layer, (NoisyConv1d, NoisyConv2d, NoisyConv3d))  # others add noise, then run a forward of their own
         where = noise.choice(layer.weight, layer.groups) if own else "separate"
-        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, noise.active_backend(like), where, called.get(name, "")))
+        backend = noise.active_backend(like)
+        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, backend, where, called.get(name, "")))
     return Description(tuple(layers))
 
 

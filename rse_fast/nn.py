@@ -60,8 +60,8 @@ class NoiseContext:
         if rows != self.images and rows != self.images * self.draws:
             name = layer.layer_name or type(layer).__name__
             raise ValueError(
-                f"the noisy layer {name!r} got {rows} rows where {self.images} images in {self.draws} draws are under way: a noisy layer must "
-                f"have one row an image; convert(exclude={name!r}) leaves this one without noise"
+                f"the noisy layer {name!r} got {rows} rows where {self.images} images in {self.draws} draws are under way: a noisy layer "
+                f"must have one row an image; convert(exclude={name!r}) leaves this one without noise"
             )
         if self._frame is not None and (x.requires_grad or any(p.requires_grad for p in layer.parameters(recurse=False))):
             self._refuse_checkpointing()

@@ -501,7 +501,8 @@ def _warnings(call):
 
 
 def _batch_statistics():
-    return rse_fast.convert(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False), nn.ReLU(), *NETS["plain"]()[-1:]))
+    norm = nn.BatchNorm2d(6, track_running_stats=False)
+    return rse_fast.convert(nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), *NETS["plain"]()[-1:]))
 
 
 MISTAKES = {

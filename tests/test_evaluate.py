@@ -210,6 +210,7 @@ def test_a_case_gives_the_same_rows_again_and_other_rows_with_another_seed(noisy
 
 def test_an_attack_that_leaves_its_ball_is_an_error(noisy, digits, tmp_path, monkeypatch):
     for change in (0.3, float("nan")):
+
         def leave(case, queries, x, y, change=change):
             return [(x + change).clamp(0, 1)], torch.zeros(6, dtype=torch.bool)
 

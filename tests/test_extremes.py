@@ -73,7 +73,14 @@ def test_bytes_of_extreme_units_are_the_same_on_every_backend(backend, rng):
         scale, shift = scale * torch.randint(-1, 2, (4,)), shift * torch.randint(-1, 2, (4,))
         step = 10.0 ** rng.uniform(-30, 30)
         call = lambda name: functional.add_noise_u8(  # noqa: E731
-            x, sigma, step, 40, seed=5, scale=scale, shift=shift, backend=name  # noqa: B023
+            x,
+            sigma,
+            step,
+            40,
+            seed=5,
+            scale=scale,
+            shift=shift,
+            backend=name,  # noqa: B023
         )
         beyond = max(p.abs().max().item() for p in (scale, shift, sigma)) / step > 2.0**124
         if beyond:

@@ -85,7 +85,8 @@ def test_an_ensemble_says_which_layers_are_never_called(fuse):
 
 
 def test_an_ensemble_says_which_layers_have_vanished():
-    model = rse_fast.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    model = rse_fast.convert(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     x = torch.rand(2, 3, 8, 8)
     changed = copy.deepcopy(model)
     changed[1] = nn.Conv2d(4, 4, 3)

@@ -287,7 +287,8 @@ class Ensemble(nn.Module):
         labels = mean.argmax(-1).masked_fill(undefined, -1) if mean.shape[1] else statistics.index
         if not (labels.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(undefined.any()):
             warn_caller(
-                f"rse-fast: the model gave NaN for {int(undefined.sum())} of {len(labels)} images; their label is -1 and their probs are NaN"
+                f"rse-fast: the model gave NaN for {int(undefined.sum())} of {len(labels)} images; "
+                "their label is -1 and their probs are NaN"
             )
         return Prediction(
             labels=labels,

@@ -238,8 +238,10 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
     def is_relu(node):
         if node.op == "call_module":
             return module_of(node, (nn.ReLU,)) is not None
-        return node.op == "call_function" and node.target in (torch.relu, nn.functional.relu) or (
-            node.op == "call_method" and node.target in ("relu", "relu_")
+        return (
+            node.op == "call_function"
+            and node.target in (torch.relu, nn.functional.relu)
+            or (node.op == "call_method" and node.target in ("relu", "relu_"))
         )
 
     def is_pool(node):

@@ -25,7 +25,6 @@ from rse_fast.ensemble.runner import Runner, best_dtype, mismatch
 from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
-
 FAR = (-1.0, 2.0)  # pixels scaled to [0, 1] stay within, changed by an attack or by noise of their own; bytes and normalised ones do not
 
 
@@ -90,9 +89,7 @@ class Preparation:
                     raise ValueError(no_layers(self.model))
                 self._watch = Watch(self.model)
                 shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
-                prepared = _on_a_thread_of_its_own(
-                    lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device
-                )
+                prepared = _on_a_thread_of_its_own(lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device)
                 self._current = state, prepared
                 if prepared.problem is not None:
                     warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")

@@ -31,9 +31,7 @@ class Runner:
     probabilities: whether it gave probabilities rather than logits.
     """
 
-    def __init__(
-        self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor | None, own: bool = True
-    ):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor | None, own: bool = True):
         self.model, self.dtype, self.compute, self.noisy = model, dtype, compute, noisy
         self.row_bytes = self.saved_bytes = None
         self.layout, self.packs_input, self.random, self.classes = torch.channels_last, True, False, 0

@@ -2,8 +2,8 @@
 
 A head that masks classes gives -inf, and float16 overflows to inf. Torch's own formulas then meet inf - inf, and the gradient is NaN
 although the value is right. Here an infinite logit stands for a number M (or -M) that grows without bound, the same M everywhere. A
-log-probability is then ``order * M + level``: order 0 for the largest logits of a row, below 0 for those that vanish beside them, and a level
-that is finite. NaN stays NaN, and makes its whole row NaN.
+log-probability is then ``order * M + level``: order 0 for the largest logits of a row, below 0 for those that vanish beside them, and a
+level that is finite. NaN stays NaN, and makes its whole row NaN.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Notices that a model is no longer what a snapshot of it was taken of, at the price of a look per module and tensor at every call.
 
-On a ResNet-50 (149 modules, 373 tensors) half of that price is the tensors' versions and addresses, which nothing in Python tells of all at once.
+On a ResNet-50 (149 modules, 373 tensors) half of that price is the tensors' versions and addresses, which nothing in Python tells of all at
+once.
 """
 
 from itertools import chain

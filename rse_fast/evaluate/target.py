@@ -51,7 +51,7 @@ class Target:
         return next(self.model.parameters()).device
 
     def classifier(self, kind: str, draws: int = 1) -> nn.Module:
-        """"deployed" in ``draws`` draws; "noise-off"; "plain"; one module for each."""
+        """ "deployed" in ``draws`` draws; "noise-off"; "plain"; one module for each."""
         key = kind, draws if kind == "deployed" and self.draws else 1
         if key not in self._made:
             self._made[key] = self._make(*key)
@@ -136,8 +136,7 @@ class Queries(nn.Module):
 
     @property
     def gradients(self) -> dict[str, float] | None:
-        """Of the images' gradients that an attack was given, the shares "nan" (or infinite) and "zero" (exactly); None if it asked for none."""
+        """Of the images' gradients that an attack got, the shares "nan" (or infinite) and "zero" (exactly); None if it got none."""
         if not self._gradients:
             return None
         return {"nan": float(self._broken) / self._gradients, "zero": float(self._zero) / self._gradients}
-
