@@ -72,24 +72,15 @@ def test_bytes_of_extreme_units_are_the_same_on_every_backend(backend, rng):
         scale, shift, sigma = (torch.tensor(10.0 ** rng.uniform(-40, 38.4, 4), dtype=torch.float32) for _ in range(3))
         scale, shift = scale * torch.randint(-1, 2, (4,)), shift * torch.randint(-1, 2, (4,))
         step = 10.0 ** rng.uniform(-30, 30)
-        call = lambda name: functional.add_noise_u8(  # noqa: E731
-            x,
-            sigma,
-            step,
-            40,
-            seed=5,
-            scale=scale,
-            shift=shift,
-            backend=name,  # noqa: B023
-        )
+        arguments = {"seed": 5, "scale": scale, "shift": shift, "backend": backend}
         beyond = max(p.abs().max().item() for p in (scale, shift, sigma)) / step > 2.0**124
         if beyond:
             refused += 1
             with pytest.raises(ValueError, match="step must be large enough for sigma, scale and shift"):
-                call(backend)
+                functional.add_noise_u8(x, sigma, step, 40, **arguments)
             continue
         same += 1
-        y = call(backend).int()
+        y = functional.add_noise_u8(x, sigma, step, 40, **arguments).int()
         value = (x.double() * scale.double()[:, None, None] + shift.double()[:, None, None]) / step
         eps = functional.add_noise(torch.zeros(2, 4, 3, 3, dtype=torch.float64), 1.0, seed=5, backend="torch")
         noise = sigma.double()[:, None, None] * eps / step
