@@ -68,5 +68,6 @@ def _of(module):
 
 
 def _computes(hook) -> bool:
-    """Whether it is one of torch's own that compute a weight of the module they are called with, such as old-style weight_norm."""
-    return type(hook).__module__.startswith("torch.nn.utils") or getattr(hook, "__module__", "").startswith("torch.nn.utils")
+    """Whether it is one of torch's own that compute a weight of the module they are called with, such as old-style weight_norm, or ours."""
+    own = ("torch.nn.utils", "rse_fast.")
+    return type(hook).__module__.startswith(own) or (getattr(hook, "__module__", None) or "").startswith(own)
