@@ -14,9 +14,10 @@ from torch._C._dynamo import eval_frame
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from rse_fast import autograd, functional
-from rse_fast.ensemble import gradient, quantize
+from rse_fast.ensemble import gradient, hooks, quantize
 from rse_fast.ensemble.early_exit import make as make_criterion
-from rse_fast.ensemble.prepare import Preparation, Prepared
+from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers, warn_caller
+from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
 from rse_fast.ensemble.stream import DrawStatistics, Scheduler, in_order
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
@@ -46,11 +47,14 @@ def _left_by_compilers(function):
 class Prediction:
     """What `Ensemble.predict` returns for B images and K classes, all on the device of the model.
 
-    labels: int64 [B], argmax of probs.
+    An image for which the model gives NaN in any draw has label -1 and NaN probs, and a RuntimeWarning says so at each call
+    (``warnings.simplefilter("error", RuntimeWarning)`` makes it an error). Infinite logits count as numbers without bound.
+
+    labels: int64 [B], argmax of probs; -1 where they are NaN.
     probs: float32 [B, K], mean softmax over the draws.
     entropy: float32 [B], of probs, in nats: total uncertainty.
     mutual_information: float32 [B], entropy minus the mean entropy of the draws, in nats, >= 0: how much the draws disagree.
-    votes: int64 [B, K], how many draws had each class on top.
+    votes: int64 [B, K], how many draws had each class on top; a draw that is NaN has none.
     draws_used: int64 [B].
     seed: the seed that reproduces this prediction, in [0, 2^64).
     """
@@ -100,7 +104,7 @@ class Ensemble(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if not noise_layers(model):
-            raise ValueError("model must have noisy layers, got none; rse_fast.convert(model) adds them")
+            raise ValueError(no_layers(model))
         if not isinstance(dtype, (str, torch.dtype)) or (dtype not in ("auto", "int8") and dtype not in DTYPES):
             raise ValueError(f"dtype must be 'auto', float32, bfloat16, float16 or 'int8', got {dtype!r}")
         if dtype == "int8" and not fuse:
@@ -122,6 +126,7 @@ class Ensemble(nn.Module):
         compute = DTYPES.get(dtype)  # None: the best of the device
         self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration)
         self._live = Preparation(model, compute, False, backend, False, None)  # for the gradient of its weights
+        self._live.said = self._preparation.said
 
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
@@ -140,7 +145,7 @@ class Ensemble(nn.Module):
         weights = []  # those that want a gradient, and that a snapshot only holds copies of
         if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
             weights = [p for p in self.model.parameters() if p.requires_grad]
-        if weights and autograd.is_transformed():
+        if weights and (autograd.is_transformed() or hooks.watched(self.model)):  # a hook shall see one pass, not two
             return self._log_mean(self._live, x, seed)
         result = self._log_mean(self._preparation, x, seed)
         if not weights:
@@ -153,13 +158,12 @@ class Ensemble(nn.Module):
         rows = []
         with preparation.ready(x) as model:
             for _, draw, logits in self._passes(preparation, model, x, seed, 0):
-                part = logits.log_softmax(-1).logsumexp(0)  # [images, K] of [draws, images, K]
                 if draw.start == 0:
-                    rows.append(part)
+                    rows.append(LogSumOfDraws(logits))
                 else:
-                    rows[-1] = torch.logaddexp(rows[-1], part)
+                    rows[-1].add(logits)
             empty = x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()  # of no images, for the sake of their gradient
-        return torch.cat(rows) - math.log(self.draws) if rows else empty
+        return torch.cat([part.value() for part in rows]) - math.log(self.draws) if rows else empty
 
     @_left_by_compilers
     @torch.no_grad()
@@ -217,11 +221,15 @@ class Ensemble(nn.Module):
         """``x``, checked to be a batch [B, ...] of images, on the device of the model. Raises TypeError or ValueError."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
         if x.dim() < 2:
             raise ValueError(f"x must be a batch [B, ...], got shape {tuple(x.shape)}")
         parameter = next(self.model.parameters(), None)
+        if x.is_meta and (parameter is None or not parameter.is_meta):
+            raise ValueError("x must have data, got a tensor on the meta device")
         return x if parameter is None or parameter.device == x.device else x.to(parameter.device)
 
     def draw_seed(self, seed: int | None) -> int:
@@ -250,7 +258,7 @@ class Ensemble(nn.Module):
                 if draw.start == 0:
                     index = torch.arange(image_offset + image.start, image_offset + image.stop, device=x.device)
                     statistics.append(DrawStatistics.empty(index, logits.shape[-1]))
-                statistics[-1].add(logits.log_softmax(-1))
+                statistics[-1].add(log_softmax(logits))
         return DrawStatistics.cat([t for t in statistics if len(t.index)] or statistics)
 
     def _scheduler(self, x, seed, draws):
@@ -290,8 +298,16 @@ class Ensemble(nn.Module):
         used = statistics.used.clamp_min(1)
         mean = statistics.sums / used[:, None]
         total = -torch.special.xlogy(mean, mean).sum(-1)
+        # No image may be there to tell the number of classes.
+        undefined = mean.isnan().any(-1)
+        labels = mean.argmax(-1).masked_fill(undefined, -1) if mean.shape[1] else statistics.index
+        if not (labels.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(undefined.any()):
+            warn_caller(
+                f"rse-fast: the model gave NaN for {int(undefined.sum())} of {len(labels)} images; "
+                "their label is -1 and their probs are NaN"
+            )
         return Prediction(
-            labels=mean.argmax(-1) if mean.shape[1] else statistics.index,  # empty: there was no image to tell the number of classes
+            labels=labels,
             probs=mean.float(),
             entropy=total.float(),
             mutual_information=(total - statistics.entropies / used).clamp_min(0).float(),
@@ -331,7 +347,12 @@ class Ensemble(nn.Module):
             raise ValueError("model must return logits of two classes or more, got one logit, whose softmax is 1 whatever it is")
         if logits.shape[0] == images:  # one draw, or all noise is switched off
             logits = logits.expand(draws, *logits.shape)
-        return logits.reshape(draws, images, -1).float()
+        logits = logits.reshape(draws, images, -1).float()
+        if model.report is not None:  # bytes know no NaN, and make a bright pixel of an infinite one
+            for rows in (~x.flatten(1).isfinite().all(-1), *context.undefined):
+                rows = rows.expand(draws, images) if len(rows) == images else rows.view(draws, images)
+                logits = logits.masked_fill(rows[..., None], math.nan)
+        return logits
 
 
 class Stream:

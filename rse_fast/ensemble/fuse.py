@@ -6,6 +6,7 @@ order, which it would otherwise bring them into at every call.
 """
 
 import functools
+import linecache
 import operator
 import random
 from collections import Counter
@@ -19,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rse_fast import autograd, functional
 from rse_fast.convert import tensor_attributes
+from rse_fast.ensemble import hooks
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
 from rse_fast.trace import RandomOpDetector, Tracer
 
@@ -51,7 +53,7 @@ def snapshot(
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
         problem = f"it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
     else:
-        copied = torch.fx.GraphModule(copied, graph)
+        copied = Graph(copied, graph)
         _free_views(copied)
         fold_batch_norm(copied)
         if rewrite is not None:
@@ -59,6 +61,17 @@ def snapshot(
         merge_activations(copied)
         pack_weights(copied)
     return _lay_out(copied, dtype), problem
+
+
+class Graph(torch.fx.GraphModule):
+    """A traced model whose source is not kept: torch.fx would keep that of every one ever made, 20 to 40 KB each."""
+
+    def recompile(self):
+        code = super().recompile()
+        name = type(self).forward.__code__.co_filename
+        linecache.cache.pop(name, None)
+        torch.fx.graph_module._loader.eval_cache.pop(name, None)
+        return code
 
 
 def _host_numbers():
@@ -82,16 +95,18 @@ def copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     # A tensor with a history, such as the weight that old-style weight_norm computes, cannot be copied as it is.
     memo = {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}
+    hooks.remember(model, memo)
     try:
         copied = deepcopy(model, memo)
     except Exception as error:  # what a lock or a tensor with a history in an attribute raises
         raise TypeError(f"model cannot be copied ({error}); fuse=False runs the model itself") from error
+    hooks.attach(copied, model)
     return _lay_out(nn.Sequential(copied.eval().requires_grad_(False)), dtype)
 
 
 def _lay_out(model, dtype):
-    model = model.to(dtype)
-    return model.to(memory_format=torch.channels_last) if any(p.dim() == 4 for p in model.parameters()) else model
+    # Maps of images alone: torch's own `to(memory_format=...)` fails for a model that holds tensors of five dimensions as well.
+    return model.to(dtype)._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
 
 
 class _Tracer(Tracer):
@@ -223,8 +238,10 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
     def is_relu(node):
         if node.op == "call_module":
             return module_of(node, (nn.ReLU,)) is not None
-        return node.op == "call_function" and node.target in (torch.relu, nn.functional.relu) or (
-            node.op == "call_method" and node.target in ("relu", "relu_")
+        return (
+            node.op == "call_function"
+            and node.target in (torch.relu, nn.functional.relu)
+            or (node.op == "call_method" and node.target in ("relu", "relu_"))
         )
 
     def is_pool(node):

@@ -18,11 +18,14 @@ from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from rse_fast import autograd
-from rse_fast.ensemble import fuse, gradient, plan, quantize
+from rse_fast.convert import listing, vanished
+from rse_fast.ensemble import fuse, gradient, hooks, plan, quantize
 from rse_fast.ensemble.graphs import Graphs
 from rse_fast.ensemble.runner import Runner, best_dtype, mismatch
-from rse_fast.ensemble.watch import Watch
+from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
+
+FAR = (-1.0, 2.0)  # pixels scaled to [0, 1] stay within, changed by an attack or by noise of their own; bytes and normalised ones do not
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Preparation:
         self.model, self.dtype, self.fuse, self.backend = model, dtype, fuse, backend
         self.cuda_graphs, self.calibration = cuda_graphs, calibration
         self._gradients = False
+        self.said: set[str] = set()  # what a user was warned of
         self._lock, self._current, self._watch, self._layers = threading.Lock(), None, None, []
 
     @contextlib.contextmanager
@@ -82,15 +86,17 @@ class Preparation:
                 self._current = None
                 self._layers = list(number_layers(self.model).values())
                 if not self._layers:
-                    raise ValueError("model must have noisy layers, got none any more; rse_fast.convert(model) adds them")
+                    raise ValueError(no_layers(self.model))
                 self._watch = Watch(self.model)
                 shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
-                prepared = _on_a_thread_of_its_own(
-                    lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device
-                )
+                prepared = _on_a_thread_of_its_own(lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device)
                 self._current = state, prepared
                 if prepared.problem is not None:
-                    _warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")
+                    warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")
+                for kind, text in _remarks(self.model, prepared.runner, x):
+                    if kind not in self.said:
+                        self.said.add(kind)
+                        warn_caller(f"rse-fast: {text}")
             if any(layer.stream != index for index, layer in enumerate(self._layers)):
                 number_layers(self.model)  # an ensemble of a part of the model, or of more than it, numbers its layers otherwise
             prepared = self._current[1]
@@ -128,8 +134,13 @@ class Preparation:
                 report = self._to_int8(runner, x, compute)
         else:
             parameter = next(self.model.parameters(), None)
+            try:
+                tried = hooks.twin(self.model)
+            except Exception:  # a module that cannot be copied
+                tried = self.model
             with eval_mode(self.model):
-                runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
+                runner = Runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
+            runner.model = self.model
         if runner.random:  # a forward that draws numbers of its own did so in dry runs, too
             torch.set_rng_state(numbers)
         kind = x.shape[1:], compute if self.calibration is None else "int8", self.fuse
@@ -145,6 +156,9 @@ class Preparation:
 
     def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None]:
         """(runner of a fused snapshot, None), or (of an unfused one, why) where that cannot be had."""
+        if any(GLOBAL_HOOKS):
+            problem = "hooks of all modules are registered, which a fused model would not call for each"
+            return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem
         fused, problem = fuse.snapshot(self.model, dtype)
         runner = Runner(fused, dtype, dtype, noisy, x)
         if problem is None:
@@ -178,7 +192,43 @@ class Preparation:
         return report
 
 
-def _warn_caller(message: str) -> None:
+def no_layers(model: nn.Module) -> str:
+    """Why a model without noisy layers makes no ensemble."""
+    if gone := vanished(model):
+        return f"model must have noisy layers, got none any more: {listing(gone)} had noise when the model was converted"
+    return "model must have noisy layers, got none; rse_fast.convert(model) adds them"
+
+
+def _remarks(model, runner, x):
+    """What is likely to be a mistake, as pairs of a kind and a text, for a user to read once."""
+    layers = noise_layers(model)
+    if gone := vanished(model):
+        yield "vanished", f"{listing(gone)} had noise when the model was converted and have none now, after a reparameterisation perhaps"
+    if runner.called is not None and runner.noisy:
+        called = {stream & 0xFFFF for stream in runner.called}
+        if silent := [name for name, layer in layers.items() if layer.noise_enabled and layer.stream not in called]:
+            yield "uncalled", f"the model never calls the noisy layers {listing(silent, 5)}, so their noise is not there"
+    if runner.probabilities:
+        yield "softmax", "the model gives probabilities; an ensemble takes logits, so leave out the softmax at the model's end"
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
+    if norms:
+        text = "BatchNorm without running statistics makes an image's result depend on the images beside it"
+        yield "batch statistics", f"{text}; use track_running_stats=True, or GroupNorm"
+    first = next((layer for layer in layers.values() if runner.called and layer.stream == runner.called[0] & 0xFFFF), None)
+    if first is None or not x.numel() or autograd.is_transformed():
+        return
+    channels = getattr(first, "in_channels", None) or getattr(first, "in_features", None)
+    if channels in (None, x.shape[1], x[0].numel()):
+        low, high = torch.aminmax(x.detach())
+        if low < FAR[0] or high > FAR[1]:
+            yield (
+                "range",
+                f"images reach from {low.item():.3g} to {high.item():.3g}, and the first sigma, of noise on them, is for pixels in [0, 1]: "
+                "scale images to [0, 1] and let the model normalise behind the noise, or choose sigma for these units",
+            )
+
+
+def warn_caller(message: str) -> None:
     """Warns at the line of the user's that led here, however many of ours and of torch's stand between."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rse_fast", "torch", "contextlib"):
