@@ -110,6 +110,6 @@ def test_nan_is_null_in_the_table():
     x[1] = float("nan")
     with pytest.warns(RuntimeWarning, match="NaN for 1 of 2 images"):
         out = rse_fast.Ensemble(model, 3).predict(x)
-    good, bad = (json.loads(json.dumps(predict_cli._line(i, 2, out, i), allow_nan=False)) for i in (0, 1))
+    good, bad = (json.loads(json.dumps(predict_cli._row(i, 2, out, i), allow_nan=False)) for i in (0, 1))
     assert good["predicted"] >= 0 and 0 < good["probability"] <= 1
     assert bad["predicted"] == -1 and bad["probability"] is bad["entropy"] is bad["mutual_information"] is None

@@ -215,7 +215,7 @@ def _remarks(model, runner, x):
         text = "BatchNorm without running statistics makes an image's result depend on the images beside it"
         yield "batch statistics", f"{text}; use track_running_stats=True, or GroupNorm"
     first = next((layer for layer in layers.values() if runner.called and layer.stream == runner.called[0] & 0xFFFF), None)
-    if first is None or not x.numel() or autograd.is_transformed():
+    if first is None or not x.numel() or autograd.is_transformed() or not autograd.is_direct(x):
         return
     channels = getattr(first, "in_channels", None) or getattr(first, "in_features", None)
     if channels in (None, x.shape[1], x[0].numel()):
