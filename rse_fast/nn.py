@@ -47,6 +47,15 @@ class NoiseContext:
     calls: dict = field(default_factory=dict, repr=False)
     undefined: list = field(default_factory=list, repr=False)
 
+    def __post_init__(self):
+        seed, ids = self.seed, self.sample_ids
+        if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed must be an int64 tensor of one value, got {seed!r}")
+        if ids is not None:
+            if ids.dtype != torch.int64 or tuple(ids.shape) != (self.images, 2):
+                raise ValueError(f"sample_ids must be int64 [{self.images}, 2], got {ids.dtype} of shape {tuple(ids.shape)}")
+            self.sample_ids = ids.contiguous()
+
     def __enter__(self):
         self._outer = getattr(_active, "context", None)
         _active.context = self
@@ -154,8 +163,8 @@ class NoiseLayer(nn.Module):
 
     def current_sigma(self) -> torch.Tensor:
         """sigma as a float32 tensor; attached to ``sigma_raw`` where it is learnable."""
-        raw = self._parameters.get("sigma_raw")
-        return self._buffers["sigma"] if raw is None else nn.functional.softplus(raw)
+        sigma = self._buffers.get("sigma")
+        return nn.functional.softplus(self.sigma_raw) if sigma is None else sigma
 
     def noise(self, x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
         """(sigma, address, backend) of the noise of one call on ``x``."""
@@ -349,7 +358,8 @@ def _fits(x, channel_dim, sigma, backend) -> bool:
         backend == "auto"
         and x.dtype in functional.FLOATS
         and x.numel() <= 2**32  # so that the counter holds every position
-        and (sigma.dim() == 0 or sigma.shape[0] == x.shape[channel_dim])
+        and sigma.dtype == torch.float32  # the kernels read its memory
+        and (sigma.dim() == 0 or (sigma.dim() == 1 and sigma.shape[0] == x.shape[channel_dim]))
         and x.device == sigma.device
     )
 

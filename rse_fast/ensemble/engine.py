@@ -144,26 +144,41 @@ class Ensemble(nn.Module):
             self._preparation.want_gradients()
         weights = []  # those that want a gradient, and that a snapshot only holds copies of
         if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
-            weights = [p for p in self.model.parameters() if p.requires_grad]
-        if weights and (autograd.is_transformed() or hooks.watched(self.model)):  # a hook shall see one pass, not two
-            return self._log_mean(self._live, x, seed)
-        result = self._log_mean(self._preparation, x, seed)
+            weights = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.requires_grad]
         if not weights:
-            return result
-        live = functools.partial(self._log_mean, self._live)
+            return self._log_mean(self._preparation, x, seed, self.draws)
+        if self._gives_gradients_itself(weights, x):
+            return self._log_mean(self._live, x, seed, self.draws)
+        guarded = gradient.FirstDerivative.apply(x, weights) if x.requires_grad else x
+        result, watch = self._log_mean(self._preparation, guarded, seed, self.draws), self._preparation.watch
+
+        def live(x, seed, draws=self.draws):
+            watch.require()
+            return self._log_mean(self._live, x, seed, draws)
+
         return result + gradient.OfWeights.apply(live, result.detach(), x.detach(), seed, *weights)
 
-    def _log_mean(self, preparation, x, seed):
-        """Log of the mean softmax, float32 [B, K]."""
+    def _gives_gradients_itself(self, weights, x) -> bool:
+        """Whether the model itself runs where its weights want a gradient, since running it later, in backward, would not be the same."""
+        return (
+            autograd.is_transformed()
+            or hooks.watched(self.model)  # a hook shall see one pass, not two
+            or any(t.grad_fn is not None for t in weights)  # torch.func.functional_call has put them in place, for this call only
+            or any(not isinstance(t, nn.Parameter) for t in weights if t.is_leaf)
+            or self.prepared(x).runner.random  # numbers of its own, which it would draw anew
+        )
+
+    def _log_mean(self, preparation, x, seed, draws):
+        """Log of the mean softmax of ``draws`` draws, float32 [B, K]."""
         rows = []
         with preparation.ready(x) as model:
-            for _, draw, logits in self._passes(preparation, model, x, seed, 0):
+            for _, draw, logits in self._passes(preparation, model, x, seed, 0, draws):
                 if draw.start == 0:
                     rows.append(LogSumOfDraws(logits))
                 else:
                     rows[-1].add(logits)
             empty = x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()  # of no images, for the sake of their gradient
-        return torch.cat([part.value() for part in rows]) - math.log(self.draws) if rows else empty
+        return torch.cat([part.value() for part in rows]) - math.log(draws) if rows else empty
 
     @_left_by_compilers
     @torch.no_grad()
@@ -254,7 +269,7 @@ class Ensemble(nn.Module):
         """The `DrawStatistics` of every draw of every image."""
         with self._preparation.ready(x) as model:
             statistics = [DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.classes)]
-            for image, draw, logits in self._passes(self._preparation, model, x, seed, image_offset):
+            for image, draw, logits in self._passes(self._preparation, model, x, seed, image_offset, self.draws):
                 if draw.start == 0:
                     index = torch.arange(image_offset + image.start, image_offset + image.stop, device=x.device)
                     statistics.append(DrawStatistics.empty(index, logits.shape[-1]))
@@ -316,20 +331,23 @@ class Ensemble(nn.Module):
             seed=seed,
         )
 
-    def _passes(self, preparation, model, x, seed, image_offset):
+    def _passes(self, preparation, model, x, seed, image_offset, draws):
         """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
-        number = itertools.count()
+        number, watch = itertools.count(), None if autograd.is_transformed() else preparation.watch
 
         def step(image, draw):
-            batch = functools.partial(self._chunk, preparation, model, seed, image_offset + image.start, draw)
+            batch = functools.partial(self._chunk, preparation, model, watch, seed, image_offset + image.start, draw)
             return gradient.run(batch, x[image], next(number))
 
         wanted = torch.is_grad_enabled() and (x.requires_grad or not preparation.fuse)
-        return model.planner.run(x.shape[0], self.draws, step, self.max_rows, wanted)
+        return model.planner.run(x.shape[0], draws, step, self.max_rows, wanted)
 
-    def _chunk(self, preparation, model, seed, image_offset, draw, x):
+    def _chunk(self, preparation, model, watch, seed, image_offset, draw, x):
         """`_logits` with the noise of given images and draws; backward may call it again, outside the context of `Preparation.ready`."""
         context = NoiseContext(seed, len(x), draw.stop - draw.start, image_offset, draw.start, self.backend)
+        if watch is not None and not preparation.fuse and torch.is_grad_enabled():
+            watch.require()  # backward may come here again
+            preparation.number()
         with preparation.mode():
             return self._logits(model, x, context)
 

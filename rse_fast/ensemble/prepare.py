@@ -73,7 +73,7 @@ class Preparation:
     @contextlib.contextmanager
     def ready(self, x: torch.Tensor):
         """The `Prepared` model for images like ``x`` [B, ...], in eval mode while the context lasts."""
-        if autograd.is_transformed() and any(map(is_functorch_wrapped_tensor, self.model.parameters())):
+        if autograd.is_transformed() and any(map(is_functorch_wrapped_tensor, (*self.model.parameters(), *self.model.buffers()))):
             # torch.func.functional_call has put other parameters in place, for this call only.
             with eval_mode(self.model):
                 dtype = next(self.model.parameters()).dtype
@@ -97,8 +97,7 @@ class Preparation:
                     if kind not in self.said:
                         self.said.add(kind)
                         warn_caller(f"rse-fast: {text}")
-            if any(layer.stream != index for index, layer in enumerate(self._layers)):
-                number_layers(self.model)  # an ensemble of a part of the model, or of more than it, numbers its layers otherwise
+            self.number()
             prepared = self._current[1]
         with self.mode():
             yield prepared
@@ -106,6 +105,16 @@ class Preparation:
     def mode(self):
         """A snapshot is in eval mode for good, a live model within this context."""
         return contextlib.nullcontext() if self.fuse else eval_mode(self.model)
+
+    def number(self) -> None:
+        """Numbers the layers again where an ensemble of a part of the model, or of more than it, has numbered them otherwise."""
+        if any(layer.stream != index for index, layer in enumerate(self._layers)):
+            number_layers(self.model)
+
+    @property
+    def watch(self) -> Watch | None:
+        """What the model is compared with; of the newest call of `ready`."""
+        return self._watch
 
     def want_gradients(self) -> None:
         """From now on a snapshot is checked for its gradients as well."""

@@ -4,12 +4,14 @@ On a ResNet-50 (149 modules, 373 tensors) half of that price is the tensors' ver
 once.
 """
 
+import weakref
 from itertools import chain
 from operator import attrgetter, itemgetter
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -23,6 +25,19 @@ GLOBAL_HOOKS = [
     for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     if hasattr(torch_module, f"_global_{name}")
 ]
+
+
+_watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
+
+
+def _after_step(optimizer, args, kwargs) -> None:
+    """A fused optimiser (torch 2.13) writes parameters and leaves their versions as they were."""
+    written = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    for watch in list(_watches) if written else ():
+        watch.stepped(written)
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 class Watch:
@@ -39,25 +54,40 @@ class Watch:
         self._sizes = list(map(len, fields))
         registries = [field[name] for field in fields for name in _REGISTRIES]
         self._empty, self._filled = [r for r in registries if not r], [r for r in registries if r]
-        self._entries = list(map(dict, self._filled))  # held, and thereby kept from being replaced at their address
+        self._kept = list(map(dict, self._filled))  # and thereby not replaced at their address
+        self._entries = self._held()
         # One look-up for all attributes of a module.
         names = [[name for name in field if name not in _FREE] for field in fields]
         self._attributes = [(itemgetter(*wanted), field) for wanted, field in zip(names, fields, strict=True) if wanted]
         self._values = [_frozen(value) for value in self._look()]
-        tensors = [*chain.from_iterable(map(dict.values, self._entries)), *chain.from_iterable(map(_tensors, self._values))]
+        tensors = [*chain.from_iterable(map(dict.values, self._kept)), *chain.from_iterable(map(_tensors, self._values))]
         # Those made in inference mode have no version.
         self._tensors = list({id(t): t for t in tensors if isinstance(t, torch.Tensor) and not t.is_inference()}.values())
         self._versions, self._places = self._states()
         self._all_hooks = [field[name] for field in fields for name in HOOKS] + GLOBAL_HOOKS
         self._handles, self._hooks = RemovableHandle.next_id, self._hooked()
         self._some_hooks = [(hooks, len(hooks)) for hooks in self._all_hooks if hooks]
+        self._stepped, self._ids = False, set(map(id, self._tensors))
+        _watches.add(self)
+
+    def stepped(self, parameters: set[int]) -> None:
+        """Notes that parameters of these ids were written without a new version."""
+        self._stepped = self._stepped or not self._ids.isdisjoint(parameters)
+
+    def require(self) -> None:
+        """Raises RuntimeError if any of it is another now, where backward needs the model of the forward pass."""
+        if self.changed():
+            raise RuntimeError(
+                "the model must be the same in backward as it was in the ensemble's forward pass, but a parameter, buffer, switch, hook or "
+                "attribute has changed in between; run backward first, then change the model"
+            )
 
     def changed(self) -> bool:
         """Whether any of it is another now."""
         try:
-            return not (
+            return self._stepped or not (
                 not any(self._empty)
-                and self._filled == self._entries
+                and self._held() == self._entries
                 and list(map(type, self._modules)) == self._types
                 and self._class_forwards() == self._forwards
                 and list(map(len, self._fields)) == self._sizes
@@ -68,6 +98,10 @@ class Watch:
             )
         except Exception:  # two tensors or arrays that are not the same one: their comparison is no bool
             return True
+
+    def _held(self):
+        """Which objects the registries hold; two tensors of one value are not one tensor."""
+        return list(map(id, chain.from_iterable(map(dict.values, self._filled))))
 
     def _states(self):
         """The sum of the versions, each of which only grows, and where the tensors are."""
