@@ -47,10 +47,7 @@ def noisy_input(x, at=None, sigma=None, scale=None, shift=None, relu_in=False, p
     at, sigma = (at or address(images), torch.zeros(1) if sigma is None else sigma)
     height, width = (side // (1 + pool) for side in x.shape[2:])
     out = poisoned(images * draws, x.shape[1], height, width)
-    cpu.add_noise(
-        channels_last(x.float()), out, True, sigma, at.seed, at.stream, images, draws, at.image_offset, at.draw_offset, scale, shift,
-        relu_in, at.sample_ids, pool=pool,
-    )  # fmt: skip
+    cpu.add_noise(channels_last(x.float()), out, True, sigma, at, scale, shift, relu_in, pool=pool)
     return out
 
 
