@@ -157,9 +157,7 @@ class Activation(nn.Module):
         noisy = self.layer.noise_enabled
         # The op that does it all is for inference, in numbers that the transforms of torch.func do not see.
         if not noisy or x.requires_grad or autograd.is_transformed() or x.shape[1] != self.layer.in_channels:
-            clean = x if self.scale is None else (x * self.scale[:, None, None] + self.shift[:, None, None]).to(x.dtype)
-            clean = clean.relu()
-            clean = nn.functional.max_pool2d(clean, 2) if self.pool else clean
+            clean = self.clean(x)
             return self.layer.add_noise(clean) if noisy else clean, clean
         sigma, at, backend = self.layer.noise(x)
         if backend != "auto":
@@ -172,17 +170,24 @@ class Activation(nn.Module):
             return x, x
         return autograd.add_noise(x, sigma, *options, backend), x
 
+    def clean(self, x):
+        """What the noise is added to, by torch's operations."""
+        x = x if self.scale is None else (x * self.scale[:, None, None] + self.shift[:, None, None]).to(x.dtype)
+        return nn.functional.max_pool2d(x.relu(), 2) if self.pool else x.relu()
+
 
 class FusedConv(nn.Module):
     """A 2-D convolution with its weight in the vendor library's order: of x with the layer's noise, of an `Activation` of x, or of x.
 
-    activation: makes the noisy input out of x. given: x has its noise already.
+    name: of the layer in the model. activation: makes the noisy input out of x. given: x has its noise already. winograd: another
+    algorithm for all of it, see `rse_fast.ensemble.convolution`, or None.
     """
 
-    def __init__(self, layer: nn.Module, activation: Activation | None = None, given: bool = False):
+    def __init__(self, layer: nn.Module, name: str, activation: Activation | None = None, given: bool = False):
         super().__init__()
         self.layer, self.activation, self.given = layer, activation, given
-        self.packed = None
+        self.name = name.removeprefix("0.")  # of the container that `copy` puts around the model
+        self.packed = self.winograd = None
 
     @property
     def relu(self) -> bool:
@@ -191,6 +196,8 @@ class FusedConv(nn.Module):
     def forward(self, input):  # the name that nn.Conv2d gives it
         layer = self.layer
         x = input.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
+        if self.winograd is not None and self.winograd.takes(x):
+            return self.winograd(x)
         if self.activation is not None:
             x, _ = self.activation.forward(x)  # nobody hangs a hook there
         elif not self.given and getattr(layer, "noise_enabled", False):
@@ -285,7 +292,7 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
             for reader in readers:
                 layer = model.get_submodule(reader.target)
                 activation = Activation(layer, pool is not None, affine, alone=alone)
-                reader.target = add("fused", reader, FusedConv(layer, activation))
+                reader.target = add("fused", reader, FusedConv(layer, reader.target, activation))
         elif once and (only is not None or not pools) and not any(map(writes, readers)):
             shared, value = once[0], node if only is None else only
             layer = model.get_submodule(shared.target)
@@ -295,7 +302,7 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
                 values = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
             value.replace_all_uses_with(values[1], delete_user_cb=lambda user, both=both: user is not both)
             shared.args, shared.kwargs = (values[0],), {}
-            shared.target = add("given", shared, FusedConv(layer, given=True))
+            shared.target = add("given", shared, FusedConv(layer, shared.target, given=True))
         else:
             continue
         if pool is not None:
@@ -335,7 +342,7 @@ def pack_weights(model: torch.fx.GraphModule) -> None:
         layer = model.get_submodule(node.target) if node.op == "call_module" else None
         if type(layer) in (nn.Conv2d, NoisyConv2d) and len(node.args) == 1 and not _has_hooks(layer) and _is_simple(layer):
             name = f"rse_fast_{node.name}"
-            model.add_submodule(name, FusedConv(layer))
+            model.add_submodule(name, FusedConv(layer, node.target))
             node.target = name
     model.delete_all_unused_submodules()
     model.recompile()
