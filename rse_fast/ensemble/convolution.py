@@ -100,7 +100,7 @@ def refusal(problem: str) -> ValueError:
 class Winograd:
     """The convolution of a `FusedConv`, with the noise and the activation before it, by one form of Winograd's algorithm.
 
-    Its call takes x [rows, C, H, W] in the layer's dtype on the CPU, and is differentiable in it.
+    Its call takes x [rows, C, H, W] in the layer's dtype on the CPU, and is differentiable in it. It returns what the `FusedConv` does.
     """
 
     def __init__(self, fused: FusedConv, form: Form, weight: torch.Tensor | None = None):
@@ -122,7 +122,7 @@ class Winograd:
 
     def __call__(self, x):
         layer, sigma, at = self.fused.layer, None, None
-        if not self.fused.given and getattr(layer, "noise_enabled", False):
+        if getattr(layer, "noise_enabled", False):
             sigma, at, _ = layer.noise(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _Convolution.apply(x, self, sigma, at)
@@ -138,11 +138,12 @@ class Winograd:
         grown = 2 * self.padding - 2
         rows = len(x) if at is None else at.rows
         out = x.new_empty((rows, height + grown, width + grown, self.fused.layer.out_channels)).movedim(-1, 1)
-        winograd.convolution(x, self.weight, out, self.padding, bias=self.bias, at=at, sigma=sigma, **before)
-        return out
+        clean = packed_like(x, len(x), pool) if self.fused.keep else None
+        winograd.convolution(x, self.weight, out, self.padding, bias=self.bias, at=at, sigma=sigma, clean=clean, **before)
+        return out if clean is None else (out, clean)
 
-    def gradient(self, g, x, shape):
-        """The gradient of x [shape] of that of the result; x is None where there is no activation."""
+    def gradient(self, g, g_clean, x, shape):
+        """The gradient of x [shape] of those of the result and of the clean values; x is None where there is no activation."""
         differentiable = torch.is_grad_enabled()  # its gradient will be wanted as well
         layer, activation = self.fused.layer, self.fused.activation
         if differentiable or not autograd.is_direct(g) or autograd.is_transformed():
@@ -158,6 +159,7 @@ class Winograd:
             g = g.unflatten(0, (-1, shape[0])).sum(0)
         if activation is None:
             return g
+        g = g if g_clean is None else g + g_clean
         with torch.enable_grad():
             x = x if differentiable else x.detach().requires_grad_()
             return torch.autograd.grad(activation.clean(x), x, g, create_graph=differentiable)[0]
@@ -173,9 +175,9 @@ class _Convolution(torch.autograd.Function):
         return algorithm.convolve(x, sigma, at)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g, g_clean=None):
         (x,) = ctx.saved_tensors
-        return ctx.algorithm.gradient(g, x, ctx.shape), None, None, None
+        return ctx.algorithm.gradient(g, g_clean, x, ctx.shape), None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the choice
@@ -241,8 +243,8 @@ def _measured(fused: FusedConv, shape, rows: int, candidates) -> tuple[int, dict
     layer, activation = fused.layer, fused.activation
     work = 9 * math.prod(shape) * layer.out_channels // (4 if activation is not None and activation.pool else 1)
     rows = max(1, min(rows, int(_MOST_WORK / work)))
-    before = None if activation is None else (activation.pool, activation.scale is not None, activation.alone)
-    noisy = not fused.given and getattr(layer, "noise_enabled", False)
+    before = None if activation is None else (activation.pool, activation.scale is not None, activation.alone, activation.keep)
+    noisy = getattr(layer, "noise_enabled", False)
     key = cpu.load().unit, layer.weight.dtype, tuple(shape), layer.out_channels, layer.padding, before, noisy, rows
     with _lock:
         known = _seconds.setdefault(key, {})

@@ -179,13 +179,13 @@ class Activation(nn.Module):
 class FusedConv(nn.Module):
     """A 2-D convolution with its weight in the vendor library's order: of x with the layer's noise, of an `Activation` of x, or of x.
 
-    name: of the layer in the model. activation: makes the noisy input out of x. given: x has its noise already. winograd: another
-    algorithm for all of it, see `rse_fast.ensemble.convolution`, or None.
+    name: of the layer in the model. activation: makes the noisy input out of x; where it keeps the clean values, (result, clean) is
+    returned. winograd: another algorithm for all of it, see `rse_fast.ensemble.convolution`, or None.
     """
 
-    def __init__(self, layer: nn.Module, name: str, activation: Activation | None = None, given: bool = False):
+    def __init__(self, layer: nn.Module, name: str, activation: Activation | None = None):
         super().__init__()
-        self.layer, self.activation, self.given = layer, activation, given
+        self.layer, self.activation = layer, activation
         self.name = name.removeprefix("0.")  # of the container that `copy` puts around the model
         self.packed = self.winograd = None
 
@@ -193,15 +193,22 @@ class FusedConv(nn.Module):
     def relu(self) -> bool:
         return self.activation is not None
 
+    @property
+    def keep(self) -> bool:
+        return self.relu and self.activation.keep
+
     def forward(self, input):  # the name that nn.Conv2d gives it
         layer = self.layer
         x = input.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
         if self.winograd is not None and self.winograd.takes(x):
             return self.winograd(x)
         if self.activation is not None:
-            x, _ = self.activation.forward(x)  # nobody hangs a hook there
-        elif not self.given and getattr(layer, "noise_enabled", False):
-            x = layer.add_noise(x)
+            x, clean = self.activation.forward(x)  # nobody hangs a hook there
+            return (self._convolve(x), clean) if self.keep else self._convolve(x)
+        return self._convolve(layer.add_noise(x) if getattr(layer, "noise_enabled", False) else x)
+
+    def _convolve(self, x):
+        layer = self.layer
         # The vendor's op for packed weights has no gradient, and what watches torch's ops does not know it. It exists on the CPU alone.
         watched = autograd.is_transformed() or not autograd.is_direct(x)
         if x.device.type != "cpu" or x.requires_grad or watched or not x.numel() or not _packs(x.dtype):
@@ -218,7 +225,7 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
     """Removes, in place, each ReLU in front of noisy convolutions, with what stands around it; their noise ops do the work.
 
     Where only noisy convolutions read it, directly or through a max-pool (which commutes with it), each takes the source's values itself.
-    Where something else reads it as well, as in residual networks, one convolution's noise op gives the clean values to all others.
+    Where something else reads it as well, as in residual networks, one convolution gives the clean values to all others.
     """
     graph = model.graph
     calls = Counter(model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module")
@@ -244,6 +251,8 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
 
     def is_fresh(node):
         """Whether what it computes is new memory, which no hook has seen."""
+        if node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
+            return module_of(node.args[0], (FusedConv,)) is not None
         return node.target in _FRESH or module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
 
     def is_private(node):
@@ -296,13 +305,14 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         elif once and (only is not None or not pools) and not any(map(writes, readers)):
             shared, value = once[0], node if only is None else only
             layer = model.get_submodule(shared.target)
+            activation = Activation(layer, pool is not None, affine, keep=True)
             with graph.inserting_after(value):
-                both = graph.call_module(add("activation", shared, Activation(layer, pool is not None, affine, keep=True)), (value,))
+                both = graph.call_module(add("shared", shared, FusedConv(layer, shared.target, activation)), (value,))
             with graph.inserting_after(both):
                 values = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
             value.replace_all_uses_with(values[1], delete_user_cb=lambda user, both=both: user is not both)
-            shared.args, shared.kwargs = (values[0],), {}
-            shared.target = add("given", shared, FusedConv(layer, shared.target, given=True))
+            shared.replace_all_uses_with(values[0])
+            graph.erase_node(shared)
         else:
             continue
         if pool is not None:
