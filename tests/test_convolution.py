@@ -223,6 +223,7 @@ def test_gradient_of_recomputed_batches_is_the_same(net, form, seed, monkeypatch
         return torch.autograd.grad((ensemble(leaf) * weights).sum(), leaf)[0]
 
     kept = of(1000)
+    assert of_winograd(ensemble)  # in the snapshot that is taken for gradients as well
     assert torch.equal(of(0), kept) and torch.equal(of(4), kept) and kept.abs().max() > 0
     direct = Ensemble(model, 6, seed=seed, max_rows=4, dtype="float32", algorithm="direct")
     leaf = x.clone().requires_grad_()

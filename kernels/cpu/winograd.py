@@ -42,12 +42,11 @@ def transform_weight(weight: torch.Tensor, tile: int, dtype: torch.dtype = torch
     side, (outputs, inputs) = tile + 2, weight.shape[:2]
     pair = 2 if dtype == torch.bfloat16 else 1
     both = torch.kron(*[filter_matrix(tile)] * 2)  # of the lines and of the columns, [side^2, 9]
-    w = weight.detach().to("cpu", torch.float64)
-    w = torch.nn.functional.pad(w, (0, 0, 0, 0, 0, -inputs % pair, 0, -outputs % COLUMNS))
+    w = torch.nn.functional.pad(weight.detach().cpu(), (0, 0, 0, 0, 0, -inputs % pair, 0, -outputs % COLUMNS))
     w = w.reshape(-1, COLUMNS, w.shape[1] // pair, pair, 9).permute(0, 4, 2, 1, 3)
     u = torch.empty((len(w), side, side, *w.shape[2:]), dtype=dtype, device="cpu")
     for block, values in zip(u, w, strict=True):  # one by one, so that little is held in float64
-        block.copy_((both @ values.flatten(1)).view(block.shape))
+        block.copy_((both @ values.flatten(1).double()).view(block.shape))
     return u if pair == 2 else u.squeeze(-1)
 
 

@@ -19,7 +19,6 @@ from rse_fast import autograd
 from rse_fast.ensemble.fuse import FusedConv
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import winograd
-from rse_fast.layout import packed_like
 from rse_fast.nn import NoiseContext
 
 ALGORITHMS = ("auto", "direct", "winograd")
@@ -137,8 +136,8 @@ class Winograd:
             height, width = (height // 2, width // 2) if pool else (height, width)
         grown = 2 * self.padding - 2
         rows = len(x) if at is None else at.rows
-        out = x.new_empty((rows, height + grown, width + grown, self.fused.layer.out_channels)).movedim(-1, 1)
-        clean = packed_like(x, len(x), pool) if self.fused.keep else None
+        out = _map(x, rows, self.fused.layer.out_channels, height + grown, width + grown)
+        clean = _map(x, len(x), x.shape[1], height, width) if self.fused.keep else None
         winograd.convolution(x, self.weight, out, self.padding, bias=self.bias, at=at, sigma=sigma, clean=clean, **before)
         return out if clean is None else (out, clean)
 
@@ -152,7 +151,7 @@ class Winograd:
             if self._turned is None:
                 self._turned = winograd.transform_weight(winograd.turned(layer.weight), *self.form)
             g = g.contiguous(memory_format=torch.channels_last)
-            back = g.new_empty((len(g), *(side + 2 - 2 * self.padding for side in g.shape[2:]), layer.in_channels)).movedim(-1, 1)
+            back = _map(g, len(g), layer.in_channels, *(side + 2 - 2 * self.padding for side in g.shape[2:]))
             winograd.convolution(g, self._turned, back, 2 - self.padding)
             g = back
         if len(g) != shape[0]:  # lazy packing: one image was read by all its draws
@@ -163,6 +162,11 @@ class Winograd:
         with torch.enable_grad():
             x = x if differentiable else x.detach().requires_grad_()
             return torch.autograd.grad(activation.clean(x), x, g, create_graph=differentiable)[0]
+
+
+def _map(like, *shape):
+    """Room for a map, channels last; no view, so that an in-place ReLU of it has a gradient."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 class _Convolution(torch.autograd.Function):
@@ -213,7 +217,7 @@ def choose(
         best = min(allowed, key=seconds.get)
         share = seconds[best] / seconds[None]
         if algorithm == "winograd" or share < CLEARLY:
-            fused.winograd = Winograd(fused, best)
+            fused.winograd, fused.packed = Winograd(fused, best), None
             found[fused.name] = Choice(str(best), f"{share:.2f} of the direct one's time, at {timed} rows")
         else:
             found[fused.name] = Choice("direct", f"{best} takes {share:.2f} of its time, at {timed} rows")
@@ -257,8 +261,7 @@ def _measured(fused: FusedConv, shape, rows: int, candidates) -> tuple[int, dict
 def _time(fused, shape, rows, candidates) -> dict[Form | None, float]:
     """Least seconds of a few runs in turns. The values of the weights do not matter."""
     layer, seconds, kept = fused.layer, {}, fused.winograd
-    x = packed_like(torch.empty((1, *shape), dtype=layer.weight.dtype).contiguous(memory_format=torch.channels_last), rows)
-    x.normal_()
+    x = _map(layer.weight, rows, *shape).normal_()
     algorithms = {}
     for form in candidates:
         like = form and winograd.transform_weight(layer.weight[:1], *form)
