@@ -18,7 +18,7 @@ CASES = {
     "cpu": (
         ("VGG16", 16, 10, "all"), ("VGG16", 1, 10, "all"), ("ResNeXt29", 4, 10, "all"), ("ResNet-50", 1, 10, "all"),
         ("VGG16", 4, 10, "few"), ("VGG16", 64, 10, "few"), ("VGG16", 4, 1, "few"), ("VGG16", 4, 50, "few"), ("VGG16", 4, 100, "few"),
-        ("VGG16", 1024, 1, "few"),
+        ("VGG16", 1024, 1, "few"), ("SmallNet", 16, 10, "eager"), ("ResNet-14", 16, 10, "eager"),
     ),
     "cuda": (
         ("VGG16", 512, 10, "eager"), ("VGG16", 1, 10, "eager"), ("VGG16", 8, 10, "eager"), ("ResNet-50", 64, 10, "eager"),
@@ -27,6 +27,7 @@ CASES = {
         ("ResNet-50", 128, 10, "compiled"), ("VGG16", 1024, 10, "all"),
     ),
 }  # fmt: skip
+DIRECT = "direct convolutions"  # the vendor's, in every layer
 CHUNK = {"cpu": 80, "cuda": 1024}  # rows: where the plain network's own throughput peaks
 ROUNDING = 1e-4  # of probabilities, in float32
 
@@ -84,10 +85,10 @@ def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], l
     reference = Reference(plain, x, draws)
     low, last = has_bfloat16(where), dict(memory_format=torch.channels_last)
 
-    def ours(dtype):
+    def ours(dtype, algorithm="auto"):
         rounding = ROUNDING if dtype == "float32" else reference.rounding
         check_exact(rse_fast.Ensemble(noisy, min(draws, 4), dtype=dtype), noisy, x[:4], rounding)
-        ensemble = rse_fast.Ensemble(noisy, draws, dtype=dtype)
+        ensemble = rse_fast.Ensemble(noisy, draws, dtype=dtype, algorithm=algorithm)
         return lambda: ensemble.predict(x).probs
 
     def limit(dtype, chunk):
@@ -107,8 +108,11 @@ def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], l
 
     dtypes = {"float32": torch.float32, **({"bfloat16": torch.bfloat16} if low else {})}
     builders = {"rse_fast": lambda: ours("auto")}
-    if which != "few" and low:
-        builders["rse_fast float32"] = lambda: ours("float32")
+    if which != "few":
+        for dtype in dtypes if where.type == "cpu" else ["float32"] if low else []:
+            builders[f"rse_fast {dtype}"] = lambda dtype=dtype: ours(dtype)
+        for dtype in dtypes if where.type == "cpu" else []:
+            builders[f"rse_fast {dtype}, {DIRECT}"] = lambda dtype=dtype: ours(dtype, "direct")
     builders["eager loop"] = lambda: lambda: peers.loop(eager, x, draws)
     builders["eager packed"] = lambda: lambda: peers.packed(eager, x, draws)
     if which != "few" and low:
@@ -136,7 +140,29 @@ def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], l
     if selected("rse_fast"):
         shares = time_shares(rse_fast.Ensemble(noisy, draws, cuda_graphs=False), x)  # a graph does not say which operator a kernel is of
         rows += [Row("ensemble", case, "rse_fast", f"time in {what}", "", *[share] * 3) for what, share in shares.items()]
-    return rows, targets(where, kind, batch, draws, case, rates)
+    return rows, targets(where, kind, batch, draws, case, rates) + winograd_targets(where, kind, batch, draws, case, rates)
+
+
+# Most time of ten float32 draws over the plain network's packed float32 forward.
+WINOGRAD = {("VGG16", 16): 0.6, ("VGG16", 1): 0.75, ("SmallNet", 16): 0.75, ("ResNet-14", 16): 0.75, ("ResNet-50", 1): 0.95}
+
+
+def winograd_targets(where, kind, batch, draws, case, rates) -> list[dict]:
+    """What the choice of the convolutions' algorithm is held to, on CPUs."""
+    if where.type != "cpu" or draws != 10 or (kind, batch) not in WINOGRAD:
+        return []
+    plain = [rate for name, rate in rates.items() if name.startswith("plain network, packed float32") and rate is not None]
+    cost = ratio(max(plain, default=None), rates["rse_fast float32"])
+    what, most = "float32, time over the plain network's packed forward", WINOGRAD[kind, batch]
+    found = [target("ensemble", case, what, cost, most, "x", at_most=True)]
+    if (kind, batch) == ("VGG16", 16):
+        if "rse_fast bfloat16" in rates:
+            gain = ratio(rates["rse_fast bfloat16"], rates[f"rse_fast bfloat16, {DIRECT}"])
+            found.append(target("ensemble", case, f"bfloat16, against {DIRECT}", gain, 1.2, "x"))
+        peers = {name: rate for name, rate in rates.items() if "bfloat16" not in name}
+        gain = ratio(rates["rse_fast float32"], best_peer(peers))
+        found.append(target("ensemble", case, "float32, against the best float32 peer", gain, 2.8, "x"))
+    return found
 
 
 def time_shares(ensemble, x, calls: int = 3) -> dict[str, float]:

@@ -47,8 +47,10 @@ class Choice(NamedTuple):
 
 
 def forms(dtype: torch.dtype) -> list[Form]:
-    """Forms of Winograd's algorithm for maps of ``dtype`` on this processor: some wherever `unavailable` is None. F(4x4) with products in bfloat16 is not among them: its
-    error is five times that of the direct convolution in bfloat16."""
+    """Forms of Winograd's algorithm for maps of ``dtype`` on this processor: some wherever `unavailable` is None.
+
+    F(4x4) with products in bfloat16 is not among them: its error is five times that of the direct convolution in bfloat16.
+    """
     narrow = [Form(2, torch.bfloat16)] if dtype == torch.bfloat16 and cpu.load().unit == "avx512bf16" else []
     return [Form(2, torch.float32), Form(4, torch.float32), *narrow]
 

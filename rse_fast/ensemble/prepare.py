@@ -165,8 +165,8 @@ class Preparation:
             direct = self._why_direct(runner, x.device)
             # Forms of Winograd's algorithm: where the probe refuses them, those with products in float32, then none.
             forms = [] if direct else convolution.forms(dtype)
-            tried = [forms, [form for form in forms if form.products == torch.float32], []]
-            for forms in [t for i, t in enumerate(tried) if t not in tried[:i] and (t or self.algorithm != "winograd" or direct)]:
+            tried = [forms] + [t for t in ([form for form in forms if form.products == torch.float32], []) if t != forms]
+            for forms in tried:
                 algorithms = self._choose(runner, x, forms, direct or problem)
                 problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
                 if problem is None:
