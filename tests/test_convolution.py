@@ -16,6 +16,7 @@ from rse_fast import Ensemble
 from rse_fast.ensemble import convolution, gradient
 from rse_fast.ensemble.convolution import Form, Winograd
 from rse_fast.ensemble.fuse import Activation, FusedConv
+from rse_fast.ensemble.plan import SavedBytes
 from rse_fast.ensemble.runner import has_bfloat16
 from rse_fast.kernels.cpu import winograd
 from rse_fast.models import VGG16
@@ -232,6 +233,18 @@ def test_gradient_of_recomputed_batches_is_the_same(net, form, seed, monkeypatch
         limit = 2 * tolerance(model, torch.ones(1), form.tile) * want.abs().max()
         assert (kept - want).abs().max() <= limit
     assert torch.nn.functional.cosine_similarity(kept.flatten(), want.flatten(), 0) > 0.99
+
+
+def test_no_more_is_kept_for_the_gradient_than_was_planned_for(form):
+    for net in ("plain", "residual", "bypass"):
+        ensemble = Ensemble(NETS[net]().requires_grad_(False), 8, dtype="float32", algorithm="winograd")
+        x = torch.rand(2, 3, 10, 10, requires_grad=True)
+        ensemble(x)
+        runner = ensemble.prepared(x).runner
+        with SavedBytes(runner.model) as saved:
+            ensemble(x)
+        softmax = 2 * 8 * CLASSES * 4 * 4  # of logits, their softmax and sums: behind the model
+        assert 0.99 * saved.total - softmax <= 16 * runner.saved_bytes and of_winograd(ensemble)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the choice

@@ -137,7 +137,7 @@ class Preparation:
         if self.fuse:
             runner, problem, algorithms = self._fused(x, compute, noisy)
             if self.algorithm == "winograd" and all(choice.algorithm == "direct" for choice in algorithms.values()):
-                raise convolution.refusal(problem or "no convolution of the model's snapshot can take it")
+                raise convolution.refusal(problem or "; ".join(dict.fromkeys(choice.why for choice in algorithms.values())))
             if self.calibration is not None:
                 report = self._to_int8(runner, x, compute)
         else:
@@ -155,7 +155,8 @@ class Preparation:
         torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them
         captures = not hooked if self.cuda_graphs is None else self.cuda_graphs
-        return Prepared(runner, Graphs(runner, always=self.cuda_graphs is True) if captures else runner, planner, report, problem, algorithms)
+        run = Graphs(runner, always=self.cuda_graphs is True) if captures else runner
+        return Prepared(runner, run, planner, report, problem, algorithms)
 
     def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None, dict[str, convolution.Choice]]:
         """(runner of a fused snapshot, None, its algorithms), or (of an unfused one, why, none) where that cannot be had."""
