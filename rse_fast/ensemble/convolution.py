@@ -121,26 +121,37 @@ class Winograd:
         fits = x.numel() and min(x.shape[2:]) // (1 + pool) >= least
         return bool(fits) and autograd.is_direct(x) and not autograd.is_transformed()
 
-    def __call__(self, x):
+    def __call__(self, x, residual=None):
         layer, sigma, at = self.fused.layer, None, None
         if getattr(layer, "noise_enabled", False):
             sigma, at, _ = layer.noise(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _Convolution.apply(x, self, sigma, at)
-        return self.convolve(x, sigma, at)
+        shape = self._shape(x, at)
+        added = residual
+        if residual is not None and (residual.shape != shape or residual.dtype != x.dtype or not autograd.is_direct(residual)):
+            added = None
+        if torch.is_grad_enabled() and (x.requires_grad or added is not None and added.requires_grad):
+            y = _Convolution.apply(x, added, self, sigma, at)
+        else:
+            y = self.convolve(x, added, sigma, at)
+        return y if added is residual else y + residual
 
-    def convolve(self, x, sigma, at):
+    def _shape(self, x, at) -> tuple[int, int, int, int]:
+        pool = 2 if self.fused.activation is not None and self.fused.activation.pool else 1
+        height, width = (side // pool + 2 * self.padding - 2 for side in x.shape[2:])
+        return len(x) if at is None else at.rows, self.fused.layer.out_channels, height, width
+
+    def convolve(self, x, residual, sigma, at):
         x = x.contiguous(memory_format=torch.channels_last)
-        before, pool, height, width = {}, False, *x.shape[2:]
-        if (activation := self.fused.activation) is not None:
-            pool = activation.pool
-            before = {"scale": activation.scale, "shift": activation.shift, "relu_in": True, "pool": pool}
-            height, width = (height // 2, width // 2) if pool else (height, width)
-        grown = 2 * self.padding - 2
-        rows = len(x) if at is None else at.rows
-        out = _map(x, rows, self.fused.layer.out_channels, height + grown, width + grown)
-        clean = _map(x, len(x), x.shape[1], height, width) if self.fused.keep else None
-        winograd.convolution(x, self.weight, out, self.padding, bias=self.bias, at=at, sigma=sigma, clean=clean, **before)
+        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+        before, activation, out = {}, self.fused.activation, _map(x, *self._shape(x, at))
+        if activation is not None:
+            before = {"scale": activation.scale, "shift": activation.shift, "relu_in": True, "pool": activation.pool}
+        clean = None
+        if self.fused.keep:
+            clean = _map(x, *x.shape[:2], *(side // (2 if activation.pool else 1) for side in x.shape[2:]))
+        winograd.convolution(
+            x, self.weight, out, self.padding, bias=self.bias, residual=residual, at=at, sigma=sigma, clean=clean, **before
+        )
         return out if clean is None else (out, clean)
 
     def gradient(self, g, g_clean, x, shape):
@@ -175,15 +186,16 @@ class _Convolution(torch.autograd.Function):
     """The gradient of the input of a `Winograd`, by the same algorithm with turned weights; that gradient's own by torch's operations."""
 
     @staticmethod
-    def forward(ctx, x, algorithm, sigma, at):
+    def forward(ctx, x, residual, algorithm, sigma, at):
         ctx.save_for_backward(x if algorithm.fused.activation is not None else None)
         ctx.algorithm, ctx.shape = algorithm, x.shape
-        return algorithm.convolve(x, sigma, at)
+        return algorithm.convolve(x, residual, sigma, at)
 
     @staticmethod
     def backward(ctx, g, g_clean=None):
         (x,) = ctx.saved_tensors
-        return ctx.algorithm.gradient(g, g_clean, x, ctx.shape), None, None, None
+        g_x = ctx.algorithm.gradient(g, g_clean, x, ctx.shape) if ctx.needs_input_grad[0] else None
+        return g_x, g if ctx.needs_input_grad[1] else None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the choice

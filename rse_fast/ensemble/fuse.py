@@ -180,7 +180,8 @@ class FusedConv(nn.Module):
     """A 2-D convolution with its weight in the vendor library's order: of x with the layer's noise, of an `Activation` of x, or of x.
 
     name: of the layer in the model. activation: makes the noisy input out of x; where it keeps the clean values, (result, clean) is
-    returned. winograd: another algorithm for all of it, see `rse_fast.ensemble.convolution`, or None.
+    returned. winograd: another algorithm for all of it, see `rse_fast.ensemble.convolution`, or None. Its call may be given what is to
+    be added to the result.
     """
 
     def __init__(self, layer: nn.Module, name: str, activation: Activation | None = None):
@@ -197,11 +198,13 @@ class FusedConv(nn.Module):
     def keep(self) -> bool:
         return self.relu and self.activation.keep
 
-    def forward(self, input):  # the name that nn.Conv2d gives it
+    def forward(self, input, residual=None):  # the name that nn.Conv2d gives it
         layer = self.layer
         x = input.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
         if self.winograd is not None and self.winograd.takes(x):
-            return self.winograd(x)
+            return self.winograd(x, residual)
+        if residual is not None:
+            return self.forward(x) + residual
         if self.activation is not None:
             x, clean = self.activation.forward(x)  # nobody hangs a hook there
             return (self._convolve(x), clean) if self.keep else self._convolve(x)
@@ -322,8 +325,30 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         graph.erase_node(node)
         if affine is not None:
             graph.erase_node(source)
+    merge_additions(model, is_steady)
     model.delete_all_unused_submodules()
     model.recompile()
+
+
+def merge_additions(model: torch.fx.GraphModule, is_steady: Callable[[torch.fx.Node], bool]) -> None:
+    """Gives, in place, each `FusedConv` whose result is but added to something that is there before, as in residual networks, the addition
+    as well. is_steady: whether what a node computes may be read earlier than the graph says."""
+    order = {node: number for number, node in enumerate(model.graph.nodes)}
+    for node in list(model.graph.nodes):
+        if node.op != "call_function" or node.target not in (operator.add, operator.iadd, torch.add) or node.kwargs or len(node.args) != 2:
+            continue
+        sides = [node.args, node.args[::-1]][: 1 if node.target is operator.iadd else 2]  # which writes over its first operand
+        for result, other in sides:
+            if not (isinstance(result, torch.fx.Node) and isinstance(other, torch.fx.Node) and result.op == "call_module"):
+                continue
+            conv = model.get_submodule(result.target)
+            if type(conv) is not FusedConv or conv.keep or len(result.users) != 1 or len(result.args) != 1:
+                continue
+            if order[other] < order[result] and is_steady(other):
+                result.args = (*result.args, other)
+                node.replace_all_uses_with(result)
+                model.graph.erase_node(node)
+                break
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
