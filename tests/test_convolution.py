@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_nets import CLASSES, NETS, Head, lively, rounding, sequential
-from test_fuse import LIKE
+from test_fuse import ADDITIONS, LIKE, Net
 from test_winograd import bound, transformed
 from torch import nn
 from torch.nn.functional import conv2d
@@ -152,6 +152,21 @@ def test_other_families_at_odd_sizes(name, form, seed):
     ensemble = Ensemble(model, 4, dtype="float32", algorithm="winograd")
     assert (ensemble.predict(x, seed).probs - logits.softmax(-1).mean(0)).abs().max() <= tolerance(model, logits, form.tile) / 2
     assert of_winograd(ensemble)
+
+
+@pytest.mark.parametrize("forward", ADDITIONS)
+def test_additions(forward, form, seed):
+    model, x = lively(rse_fast.convert(Net(forward), 0.3, 0.2)), torch.rand(3, 3, 10, 10)
+    with torch.no_grad():
+        logits = sequential(model, x, 4, seed)
+    ensemble = Ensemble(model, 4, seed=seed, dtype="float32", algorithm="winograd")
+    assert (ensemble.predict(x).probs - logits.softmax(-1).mean(0)).abs().max() <= tolerance(model, logits, form.tile) / 2
+    if forward.__name__ == "what_was_there_is_overwritten":  # no gradient flows through it
+        return
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    direct = Ensemble(model, 4, seed=seed, dtype="float32", algorithm="direct")
+    got, want = (torch.autograd.grad(e(leaf)[:, 0].sum(), leaf)[0] for e, leaf in zip((ensemble, direct), leaves, strict=True))
+    assert of_winograd(ensemble) and torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.99
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

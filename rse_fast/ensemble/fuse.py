@@ -57,7 +57,6 @@ def snapshot(
         if rewrite is not None:
             rewrite(copied)
         merge_activations(copied)
-        pack_weights(copied)
     return _lay_out(copied, dtype), problem
 
 
@@ -225,7 +224,8 @@ class FusedConv(nn.Module):
 
 
 def merge_activations(model: torch.fx.GraphModule) -> None:
-    """Removes, in place, each ReLU in front of noisy convolutions, with what stands around it; their noise ops do the work.
+    """Removes, in place, each ReLU in front of noisy convolutions, with what stands around it; their noise ops do the work. Every 2-D
+    convolution becomes a `FusedConv`, with an addition behind it where there is one.
 
     Where only noisy convolutions read it, directly or through a max-pool (which commutes with it), each takes the source's values itself.
     Where something else reads it as well, as in residual networks, one convolution gives the clean values to all others.
@@ -269,13 +269,16 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
 
     def is_steady(node):
         """Whether what it computes is new memory that nobody writes to later, so that it may be read later than the graph says."""
-        return is_fresh(node) and not any(map(writes, node.users))
+        return is_fresh(node) and not any(writes(user, node) for user in node.users)
 
-    def writes(node):
+    def writes(node, source):
+        """Whether a node may write over what ``source``, which it reads, computes."""
+        if node.target in _INPLACE:
+            return node.args[0] is source
         if node.op == "call_module":
             return getattr(model.get_submodule(node.target), "inplace", False)
         name = node.target if isinstance(node.target, str) else node.target.__name__
-        return name.rstrip("_") != name or node.kwargs.get("inplace") or node.target in _INPLACE
+        return name.rstrip("_") != name or node.kwargs.get("inplace")
 
     def add(prefix, node, module):
         name = f"rse_fast_{prefix}_{node.name}"  # a name of its own: "relu_conv" may be one of the model's
@@ -293,7 +296,8 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         norm = module_of(source, (nn.BatchNorm2d,))
         if norm is not None and norm.running_mean is not None and source.args and (pool or not pools) and is_steady(source.args[0]):
             affine = _affine(norm)
-        readers = [user for user in users if user not in pools] + [user for p in pools for user in p.users]
+        read = [(user, node) for user in users if user not in pools] + [(user, p) for p in pools for user in p.users]
+        readers = [reader for reader, _ in read]
         noisy = [user for user in readers if is_noisy(user)]
         once = [user for user in noisy if calls[model.get_submodule(user.target)] == 1]  # the calls of a layer stay in order
         if readers and len(noisy) == len(readers):
@@ -305,7 +309,7 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
                 layer = model.get_submodule(reader.target)
                 activation = Activation(layer, pool is not None, affine, alone=alone)
                 reader.target = add("fused", reader, FusedConv(layer, reader.target, activation))
-        elif once and (only is not None or not pools) and not any(map(writes, readers)):
+        elif once and (only is not None or not pools) and not any(writes(*pair) for pair in read):
             shared, value = once[0], node if only is None else only
             layer = model.get_submodule(shared.target)
             activation = Activation(layer, pool is not None, affine, keep=True)
@@ -325,6 +329,7 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         graph.erase_node(node)
         if affine is not None:
             graph.erase_node(source)
+    pack_weights(model)
     merge_additions(model, is_steady)
     model.delete_all_unused_submodules()
     model.recompile()
