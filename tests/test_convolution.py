@@ -108,6 +108,30 @@ def test_a_layer_and_its_gradient_against_float64(form, activation, padding, pac
     assert got.shape == x.shape and (got - wanted).abs().max() <= 2 * size * limit.max() and wanted.abs().max() > 10 * size * limit.max()
 
 
+@pytest.mark.parametrize("activation", ["relu", "affine, relu, pool"])
+def test_clean_values_beside_the_result(activation, form, rng, seed):
+    """They are those of torch, and the gradients of both come together."""
+    fused, wide = layers(activation, 1, 0.0)
+    fused.activation.keep = wide.activation.keep = True
+    fused.winograd = Winograd(fused, form)
+    x = torch.randn(2, 5, 8, 6).contiguous(memory_format=torch.channels_last)
+    if "affine" in activation:
+        scale, shift = (t[:, None, None] for t in (fused.activation.scale, fused.activation.shift))
+        x = torch.where((x * scale + shift).abs() < 1e-3, x + 0.01 / scale, x)
+    leaf, exact, at = x.clone().requires_grad_(), x.double().requires_grad_(), torch.tensor(seed - 2**63)
+    with NoiseContext(at, 2):
+        y, clean = fused(leaf)
+    with NoiseContext(at, 2):
+        want, wanted_clean = wide(exact)
+    assert (clean - wanted_clean).abs().max() <= 4 * 2**-24 * wanted_clean.abs().max()
+    assert (y - want).norm() <= 1e-5 * want.norm()
+    for weight_of_clean in (0.0, 1.0):
+        g, g_clean = torch.randn_like(y), torch.randn_like(clean) * weight_of_clean
+        got = torch.autograd.grad([y, clean], leaf, [g, g_clean], retain_graph=True)[0]
+        expected = torch.autograd.grad([want, wanted_clean], exact, [g.double(), g_clean.double()], retain_graph=True)[0]
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_second_derivatives_and_what_watches(seed):
     """They are made of torch's own operations, which know each other's gradients, transforms and tracers."""
     fused, wide = layers("affine, relu, pool", 1, 0.0)
