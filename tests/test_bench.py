@@ -212,7 +212,8 @@ def test_every_target_of_noise_and_ensemble_is_judged_by_what_they_measure():
         for dtype, layout in ((torch.float32, "contiguous"), (torch.bfloat16, "channels_last")):
             measured = noise.targets(where, dtype, f"{str(dtype)[6:]} {layout} {label}", label, rates)
             found += [{**t, "device": gpu or "cpu"} for t in measured]
-        rates = dict.fromkeys(("rse_fast", "eager loop", "torch.compile loop", "plain network, packed float32 (limit)"), 1.0)
+        ours = ("rse_fast", "rse_fast float32", "rse_fast bfloat16", f"rse_fast bfloat16, {ensemble.DIRECT}")
+        rates = dict.fromkeys((*ours, "eager loop", "torch.compile loop", "plain network, packed float32 (limit)"), 1.0)
         for kind, batch, draws, which in ensemble.CASES[where.type]:
             if which == "few":
                 continue

@@ -14,7 +14,7 @@ from torch._C._dynamo import eval_frame
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from rse_fast import autograd, functional
-from rse_fast.ensemble import gradient, hooks, quantize
+from rse_fast.ensemble import convolution, gradient, hooks, quantize
 from rse_fast.ensemble.early_exit import make as make_criterion
 from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers, warn_caller
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
@@ -88,6 +88,11 @@ class Ensemble(nn.Module):
             is that of all draws, always. A number c in (0.5, 1): it stops when, at confidence c, its label is that of infinitely many
             draws, and never later than ``draws``. `Prediction.draws_used` tells. For `predict` and `stream`; `forward` takes all draws.
         backend: of the noise, as in `rse_fast.functional.add_noise`.
+        algorithm: of the 3x3 convolutions of stride 1 in a fused snapshot on a CPU. "auto" takes for each layer what is faster on this
+            machine: the vendor's "direct" one, or Winograd's, which makes the noise inside and needs 4/9 or 1/4 of the multiplications.
+            "winograd" takes it for all such layers. `algorithms` tells which runs what. They differ by rounding alone: what a machine
+            has measured moves float32 logits by less than 1e-5 of the largest one for every layer, and bfloat16 ones by no more than
+            bfloat16 itself does. Within a process the choice for a layer is made once and stays, whatever the calls.
         cuda_graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, and if no module has a hook,
             which a replay does not call; True always; False never. Every replay has fresh noise. A model that cannot be captured runs
             without, after one warning.
@@ -98,7 +103,7 @@ class Ensemble(nn.Module):
 
     def __init__(
         self, model, draws=10, *, seed=None, max_rows=None, dtype="auto", fuse=True, early_exit=None, calibration=None,
-        backend="auto", cuda_graphs=None,
+        backend="auto", algorithm="auto", cuda_graphs=None,
     ):  # fmt: skip
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -120,11 +125,13 @@ class Ensemble(nn.Module):
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
         make_criterion(early_exit, self.draws, 1)  # raises if it names none
         self.dtype, self.fuse, self.early_exit, self.backend, self.cuda_graphs = dtype, bool(fuse), early_exit, backend, cuda_graphs
+        convolution.check(model, algorithm, DTYPES.get(dtype), self.fuse, dtype == "int8", backend)
+        self.algorithm = algorithm
         self.calibration = quantize.check_calibration(calibration) if dtype == "int8" else None
         number_layers(model)
         self.model = model
         compute = DTYPES.get(dtype)  # None: the best of the device
-        self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration)
+        self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration, algorithm)
         self._live = Preparation(model, compute, False, backend, False, None)  # for the gradient of its weights
         self._live.said = self._preparation.said
 
@@ -228,9 +235,17 @@ class Ensemble(nn.Module):
             return None
         return self.prepared(self.calibration[0]).report
 
+    @property
+    def algorithms(self) -> dict[str, convolution.Choice]:
+        """What each convolution of the fused snapshot runs, and why: (algorithm, why) by the name of its layer, "direct" or a form of
+        Winograd's. Empty before the first call, and for a model that runs unfused."""
+        return self._preparation.algorithms
+
     def extra_repr(self):
         seed = "fresh at every call" if self.seed is None else self.seed
-        return f"draws={self.draws}, seed={seed}, dtype={self.dtype}, fuse={self.fuse}, backend={self.backend!r}"
+        text = f"draws={self.draws}, seed={seed}, dtype={self.dtype}, fuse={self.fuse}, backend={self.backend!r}"
+        layers = [f"({name}): {choice.algorithm}, {choice.why}" for name, choice in self.algorithms.items()]
+        return "\n".join([f"{text}, algorithm={self.algorithm!r}", *layers])
 
     def images(self, x: torch.Tensor) -> torch.Tensor:
         """``x``, checked to be a batch [B, ...] of images, on the device of the model. Raises TypeError or ValueError."""

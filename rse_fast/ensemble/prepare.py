@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -19,9 +19,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from rse_fast import autograd
 from rse_fast.convert import listing, vanished
-from rse_fast.ensemble import fuse, gradient, hooks, plan, quantize
+from rse_fast.ensemble import convolution, fuse, gradient, hooks, plan, quantize
 from rse_fast.ensemble.graphs import Graphs
-from rse_fast.ensemble.runner import Runner, best_dtype, mismatch
+from rse_fast.ensemble.runner import Runner, best_dtype, mismatch, probe_images
 from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
@@ -38,6 +38,7 @@ class Prepared:
         planner: how large packed batches are.
         report: which layers run in int8, for dtype "int8".
         problem: why the model runs unfused where a fused one was wanted, or None.
+        algorithms: what each convolution of a fused snapshot runs, by the layer's name.
     """
 
     runner: Runner
@@ -45,6 +46,7 @@ class Prepared:
     planner: plan.Planner
     report: quantize.Report | None = None
     problem: str | None = None
+    algorithms: dict[str, convolution.Choice] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -61,11 +63,15 @@ class Preparation:
         backend: of the noise.
         cuda_graphs: True, False, or None to decide.
         calibration: batches of images for an int8 snapshot, or None for no such.
+        algorithm: of the convolutions of a fused snapshot, see `rse_fast.ensemble.convolution`.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, fuse: bool, backend: str, cuda_graphs: bool | None, calibration):
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, fuse: bool, backend: str, cuda_graphs: bool | None, calibration,
+        algorithm: str = "direct",
+    ):  # fmt: skip
         self.model, self.dtype, self.fuse, self.backend = model, dtype, fuse, backend
-        self.cuda_graphs, self.calibration = cuda_graphs, calibration
+        self.cuda_graphs, self.calibration, self.algorithm = cuda_graphs, calibration, algorithm
         self._gradients = False
         self.said: set[str] = set()  # what a user was warned of
         self._lock, self._current, self._watch, self._layers = threading.Lock(), None, None, []
@@ -120,6 +126,12 @@ class Preparation:
         """From now on a snapshot is checked for its gradients as well."""
         self._gradients = True
 
+    @property
+    def algorithms(self) -> dict[str, convolution.Choice]:
+        """Of the snapshot that there is, none before the first call."""
+        current = self._current
+        return {} if current is None else current[1].algorithms
+
     def refresh(self) -> None:
         """Makes everything anew at the next call."""
         with self._lock:
@@ -136,9 +148,11 @@ class Preparation:
         numbers = torch.get_rng_state()
         compute = self.dtype or best_dtype(x.device)
         noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
-        report = problem = None
+        report, problem, algorithms = None, None, {}
         if self.fuse:
-            runner, problem = self._fused(x, compute, noisy)
+            runner, problem, algorithms = self._fused(x, compute, noisy)
+            if self.algorithm == "winograd" and all(choice.algorithm == "direct" for choice in algorithms.values()):
+                raise convolution.refusal(problem or "; ".join(dict.fromkeys(choice.why for choice in algorithms.values())))
             if self.calibration is not None:
                 report = self._to_int8(runner, x, compute)
         else:
@@ -157,22 +171,47 @@ class Preparation:
         in_bytes = report is not None and bool(report.quantized)
         planner = plan.planner(self.model, kind, x.device, runner.row_bytes, kept, in_bytes)
         if x.device.type != "cuda":
-            return Prepared(runner, runner, planner, report, problem)
+            return Prepared(runner, runner, planner, report, problem, algorithms)
         torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them
         captures = not hooked if self.cuda_graphs is None else self.cuda_graphs
-        return Prepared(runner, Graphs(runner, always=self.cuda_graphs is True) if captures else runner, planner, report, problem)
+        run = Graphs(runner, always=self.cuda_graphs is True) if captures else runner
+        return Prepared(runner, run, planner, report, problem, algorithms)
 
-    def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None]:
-        """(runner of a fused snapshot, None), or (of an unfused one, why) where that cannot be had."""
+    def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None, dict[str, convolution.Choice]]:
+        """(runner of a fused snapshot, None, its algorithms), or (of an unfused one, why, none) where that cannot be had."""
         if any(GLOBAL_HOOKS):
             problem = "hooks of all modules are registered, which a fused model would not call for each"
-            return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem
+            return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
         fused, problem = fuse.snapshot(self.model, dtype)
         runner = Runner(fused, dtype, dtype, noisy, x)
         if problem is None:
-            problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
-        return (runner, None) if problem is None else (Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem)
+            direct = self._why_direct(runner, x.device)
+            # Forms of Winograd's algorithm: where the probe refuses them, those with products in float32, then none.
+            forms = [] if direct else convolution.forms(dtype)
+            tried = [forms] + [t for t in ([form for form in forms if form.products == torch.float32], []) if t != forms]
+            for forms in tried:
+                algorithms = self._choose(runner, x, forms, direct or problem)
+                problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
+                if problem is None:
+                    return runner, None, algorithms
+        return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
+
+    def _why_direct(self, runner, device) -> str | None:
+        if self.algorithm == "direct":
+            return "as was asked for"
+        if self.calibration is not None:
+            return "the rest of an int8 model is direct"
+        if runner.layout != torch.channels_last:
+            return "the model wants contiguous maps"
+        return convolution.unavailable(runner.dtype, device, self.backend)
+
+    def _choose(self, runner, x, forms, why_none) -> dict[str, convolution.Choice]:
+        def run():
+            return runner(probe_images(x, 2), NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2))
+
+        rows = plan.SWEET_SPOT["cpu"]  # whatever a call finds better: the choice shall not depend on it
+        return convolution.choose(runner.model, run, rows, self.algorithm, forms, why_none)
 
     def _to_int8(self, runner, x, dtype) -> quantize.Report:
         """Makes a runner of a fused snapshot run an int8 one; ``dtype`` is that of the layers that stay in floating point."""
