@@ -157,4 +157,4 @@ def test_snapshots_leave_nothing_behind():
     finally:
         tracemalloc.stop()
     grown = min(after - before for before, after in itertools.pairwise(sizes)) / 8  # a table that grows once does so in one stretch alone
-    assert grown < 2000, f"{grown:.0f} bytes a snapshot"
+    assert grown < 4000, f"{grown:.0f} bytes a snapshot"  # what leaked was 18 KB and more

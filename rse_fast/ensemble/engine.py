@@ -348,21 +348,19 @@ class Ensemble(nn.Module):
 
     def _passes(self, preparation, model, x, seed, image_offset, draws):
         """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
-        number, watch = itertools.count(), None if autograd.is_transformed() else preparation.watch
+        number = itertools.count()
 
         def step(image, draw):
-            batch = functools.partial(self._chunk, preparation, model, watch, seed, image_offset + image.start, draw)
+            batch = functools.partial(self._chunk, preparation, model, seed, image_offset + image.start, draw)
             return gradient.run(batch, x[image], next(number))
 
         wanted = torch.is_grad_enabled() and (x.requires_grad or not preparation.fuse)
         return model.planner.run(x.shape[0], draws, step, self.max_rows, wanted)
 
-    def _chunk(self, preparation, model, watch, seed, image_offset, draw, x):
+    def _chunk(self, preparation, model, seed, image_offset, draw, x):
         """`_logits` with the noise of given images and draws; backward may call it again, outside the context of `Preparation.ready`."""
         context = NoiseContext(seed, len(x), draw.stop - draw.start, image_offset, draw.start, self.backend)
-        if watch is not None and not preparation.fuse and torch.is_grad_enabled():
-            watch.require()  # backward may come here again
-            preparation.number()
+        preparation.number()
         with preparation.mode():
             return self._logits(model, x, context)
 
