@@ -13,6 +13,7 @@ import rse_fast
 from rse_fast.ensemble.runner import has_bfloat16
 
 from . import networks, peers
+from .ensemble import DIRECT
 from .measure import Refused, Row, best_peer, compare, device, peak_memory, ratio, selected, target
 from .networks import SIGMAS
 
@@ -106,9 +107,9 @@ def measure(kind: str, batch: int, draws: int) -> tuple[list[Row], list[dict]]:
         real = torch.float32 if dtype == "float32" or not has_bfloat16(where) else torch.bfloat16
         check_exact(noisy, plain, x[:4], y[:4], 5, real)
 
-    def ours(dtype, count=draws):
+    def ours(dtype, count=draws, algorithm="auto"):
         checked(dtype)
-        ensemble = rse_fast.Ensemble(noisy, count, dtype=dtype)
+        ensemble = rse_fast.Ensemble(noisy, count, dtype=dtype, algorithm=algorithm)
         return lambda: of_log_probabilities(ensemble, x, y)
 
     builders = {
@@ -120,6 +121,9 @@ def measure(kind: str, batch: int, draws: int) -> tuple[list[Row], list[dict]]:
     if has_bfloat16(where):
         builders["rse_fast float32"] = lambda: ours("float32")
         builders["separate backward passes, bfloat16 autocast"] = autocast
+    if where.type == "cpu":
+        builders[f"rse_fast, {DIRECT}"] = lambda: ours("auto", algorithm="direct")
+        builders[f"rse_fast float32, {DIRECT}"] = lambda: ours("float32", algorithm="direct")
     case = f"{kind} {side}x{side} B={batch} n={draws}"
     reference = Reference(eager, x, y, draws)
     rows, rates = compare("attack", case, "images", "images/s", batch, builders, reference.check, seconds=6, least=3, rounds=15)
@@ -133,6 +137,9 @@ def measure(kind: str, batch: int, draws: int) -> tuple[list[Row], list[dict]]:
         target("attack", case, f"peak memory, n={MORE_DRAWS} over n={draws}",
                ratio(peak.get(f"rse_fast, n={MORE_DRAWS}"), peak.get("rse_fast")), 1.5, "x", at_most=True),
     ]  # fmt: skip
+    if where.type == "cpu" and kind == "VGG16":
+        own = rates.get("rse_fast float32", rates["rse_fast"])
+        wanted.append(target("attack", case, f"float32, against {DIRECT}", ratio(own, rates[f"rse_fast float32, {DIRECT}"]), 1.5, "x"))
     return rows, wanted
 
 

@@ -35,7 +35,7 @@ def layer(inputs: int, outputs: int, side: int, rows: int) -> tuple[list[Row], d
     geometry, sigma = ([1, 1], [1, 1], [1, 1], 1), torch.tensor([0.1])
     at = Address(torch.tensor(1), 0, rows, 1, 0, 0, None)
     noisy = torch.empty_like(x)
-    cpu.add_noise(x, noisy, True, sigma, at.seed, 0, rows, 1, 0, 0, None, None, False)
+    cpu.add_noise(x, noisy, True, sigma, at, None, None, False)
 
     def direct():
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(x.shape))

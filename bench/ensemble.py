@@ -1,12 +1,15 @@
 """Suite "ensemble": images/s of n noisy passes against every peer and against the deterministic network, over batches and draws."""
 
+import contextlib
 import copy
 import functools
+import time
 
 import torch
 
 import rse_fast
 from rse_fast.ensemble.runner import has_bfloat16
+from rse_fast.kernels.cpu import winograd
 
 from . import networks, peers
 from .measure import Refused, Row, best_peer, compare, device, ratio, selected, target
@@ -18,7 +21,7 @@ CASES = {
     "cpu": (
         ("VGG16", 16, 10, "all"), ("VGG16", 1, 10, "all"), ("ResNeXt29", 4, 10, "all"), ("ResNet-50", 1, 10, "all"),
         ("VGG16", 4, 10, "few"), ("VGG16", 64, 10, "few"), ("VGG16", 4, 1, "few"), ("VGG16", 4, 50, "few"), ("VGG16", 4, 100, "few"),
-        ("VGG16", 1024, 1, "few"),
+        ("VGG16", 1024, 1, "few"), ("SmallNet", 16, 10, "eager"), ("ResNet-14", 16, 10, "eager"),
     ),
     "cuda": (
         ("VGG16", 512, 10, "eager"), ("VGG16", 1, 10, "eager"), ("VGG16", 8, 10, "eager"), ("ResNet-50", 64, 10, "eager"),
@@ -27,6 +30,7 @@ CASES = {
         ("ResNet-50", 128, 10, "compiled"), ("VGG16", 1024, 10, "all"),
     ),
 }  # fmt: skip
+DIRECT = "direct convolutions"  # the vendor's, in every layer
 CHUNK = {"cpu": 80, "cuda": 1024}  # rows: where the plain network's own throughput peaks
 ROUNDING = 1e-4  # of probabilities, in float32
 
@@ -84,10 +88,10 @@ def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], l
     reference = Reference(plain, x, draws)
     low, last = has_bfloat16(where), dict(memory_format=torch.channels_last)
 
-    def ours(dtype):
+    def ours(dtype, algorithm="auto"):
         rounding = ROUNDING if dtype == "float32" else reference.rounding
         check_exact(rse_fast.Ensemble(noisy, min(draws, 4), dtype=dtype), noisy, x[:4], rounding)
-        ensemble = rse_fast.Ensemble(noisy, draws, dtype=dtype)
+        ensemble = rse_fast.Ensemble(noisy, draws, dtype=dtype, algorithm=algorithm)
         return lambda: ensemble.predict(x).probs
 
     def limit(dtype, chunk):
@@ -107,8 +111,11 @@ def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], l
 
     dtypes = {"float32": torch.float32, **({"bfloat16": torch.bfloat16} if low else {})}
     builders = {"rse_fast": lambda: ours("auto")}
-    if which != "few" and low:
-        builders["rse_fast float32"] = lambda: ours("float32")
+    if which != "few":
+        for dtype in dtypes if where.type == "cpu" else ["float32"] if low else []:
+            builders[f"rse_fast {dtype}"] = lambda dtype=dtype: ours(dtype)
+        for dtype in dtypes if where.type == "cpu" else []:
+            builders[f"rse_fast {dtype}, {DIRECT}"] = lambda dtype=dtype: ours(dtype, "direct")
     builders["eager loop"] = lambda: lambda: peers.loop(eager, x, draws)
     builders["eager packed"] = lambda: lambda: peers.packed(eager, x, draws)
     if which != "few" and low:
@@ -139,15 +146,41 @@ def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], l
     return rows, targets(where, kind, batch, draws, case, rates)
 
 
+# Most time of ten float32 draws over the plain network's packed float32 forward.
+WINOGRAD = {("VGG16", 16): 0.6, ("VGG16", 1): 0.75, ("SmallNet", 16): 0.75, ("ResNet-14", 16): 0.75, ("ResNet-50", 1): 0.95}
+
+
+def winograd_targets(where, kind, batch, draws, case, rates) -> list[dict]:
+    """What the choice of the convolutions' algorithm is held to, on CPUs."""
+    if where.type != "cpu" or draws != 10 or (kind, batch) not in WINOGRAD:
+        return []
+    plain = [rate for name, rate in rates.items() if name.startswith("plain network, packed float32") and rate is not None]
+    cost = ratio(max(plain, default=None), rates.get("rse_fast float32"))
+    what, most = "float32, time over the plain network's packed forward", WINOGRAD[kind, batch]
+    found = [target("ensemble", case, what, cost, most, "x", at_most=True)]
+    if (kind, batch) == ("VGG16", 16):
+        if "rse_fast bfloat16" in rates:
+            gain = ratio(rates["rse_fast bfloat16"], rates[f"rse_fast bfloat16, {DIRECT}"])
+            found.append(target("ensemble", case, f"bfloat16, against {DIRECT}", gain, 1.2, "x"))
+        peers = {name: rate for name, rate in rates.items() if "bfloat16" not in name}
+        gain = ratio(rates.get("rse_fast float32"), best_peer(peers))
+        found.append(target("ensemble", case, "float32, against the best float32 peer", gain, 2.8, "x"))
+    return found
+
+
 def time_shares(ensemble, x, calls: int = 3) -> dict[str, float]:
     """Where the time of ``predict`` goes, as shares that sum to 1: of the calling thread on a CPU, of the device on a GPU."""
     ensemble.predict(x)
     activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if x.is_cuda else [])]) as profile:
-        for _ in range(calls):
-            ensemble.predict(x)
     shares = {"convolutions and linear layers": 0.0, "noise and what is fused into it": 0.0, "everything else": 0.0}
     products, noise, rest = shares
+    own = {products: 0.0}  # of the C++ convolutions, which torch's profiler does not see; noise is an op while a profile is made
+    with timed(winograd, "convolution", own, products):
+        with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if x.is_cuda else [])]) as profile:
+            begin = time.perf_counter()
+            for _ in range(calls):
+                ensemble.predict(x)
+            whole = (time.perf_counter() - begin) * 1e6
 
     def kind(operator):
         if operator.startswith("rse_fast::"):
@@ -157,8 +190,31 @@ def time_shares(ensemble, x, calls: int = 3) -> dict[str, float]:
     for event in profile.key_averages():
         if event.device_type == torch.autograd.DeviceType.CPU:  # an operator; it has the time of the GPU kernels that it launched
             shares[kind(event.key)] += event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
+    for what, seconds in own.items():
+        shares[what] += seconds * 1e6
+    if not x.is_cuda:
+        shares[rest] = max(0.0, whole - shares[products] - shares[noise])
     total = sum(shares.values())
-    return {what: time / total for what, time in shares.items()}
+    return {what: time_of / total for what, time_of in shares.items()}
+
+
+@contextlib.contextmanager
+def timed(module, name: str, seconds: dict[str, float], what: str):
+    """Adds the time of each call of a function of ``module`` to ``seconds[what]``."""
+    function = getattr(module, name)
+
+    def call(*arguments, **options):
+        begin = time.perf_counter()
+        try:
+            return function(*arguments, **options)
+        finally:
+            seconds[what] += time.perf_counter() - begin
+
+    setattr(module, name, call)
+    try:
+        yield
+    finally:
+        setattr(module, name, function)
 
 
 def targets(where, kind, batch, draws, case, rates) -> list[dict]:
@@ -166,13 +222,16 @@ def targets(where, kind, batch, draws, case, rates) -> list[dict]:
     bounds = [rate for name, rate in rates.items() if name.endswith("(limit)") and rate is not None]
     cost = ratio(max(bounds, default=None), ours)
     compiled = [rate for name, rate in rates.items() if name.startswith("torch.compile") and rate is not None]
+    of_algorithms = winograd_targets(where, kind, batch, draws, case, rates)
     if where.type == "cpu" and kind == "VGG16":
         if batch == 1:
             return [
+                *of_algorithms,
                 target("ensemble", case, "rate", ours, 90, "images/s"),
                 target("ensemble", case, "against the eager loop", ratio(ours, loop), 6, "x"),
             ]
         return [
+            *of_algorithms,
             target("ensemble", case, "rate", ours, 110, "images/s"),
             target("ensemble", case, "against the best peer", ratio(ours, best_peer(rates)), 2.6, "x"),
             target("ensemble", case, "cost over the plain network's packed forward", cost, 1.05, "x", at_most=True),
@@ -185,7 +244,7 @@ def targets(where, kind, batch, draws, case, rates) -> list[dict]:
             target("ensemble", case, "against torch.compile", ratio(ours, max(compiled, default=None)), 1.3, "x"),
             target("ensemble", case, "against the eager loop", ratio(ours, loop), 3, "x"),
         ]
-    return []
+    return of_algorithms
 
 
 def case_name(kind: str, batch: int, draws: int) -> str:

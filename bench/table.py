@@ -144,7 +144,7 @@ class _Row:
     def attack(self, args) -> None:
         results = command.run([
             "--run", str(self.run), "--protocol", "table", "--eps", EPS, "--draws", str(args.draws), "--images", str(args.images),
-            "--device", args.device, "--out", str(args.out / self.defence / "evaluation"),
+            "--device", args.device, "--out", str(args.out / self.defence / "evaluation"), "--trust",
         ])  # fmt: skip
         self.facts["settings"], self.facts["versions"] = results["settings"], results["versions"]
         for column, what in ATTACKED.items():
@@ -162,7 +162,7 @@ class _Row:
         every = 1 if self.facts["settings"]["order"] == "first" else max(1, len(splits.test) // args.images)
         summary = certify_cli.run([
             str(self.run), "--images", str(args.images), "--every", str(every), "--n", str(args.n), "--radius", str(RADIUS),
-            "--device", args.device, "--out", str(args.out / self.defence / "certified"),
+            "--device", args.device, "--out", str(args.out / self.defence / "certified"), "--trust",
         ])  # fmt: skip
         (found,) = summary["certified"]
         accuracy = {"mean": found["accuracy"], "sd": None, "low": found["low"], "high": found["high"], "images": summary["images"]}

@@ -8,6 +8,7 @@ Gradients regenerate eps from the seed; no noise is ever stored.
 """
 
 import torch
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 from rse_fast import noise
@@ -37,6 +38,7 @@ def is_direct(x: torch.Tensor) -> bool:
         or torch._C._len_torch_function_stack()
         or type(x) not in _PLAIN
         or x.is_meta
+        or x._is_zerotensor()  # which has no memory either
         or torch._C._get_tracing_state()
         or torch.autograd.profiler._is_profiler_enabled  # a profile names the op
     )
@@ -174,7 +176,8 @@ class AddNoise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        x, sigma, scale, shift, seed, sample_ids = ctx.saved_tensors
+        # A function that torch.func.vjp gave runs when its transform has ended, and what was saved in it is wrapped still.
+        x, sigma, scale, shift, seed, sample_ids = (t if t is None else unwrap_if_dead(t) for t in ctx.saved_tensors)
         where, _, backend = ctx.rest
         at = NoiseAddress(seed, *where, sample_ids)
         needs_x, needs_sigma, needs_scale, needs_shift = ctx.needs_input_grad[:4]
@@ -303,8 +306,8 @@ class NoisyLinear(torch.autograd.Function):
         g_w = None
         if needs_w:
             noisy = add_noise(x.movedim(-1, 1), sigma, at, backend=backend, after=g).movedim(1, -1)
-            g_w = g.flatten(0, -2).mT @ noisy.flatten(0, -2)
-        g_b = g.flatten(0, -2).sum(0) if needs_b else None
+            g_w = g.reshape(-1, g.shape[-1]).mT @ noisy.reshape(-1, noisy.shape[-1])
+        g_b = g.reshape(-1, g.shape[-1]).sum(0) if needs_b else None
         g_noisy = g @ weight if needs_x or needs_sigma else None
         g_x = _sum_draws(g_noisy, x.shape[0], at) if needs_x else None
         g_sigma = sigma_grad(g_noisy.movedim(-1, 1), at, sigma.dim() == 1, backend) if needs_sigma else None

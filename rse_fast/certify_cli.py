@@ -170,7 +170,8 @@ def _certify(args, ensemble, part, group, settings):
         label, predicted = int(part.labels[index]), int(out.labels[i])
         yield Row(
             index=index, label=label, predicted=predicted, radius=float(out.radius[i]), correct=int(predicted == label),
-            p_lower=float(out.p_lower[i]), votes=int(out.votes[i, out.selected[i]]), draws=int(out.draws[i]), seconds=round(seconds, 4),
+            p_lower=float(out.p_lower[i]), votes=int(out.votes[i, out.selected[i]]) if out.selected[i] >= 0 else 0,
+            draws=int(out.draws[i]), seconds=round(seconds, 4),
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,12 +12,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rse_fast import functional, noise
+from rse_fast.calls import Calls, calls
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
 from rse_fast.trace import Tracer
 
 __all__ = ["Description", "LayerDescription", "convert", "describe", "noise_off", "revert", "set_sigma"]
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NOISE_NAMES = {"channel_dim", "plain", "sigma", "sigma_raw", *(name for name in vars(NoiseLayer) if not hasattr(nn.Module, name))}
 _NOISY = {nn.Conv1d: NoisyConv1d, nn.Conv2d: NoisyConv2d, nn.Conv3d: NoisyConv3d, nn.Linear: NoisyLinear}
 
@@ -34,8 +36,8 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
         init_sigma: standard deviation >= 0 of the noise of the layer that is executed first, in the units of its input: pixels. The paper's
             values are for pixels in [0, 1] without mean/std normalisation.
         inner_sigma: standard deviation >= 0 for all other layers.
-        include: which layers get noise: types and name globs ("layer1.*"), one or several. Default: all of `nn.Conv1d`, `nn.Conv2d`,
-            `nn.Conv3d` and their subclasses. `nn.Linear` can be asked for. A shared layer is converted once.
+        include: which layers get noise: types and name globs ("layer1.*"), one or several. Default: all of `nn.Conv1d/2d/3d`,
+            `nn.ConvTranspose1d/2d/3d` and their subclasses. `nn.Linear` can be asked for. A shared layer is converted once.
         exclude: types and name globs of layers that stay plain.
         learnable: True or "layer" makes the sigma of each layer a parameter, "channel" that of each input channel. Sigmas must then be
             positive. Convert before you create the optimiser.
@@ -46,6 +48,9 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
     Raises:
         TypeError: an argument has a wrong type. Nothing was changed.
         ValueError: nothing matches, the model has noise already, or a sigma is out of range. Nothing was changed.
+
+    Warns:
+        RuntimeWarning: something that looks like a convolution gets no noise; ``exclude`` says that it is meant to be plain.
 
     Examples:
         >>> model = rse_fast.convert(model, init_sigma=0.2, inner_sigma=0.1)
@@ -58,7 +63,7 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
         raise ValueError(f"learnable must be True, False, 'layer' or 'channel', got {learnable!r}")
     _check_sigmas(init_sigma, inner_sigma, learnable)
     if noisy := list(noise_layers(model)):
-        raise ValueError(f"model must not have noise yet, got noisy layers {_listing(noisy)}; revert(model) first to convert it anew")
+        raise ValueError(f"model must not have noise yet, got noisy layers {listing(noisy)}; revert(model) first to convert it anew")
     included, excluded = _selector("include", include), _selector("exclude", exclude)
     layers = {
         names[0]: module
@@ -71,27 +76,28 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
         wanted = "a convolution" if include is None else f"a convolution or linear layer that include={include!r} matches"
         raise ValueError(f"model must contain {wanted}{'' if exclude is None else f' outside exclude={exclude!r}'}, got none")
     if lazy := [name for name, module in layers.items() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]:
-        raise ValueError(f"model must have its lazy layers initialised by a first forward pass, got uninitialised {_listing(lazy)}")
+        raise ValueError(f"model must have its lazy layers initialised by a first forward pass, got uninitialised {listing(lazy)}")
 
     if meta := [name for name, module in layers.items() if any(p.is_meta for p in module.parameters())]:
-        raise ValueError(f"model must have its values before it gets noise, as sigma is one of them, got meta tensors in {_listing(meta)}")
+        raise ValueError(f"model must have its values before it gets noise, as sigma is one of them, got meta tensors in {listing(meta)}")
 
     for name, module in layers.items():
         if taken := sorted(attribute for attribute in _NOISE_NAMES if hasattr(module, attribute)):
-            used = f"{', '.join(taken)} in {_listing([name])}"
+            used = f"{', '.join(taken)} in {listing([name])}"
             raise ValueError(f"model must leave the names of a noisy layer's attributes free, got {used}; exclude that layer")
 
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and module.out_proj in layers.values():
             raise ValueError(
                 "model must call the layers that get noise, but nn.MultiheadAttention reads the weight of its out_proj without calling it, "
-                f"got {_listing([f'{name}.out_proj'.lstrip('.')])}; exclude='*out_proj' leaves it plain"
+                f"got {listing([f'{name}.out_proj'.lstrip('.')])}; exclude='*out_proj' leaves it plain"
             )
 
     if patched := [name for name, module in layers.items() if "forward" in vars(module)]:
-        raise ValueError(f"model must have the forward of its classes, where noise is added, got one of its own in {_listing(patched)}")
+        raise ValueError(f"model must have the forward of its classes, where noise is added, got one of its own in {listing(patched)}")
 
     first = first_executed(model, list(layers.values()))
+    plain = _left_out(model, layers, first, excluded, include is None)
     classes = [noisy_class(module) for module in layers.values()]
     for module, noisy in zip(layers.values(), classes, strict=True):
         module.__class__ = noisy
@@ -108,7 +114,50 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
         elif isinstance(encoder, nn.TransformerEncoder) and inside:  # nested tensors know the fast path only
             encoder.use_nested_tensor, encoder.use_nested_tensor_without_noise = False, encoder.use_nested_tensor
     number_layers(model)
+    vars(model)["_converted_layers"] = tuple(layers)
+    if plain:
+        names = tuple(plain)
+        described = ", ".join(f"{name!r} ({why})" for name, why in plain.items())
+        warnings.warn(
+            f"rse-fast: convert gives no noise to {described}; if that is meant, say so by exclude={names!r}", RuntimeWarning, stacklevel=2
+        )
     return model
+
+
+def _left_out(model, layers, first, excluded, every) -> dict[str, str]:
+    """What convolves without noise, by name, with how; not what is excluded. every: whether all convolutions were asked for."""
+    found, names = {}, _names(model)
+    for module, own in names.items() if every else ():
+        inside = any(m in layers.values() or isinstance(m, CONVOLUTIONS) for m in module.modules())
+        leaf = next(module.parameters(recurse=False), None) is not None or (hasattr(module, "kernel_size") and not module._modules)
+        if "conv" in type(module).__name__.lower() and leaf and not inside and not any(excluded(name, module) for name in own):
+            found[own[0]] = type(module).__name__
+    modules = {name: module for module, own in names.items() for name in own}
+    seen = _calls(model, first)
+    for parameter in sorted(seen.read) if seen else ():
+        owner = parameter.rpartition(".")[0]
+        if owner in layers:
+            found[owner] = "its weight is read without a call of the layer"
+        elif every and owner not in found and not (excluded(owner, modules[owner]) or excluded(parameter, modules[owner])):
+            found[parameter] = "a weight that forward convolves with by itself"
+    return found
+
+
+def vanished(model: nn.Module) -> list[str]:
+    """Names of layers that `convert` made noisy and that are not there any more, or not noisy: a reparameterisation replaces them."""
+    gone = []
+    for prefix, module in model.named_modules():
+        converted = vars(module).get("_converted_layers", ())
+        if len(converted) <= len(noise_layers(module)):  # one that has only moved within the model has another name
+            continue
+        for name in converted:
+            try:
+                layer = module.get_submodule(name)
+            except AttributeError:
+                layer = None
+            if not isinstance(layer, NoiseLayer):
+                gone.append(f"{prefix}.{name}".lstrip("."))
+    return gone
 
 
 def set_sigma(model, init_sigma=0.2, inner_sigma=0.1) -> nn.Module:
@@ -164,12 +213,13 @@ def revert(model: nn.Module) -> nn.Module:
         layer._buffers.pop("sigma", None)
         layer._non_persistent_buffers_set.discard("sigma")
         layer._parameters.pop("sigma_raw", None)
-        for attribute in ("stream", "noise_enabled"):
+        for attribute in ("stream", "noise_enabled", "layer_name", "_remembered_sigma"):
             layer.__dict__.pop(attribute, None)
         for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _wants_its_call]:
             del layer._forward_pre_hooks[key]
         layer.__class__ = plain_class(type(layer))
     for module in model.modules():
+        vars(module).pop("_converted_layers", None)
         if "use_nested_tensor_without_noise" in vars(module):
             module.use_nested_tensor = vars(module).pop("use_nested_tensor_without_noise")
     return model
@@ -215,6 +265,8 @@ def noise_off(model: nn.Module):
 class LayerDescription:
     """One noisy layer: module path, class name, sigma (a float, or a list per channel), stream, the backend that runs it, and where
     its noise is made: "in_kernel" of the convolution (for channels-last images) or "separate", by the table of `kernels.triton.choices`.
+
+    calls: "" where a forward pass calls the layer, or where nothing is known; "never called", or "reads the weight without calling it".
     """
 
     name: str
@@ -223,6 +275,7 @@ class LayerDescription:
     stream: int
     backend: str
     noise: str = "separate"
+    calls: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,6 +291,8 @@ class Description:
         rows = [("stream", "name", "type", "sigma", "backend")]
         backend = lambda d: f"triton, {d.noise}" if d.backend == "triton" else d.backend  # noqa: E731 - others have no choice
         rows += [(str(d.stream), d.name or "(model)", d.type, text(d.sigma), backend(d)) for d in self.layers]
+        if any(d.calls for d in self.layers):
+            rows = [(*row, cell) for row, cell in zip(rows, ["calls", *(d.calls for d in self.layers)], strict=True)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -249,16 +304,43 @@ def describe(model: nn.Module) -> Description:
         model: any `nn.Module`.
 
     Returns:
-        A `Description` with ``layers`` in module order. Printed, it is a table.
+        A `Description` with ``layers`` in module order, which also says what is not called. Printed, it is a table.
     """
-    layers = []
-    for name, layer in noise_layers(model).items():
+    layers, noisy = [], noise_layers(model)
+    called = _without_calls(model, {name: layer for name, layer in noisy.items() if isinstance(layer, NoisyInput)})
+    for name, layer in noisy.items():
         like = next((p for n, p in layer.named_parameters(recurse=False) if n != "sigma_raw"), layer.current_sigma())
         sigma = layer.current_sigma().tolist()
         own = isinstance(layer, (NoisyConv1d, NoisyConv2d, NoisyConv3d))  # others add noise, then run a forward of their own
         where = noise.choice(layer.weight, layer.groups) if own else "separate"
-        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, noise.active_backend(like), where))
+        backend = noise.active_backend(like)
+        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, backend, where, called.get(name, "")))
     return Description(tuple(layers))
+
+
+def _without_calls(model, layers) -> dict[str, str]:
+    """Of noisy layers those that a forward pass does not call, with how; those it is known of."""
+    seen = _calls(model, first_executed(model, list(layers.values()))) if layers else None
+    read = {parameter.rpartition(".")[0] for parameter in seen.read} if seen else ()
+    missing = [name for name in layers if seen and name not in seen.called]
+    return {name: "reads the weight without calling it" if name in read else "never called" for name in missing}
+
+
+def _calls(model, first) -> Calls | None:
+    """What a forward pass calls, by a run of a copy on the meta device whose input fits the layer ``first``."""
+    try:
+        copied = meta_copy(model).eval()
+        names = {module: name for name, module in model.named_modules()}
+        first = copied.get_submodule(names[first])
+    except Exception:  # a module that cannot be copied
+        return None
+    for module in copied.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+        if isinstance(module, NoiseLayer):
+            module.noise_enabled = False
+    with torch.random.fork_rng(devices=[]):
+        return calls(copied, first)
 
 
 # ------------------------------------------------------------------------------------------------------------------- selection
@@ -275,7 +357,7 @@ def _selector(argument, patterns):
         if not (isinstance(p, str) or (isinstance(p, type) and issubclass(p, nn.Module))):
             raise TypeError(f"{argument} must hold nn.Module types and name globs, got {p!r}")
         if argument == "include" and isinstance(p, type) and not issubclass(p, (*CONVOLUTIONS, nn.Linear)):
-            raise ValueError(f"include must name kinds of nn.Conv1d/2d/3d or nn.Linear, got {p.__name__}")
+            raise ValueError(f"include must name kinds of nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d or nn.Linear, got {p.__name__}")
     types = tuple(p for p in patterns if isinstance(p, type))
     globs = [p for p in patterns if isinstance(p, str)]
     return lambda name, module: isinstance(module, types) or any(fnmatchcase(name, g) for g in globs)
@@ -289,7 +371,7 @@ def _names(model):
     return names
 
 
-def _listing(names, most=3):
+def listing(names, most=3):
     names = [repr(name) if name else "the model itself" for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -176,7 +176,9 @@ def noisy_conv(
     x, weight, bias = autocast(x, weight, bias)
     sigma, at = _address(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
     backend = check_backend(backend, x)
+    _check_operands(x, weight, bias)
     padding = _padding(padding, weight, stride, dilation)
+    _output_sizes(x, weight, stride, [sum(p) if isinstance(p, tuple) else 2 * p for p in padding], dilation)
     if isinstance(padding, list):
         # Zeros go around the noisy input, so noise has to come first here.
         y = autograd.add_noise(x, sigma, at, backend=backend)
@@ -213,10 +215,8 @@ def conv_activate_noise(
     padding = _padding(padding, weight, stride, dilation)
     if not isinstance(padding, tuple):
         raise ValueError(f"padding must be symmetric, which 'same' is not for a kernel of {tuple(weight.shape[2:])}")
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    sizes = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(x.shape[2:], padding, reach, stride, strict=True)]
-    if min(sizes) < 1:
-        raise ValueError(f"x must be as large as the kernel's reach {reach} without its padding {padding}, got shape {tuple(x.shape)}")
+    _check_operands(x, weight, None)
+    sizes = _output_sizes(x, weight, stride, [2 * p for p in padding], dilation)
     backend = check_backend(backend, x, (*cpu.DTYPES, *triton.LOW_PRECISION), (*triton.DTYPES, *triton.LOW_PRECISION))
     sigma, at = _address(x, weight.shape[0], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids, math.prod(sizes))
     scale, shift = _affine("scale", scale, weight.shape[0], x), _affine("shift", shift, weight.shape[0], x)
@@ -237,7 +237,9 @@ def noisy_linear(
     _check_bias(bias, weight.shape[0])
     x, weight, bias = autocast(x, weight, bias)
     sigma, at = _address(x, x.shape[-1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
-    return autograd.noisy_linear(x, weight, bias, sigma, at, check_backend(backend, x))
+    backend = check_backend(backend, x)
+    _check_operands(x, weight, bias)
+    return autograd.noisy_linear(x, weight, bias, sigma, at, backend)
 
 
 # ------------------------------------------------------------------------------------------------------------------ arguments
@@ -246,6 +248,9 @@ def seed_tensor(seed, device) -> torch.Tensor:
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed must be an int or an int64 tensor of one value, got {_describe(seed)}")
+        if seed.layout != torch.strided or (seed.is_meta and torch.device(device).type != "meta"):
+            raise ValueError(f"seed must be a dense tensor with data, got {seed.layout} on {seed.device}")
+        seed = seed.resolve_neg()
         seed = seed.reshape(()) if seed.dim() else seed
         return seed if seed.device == device else seed.to(device)
     value = integer("seed", seed)
@@ -258,6 +263,8 @@ def seed_tensor(seed, device) -> torch.Tensor:
 def check_sigma(name: str, sigma) -> None:
     """Raises unless ``sigma`` is a finite number >= 0 or a float tensor of such (a tensor on an accelerator is trusted)."""
     if isinstance(sigma, torch.Tensor):
+        if sigma.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {sigma.layout}")
         if not sigma.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {_describe(sigma)}")
         if torch.compiler.is_compiling() or sigma.device.type != "cpu":
@@ -308,9 +315,18 @@ def _sigma(sigma, channels, x):
     if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] not in (1, channels)):
         raise ValueError(f"sigma must be a scalar or one value for each of {channels} channels, got shape {tuple(sigma.shape)}")
     sigma = sigma.reshape(()) if sigma.dim() and sigma.numel() == 1 and channels != 1 else sigma
+    _check_data("sigma", sigma, x)
     if sigma.device != x.device or sigma.dtype not in (torch.float32, torch.float64):
         sigma = sigma.to(x.device, torch.float32)
     return sigma.float() if sigma.dtype == torch.float64 and x.dtype != torch.float64 else sigma
+
+
+def _check_data(name, value, x):
+    """Raises where ``value`` has no data for a call on ``x`` that has, or is no plain dense tensor."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.is_meta and not x.is_meta:
+        raise ValueError(f"{name} must have data, got a tensor on the meta device for x on {x.device}")
 
 
 def _sample_ids(sample_ids, images, draws, device):
@@ -318,10 +334,12 @@ def _sample_ids(sample_ids, images, draws, device):
         return None
     if not isinstance(sample_ids, torch.Tensor) or sample_ids.dtype != torch.int64 or tuple(sample_ids.shape) != (images, 2):
         raise ValueError(f"sample_ids must be an int64 tensor [{images}, 2], got {_describe(sample_ids)}")
+    if sample_ids.layout != torch.strided or (sample_ids.is_meta and torch.device(device).type != "meta"):
+        raise ValueError(f"sample_ids must be a dense tensor with data, got {sample_ids.layout} on {sample_ids.device}")
     if sample_ids.device.type == "cpu" and images and not torch.compiler.is_compiling():
         if sample_ids.min() < 0 or sample_ids[:, 0].max() >= _WORD or sample_ids[:, 1].max() + draws > _WORD:
             raise ValueError(f"sample_ids must hold indices that fit the 32-bit counter with {draws} draws, got {sample_ids.tolist()}")
-    return sample_ids.to(device).contiguous()
+    return sample_ids.to(device).resolve_neg().contiguous()
 
 
 def _affine(name, value, channels, x):
@@ -331,6 +349,7 @@ def _affine(name, value, channels, x):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be None, a number or a tensor, got {type(value).__name__}")
         value = torch.full((), float(value), dtype=torch.float64, device=x.device)
+    _check_data(name, value, x)
     if not value.is_floating_point() or value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, channels)):
         raise ValueError(f"{name} must be a float scalar or have one value for each of the {channels} channels, got {_describe(value)}")
     return value.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32).expand(channels)
@@ -339,6 +358,8 @@ def _affine(name, value, channels, x):
 def _check_input(name, x, minimum, maximum=None, dtypes=FLOATS):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {_names(dtypes)}, got {x.dtype}")
     if x.dim() < minimum or (maximum is not None and x.dim() > maximum):
@@ -354,6 +375,27 @@ def _check_windows(x, pool):
 def _check_bias(bias, channels):
     if bias is not None and (not isinstance(bias, torch.Tensor) or tuple(bias.shape) != (channels,)):
         raise ValueError(f"bias must be None or a tensor [{channels}], got {_describe(bias)}")
+
+
+def _check_operands(x, weight, bias):
+    """Raises where torch's convolution or product would not take these together."""
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        _check_data(name, value, x)
+        if value.dtype != x.dtype:
+            raise TypeError(f"{name} must be {str(x.dtype)[6:]} as x is, got {str(value.dtype)[6:]}")
+        if value.device != x.device and not torch.compiler.is_compiling():
+            raise ValueError(f"{name} must be on {x.device} as x is, got {value.device}")
+
+
+def _output_sizes(x, weight, stride, zeros, dilation):
+    """Sizes of the convolution's output; ``zeros``: how many the padding adds to each dimension."""
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    sizes = [(n + z - r) // s + 1 for n, z, r, s in zip(x.shape[2:], zeros, reach, stride, strict=True)]
+    if min(sizes) < 1:
+        raise ValueError(f"x must be as large as the kernel's reach {reach} less its padding {list(zeros)}, got shape {tuple(x.shape)}")
+    return sizes
 
 
 def check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES), triton_dtypes=triton.DTYPES) -> str:
@@ -401,6 +443,8 @@ def _convolution(x, weight, stride, dilation, groups, dtypes=FLOATS):
     groups = integer("groups", groups)
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
+    if weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} output channels of weight, got {groups}")
     if x.shape[1] != weight.shape[1] * groups:
         raise ValueError(f"x must have weight.shape[1] * groups = {weight.shape[1] * groups} channels, got shape {tuple(x.shape)}")
     return _tuple("stride", stride, spatial, 1), _tuple("dilation", dilation, spatial, 1), groups
@@ -441,7 +485,7 @@ def integer(name, value) -> int:
     """``value`` as an integer, symbolic ones under torch.compile included."""
     if type(value) is int or isinstance(value, torch.SymInt):  # operator.index would make a constant of a symbolic one
         return value
-    if isinstance(value, bool):
+    if isinstance(value, bool) or isinstance(value, torch.Tensor) and value.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer, got bool")
     try:
         return operator.index(value)

@@ -21,6 +21,11 @@ def packed_like(x: torch.Tensor, rows: int, pool: bool = False, dtype: torch.dty
     if lies and rows == x.shape[0] and not pool and dtype is None:
         return torch.empty_like(x)
     spatial = [n // 2 for n in x.shape[2:]] if pool else x.shape[2:]
+    shape = (rows, x.shape[1], *spatial)
     if lies != "flat":
-        return x.new_empty((rows, x.shape[1], *spatial), dtype=dtype)
-    return x.new_empty((rows, *spatial, x.shape[1]), dtype=dtype).movedim(-1, 1)
+        return x.new_empty(shape, dtype=dtype)
+    strides, step = [1] * len(shape), shape[1]
+    for d in range(len(shape) - 1, 1, -1):
+        strides[d], step = step, step * max(shape[d], 1)
+    strides[0] = step
+    return x.new_empty_strided(shape, strides, dtype=dtype)  # and no view, which forward mode takes for no result of its own

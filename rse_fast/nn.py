@@ -31,6 +31,7 @@ class NoiseContext:
     stream is its index in the model, plus the number of its earlier calls within the context in the high half of the word: one context is
     one forward pass.
     ``silent``: the stream of a layer whose first call adds no noise, because the caller has added it already.
+    ``undefined``: bool tensors, of the images or of all rows: which had NaN where they became bytes, in which NaN is lost.
 
     Activation checkpointing goes around a context: one inside would run again in backward, where no context is left, and is refused.
     """
@@ -44,6 +45,16 @@ class NoiseContext:
     sample_ids: torch.Tensor | None = None
     silent: int | None = None
     calls: dict = field(default_factory=dict, repr=False)
+    undefined: list = field(default_factory=list, repr=False)
+
+    def __post_init__(self):
+        seed, ids = self.seed, self.sample_ids
+        if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed must be an int64 tensor of one value, got {seed!r}")
+        if ids is not None:
+            if ids.dtype != torch.int64 or tuple(ids.shape) != (self.images, 2):
+                raise ValueError(f"sample_ids must be int64 [{self.images}, 2], got {ids.dtype} of shape {tuple(ids.shape)}")
+            self.sample_ids = ids.contiguous()
 
     def __enter__(self):
         self._outer = getattr(_active, "context", None)
@@ -58,9 +69,10 @@ class NoiseContext:
         """What `NoiseLayer.noise` returns for a call of ``layer`` on ``x`` within this context."""
         rows = x.shape[0]
         if rows != self.images and rows != self.images * self.draws:
+            name = layer.layer_name or type(layer).__name__
             raise ValueError(
-                f"a noisy layer got {rows} rows where {self.images} images in {self.draws} draws are under way: the model must keep "
-                "the batch as its first dimension, one row an image"
+                f"the noisy layer {name!r} got {rows} rows where {self.images} images in {self.draws} draws are under way: a noisy layer "
+                f"must have one row an image; convert(exclude={name!r}) leaves this one without noise"
             )
         if self._frame is not None and (x.requires_grad or any(p.requires_grad for p in layer.parameters(recurse=False))):
             self._refuse_checkpointing()
@@ -86,6 +98,13 @@ class NoiseContext:
             frame = frame.f_back
 
 
+def note_undefined(x: torch.Tensor) -> None:
+    """Notes in the active context which rows of x [rows, ...] hold NaN."""
+    context = getattr(_active, "context", None)
+    if context is not None and x.numel():
+        context.undefined.append(x.amax(tuple(range(1, x.dim()))).isnan())
+
+
 def ambient(x: torch.Tensor) -> NoiseAddress:
     """The address of fresh noise for a batch ``x``: a seed from torch's generator of the device, and the distributed rank as the stream,
     since equal generator seeds on all ranks must not give equal noise."""
@@ -99,28 +118,34 @@ class NoiseLayer(nn.Module):
     sigma: standard deviation of the noise, in the units of the input. Fixed: a float32 buffer outside the state dict, so keys stay
     those of the plain layer. Learnable: ``softplus(sigma_raw)`` of the float32 parameter ``sigma_raw``, positive whatever the optimiser
     does (in the spirit of PNI, He et al., CVPR 2019); a state dict without it loads, and leaves it as it is. `set_sigma` changes either.
-    stream: index of the layer in its model (set by `number_layers`), addresses the noise within a NoiseContext.
+    stream, layer_name: index and name of the layer in its model (set by `number_layers`); the index addresses the noise within a
+        NoiseContext.
     """
 
     stream = 0
+    layer_name = ""
     noise_enabled = True
     channel_dim = 1
+    _remembered_sigma = None  # sigma's values, while its tensor is on the meta device and has none
 
     def init_noise(self, sigma, learnable: bool = False) -> None:
         """Gives the layer its sigma (a number or a float32 tensor, 0-dim or one per channel, >= 0; > 0 if learnable)."""
         functional.check_sigma("sigma", sigma)
-        value = torch.as_tensor(sigma, dtype=torch.float32).detach().clone()
+        device = sigma.device if isinstance(sigma, torch.Tensor) else "cpu"  # a number has its value also where the default device is meta
+        value = torch.as_tensor(sigma, dtype=torch.float32, device=device).detach().clone()
         channels = getattr(self, "in_channels", None) or getattr(self, "in_features", None)  # 0 before a lazy layer knows
         if value.dim() > 1 or (channels and value.numel() not in (1, channels)):
             wanted = f"have shape [{channels}]" if channels else "have one value a channel"
             raise ValueError(f"sigma must be a number or {wanted}, got shape {tuple(value.shape)}")
         like = next(self.parameters(recurse=False), None)
-        value = value if like is None else value.to(like.device)
+        device = torch.get_default_device() if like is None else like.device
         value = value.reshape(()) if value.numel() == 1 and channels != 1 else value
+        value = _raw(value) if learnable else value
+        self._remember_sigma(value, device)
         if learnable:
-            self.sigma_raw = nn.Parameter(_raw(value))
+            self.sigma_raw = nn.Parameter(value.to(device))
         else:
-            self.register_buffer("sigma", value, persistent=False)
+            self.register_buffer("sigma", value.to(device), persistent=False)
 
     @torch.no_grad()
     def set_sigma(self, sigma) -> None:
@@ -138,8 +163,8 @@ class NoiseLayer(nn.Module):
 
     def current_sigma(self) -> torch.Tensor:
         """sigma as a float32 tensor; attached to ``sigma_raw`` where it is learnable."""
-        raw = self._parameters.get("sigma_raw")
-        return self._buffers["sigma"] if raw is None else nn.functional.softplus(raw)
+        sigma = self._buffers.get("sigma")
+        return nn.functional.softplus(self.sigma_raw) if sigma is None else sigma
 
     def noise(self, x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
         """(sigma, address, backend) of the noise of one call on ``x``."""
@@ -154,20 +179,54 @@ class NoiseLayer(nn.Module):
         return functional.add_noise(x, sigma, **at._asdict(), channel_dim=self.channel_dim, backend=backend)
 
     def _apply(self, fn, recurse=True):
-        # model.half() or .bfloat16() must not round sigma: noise arithmetic is float32 whatever the model's dtype.
-        buffer, raw = self._buffers.get("sigma"), self._parameters.get("sigma_raw")
-        kept = None if buffer is None else buffer.clone(), None if raw is None else raw.detach().clone()
+        # model.half() or .bfloat16() must not round sigma: noise arithmetic is float32 whatever the model's dtype. And a state dict without
+        # sigma could not bring back what to("meta") and to_empty() take away.
+        before = self._stored_sigma()
+        kept = None if before is None else self._remembered_sigma if before.is_meta else before.detach().clone()
         super()._apply(fn, recurse)
-        if buffer is not None and self.sigma.dtype != torch.float32:
-            self.sigma = kept[0].to(self.sigma.device)
-        if raw is not None and self.sigma_raw.dtype != torch.float32:
-            self.sigma_raw.data = kept[1].to(self.sigma_raw.device)
+        after = self._stored_sigma()
+        if kept is not None and (after is not before or after.dtype != torch.float32):
+            self._remember_sigma(kept, after.device)
+            self._store_sigma(kept.to(after.device))
+        elif kept is not None and not after.is_meta:
+            after.data.copy_(kept)  # to_empty() leaves a parameter the same tensor
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if prefix + "sigma_raw" in missing:  # a plain model's checkpoint
             missing.remove(prefix + "sigma_raw")
+        stored = self._stored_sigma()
+        if self._remembered_sigma is None or stored is None:
+            return
+        # With assign=True, the layer's weights have left the meta device by now.
+        weights = [p for n, p in self._parameters.items() if p is not None and n != "sigma_raw"]
+        if stored.is_meta and metadata.get("assign_to_params_buffers") and not any(p.is_meta for p in weights):
+            device = weights[0].device if weights else self._remembered_sigma.device
+            self._store_sigma(self._remembered_sigma.to(device))
+            stored = self._stored_sigma()
+        if not stored.is_meta:
+            del self._remembered_sigma
+
+    def _stored_sigma(self) -> torch.Tensor | None:
+        """The tensor that sigma is kept in: the buffer, or the parameter that a learnable one is computed of."""
+        raw = self._parameters.get("sigma_raw")
+        return self._buffers.get("sigma") if raw is None else raw
+
+    def _store_sigma(self, value):
+        if "sigma_raw" not in self._parameters:
+            self.sigma = value
+        elif self.sigma_raw.is_meta:  # a tensor on the meta device takes no data
+            self.sigma_raw = nn.Parameter(value, self.sigma_raw.requires_grad)
+        else:
+            self.sigma_raw.data = value
+
+    def _remember_sigma(self, value, device):
+        """Keeps the value while ``device`` is the meta device, where tensors have none."""
+        if torch.device(device).type == "meta":
+            self._remembered_sigma = value
+        else:
+            self.__dict__.pop("_remembered_sigma", None)
 
     def extra_repr(self):
         plain = super().extra_repr()
@@ -299,7 +358,8 @@ def _fits(x, channel_dim, sigma, backend) -> bool:
         backend == "auto"
         and x.dtype in functional.FLOATS
         and x.numel() <= 2**32  # so that the counter holds every position
-        and (sigma.dim() == 0 or sigma.shape[0] == x.shape[channel_dim])
+        and sigma.dtype == torch.float32  # the kernels read its memory
+        and (sigma.dim() == 0 or (sigma.dim() == 1 and sigma.shape[0] == x.shape[channel_dim]))
         and x.device == sigma.device
     )
 
@@ -326,6 +386,6 @@ def number_layers(model: nn.Module) -> dict[str, NoiseLayer]:
     layers = noise_layers(model)
     if len(layers) > 2**16:
         raise ValueError(f"model must have at most 65536 noisy layers, got {len(layers)}")
-    for index, layer in enumerate(layers.values()):
-        layer.stream = index
+    for index, (name, layer) in enumerate(layers.items()):
+        layer.stream, layer.layer_name = index, name
     return layers

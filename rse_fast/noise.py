@@ -47,6 +47,7 @@ def add_noise(x, sigma, at: NoiseAddress, scale, shift, relu, backend) -> torch.
     backend = active_backend(x) if backend == "auto" else backend
     if backend == "torch":
         return reference.add_noise(x, sigma, *at, scale, shift, relu)
+    x = x.resolve_neg()  # a view such as the imaginary part of a conjugate holds the opposite of its values
     lies = layout(x)
     x = x if lies else x.contiguous()
     out = torch.empty_like(x) if lies and x.shape[0] == at.rows else packed_like(x, at.rows)
@@ -60,6 +61,9 @@ def add_noise(x, sigma, at: NoiseAddress, scale, shift, relu, backend) -> torch.
 def add_noise_(x, sigma, at: NoiseAddress, scale, shift, relu, backend) -> None:
     """x has a row for each row of the result and is dense, contiguous or channels last."""
     backend = active_backend(x) if backend == "auto" else backend
+    if backend != "torch" and x.is_neg():
+        x.copy_(add_noise(x, sigma, at, scale, shift, relu, backend))
+        return
     if backend == "torch":
         x.copy_(reference.add_noise(x, sigma, *at, scale, shift, relu))
         return
@@ -74,6 +78,7 @@ def activate_noise(x, sigma, at: NoiseAddress, scale, shift, relu, pool, backend
     """clean = maxpool2x2?(act(x * scale + shift)), one row for each row of x (none unless ``keep``); noisy = clean before its rounding
     + sigma * eps."""
     backend = active_backend(x) if backend == "auto" else backend
+    x = x.resolve_neg()
     if layout(x) is None:
         x = x.contiguous()
     noisy, clean = packed_like(x, at.rows, pool), packed_like(x, x.shape[0] if keep else 0, pool)
@@ -89,6 +94,8 @@ def activate_noise(x, sigma, at: NoiseAddress, scale, shift, relu, pool, backend
 
 def add_noise_u8(x, step, zero_point, sigma, at: NoiseAddress, scale, shift, relu, pool, backend) -> torch.Tensor:
     if backend == "torch" or (backend == "auto" and not (x.device.type == "cpu" and cpu.load().handle is not None)):
+        if any(bool((p.abs() > step * 2.0**124).any()) for p in (sigma, scale, shift) if p is not None):
+            raise ValueError(cpu.TOO_FEW_STEPS)
         return reference.add_noise_u8(x, step, zero_point, sigma, *at, scale, shift, relu, pool)
     if layout(x) is None:
         x = x.contiguous()
@@ -134,6 +141,7 @@ def sigma_grad(g, at: NoiseAddress, per_channel, backend) -> torch.Tensor:
     backend = active_backend(g) if backend == "auto" else backend
     if backend == "torch":
         return reference.sigma_grad(g, *at, per_channel)
+    g = g.resolve_neg()
     lies = layout(g)
     if backend == "triton":
         g = g if lies else g.contiguous()
@@ -155,4 +163,4 @@ def sigma_grad(g, at: NoiseAddress, per_channel, backend) -> torch.Tensor:
 
 
 def _dense(*parameters):
-    return (p if p is None or p.is_contiguous() else p.contiguous() for p in parameters)
+    return (p if p is None or p.is_contiguous() and not p.is_neg() else p.resolve_neg().contiguous() for p in parameters)

@@ -27,11 +27,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rse_fast import functional, ops
 from rse_fast.convert import tensor_attributes
-from rse_fast.ensemble import Ensemble, plan
+from rse_fast.ensemble import Ensemble, plan, softmax
 from rse_fast.nn import NoiseContext, NoiseLayer, noise_layers
 
 COVERS = """\
@@ -54,6 +55,7 @@ _REARRANGE = {  # what may stand between the image and its noise: the same numbe
     _aten.clone, _aten.detach, _aten.alias, _aten._to_copy,
 }  # fmt: skip
 _NOISE = {ops.add_noise}
+_EXITS = {"tolist", "numpy", "item", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Certificate:
     labels: int64 [B], the class of the majority of draws, or -1: abstains.
     radius: float64 [B], L2 radius in the units of the image, 0 where it abstains.
     p_lower: float64 [B], lower bound of the class's share of votes, at confidence 1 - alpha.
-    votes: int64 [B, K], of the estimation draws. selected: int64 [B], the class that the first n0 draws chose, abstained or not.
+    votes: int64 [B, K], of the estimation draws; a draw that is NaN votes for no class, and counts against every one. selected: int64 [B],
+        the class that the first n0 draws chose, abstained or not; -1 where they all were NaN.
     draws: int64 [B], estimation draws taken, n or fewer; the n0 for the selection come on top.
     sigma: standard deviation of the noise at the input. alpha: probability that one image's statement is wrong.
     seed: the seed that reproduces this certificate, in [0, 2^64).
@@ -120,7 +123,10 @@ def certify(
         raise ValueError(f"n0 + n must be at most 2^32, got {n0 + n}")
     if not isinstance(alpha, numbers.Real) or not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), got {alpha!r}")
-    radii = [] if radii is None else [float(r) for r in np.atleast_1d(radii)]
+    radii = [] if radii is None else np.atleast_1d(np.asarray(radii, dtype=None if isinstance(radii, torch.Tensor) else object)).tolist()
+    if wrong := [r for r in radii if isinstance(r, bool) or not isinstance(r, numbers.Real)]:
+        raise TypeError(f"radii must be None, a number or several, got {wrong[0]!r}")
+    radii = [float(r) for r in radii]
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and not negative, got {radii}")
     x, seed = ensemble.images(x), ensemble.draw_seed(seed)
@@ -143,6 +149,7 @@ def certify(
 
     index = torch.arange(image_offset, image_offset + len(x), device=x.device)
     selected = _votes(ensemble, layer, x, index, 0, n0, seed)
+    voted = selected.any(-1)  # where every draw is NaN, none has
     top, votes = selected.argmax(-1) if len(x) else index, torch.zeros_like(selected)
 
     def successes(active, start, stop):
@@ -159,7 +166,7 @@ def certify(
         radius=radius.masked_fill(abstains, 0),
         p_lower=torch.from_numpy(p_lower),
         votes=votes.cpu(),
-        selected=top.cpu(),
+        selected=top.masked_fill(~voted, -1).cpu(),
         draws=torch.from_numpy(draws),
         sigma=sigma,
         alpha=float(alpha),
@@ -252,8 +259,7 @@ def _votes(ensemble, layer, x, index, start, stop, seed):
         sample_ids = sample_ids.repeat(draws, 1)
         sample_ids[:, 1] += torch.arange(draws, device=x.device).repeat_interleave(images)
         logits = ensemble.logits_at(noisy, sample_ids, 1, seed, silent=layer.stream)
-        tops = logits.argmax(-1).view(draws, images)
-        votes[image] += torch.nn.functional.one_hot(tops, votes.shape[1]).sum(0)
+        votes[image] += softmax.votes(logits).view(draws, images, -1).sum(0)
     return votes
 
 
@@ -284,6 +290,19 @@ class _Readers(TorchDispatchMode):
         else:
             self.others.append(str(packet))
         return result
+
+
+class _Leaves(TorchFunctionMode):
+    """Tells `_Readers` of calls that take an image's numbers out of torch, which no dispatch mode sees."""
+
+    def __init__(self, readers: _Readers):
+        super().__init__()
+        self.readers = readers
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", None) in _EXITS and any(map(self.readers._is_image, args)):
+            self.readers.others.append(f"Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 def input_noise(model: torch.nn.Module, x: torch.Tensor) -> NoiseLayer:
@@ -345,7 +364,7 @@ def _first_noise(model, layers, x):
     numbers = torch.get_rng_state()
     with torch.inference_mode(False), torch.no_grad():
         image = x[:1].to(next(model.parameters(), x).dtype, copy=True)
-        with NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 1), _Readers(image) as readers:
+        with NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 1), _Readers(image) as readers, _Leaves(readers):
             copied(image)
     if readers.random:
         torch.set_rng_state(numbers)

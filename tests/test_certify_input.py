@@ -1,5 +1,6 @@
 """What stands between the image and the noise: models that can be certified, and those that must be refused."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,6 +69,9 @@ def conv_inner():
 
 
 REFUSED = {  # and what the message names
+    "taken out of torch as a list": (lambda: Calls(lambda m, x: m.conv(x) * x.tolist()[0][0][0][0], conv=conv()), "tolist"),
+    "taken out of torch as an array": (lambda: Calls(lambda m, x: m.conv(x) * float(x.numpy().sum()), conv=conv()), "numpy"),
+    "read as an array": (lambda: Calls(lambda m, x: m.conv(x) * float(np.asarray(x.view(-1))[0]), conv=conv()), "__array__"),
     "plain convolution first": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), conv()), "convolution"),
     "BatchNorm first": (lambda: nn.Sequential(nn.BatchNorm2d(3), conv()), "batch_norm"),
     "normalised": (lambda: Calls(lambda m, x: m.conv((x - 0.5) / 0.25), conv=conv()), "sub"),

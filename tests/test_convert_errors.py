@@ -67,7 +67,7 @@ def test_bad_input_is_named_and_changes_nothing(name):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.Linear(3, 4), nn.ConvTranspose2d(3, 4, 1)), "convolution"),
+        (nn.Sequential(nn.Linear(3, 4), nn.Fold(3, 1)), "convolution"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3)), "lazy.*'1'"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), OwnSigma(4, 4, 3)), "sigma in '1'"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), rse_fast.nn.GaussianNoise(0.1)), "noise.*'1'"),

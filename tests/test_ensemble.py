@@ -454,7 +454,7 @@ MODELS = {
     "no noise called": (Returns(lambda y: y, noisy=False), "call a noisy layer"),
     "rows merged": (
         nn.Sequential(nn.Flatten(0, 1), nn.Unflatten(1, (1, 10)), rse_fast.nn.GaussianNoise(0.1), nn.Flatten()),
-        "first dimension",
+        "'2' got .* one row an image",
     ),
 }
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import threading
 import warnings
 import weakref
@@ -14,6 +15,7 @@ import pytest
 import torch
 from module_state import assert_unchanged, fingerprint
 from small_nets import CLASSES, NETS, rounding, sequential
+from small_nets import plain as small_plain
 from torch import nn
 
 import rse_fast
@@ -356,15 +358,17 @@ def test_a_wrong_fusion_is_found_told_and_not_used(dtype, seed, monkeypatch):
 
 
 def test_a_model_that_fails_on_the_probe_runs_unfused_and_says_so(seed):
-    model, x = NETS["plain"](), images(3)
+    class Refuses(GaussianNoise):  # no tracer looks inside
+        def forward(self, x):
+            if x.device.type != "meta" and x.min() < 1:
+                raise ValueError("too dark")
+            return super().forward(x)
+
+    model, x = nn.Sequential(Refuses(0.0), *NETS["plain"]()), images(3)
     bright = 2 + x
-    expected = Ensemble(model, 4, fuse=False, dtype="float32").predict(bright, seed)
-
-    def refuse(module, args):
-        if args[0].device.type != "meta" and args[0].min() < 1:
-            raise ValueError("too dark")
-
-    model[0].register_forward_pre_hook(refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = Ensemble(model, 4, fuse=False, dtype="float32").predict(bright, seed)
     ensemble = Ensemble(model, 4, dtype="float32")
     with pytest.warns(RuntimeWarning, match="runs unfused.*probe batch.*failed.*too dark"):
         found = ensemble.predict(bright, seed)
@@ -443,3 +447,91 @@ def test_what_other_threads_draw_is_neither_taken_back_nor_taken_for_the_models(
         done.set()
         thread.join()
     assert len(drawn) > 100 and len(set(drawn)) == len(drawn)
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes besides images
+class Volumes(nn.Module):
+    """Convolutions of images and of volumes side by side, and a buffer of six dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.deep, self.head = nn.Conv2d(3, 4, 3), nn.Conv3d(4, 4, (1, 3, 3)), nn.Linear(4, CLASSES)
+        self.register_buffer("table", torch.randn(1, 1, 1, 1, 1, CLASSES))
+
+    def forward(self, x):
+        y = self.deep(self.flat(x).relu().unsqueeze(2)).mean((2, 3, 4))
+        return self.head(y) + self.table.flatten()
+
+
+@FUSE
+def test_a_network_of_images_may_hold_tensors_of_volumes(fuse, seed):
+    model, x = rse_fast.convert(Volumes().eval()), images()
+    before = fingerprint(model)
+    got = Ensemble(model, 4, fuse=fuse, dtype="float32").predict(x, seed)
+    logits = sequential(model, x, 4, seed)
+    assert (got.probs - logits.double().softmax(-1).mean(0)).abs().max() <= rounding(model, logits)
+    assert_unchanged(model, before)
+
+
+def test_rows_that_are_no_images_name_the_layer(seed):
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.mixer = nn.Conv2d(3, 4, 3), nn.Conv1d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.conv(x).flatten(2)  # [N, 4, 64]
+            rows = y.permute(0, 2, 1).reshape(-1, 4, 1)  # a row a pixel
+            return self.mixer(rows).view(len(y), -1, 4).mean(1)
+
+    model = rse_fast.convert(Pixels().eval())
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"noisy layer 'mixer' got .* rows.*convert\(exclude='mixer'\)"):
+        warnings.simplefilter("ignore")
+        Ensemble(model, 3).predict(images(), seed)
+    model = rse_fast.convert(Pixels().eval(), exclude="mixer")
+    assert Ensemble(model, 3).predict(images(), seed).probs.shape == (4, 4)
+
+
+# ------------------------------------------------------------------------------------------------------------- what is likely a mistake
+def _warnings(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+
+
+def _batch_statistics():
+    norm = nn.BatchNorm2d(6, track_running_stats=False)
+    return rse_fast.convert(nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), *NETS["plain"]()[-1:]))
+
+
+MISTAKES = {
+    "softmax": (lambda: nn.Sequential(*NETS["plain"](), nn.Softmax(1)), 0, 1, "probabilities"),
+    "batch statistics": (_batch_statistics, 0, 1, "BatchNorm without running statistics"),
+    "bytes": (NETS["plain"], 0, 255, r"images reach from .* to 25\d"),
+    "normalised": (NETS["plain"], -2.1, 2.6, "images reach from -2"),
+}
+
+
+@FUSE
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("how", ["predict", "forward", "stream"])
+def test_likely_mistakes_are_told_once(mistake, how, fuse):
+    build, low, high, message = MISTAKES[mistake]
+    ensemble, x = Ensemble(build().eval(), 3, fuse=fuse, dtype="float32"), low + (high - low) * images()
+    calls = {"predict": lambda: ensemble.predict(x), "forward": lambda: ensemble(x), "stream": lambda: list(ensemble.stream([x, x]))}
+    first = _warnings(calls[how])
+    assert len(first) == 1 and re.search(message, first[0])
+    ensemble.refresh()
+    assert not _warnings(lambda: (ensemble.predict(x), ensemble(x.clone().requires_grad_()).sum().backward()))
+
+
+@FUSE
+def test_nothing_is_told_of_what_is_right(fuse):
+    for name in ("plain", "residual", "noisy head", "late noise", "shared", "norm first"):
+        model = NETS[name]()
+        assert not _warnings(lambda: Ensemble(model, 3, fuse=fuse).predict(images()))  # noqa: B023
+    log_softmax = nn.Sequential(*NETS["plain"](), nn.LogSoftmax(1))
+    assert not _warnings(lambda: Ensemble(log_softmax, 3, fuse=fuse).predict(1.4 * images() - 0.2))
+    deep = rse_fast.convert(nn.Sequential(nn.BatchNorm2d(3), *small_plain()), exclude="1").eval()
+    assert not _warnings(lambda: Ensemble(deep, 3, fuse=fuse).predict(255 * images()))

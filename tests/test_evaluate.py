@@ -21,7 +21,7 @@ for package in ("foolbox", "pyautoattack", "safetensors", "sklearn", "tqdm"):
 
 from rse_fast import data  # noqa: E402
 from rse_fast.evaluate import PROTOCOLS, Case, attacks, command, evaluate, rows, run  # noqa: E402
-from rse_fast.evaluate.target import Target, derive  # noqa: E402
+from rse_fast.evaluate.target import Queries, Target, derive  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -210,6 +210,7 @@ def test_a_case_gives_the_same_rows_again_and_other_rows_with_another_seed(noisy
 
 def test_an_attack_that_leaves_its_ball_is_an_error(noisy, digits, tmp_path, monkeypatch):
     for change in (0.3, float("nan")):
+
         def leave(case, queries, x, y, change=change):
             return [(x + change).clamp(0, 1)], torch.zeros(6, dtype=torch.bool)
 
@@ -433,3 +434,39 @@ def test_settings_name_what_was_evaluated(whole):
     settings = json.loads((whole / "evaluation.json").read_text())
     assert settings["draws"] == 3 and settings["sigmas"] == [0.1, 0.2] and settings["seed"] == 3
     assert len(settings["weights"]) == 64
+
+
+def test_gradients_are_watched(rng):
+    """Of 4 images one has a gradient that is NaN and two have none at all."""
+
+    class Strange(torch.nn.Module):
+        def forward(self, x):
+            flat = x.flatten(1).sum(1)
+            factor = torch.tensor([1.0, 0.0, 0.0, 1.0])
+            broken = torch.where(torch.tensor([False, False, False, True]), flat * 0, torch.ones_like(flat)).sqrt()
+            return torch.stack([flat * factor + broken, flat * 0], 1)
+
+    queries = Queries(Strange(), 1)
+    assert queries.gradients is None
+    x = torch.rand(4, 1, 2, 2)
+    queries(x)
+    assert queries.gradients is None
+    x.requires_grad_()
+    torch.autograd.grad(queries(x).sum(), x)
+    assert queries.gradients == {"nan": 0.25, "zero": 0.5}
+
+
+def test_nan_is_a_wrong_answer():
+    class Broken(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Flatten()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.layer(x)[:, :3] * torch.where(x.flatten(1).sum(1, keepdim=True) > 1e3, torch.nan, self.weight)
+
+    x = torch.rand(3, 1, 2, 2)
+    x[1] = 1e4
+    answer = Target(Broken(), 1).answer("deployed", x, 1, 0)
+    assert (answer.labels == -1).tolist() == [False, True, False]

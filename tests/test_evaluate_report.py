@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,20 @@ def test_plateau_over_eot():
         assert found["plateau"] == plateau == (failed(results) == [])
         assert [point["eot"] for point in found["points"]] == [1, 5, 20]
         assert found["gain"] == pytest.approx(0.4 - last)
+
+
+def test_gradients_that_lead_nowhere_are_a_failed_check_said_first():
+    case, clean = Case("pgd20-Linf-0.1", "pgd", "Linf", 0.1, 20), Case("clean", "clean")
+    for nan, zero, passes in ((0.0, 0.05, True), (0.01, 0.0, False), (0.0, 0.2, False), (0.0, 0.0, True)):
+        rows = made(clean, 0.9, gradients=None) | made(case, 0.9, gradients={"nan": nan, "zero": zero})
+        rows |= made(replace(case, name="fgsm", method="fgsm", steps=1), 0.1)  # a check of its own fails, too
+        results = summarise([clean, case, replace(case, name="fgsm", method="fgsm", steps=1)], rows, IMAGES)
+        assert ("gradients" in failed(results)) == (not passes)
+        assert passes or (results["checks"][0]["name"] == "gradients" and "exactly zero" in results["checks"][0]["text"])
+    assert "gradients" not in results["cases"]["clean"] and results["cases"][case.name]["gradients"] == {"nan": 0.0, "zero": 0.0}
+    search = replace(case, method="cw", norm="L2", eps=None)  # its loss is flat where an image is wrong by enough
+    results = summarise([search], made(search, 0.1, gradients={"nan": 0.0, "zero": 0.9}), IMAGES)
+    assert "gradients" not in failed(results)
 
 
 def test_figures_are_what_counting_gives(rng):

@@ -1,6 +1,7 @@
 """The snapshot that a fused ensemble runs: the same function as the model, whatever stands next to what, in fewer operations."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def kinds(model):
     return {
         "norms": sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules),
         "relus": sum(isinstance(m, nn.ReLU) for m in modules) + sum("relu" in str(node.target) for node in calls),
-        "merged": sum(isinstance(m, fuse.FusedConv) and m.relu for m in modules),
-        "shared": sum(isinstance(m, fuse.Activation) for m in modules),
+        "merged": sum(isinstance(m, fuse.FusedConv) and m.relu and not m.keep for m in modules),
+        "shared": sum(isinstance(m, fuse.FusedConv) and m.keep for m in modules),
     }
 
 
@@ -404,8 +405,38 @@ def added_to_a_shortcut(m, x):
     return m.relu_conv(m.relu(y)) + shortcut
 
 
+def added_to_what_was_there(m, x):
+    y = m.bn(m.conv(x))
+    return m.relu_conv(m.relu(y + m.bn2(m.conv2(y))))
+
+
+def added_to_what_comes_later(m, x):
+    y = m.conv(x)
+    return m.conv2(y) + m.relu_conv(y)
+
+
+def added_to_every_pixel(m, x):
+    y = m.conv(x)
+    z = m.relu_conv(y)
+    return m.conv2(y) + m.relu_conv2(nn.functional.adaptive_avg_pool2d(z, 1)) + m.conv2(z)
+
+
+def added_to_itself(m, x):
+    y = m.conv2(m.conv(x))
+    return y + y
+
+
+def what_was_there_is_overwritten(m, x):
+    y = m.conv(x)
+    z = m.relu_conv(y)
+    u = m.conv2(y * 2)
+    z.mul_(2)
+    return u + z
+
+
+ADDITIONS = [added_to_what_was_there, added_to_what_comes_later, added_to_every_pixel, added_to_itself, what_was_there_is_overwritten]
 FORWARDS = [
-    added_in_place, added_to_a_shortcut, functional_relu, method_relu, relu_by_keyword, norm_by_keyword, convolution_by_keyword,
+    *ADDITIONS, added_in_place, added_to_a_shortcut, functional_relu, method_relu, relu_by_keyword, norm_by_keyword, convolution_by_keyword,
     two_read_the_convolution, two_read_the_norm, two_read_the_relu, two_noisy_read_the_relu, two_read_what_an_inplace_relu_overwrites,
     an_alias_is_overwritten, a_view_is_overwritten, pool_and_convolution_read_the_relu, one_convolution_two_norms,
     two_convolutions_one_norm, a_weight_is_read_besides, a_norms_weight_is_read_besides, names_are_taken, constants_are_made,
@@ -422,6 +453,12 @@ def test_forwards(forward, seed):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
     assert_same_function(rse_fast.convert(model, 0.3, 0.2), seed, shape=PACKED)
+
+
+def test_an_addition_is_made_with_the_convolution():
+    for forward, left in ((added_to_what_was_there, 0), (added_to_what_comes_later, 0), (added_to_itself, 1), (added_to_a_shortcut, 0)):
+        snapshot, _ = fuse.snapshot(rse_fast.convert(Net(forward)).eval(), torch.float32)
+        assert sum(node.target in (operator.add, operator.iadd) for node in snapshot.graph.nodes) == left, forward
 
 
 @pytest.mark.parametrize("forward", [the_relu_is_overwritten_later, what_the_norm_reads_is_overwritten_later])

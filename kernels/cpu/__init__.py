@@ -7,10 +7,12 @@ import torch
 
 from .loader import Library, load
 
-__all__ = ["BYTE_DTYPES", "DTYPES", "Library", "add_noise", "load"]
+__all__ = ["BYTE_DTYPES", "DTYPES", "TOO_FEW_STEPS", "Library", "add_noise", "load"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BYTE_DTYPES = {**DTYPES, torch.uint8: 3, torch.int32: 4}  # of which it makes bytes
+
+TOO_FEW_STEPS = "step must be large enough for sigma, scale and shift to be at most 2^124 steps"
 
 _pointer, _i32, _i64, _u32, _f64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_double
 _SIGNATURE = (
@@ -44,6 +46,8 @@ def add_noise(x, out, flat, sigma, at, scale, shift, relu, clean=None, pool=Fals
     )  # fmt: skip
     if failed == 2:
         raise TypeError(f"the CPU noise kernel does not make {out.dtype} of {x.dtype}, zero_point {zero_point}")
+    if failed == 3:
+        raise ValueError(TOO_FEW_STEPS)
     if failed:
         raise MemoryError("the CPU noise kernel could not allocate its per-channel tables")
 

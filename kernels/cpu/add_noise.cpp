@@ -103,8 +103,9 @@ template <bool kAffine, bool kRelu> RSE_INLINE vf activate(vf a, vf scale, vf sh
     return a;
 }
 
-// One sigma for all channels is folded into the radius, and the per-channel factor is then 1.
-template <bool kAffine> RSE_INLINE bool folds(const Task& t) { return !kAffine && !t.sigma_varies; }
+// One sigma for all channels is folded into the radius, and the per-channel factor is then 1. Not where a radius, below 8, times sigma
+// would overflow although the normal times sigma does not.
+template <bool kAffine> RSE_INLINE bool folds(const Task& t) { return !kAffine && !t.sigma_varies && t.sigma[0] <= 0x1p124f; }
 
 // What is where in one row: x, y, and the clean output or null.
 template <Dtype D, Dtype Y> struct Planes {

@@ -1,6 +1,7 @@
 // The library's C interface: chooses the unit for this processor and shares the work between threads.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -132,7 +133,7 @@ thread_local Workspace workspace;
 }  // namespace
 }  // namespace rse
 
-RSE_EXPORT int rse_abi_version(void) { return 5; }
+RSE_EXPORT int rse_abi_version(void) { return 6; }
 
 RSE_EXPORT const char* rse_units(void) {
     static const std::string names = [] {
@@ -158,8 +159,8 @@ RSE_EXPORT int rse_select_unit(const char* name) {
 // 2x2 window takes the place of act(...); else x_width is 0 and x_spatial is `spatial`. Dtypes: 0 float32, 1 bfloat16, 2 float16,
 // 3 uint8, 4 int32. sigma has 1 or C values; scale and shift have C values or are null. y_dtype is dtype (a float), step 1 and
 // zero_point 0; or y_dtype is 3 for any dtype, and y = saturate(zero_point + rint(value / step)), step > 0, zero_point in [0, 255].
-// clean is null or, where y_dtype is dtype, takes y without the noise, `rows` rows. Returns 0, 1 when out of memory, or 2 for dtypes
-// that do not go together.
+// clean is null or, where y_dtype is dtype, takes y without the noise, `rows` rows. Returns 0, 1 when out of memory, 2 for dtypes
+// that do not go together, or 3 where sigma, scale or shift is more than 2^124 steps, which floats have no room for.
 RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype, int32_t y_dtype, double step, int32_t zero_point,
                              int32_t layout, int64_t rows, int64_t images, int64_t draws, int64_t channels, int64_t spatial,
                              int64_t x_spatial, int64_t x_width, const int64_t* seed, uint32_t stream, uint32_t image_offset, uint32_t draw_offset,
@@ -171,6 +172,8 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype,
     try {
         const std::vector<float> s = periodic(sigma, sigma_count, channels, 0.0f, step), a = periodic(scale, channels, channels, 1.0f, step),
                                  b = periodic(shift, channels, channels, 0.0f, step);
+        const auto fits = [](const std::vector<float>& v) { return std::all_of(v.begin(), v.end(), [](float f) { return !(std::fabs(f) > 0x1p124f); }); };
+        if (bytes && !(fits(s) && fits(a) && fits(b))) return 3;
         Task t{};
         t.x = x, t.y = y, t.clean = clean, t.dtype = Dtype(dtype), t.y_dtype = Dtype(y_dtype), t.zero_point = zero_point;
         t.layout = spatial == 1 ? Layout::flat : Layout(layout), t.x_layout = x_spatial == 1 ? Layout::flat : Layout(layout);

@@ -41,11 +41,13 @@ def transform_weight(weight: torch.Tensor, tile: int, dtype: torch.dtype = torch
     """
     side, (outputs, inputs) = tile + 2, weight.shape[:2]
     pair = 2 if dtype == torch.bfloat16 else 1
-    g = filter_matrix(tile)
-    u = torch.einsum("pi,ocij,qj->opqc", g, weight.detach().to("cpu", torch.float64), g)
-    u = torch.nn.functional.pad(u, (0, -inputs % pair, 0, 0, 0, 0, 0, -outputs % COLUMNS))
-    u = u.reshape(-1, COLUMNS, side, side, u.shape[-1] // pair, pair).permute(0, 2, 3, 4, 1, 5)
-    return (u if pair == 2 else u.squeeze(-1)).to(dtype).contiguous()
+    both = torch.kron(*[filter_matrix(tile)] * 2)  # of the lines and of the columns, [side^2, 9]
+    w = torch.nn.functional.pad(weight.detach().cpu(), (0, 0, 0, 0, 0, -inputs % pair, 0, -outputs % COLUMNS))
+    w = w.reshape(-1, COLUMNS, w.shape[1] // pair, pair, 9).permute(0, 4, 2, 1, 3)
+    u = torch.empty((len(w), side, side, *w.shape[2:]), dtype=dtype, device="cpu")
+    for block, values in zip(u, w, strict=True):  # one by one, so that little is held in float64
+        block.copy_((both @ values.flatten(1).double()).view(block.shape))
+    return u if pair == 2 else u.squeeze(-1)
 
 
 def turned(weight: torch.Tensor) -> torch.Tensor:

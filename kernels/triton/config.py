@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch._subclasses.functional_tensor import FunctionalTensor
 from triton.runtime import driver
 
 AUTOTUNE_VARIABLE = "RSE_FAST_AUTOTUNE"
@@ -82,7 +83,7 @@ def launch(plan, tensors: tuple, words: tuple, *key) -> None:
     launch is known again by plan and key, and by what else Triton reads of a tensor: its device, and whether its address is a multiple
     of 16. Then the compiled kernel gets addresses in place of tensors. While someone watches launches by a hook, Triton launches.
     """
-    if type(tensors[0]) is not torch.Tensor and not isinstance(tensors[0], torch.nn.Parameter):  # a compiler traces: it takes the kernel in
+    if isinstance(tensors[0], FunctionalTensor):  # a compiler traces: it takes the kernel in
         kernel, programs, others = plan(*key)
         torch.library.wrap_triton(kernel)[(programs,)](*tensors, *words, **others)
         return

@@ -14,9 +14,10 @@ from torch._C._dynamo import eval_frame
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from rse_fast import autograd, functional
-from rse_fast.ensemble import gradient, quantize
+from rse_fast.ensemble import convolution, gradient, hooks, quantize
 from rse_fast.ensemble.early_exit import make as make_criterion
-from rse_fast.ensemble.prepare import Preparation, Prepared
+from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers, warn_caller
+from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
 from rse_fast.ensemble.stream import DrawStatistics, Scheduler, in_order
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
@@ -46,11 +47,14 @@ def _left_by_compilers(function):
 class Prediction:
     """What `Ensemble.predict` returns for B images and K classes, all on the device of the model.
 
-    labels: int64 [B], argmax of probs.
+    An image for which the model gives NaN in any draw has label -1 and NaN probs, and a RuntimeWarning says so at each call
+    (``warnings.simplefilter("error", RuntimeWarning)`` makes it an error). Infinite logits count as numbers without bound.
+
+    labels: int64 [B], argmax of probs; -1 where they are NaN.
     probs: float32 [B, K], mean softmax over the draws.
     entropy: float32 [B], of probs, in nats: total uncertainty.
     mutual_information: float32 [B], entropy minus the mean entropy of the draws, in nats, >= 0: how much the draws disagree.
-    votes: int64 [B, K], how many draws had each class on top.
+    votes: int64 [B, K], how many draws had each class on top; a draw that is NaN has none.
     draws_used: int64 [B].
     seed: the seed that reproduces this prediction, in [0, 2^64).
     """
@@ -84,6 +88,11 @@ class Ensemble(nn.Module):
             is that of all draws, always. A number c in (0.5, 1): it stops when, at confidence c, its label is that of infinitely many
             draws, and never later than ``draws``. `Prediction.draws_used` tells. For `predict` and `stream`; `forward` takes all draws.
         backend: of the noise, as in `rse_fast.functional.add_noise`.
+        algorithm: of the 3x3 convolutions of stride 1 in a fused snapshot on a CPU. "auto" takes for each layer what is faster on this
+            machine: the vendor's "direct" one, or Winograd's, which makes the noise inside and needs 4/9 or 1/4 of the multiplications.
+            "winograd" takes it for all such layers. `algorithms` tells which runs what. They differ by rounding alone: what a machine
+            has measured moves float32 logits by less than 1e-5 of the largest one for every layer, and bfloat16 ones by no more than
+            bfloat16 itself does. Within a process the choice for a layer is made once and stays, whatever the calls.
         cuda_graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, and if no module has a hook,
             which a replay does not call; True always; False never. Every replay has fresh noise. A model that cannot be captured runs
             without, after one warning.
@@ -94,13 +103,13 @@ class Ensemble(nn.Module):
 
     def __init__(
         self, model, draws=10, *, seed=None, max_rows=None, dtype="auto", fuse=True, early_exit=None, calibration=None,
-        backend="auto", cuda_graphs=None,
+        backend="auto", algorithm="auto", cuda_graphs=None,
     ):  # fmt: skip
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if not noise_layers(model):
-            raise ValueError("model must have noisy layers, got none; rse_fast.convert(model) adds them")
+            raise ValueError(no_layers(model))
         if not isinstance(dtype, (str, torch.dtype)) or (dtype not in ("auto", "int8") and dtype not in DTYPES):
             raise ValueError(f"dtype must be 'auto', float32, bfloat16, float16 or 'int8', got {dtype!r}")
         if dtype == "int8" and not fuse:
@@ -116,12 +125,15 @@ class Ensemble(nn.Module):
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
         make_criterion(early_exit, self.draws, 1)  # raises if it names none
         self.dtype, self.fuse, self.early_exit, self.backend, self.cuda_graphs = dtype, bool(fuse), early_exit, backend, cuda_graphs
+        convolution.check(model, algorithm, DTYPES.get(dtype), self.fuse, dtype == "int8", backend)
+        self.algorithm = algorithm
         self.calibration = quantize.check_calibration(calibration) if dtype == "int8" else None
         number_layers(model)
         self.model = model
         compute = DTYPES.get(dtype)  # None: the best of the device
-        self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration)
+        self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration, algorithm)
         self._live = Preparation(model, compute, False, backend, False, None)  # for the gradient of its weights
+        self._live.said = self._preparation.said
 
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
@@ -139,27 +151,41 @@ class Ensemble(nn.Module):
             self._preparation.want_gradients()
         weights = []  # those that want a gradient, and that a snapshot only holds copies of
         if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
-            weights = [p for p in self.model.parameters() if p.requires_grad]
-        if weights and autograd.is_transformed():
-            return self._log_mean(self._live, x, seed)
-        result = self._log_mean(self._preparation, x, seed)
+            weights = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.requires_grad]
         if not weights:
-            return result
-        live = functools.partial(self._log_mean, self._live)
+            return self._log_mean(self._preparation, x, seed, self.draws)
+        if self._gives_gradients_itself(weights, x):
+            return self._log_mean(self._live, x, seed, self.draws)
+        guarded = gradient.FirstDerivative.apply(x, weights) if x.requires_grad else x
+        result, watch = self._log_mean(self._preparation, guarded, seed, self.draws), self._preparation.watch
+
+        def live(x, seed, draws=self.draws):
+            watch.require()
+            return self._log_mean(self._live, x, seed, draws)
+
         return result + gradient.OfWeights.apply(live, result.detach(), x.detach(), seed, *weights)
 
-    def _log_mean(self, preparation, x, seed):
-        """Log of the mean softmax, float32 [B, K]."""
+    def _gives_gradients_itself(self, weights, x) -> bool:
+        """Whether the model itself runs where its weights want a gradient, since running it later, in backward, would not be the same."""
+        return (
+            autograd.is_transformed()
+            or hooks.watched(self.model)  # a hook shall see one pass, not two
+            or any(t.grad_fn is not None for t in weights)  # torch.func.functional_call has put them in place, for this call only
+            or any(not isinstance(t, nn.Parameter) for t in weights if t.is_leaf)
+            or self.prepared(x).runner.random  # numbers of its own, which it would draw anew
+        )
+
+    def _log_mean(self, preparation, x, seed, draws):
+        """Log of the mean softmax of ``draws`` draws, float32 [B, K]."""
         rows = []
         with preparation.ready(x) as model:
-            for _, draw, logits in self._passes(preparation, model, x, seed, 0):
-                part = logits.log_softmax(-1).logsumexp(0)  # [images, K] of [draws, images, K]
+            for _, draw, logits in self._passes(preparation, model, x, seed, 0, draws):
                 if draw.start == 0:
-                    rows.append(part)
+                    rows.append(LogSumOfDraws(logits))
                 else:
-                    rows[-1] = torch.logaddexp(rows[-1], part)
+                    rows[-1].add(logits)
             empty = x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()  # of no images, for the sake of their gradient
-        return torch.cat(rows) - math.log(self.draws) if rows else empty
+        return torch.cat([part.value() for part in rows]) - math.log(draws) if rows else empty
 
     @_left_by_compilers
     @torch.no_grad()
@@ -209,19 +235,31 @@ class Ensemble(nn.Module):
             return None
         return self.prepared(self.calibration[0]).report
 
+    @property
+    def algorithms(self) -> dict[str, convolution.Choice]:
+        """What each convolution of the fused snapshot runs, and why: (algorithm, why) by the name of its layer, "direct" or a form of
+        Winograd's. Empty before the first call, and for a model that runs unfused."""
+        return self._preparation.algorithms
+
     def extra_repr(self):
         seed = "fresh at every call" if self.seed is None else self.seed
-        return f"draws={self.draws}, seed={seed}, dtype={self.dtype}, fuse={self.fuse}, backend={self.backend!r}"
+        text = f"draws={self.draws}, seed={seed}, dtype={self.dtype}, fuse={self.fuse}, backend={self.backend!r}"
+        layers = [f"({name}): {choice.algorithm}, {choice.why}" for name, choice in self.algorithms.items()]
+        return "\n".join([f"{text}, algorithm={self.algorithm!r}", *layers])
 
     def images(self, x: torch.Tensor) -> torch.Tensor:
         """``x``, checked to be a batch [B, ...] of images, on the device of the model. Raises TypeError or ValueError."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
         if x.dim() < 2:
             raise ValueError(f"x must be a batch [B, ...], got shape {tuple(x.shape)}")
         parameter = next(self.model.parameters(), None)
+        if x.is_meta and (parameter is None or not parameter.is_meta):
+            raise ValueError("x must have data, got a tensor on the meta device")
         return x if parameter is None or parameter.device == x.device else x.to(parameter.device)
 
     def draw_seed(self, seed: int | None) -> int:
@@ -246,11 +284,11 @@ class Ensemble(nn.Module):
         """The `DrawStatistics` of every draw of every image."""
         with self._preparation.ready(x) as model:
             statistics = [DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.classes)]
-            for image, draw, logits in self._passes(self._preparation, model, x, seed, image_offset):
+            for image, draw, logits in self._passes(self._preparation, model, x, seed, image_offset, self.draws):
                 if draw.start == 0:
                     index = torch.arange(image_offset + image.start, image_offset + image.stop, device=x.device)
                     statistics.append(DrawStatistics.empty(index, logits.shape[-1]))
-                statistics[-1].add(logits.log_softmax(-1))
+                statistics[-1].add(log_softmax(logits))
         return DrawStatistics.cat([t for t in statistics if len(t.index)] or statistics)
 
     def _scheduler(self, x, seed, draws):
@@ -290,8 +328,16 @@ class Ensemble(nn.Module):
         used = statistics.used.clamp_min(1)
         mean = statistics.sums / used[:, None]
         total = -torch.special.xlogy(mean, mean).sum(-1)
+        # No image may be there to tell the number of classes.
+        undefined = mean.isnan().any(-1)
+        labels = mean.argmax(-1).masked_fill(undefined, -1) if mean.shape[1] else statistics.index
+        if not (labels.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(undefined.any()):
+            warn_caller(
+                f"rse-fast: the model gave NaN for {int(undefined.sum())} of {len(labels)} images; "
+                "their label is -1 and their probs are NaN"
+            )
         return Prediction(
-            labels=mean.argmax(-1) if mean.shape[1] else statistics.index,  # empty: there was no image to tell the number of classes
+            labels=labels,
             probs=mean.float(),
             entropy=total.float(),
             mutual_information=(total - statistics.entropies / used).clamp_min(0).float(),
@@ -300,7 +346,7 @@ class Ensemble(nn.Module):
             seed=seed,
         )
 
-    def _passes(self, preparation, model, x, seed, image_offset):
+    def _passes(self, preparation, model, x, seed, image_offset, draws):
         """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
         number = itertools.count()
 
@@ -309,11 +355,12 @@ class Ensemble(nn.Module):
             return gradient.run(batch, x[image], next(number))
 
         wanted = torch.is_grad_enabled() and (x.requires_grad or not preparation.fuse)
-        return model.planner.run(x.shape[0], self.draws, step, self.max_rows, wanted)
+        return model.planner.run(x.shape[0], draws, step, self.max_rows, wanted)
 
     def _chunk(self, preparation, model, seed, image_offset, draw, x):
         """`_logits` with the noise of given images and draws; backward may call it again, outside the context of `Preparation.ready`."""
         context = NoiseContext(seed, len(x), draw.stop - draw.start, image_offset, draw.start, self.backend)
+        preparation.number()
         with preparation.mode():
             return self._logits(model, x, context)
 
@@ -331,7 +378,12 @@ class Ensemble(nn.Module):
             raise ValueError("model must return logits of two classes or more, got one logit, whose softmax is 1 whatever it is")
         if logits.shape[0] == images:  # one draw, or all noise is switched off
             logits = logits.expand(draws, *logits.shape)
-        return logits.reshape(draws, images, -1).float()
+        logits = logits.reshape(draws, images, -1).float()
+        if model.report is not None:  # bytes know no NaN, and make a bright pixel of an infinite one
+            for rows in (~x.flatten(1).isfinite().all(-1), *context.undefined):
+                rows = rows.expand(draws, images) if len(rows) == images else rows.view(draws, images)
+                logits = logits.masked_fill(rows[..., None], math.nan)
+        return logits
 
 
 class Stream:

@@ -6,6 +6,7 @@ order, which it would otherwise bring them into at every call.
 """
 
 import functools
+import linecache
 import operator
 import random
 from collections import Counter
@@ -19,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rse_fast import autograd, functional
 from rse_fast.convert import tensor_attributes
+from rse_fast.ensemble import hooks
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
 from rse_fast.trace import RandomOpDetector, Tracer
 
@@ -51,14 +53,24 @@ def snapshot(
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
         problem = f"it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
     else:
-        copied = torch.fx.GraphModule(copied, graph)
+        copied = Graph(copied, graph)
         _free_views(copied)
         fold_batch_norm(copied)
         if rewrite is not None:
             rewrite(copied)
         merge_activations(copied)
-        pack_weights(copied)
     return _lay_out(copied, dtype), problem
+
+
+class Graph(torch.fx.GraphModule):
+    """A traced model whose source is not kept: torch.fx would keep that of every one ever made, 20 to 40 KB each."""
+
+    def recompile(self):
+        code = super().recompile()
+        name = type(self).forward.__code__.co_filename
+        linecache.cache.pop(name, None)
+        torch.fx.graph_module._loader.eval_cache.pop(name, None)
+        return code
 
 
 def _host_numbers():
@@ -82,16 +94,18 @@ def copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     # A tensor with a history, such as the weight that old-style weight_norm computes, cannot be copied as it is.
     memo = {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}
+    hooks.remember(model, memo)
     try:
         copied = deepcopy(model, memo)
     except Exception as error:  # what a lock or a tensor with a history in an attribute raises
         raise TypeError(f"model cannot be copied ({error}); fuse=False runs the model itself") from error
+    hooks.attach(copied, model)
     return _lay_out(nn.Sequential(copied.eval().requires_grad_(False)), dtype)
 
 
 def _lay_out(model, dtype):
-    model = model.to(dtype)
-    return model.to(memory_format=torch.channels_last) if any(p.dim() == 4 for p in model.parameters()) else model
+    # Maps of images alone: torch's own `to(memory_format=...)` fails for a model that holds tensors of five dimensions as well.
+    return model.to(dtype)._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
 
 
 class _Tracer(Tracer):
@@ -157,9 +171,7 @@ class Activation(nn.Module):
         noisy = self.layer.noise_enabled
         # The op that does it all is for inference, in numbers that the transforms of torch.func do not see.
         if not noisy or x.requires_grad or autograd.is_transformed() or x.shape[1] != self.layer.in_channels:
-            clean = x if self.scale is None else (x * self.scale[:, None, None] + self.shift[:, None, None]).to(x.dtype)
-            clean = clean.relu()
-            clean = nn.functional.max_pool2d(clean, 2) if self.pool else clean
+            clean = self.clean(x)
             return self.layer.add_noise(clean) if noisy else clean, clean
         sigma, at, backend = self.layer.noise(x)
         if backend != "auto":
@@ -172,29 +184,48 @@ class Activation(nn.Module):
             return x, x
         return autograd.add_noise(x, sigma, *options, backend), x
 
+    def clean(self, x):
+        """What the noise is added to, by torch's operations."""
+        x = x if self.scale is None else (x * self.scale[:, None, None] + self.shift[:, None, None]).to(x.dtype)
+        return nn.functional.max_pool2d(x.relu(), 2) if self.pool else x.relu()
+
 
 class FusedConv(nn.Module):
     """A 2-D convolution with its weight in the vendor library's order: of x with the layer's noise, of an `Activation` of x, or of x.
 
-    activation: makes the noisy input out of x. given: x has its noise already.
+    name: of the layer in the model. activation: makes the noisy input out of x; where it keeps the clean values, (result, clean) is
+    returned. winograd: another algorithm for all of it, see `rse_fast.ensemble.convolution`, or None. Its call may be given what is to
+    be added to the result.
     """
 
-    def __init__(self, layer: nn.Module, activation: Activation | None = None, given: bool = False):
+    def __init__(self, layer: nn.Module, name: str, activation: Activation | None = None):
         super().__init__()
-        self.layer, self.activation, self.given = layer, activation, given
-        self.packed = None
+        self.layer, self.activation = layer, activation
+        self.name = name.removeprefix("0.")  # of the container that `copy` puts around the model
+        self.packed = self.winograd = None
 
     @property
     def relu(self) -> bool:
         return self.activation is not None
 
-    def forward(self, input):  # the name that nn.Conv2d gives it
+    @property
+    def keep(self) -> bool:
+        return self.relu and self.activation.keep
+
+    def forward(self, input, residual=None):  # the name that nn.Conv2d gives it
         layer = self.layer
         x = input.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
+        if self.winograd is not None and self.winograd.takes(x):
+            return self.winograd(x, residual)
+        if residual is not None:
+            return self.forward(x) + residual
         if self.activation is not None:
-            x, _ = self.activation.forward(x)  # nobody hangs a hook there
-        elif not self.given and getattr(layer, "noise_enabled", False):
-            x = layer.add_noise(x)
+            x, clean = self.activation.forward(x)  # nobody hangs a hook there
+            return (self._convolve(x), clean) if self.keep else self._convolve(x)
+        return self._convolve(layer.add_noise(x) if getattr(layer, "noise_enabled", False) else x)
+
+    def _convolve(self, x):
+        layer = self.layer
         # The vendor's op for packed weights has no gradient, and what watches torch's ops does not know it. It exists on the CPU alone.
         watched = autograd.is_transformed() or not autograd.is_direct(x)
         if x.device.type != "cpu" or x.requires_grad or watched or not x.numel() or not _packs(x.dtype):
@@ -208,10 +239,11 @@ class FusedConv(nn.Module):
 
 
 def merge_activations(model: torch.fx.GraphModule) -> None:
-    """Removes, in place, each ReLU in front of noisy convolutions, with what stands around it; their noise ops do the work.
+    """Removes, in place, each ReLU in front of noisy convolutions, with what stands around it; their noise ops do the work. Every 2-D
+    convolution becomes a `FusedConv`, with an addition behind it where there is one.
 
     Where only noisy convolutions read it, directly or through a max-pool (which commutes with it), each takes the source's values itself.
-    Where something else reads it as well, as in residual networks, one convolution's noise op gives the clean values to all others.
+    Where something else reads it as well, as in residual networks, one convolution gives the clean values to all others.
     """
     graph = model.graph
     calls = Counter(model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module")
@@ -223,8 +255,10 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
     def is_relu(node):
         if node.op == "call_module":
             return module_of(node, (nn.ReLU,)) is not None
-        return node.op == "call_function" and node.target in (torch.relu, nn.functional.relu) or (
-            node.op == "call_method" and node.target in ("relu", "relu_")
+        return (
+            node.op == "call_function"
+            and node.target in (torch.relu, nn.functional.relu)
+            or (node.op == "call_method" and node.target in ("relu", "relu_"))
         )
 
     def is_pool(node):
@@ -237,6 +271,8 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
 
     def is_fresh(node):
         """Whether what it computes is new memory, which no hook has seen."""
+        if node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
+            return module_of(node.args[0], (FusedConv,)) is not None
         return node.target in _FRESH or module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
 
     def is_private(node):
@@ -250,13 +286,16 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
 
     def is_steady(node):
         """Whether what it computes is new memory that nobody writes to later, so that it may be read later than the graph says."""
-        return is_fresh(node) and not any(map(writes, node.users))
+        return is_fresh(node) and not any(writes(user, node) for user in node.users)
 
-    def writes(node):
+    def writes(node, source):
+        """Whether a node may write over what ``source``, which it reads, computes."""
+        if node.target in _INPLACE:
+            return node.args[0] is source
         if node.op == "call_module":
             return getattr(model.get_submodule(node.target), "inplace", False)
         name = node.target if isinstance(node.target, str) else node.target.__name__
-        return name.rstrip("_") != name or node.kwargs.get("inplace") or node.target in _INPLACE
+        return name.rstrip("_") != name or node.kwargs.get("inplace")
 
     def add(prefix, node, module):
         name = f"rse_fast_{prefix}_{node.name}"  # a name of its own: "relu_conv" may be one of the model's
@@ -274,7 +313,8 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         norm = module_of(source, (nn.BatchNorm2d,))
         if norm is not None and norm.running_mean is not None and source.args and (pool or not pools) and is_steady(source.args[0]):
             affine = _affine(norm)
-        readers = [user for user in users if user not in pools] + [user for p in pools for user in p.users]
+        read = [(user, node) for user in users if user not in pools] + [(user, p) for p in pools for user in p.users]
+        readers = [reader for reader, _ in read]
         noisy = [user for user in readers if is_noisy(user)]
         once = [user for user in noisy if calls[model.get_submodule(user.target)] == 1]  # the calls of a layer stay in order
         if readers and len(noisy) == len(readers):
@@ -285,17 +325,18 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
             for reader in readers:
                 layer = model.get_submodule(reader.target)
                 activation = Activation(layer, pool is not None, affine, alone=alone)
-                reader.target = add("fused", reader, FusedConv(layer, activation))
-        elif once and (only is not None or not pools) and not any(map(writes, readers)):
+                reader.target = add("fused", reader, FusedConv(layer, reader.target, activation))
+        elif once and (only is not None or not pools) and not any(writes(*pair) for pair in read):
             shared, value = once[0], node if only is None else only
             layer = model.get_submodule(shared.target)
+            activation = Activation(layer, pool is not None, affine, keep=True)
             with graph.inserting_after(value):
-                both = graph.call_module(add("activation", shared, Activation(layer, pool is not None, affine, keep=True)), (value,))
+                both = graph.call_module(add("shared", shared, FusedConv(layer, shared.target, activation)), (value,))
             with graph.inserting_after(both):
                 values = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
             value.replace_all_uses_with(values[1], delete_user_cb=lambda user, both=both: user is not both)
-            shared.args, shared.kwargs = (values[0],), {}
-            shared.target = add("given", shared, FusedConv(layer, given=True))
+            shared.replace_all_uses_with(values[0])
+            graph.erase_node(shared)
         else:
             continue
         if pool is not None:
@@ -305,8 +346,31 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         graph.erase_node(node)
         if affine is not None:
             graph.erase_node(source)
+    pack_weights(model)
+    merge_additions(model, is_steady)
     model.delete_all_unused_submodules()
     model.recompile()
+
+
+def merge_additions(model: torch.fx.GraphModule, is_steady: Callable[[torch.fx.Node], bool]) -> None:
+    """Gives, in place, each `FusedConv` whose result is but added to something that is there before, as in residual networks, the addition
+    as well. is_steady: whether what a node computes may be read earlier than the graph says."""
+    order = {node: number for number, node in enumerate(model.graph.nodes)}
+    for node in list(model.graph.nodes):
+        if node.op != "call_function" or node.target not in (operator.add, operator.iadd, torch.add) or node.kwargs or len(node.args) != 2:
+            continue
+        sides = [node.args, node.args[::-1]][: 1 if node.target is operator.iadd else 2]  # which writes over its first operand
+        for result, other in sides:
+            if not (isinstance(result, torch.fx.Node) and isinstance(other, torch.fx.Node) and result.op == "call_module"):
+                continue
+            conv = model.get_submodule(result.target)
+            if type(conv) is not FusedConv or conv.keep or len(result.users) != 1 or len(result.args) != 1:
+                continue
+            if order[other] < order[result] and is_steady(other):
+                result.args = (*result.args, other)
+                node.replace_all_uses_with(result)
+                model.graph.erase_node(node)
+                break
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,7 +399,7 @@ def pack_weights(model: torch.fx.GraphModule) -> None:
         layer = model.get_submodule(node.target) if node.op == "call_module" else None
         if type(layer) in (nn.Conv2d, NoisyConv2d) and len(node.args) == 1 and not _has_hooks(layer) and _is_simple(layer):
             name = f"rse_fast_{node.name}"
-            model.add_submodule(name, FusedConv(layer))
+            model.add_submodule(name, FusedConv(layer, node.target))
             node.target = name
     model.delete_all_unused_submodules()
     model.recompile()

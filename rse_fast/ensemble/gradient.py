@@ -22,6 +22,34 @@ def run(batch: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, number: 
     return checkpoint(batch, x, use_reentrant=False)
 
 
+class FirstDerivative(torch.autograd.Function):
+    """x, whose gradient may be differentiated again, but not by ``weights``, of which a fused snapshot holds copies: that is an error."""
+
+    @staticmethod
+    def forward(ctx, x, weights):
+        ctx.weights = weights
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g + _Refused.apply(*ctx.weights).to(g.dtype) if torch.is_grad_enabled() else g, None
+
+
+class _Refused(torch.autograd.Function):
+    """A zero that has no gradient."""
+
+    @staticmethod
+    def forward(ctx, *weights):
+        return torch.zeros((), device=weights[0].device)
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError(
+            "a fused ensemble has no second derivative by its images and its weights, as a gradient penalty asks for; "
+            "Ensemble(..., fuse=False) has one"
+        )
+
+
 class OfWeights(torch.autograd.Function):
     """Adds nothing to a result, and the gradient of the model's weights to backward, where a fused snapshot holds copies of them.
 

@@ -38,9 +38,7 @@ class Planner:
     the gradient of the images is wanted, of all packed batches that keep something for it. in_bytes: activations are of 8 bits.
     """
 
-    def __init__(
-        self, device: torch.device, row_bytes: float | None = None, gradient_bytes: float | None = None, in_bytes: bool = False
-    ):
+    def __init__(self, device: torch.device, row_bytes: float | None = None, gradient_bytes: float | None = None, in_bytes: bool = False):
         self.device, self.row_bytes, self.gradient_bytes = device, row_bytes, gradient_bytes
         self.general = self.sweet_spot = SWEET_SPOT.get(device.type, OTHER_DEVICES) * (2 if in_bytes else 1)
         self.measured = False
@@ -305,9 +303,9 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in own:
                     own.add(storage._cdata)
-                    self._held.append(tensor)
+                    self._held.append(tensor.detach())
                     self.total += storage.nbytes()
-            return saved
+            return saved.detach()  # with its history, an operation that saves its own result would keep itself for ever
 
         super().__init__(pack, lambda saved: saved)
 

@@ -11,18 +11,21 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from rse_fast import autograd
-from rse_fast.ensemble import fuse, gradient, plan, quantize
+from rse_fast.convert import listing, vanished
+from rse_fast.ensemble import convolution, fuse, gradient, hooks, plan, quantize
 from rse_fast.ensemble.graphs import Graphs
-from rse_fast.ensemble.runner import Runner, best_dtype, mismatch
-from rse_fast.ensemble.watch import Watch
+from rse_fast.ensemble.runner import Runner, best_dtype, mismatch, probe_images
+from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
+
+FAR = (-1.0, 2.0)  # pixels scaled to [0, 1] stay within, changed by an attack or by noise of their own; bytes and normalised ones do not
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Prepared:
         planner: how large packed batches are.
         report: which layers run in int8, for dtype "int8".
         problem: why the model runs unfused where a fused one was wanted, or None.
+        algorithms: what each convolution of a fused snapshot runs, by the layer's name.
     """
 
     runner: Runner
@@ -42,6 +46,7 @@ class Prepared:
     planner: plan.Planner
     report: quantize.Report | None = None
     problem: str | None = None
+    algorithms: dict[str, convolution.Choice] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -58,18 +63,23 @@ class Preparation:
         backend: of the noise.
         cuda_graphs: True, False, or None to decide.
         calibration: batches of images for an int8 snapshot, or None for no such.
+        algorithm: of the convolutions of a fused snapshot, see `rse_fast.ensemble.convolution`.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, fuse: bool, backend: str, cuda_graphs: bool | None, calibration):
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, fuse: bool, backend: str, cuda_graphs: bool | None, calibration,
+        algorithm: str = "direct",
+    ):  # fmt: skip
         self.model, self.dtype, self.fuse, self.backend = model, dtype, fuse, backend
-        self.cuda_graphs, self.calibration = cuda_graphs, calibration
+        self.cuda_graphs, self.calibration, self.algorithm = cuda_graphs, calibration, algorithm
         self._gradients = False
+        self.said: set[str] = set()  # what a user was warned of
         self._lock, self._current, self._watch, self._layers = threading.Lock(), None, None, []
 
     @contextlib.contextmanager
     def ready(self, x: torch.Tensor):
         """The `Prepared` model for images like ``x`` [B, ...], in eval mode while the context lasts."""
-        if autograd.is_transformed() and any(map(is_functorch_wrapped_tensor, self.model.parameters())):
+        if autograd.is_transformed() and any(map(is_functorch_wrapped_tensor, (*self.model.parameters(), *self.model.buffers()))):
             # torch.func.functional_call has put other parameters in place, for this call only.
             with eval_mode(self.model):
                 dtype = next(self.model.parameters()).dtype
@@ -82,17 +92,18 @@ class Preparation:
                 self._current = None
                 self._layers = list(number_layers(self.model).values())
                 if not self._layers:
-                    raise ValueError("model must have noisy layers, got none any more; rse_fast.convert(model) adds them")
+                    raise ValueError(no_layers(self.model))
                 self._watch = Watch(self.model)
                 shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
-                prepared = _on_a_thread_of_its_own(
-                    lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device
-                )
+                prepared = _on_a_thread_of_its_own(lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device)
                 self._current = state, prepared
                 if prepared.problem is not None:
-                    _warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")
-            if any(layer.stream != index for index, layer in enumerate(self._layers)):
-                number_layers(self.model)  # an ensemble of a part of the model, or of more than it, numbers its layers otherwise
+                    warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")
+                for kind, text in _remarks(self.model, prepared.runner, x):
+                    if kind not in self.said:
+                        self.said.add(kind)
+                        warn_caller(f"rse-fast: {text}")
+            self.number()
             prepared = self._current[1]
         with self.mode():
             yield prepared
@@ -101,9 +112,25 @@ class Preparation:
         """A snapshot is in eval mode for good, a live model within this context."""
         return contextlib.nullcontext() if self.fuse else eval_mode(self.model)
 
+    def number(self) -> None:
+        """Numbers the layers again where an ensemble of a part of the model, or of more than it, has numbered them otherwise."""
+        if any(layer.stream != index for index, layer in enumerate(self._layers)):
+            number_layers(self.model)
+
+    @property
+    def watch(self) -> Watch | None:
+        """What the model is compared with; of the newest call of `ready`."""
+        return self._watch
+
     def want_gradients(self) -> None:
         """From now on a snapshot is checked for its gradients as well."""
         self._gradients = True
+
+    @property
+    def algorithms(self) -> dict[str, convolution.Choice]:
+        """Of the snapshot that there is, none before the first call."""
+        current = self._current
+        return {} if current is None else current[1].algorithms
 
     def refresh(self) -> None:
         """Makes everything anew at the next call."""
@@ -121,15 +148,22 @@ class Preparation:
         numbers = torch.get_rng_state()
         compute = self.dtype or best_dtype(x.device)
         noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
-        report = problem = None
+        report, problem, algorithms = None, None, {}
         if self.fuse:
-            runner, problem = self._fused(x, compute, noisy)
+            runner, problem, algorithms = self._fused(x, compute, noisy)
+            if self.algorithm == "winograd" and all(choice.algorithm == "direct" for choice in algorithms.values()):
+                raise convolution.refusal(problem or "; ".join(dict.fromkeys(choice.why for choice in algorithms.values())))
             if self.calibration is not None:
                 report = self._to_int8(runner, x, compute)
         else:
             parameter = next(self.model.parameters(), None)
+            try:
+                tried = hooks.twin(self.model)
+            except Exception:  # a module that cannot be copied
+                tried = self.model
             with eval_mode(self.model):
-                runner = Runner(self.model, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
+                runner = Runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
+            runner.model = self.model
         if runner.random:  # a forward that draws numbers of its own did so in dry runs, too
             torch.set_rng_state(numbers)
         kind = x.shape[1:], compute if self.calibration is None else "int8", self.fuse
@@ -137,19 +171,47 @@ class Preparation:
         in_bytes = report is not None and bool(report.quantized)
         planner = plan.planner(self.model, kind, x.device, runner.row_bytes, kept, in_bytes)
         if x.device.type != "cuda":
-            return Prepared(runner, runner, planner, report, problem)
+            return Prepared(runner, runner, planner, report, problem, algorithms)
         torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them
         captures = not hooked if self.cuda_graphs is None else self.cuda_graphs
-        return Prepared(runner, Graphs(runner, always=self.cuda_graphs is True) if captures else runner, planner, report, problem)
+        run = Graphs(runner, always=self.cuda_graphs is True) if captures else runner
+        return Prepared(runner, run, planner, report, problem, algorithms)
 
-    def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None]:
-        """(runner of a fused snapshot, None), or (of an unfused one, why) where that cannot be had."""
+    def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None, dict[str, convolution.Choice]]:
+        """(runner of a fused snapshot, None, its algorithms), or (of an unfused one, why, none) where that cannot be had."""
+        if any(GLOBAL_HOOKS):
+            problem = "hooks of all modules are registered, which a fused model would not call for each"
+            return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
         fused, problem = fuse.snapshot(self.model, dtype)
         runner = Runner(fused, dtype, dtype, noisy, x)
         if problem is None:
-            problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
-        return (runner, None) if problem is None else (Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem)
+            direct = self._why_direct(runner, x.device)
+            # Forms of Winograd's algorithm: where the probe refuses them, those with products in float32, then none.
+            forms = [] if direct else convolution.forms(dtype)
+            tried = [forms] + [t for t in ([form for form in forms if form.products == torch.float32], []) if t != forms]
+            for forms in tried:
+                algorithms = self._choose(runner, x, forms, direct or problem)
+                problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
+                if problem is None:
+                    return runner, None, algorithms
+        return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
+
+    def _why_direct(self, runner, device) -> str | None:
+        if self.algorithm == "direct":
+            return "as was asked for"
+        if self.calibration is not None:
+            return "the rest of an int8 model is direct"
+        if runner.layout != torch.channels_last:
+            return "the model wants contiguous maps"
+        return convolution.unavailable(runner.dtype, device, self.backend)
+
+    def _choose(self, runner, x, forms, why_none) -> dict[str, convolution.Choice]:
+        def run():
+            return runner(probe_images(x, 2), NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2))
+
+        rows = plan.SWEET_SPOT["cpu"]  # whatever a call finds better: the choice shall not depend on it
+        return convolution.choose(runner.model, run, rows, self.algorithm, forms, why_none)
 
     def _to_int8(self, runner, x, dtype) -> quantize.Report:
         """Makes a runner of a fused snapshot run an int8 one; ``dtype`` is that of the layers that stay in floating point."""
@@ -178,7 +240,43 @@ class Preparation:
         return report
 
 
-def _warn_caller(message: str) -> None:
+def no_layers(model: nn.Module) -> str:
+    """Why a model without noisy layers makes no ensemble."""
+    if gone := vanished(model):
+        return f"model must have noisy layers, got none any more: {listing(gone)} had noise when the model was converted"
+    return "model must have noisy layers, got none; rse_fast.convert(model) adds them"
+
+
+def _remarks(model, runner, x):
+    """What is likely to be a mistake, as pairs of a kind and a text, for a user to read once."""
+    layers = noise_layers(model)
+    if gone := vanished(model):
+        yield "vanished", f"{listing(gone)} had noise when the model was converted and have none now, after a reparameterisation perhaps"
+    if runner.called is not None and runner.noisy:
+        called = {stream & 0xFFFF for stream in runner.called}
+        if silent := [name for name, layer in layers.items() if layer.noise_enabled and layer.stream not in called]:
+            yield "uncalled", f"the model never calls the noisy layers {listing(silent, 5)}, so their noise is not there"
+    if runner.probabilities:
+        yield "softmax", "the model gives probabilities; an ensemble takes logits, so leave out the softmax at the model's end"
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
+    if norms:
+        text = "BatchNorm without running statistics makes an image's result depend on the images beside it"
+        yield "batch statistics", f"{text}; use track_running_stats=True, or GroupNorm"
+    first = next((layer for layer in layers.values() if runner.called and layer.stream == runner.called[0] & 0xFFFF), None)
+    if first is None or not x.numel() or autograd.is_transformed() or not autograd.is_direct(x):
+        return
+    channels = getattr(first, "in_channels", None) or getattr(first, "in_features", None)
+    if channels in (None, x.shape[1], x[0].numel()):
+        low, high = torch.aminmax(x.detach())
+        if low < FAR[0] or high > FAR[1]:
+            yield (
+                "range",
+                f"images reach from {low.item():.3g} to {high.item():.3g}, and the first sigma, of noise on them, is for pixels in [0, 1]: "
+                "scale images to [0, 1] and let the model normalise behind the noise, or choose sigma for these units",
+            )
+
+
+def warn_caller(message: str) -> None:
     """Warns at the line of the user's that led here, however many of ours and of torch's stand between."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rse_fast", "torch", "contextlib"):

@@ -19,7 +19,7 @@ from torch import nn
 from rse_fast import autograd, functional
 from rse_fast.address import NoiseAddress
 from rse_fast.ensemble.fuse import _has_hooks, _is_simple, pools_2x2
-from rse_fast.nn import NoiseLayer, NoisyConv2d
+from rse_fast.nn import NoiseLayer, NoisyConv2d, note_undefined
 
 # A layer is quantised where the root mean square of its error stays below this share of the standard deviation that its own noise gives
 # its output. Errors of layers and noises of layers add up alike, so this bounds the network's error in units of its noise, too.
@@ -160,6 +160,8 @@ class QuantizedConv(nn.Module):
 
     def forward(self, input):  # the name that nn.Conv2d gives it
         check_no_gradient(input)
+        if not self.units:
+            note_undefined(input)
         return self.convolve(self.to_bytes(input, *self.layer.noise(input)))
 
     def to_bytes(self, x: torch.Tensor, sigma: torch.Tensor, at: NoiseAddress, backend: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 
 from rse_fast import autograd
 from rse_fast.convert import meta_copy
+from rse_fast.ensemble.hooks import silent
 from rse_fast.ensemble.plan import PeakBytes, SavedBytes
 from rse_fast.nn import NoiseContext
 from rse_fast.trace import RandomOpDetector
@@ -26,15 +27,15 @@ class Runner:
     classes: length of the logits, 0 if unknown. packs_input: whether the batch is packed at the input, since something bypasses the first
     noise, or takes the rows for images behind it. layout: of images of 4 dimensions. row_bytes: of all tensors that are alive at once, a
     row; saved_bytes: of those that are kept for the gradient of the images, a row; None if unknown. random: whether the forward draws
-    numbers of torch's generators by itself.
+    numbers of torch's generators by itself. called: streams of the layers that a probe of real images called, in order; None if it failed.
+    probabilities: whether it gave probabilities rather than logits.
     """
 
-    def __init__(
-        self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor | None, own: bool = True
-    ):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor | None, own: bool = True):
         self.model, self.dtype, self.compute, self.noisy = model, dtype, compute, noisy
         self.row_bytes = self.saved_bytes = None
         self.layout, self.packs_input, self.random, self.classes = torch.channels_last, True, False, 0
+        self.called, self.probabilities = None, False
         if x is not None:
             self._try(x, own)
 
@@ -59,6 +60,7 @@ class Runner:
         if shape is None and isinstance(packed, torch.Tensor) and packed.dim() == 2:
             shape = packed.shape
         self.classes = shape[1] if shape else 0
+        self.probabilities = isinstance(packed, torch.Tensor) and _are_probabilities(packed)
 
     def __call__(self, x: torch.Tensor, context: NoiseContext) -> torch.Tensor:
         """Whatever the model returns for the packed batch that ``context`` makes of images ``x``."""
@@ -70,8 +72,11 @@ class Runner:
     def _probe(self, images):
         """What the model returns for 2 images in 2 draws, or the exception that it raises."""
         try:
-            with seeded(0, images.device) if self.random else contextlib.nullcontext():
-                return self(images, NoiseContext(torch.zeros((), dtype=torch.int64, device=images.device), 2, 2))
+            with silent(), seeded(0, images.device) if self.random else contextlib.nullcontext():
+                context = NoiseContext(torch.zeros((), dtype=torch.int64, device=images.device), 2, 2)
+                result = self(images, context)
+                self.called = [layer.stream for layer in context.calls]
+                return result
         except Exception as error:
             return error.with_traceback(None)
 
@@ -92,11 +97,11 @@ class Runner:
             model, x = meta_copy(self.model).float(), torch.empty(shape, device="meta")
             seed = torch.zeros((), dtype=torch.int64, device="cpu")
             scale = self.compute.itemsize / torch.float32.itemsize / (images * draws)
-            with torch.no_grad(), NoiseContext(seed, images, draws), PeakBytes() as memory:
+            with silent(), torch.no_grad(), NoiseContext(seed, images, draws), PeakBytes() as memory:
                 out = model(x)
             self.row_bytes = memory.peak * scale
             try:
-                with torch.enable_grad(), NoiseContext(seed, images, draws), SavedBytes(model) as saved:
+                with silent(), torch.enable_grad(), NoiseContext(seed, images, draws), SavedBytes(model) as saved:
                     model(x.requires_grad_())
                 self.saved_bytes = saved.total * scale
             except Exception:  # a model without a gradient
@@ -109,6 +114,14 @@ class Runner:
 def _wants_contiguous(error) -> bool:
     """Whether a forward failed as x.view(N, -1) does for a channels-last map."""
     return isinstance(error, RuntimeError) and "view size is not compatible" in str(error)
+
+
+def _are_probabilities(rows) -> bool:
+    """Whether rows [N, K] are the results of a softmax: none below 0, and sums of 1."""
+    if rows.dim() != 2 or rows.shape[1] < 2 or not rows.is_floating_point():
+        return False
+    error = max(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps) * rows.shape[1]
+    return bool((rows >= 0).all() and ((rows.double().sum(1) - 1).abs() <= error).all())
 
 
 def probe_images(x: torch.Tensor, count: int) -> torch.Tensor:
@@ -157,7 +170,7 @@ def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: boo
         values = probe_images(x, 4).requires_grad_(gradients)
         context = NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2)
         # A layer that draws numbers of its own shall draw the same.
-        with torch.set_grad_enabled(gradients), seeded(0, x.device) if runner.random else contextlib.nullcontext():
+        with silent(), torch.set_grad_enabled(gradients), seeded(0, x.device) if runner.random else contextlib.nullcontext():
             logits = run(model, values, context, compute, compute, layout)
             if not gradients or not isinstance(logits, torch.Tensor):
                 return (logits,)

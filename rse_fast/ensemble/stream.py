@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from rse_fast.ensemble import early_exit
+from rse_fast.ensemble.softmax import log_softmax, votes
 
 # A round may take as many draws more as makes the draws of an image grow by this factor. The surplus of an image that is decided within
 # a round is not counted; without it, the last hard images of a batch would run a row or two at a time.
@@ -43,9 +44,10 @@ class DrawStatistics:
         """Counts draws given as float32 log-softmax [m, A, K]: all of them, or those where ``counts`` (bool [m, A])."""
         p = log_p.exp()
         entropy = -(p * log_p.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
-        vote = torch.nn.functional.one_hot(log_p.argmax(-1), log_p.shape[-1])
-        if counts is not None:
-            p, entropy, vote = p * counts[..., None], entropy * counts, vote * counts[..., None]
+        vote = votes(log_p)
+        if counts is not None:  # a draw that does not count may be NaN
+            p, entropy = p.masked_fill(~counts[..., None], 0), entropy.masked_fill(~counts, 0)
+            vote = vote * counts[..., None]
         self.used += len(log_p) if counts is None else counts.sum(0)
         self.sums += p.sum(0, dtype=torch.float64)
         self.votes += vote.sum(0)
@@ -98,7 +100,7 @@ class Scheduler:
         """Runs one packed batch; the images that it finished."""
         self._refill()
         active, draws = len(self.statistics.index), self._draws()
-        log_p = self.run(self.x, torch.stack([self.statistics.index, self.statistics.used], 1), draws).log_softmax(-1)
+        log_p = log_softmax(self.run(self.x, torch.stack([self.statistics.index, self.statistics.used], 1), draws))
         number = self.statistics.used + torch.arange(1, draws + 1, device=self.device)[:, None]  # [m, A], of each draw
         done = number >= self.draws
         if self.criterion is not None:

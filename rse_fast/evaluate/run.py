@@ -95,6 +95,7 @@ def _batch(target: Target, case: Case, x: Tensor, y: Tensor, batch: range, seed:
         {
             "case": case.name, "index": index, "label": labels[i], "answers": answers[i], "l2": l2[i], "linf": linf[i],
             "verdict": verdict[i], "queries": found.queries / len(batch), "seconds": seconds / len(batch), "seeds": seeds,
+            "gradients": queries.gradients,
         }
         | ({"by_draws": {n: labels[i] for n, labels in by_draws.items()}} if by_draws else {})
         | ({"example": _example(found.images[i])} if index < EXAMPLES else {})

@@ -6,6 +6,7 @@ from rse_fast.evaluate.estimate import estimate, paired_difference
 from rse_fast.evaluate.protocols import LARGE, PAPER_C, Case
 from rse_fast.evaluate.render import radius
 
+ZERO_GRADIENTS = 0.1  # of the images' gradients, the share beyond which an attack that follows them counts as blind
 TOLD_APART = 0.02  # a plateau that could hide more than this says so
 
 
@@ -53,6 +54,9 @@ def _figures(case, rows):
         "attack_queries": statistics.fmean(row["queries"] for row in rows),
         "seconds_per_image": statistics.fmean(row["seconds"] for row in rows),
     }
+    gradients = [row["gradients"] for row in rows if row.get("gradients")]
+    if gradients:
+        figures["gradients"] = {kind: statistics.fmean(g[kind] for g in gradients) for kind in ("nan", "zero")}
     if case.method == "cw":
         # An image whose scorings do not mostly come out wrong was not won at any distance.
         won = [row["l2"] if _share(row) < 0.5 else float("inf") for row in rows]
@@ -133,6 +137,15 @@ def checks(table: dict, shares: dict, l2: dict) -> list[dict]:
         text = f"{left[0]}, {left[1]} (difference {100 * gap:+.1f} ± {100 * margin:.1f} points)"
         add(name, gap <= margin, text + ("" if gap <= margin else f": {meaning}"))
 
+    for e in table.values():
+        if "gradients" not in e:
+            continue
+        broken, zero = e["gradients"]["nan"], e["gradients"]["zero"]
+        # Their loss has no slope by design where an image is wrong by the margin asked for.
+        blind = zero > ZERO_GRADIENTS and e["method"] not in ("cw", "cw-c")
+        text = f"{e['name']}: of the gradients that it followed {100 * broken:.1f} % are NaN or infinite, {100 * zero:.1f} % exactly zero"
+        text += "; an attack cannot follow such gradients, so its figures say nothing of the model" if broken or blind else ""
+        add("gradients", not (broken or blind), text)
     attacks = [e for e in table.values() if e["victim"] == "deployed" and e["method"] != "clean"]
     white = [e for e in attacks if e["source"] == "deployed" and e["method"] not in ("noise", "square", "fgsm", "cw", "cw-c")]
     for e in white:
@@ -193,4 +206,4 @@ def checks(table: dict, shares: dict, l2: dict) -> list[dict]:
             if fresh:
                 meaning = "taking the randomness away makes the attack no easier, so something else than randomness stops it"
                 at_least_as_strong("ablation: fixed seed", e["name"], fresh["name"], meaning)
-    return sorted(found, key=lambda check: check["passed"])
+    return sorted(found, key=lambda check: (check["passed"], check["name"] != "gradients"))

@@ -51,7 +51,7 @@ class Target:
         return next(self.model.parameters()).device
 
     def classifier(self, kind: str, draws: int = 1) -> nn.Module:
-        """"deployed" in ``draws`` draws; "noise-off"; "plain"; one module for each."""
+        """ "deployed" in ``draws`` draws; "noise-off"; "plain"; one module for each."""
         key = kind, draws if kind == "deployed" and self.draws else 1
         if key not in self._made:
             self._made[key] = self._make(*key)
@@ -87,12 +87,12 @@ class Target:
             return Answer(prediction.labels, prediction.probs)
         with torch.no_grad():
             probs = classifier(x).exp()
-        return Answer(probs.argmax(-1), probs)
+        return Answer(probs.argmax(-1).masked_fill(probs.isnan().any(-1), -1), probs)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """labels int64 [B], probs float32 [B, K]."""
+    """labels int64 [B], -1 where the classifier gave NaN; probs float32 [B, K]."""
 
     labels: Tensor
     probs: Tensor
@@ -102,6 +102,7 @@ class Queries(nn.Module):
     """A classifier that gives every query fresh noise (unless ``fixed``), counts the images asked about, and remembers the last ones.
 
     The noise comes from derived seeds alone: an attack that seeds torch's generators, or switches modes, changes nothing of it.
+    It watches the gradients that attacks get: see `gradients`.
     """
 
     def __init__(self, classifier: nn.Module, seed: int, fixed: bool = False):
@@ -109,6 +110,7 @@ class Queries(nn.Module):
         self.classifier, self.seed, self.fixed = classifier, seed, fixed
         self.calls = self.images = 0
         self.last: Tensor | None = None
+        self._gradients, self._broken, self._zero = 0, 0, 0
         self.eval()
 
     @property
@@ -121,5 +123,20 @@ class Queries(nn.Module):
         self.calls += 1
         self.images += len(x)
         self.last = x.detach()
+        if x.requires_grad and torch.is_grad_enabled():
+            x = x.view_as(x)
+            x.register_hook(self._note)
         return self.classifier(x)
 
+    def _note(self, gradient):
+        flat = gradient.detach().flatten(1)
+        self._gradients += len(flat)
+        self._broken += (~flat.isfinite()).any(1).sum()  # tensors: no step of an attack waits for a device
+        self._zero += (flat == 0).all(1).sum()
+
+    @property
+    def gradients(self) -> dict[str, float] | None:
+        """Of the images' gradients that an attack got, the shares "nan" (or infinite) and "zero" (exactly); None if it got none."""
+        if not self._gradients:
+            return None
+        return {"nan": float(self._broken) / self._gradients, "zero": float(self._zero) / self._gradients}

@@ -1,0 +1,131 @@
+"""Convolutions that get no noise, or get it and are not called: said by convert, by describe, and by an Ensemble."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from module_state import assert_unchanged, fingerprint
+from torch import nn
+from torch.nn.functional import conv2d
+
+import rse_fast
+from rse_fast import Ensemble
+from rse_fast.nn import NoiseContext
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class OwnConv(nn.Module):
+    """A convolution by another name, as deformable and conditional ones are."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, channels, 1, 1))
+
+    def forward(self, x):
+        return conv2d(x, self.weight)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.read, self.unused = (nn.Conv2d(c, 4, 3, padding=1) for c in (3, 4, 4))
+        self.own, self.weight = OwnConv(4), nn.Parameter(torch.randn(5, 4, 1, 1))
+
+    def forward(self, x):
+        x = conv2d(self.first(x).relu(), self.read.weight, self.read.bias, padding=1)
+        return conv2d(self.own(x), self.weight).mean((2, 3))
+
+
+def quiet_convert(model, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return rse_fast.convert(model.eval(), **options)
+
+
+def test_convert_names_what_it_leaves_out(recwarn):
+    rse_fast.convert(Net())
+    (warning,) = recwarn
+    text = str(warning.message)
+    assert warning.category is RuntimeWarning and warning.filename == __file__
+    for part in ("'own' (OwnConv)", "'read' (its weight is read", "'weight' (a weight that forward", "exclude=('own', 'read', 'weight')"):
+        assert part in text
+    assert "first" not in text
+    recwarn.clear()
+    rse_fast.convert(Net(), exclude=("own", "read", "weight"))
+    rse_fast.convert(Net(), include="first")
+    rse_fast.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1))))
+    assert not recwarn
+
+
+def test_describe_tells_which_layers_are_called():
+    model = quiet_convert(Net())
+    before = fingerprint(model)
+    described = rse_fast.describe(model)
+    assert {d.name: d.calls for d in described.layers} == {
+        "first": "", "read": "reads the weight without calling it", "unused": "never called"
+    }  # fmt: skip
+    assert "never called" in str(described).splitlines()[3] and "calls" in str(described).splitlines()[0]
+    assert "calls" not in str(rse_fast.describe(rse_fast.convert(nn.Sequential(nn.Conv2d(3, 4, 3)))))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_an_ensemble_says_which_layers_are_never_called(fuse):
+    x = torch.rand(2, 3, 8, 8)
+    ensemble = Ensemble(quiet_convert(Net()), 3, fuse=fuse)
+    with pytest.warns(RuntimeWarning, match="never calls the noisy layers 'read', 'unused'"):
+        ensemble.predict(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ensemble.refresh()
+        ensemble.predict(x)  # once an ensemble
+        Ensemble(quiet_convert(Net(), exclude=["read", "unused"]), 3, fuse=fuse).predict(x)
+
+
+def test_an_ensemble_says_which_layers_have_vanished():
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    model = rse_fast.convert(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    x = torch.rand(2, 3, 8, 8)
+    changed = copy.deepcopy(model)
+    changed[1] = nn.Conv2d(4, 4, 3)
+    with pytest.warns(RuntimeWarning, match="'1' had noise when the model was converted"):
+        Ensemble(changed, 3).predict(x)
+    for i in range(3):
+        changed[i] = nn.Conv2d(3 if i == 0 else 4, 4, 3)
+    with pytest.raises(ValueError, match="got none any more: '0', '1', '2' had noise"):
+        Ensemble(changed, 3)
+    reverted = rse_fast.revert(copy.deepcopy(model))
+    assert not any("_converted_layers" in vars(m) for m in reverted.modules())
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("learnable", [False, "channel"])
+def test_transposed_convolutions_get_noise(dimensions, learnable, rng):
+    kind = getattr(nn, f"ConvTranspose{dimensions}d")
+    model = nn.Sequential(kind(6, 4, 3, stride=2, padding=1, groups=2), nn.ReLU(), kind(4, 3, 2))
+    state, x = {k: v.clone() for k, v in model.state_dict().items()}, torch.rand(2, 6, *[5] * dimensions)
+    expected = model(x)
+    rse_fast.convert(model, 0.3, 0.2, learnable=learnable)
+    assert [d.type for d in rse_fast.describe(model).layers] == [f"NoisyConvTranspose{dimensions}d"] * 2
+    seed = torch.tensor(int(rng.integers(2**62)))
+    with NoiseContext(seed, 2):
+        got = model[0](x)
+    noisy = rse_fast.functional.add_noise(x, 0.3, seed=seed)
+    plain = kind(6, 4, 3, stride=2, padding=1, groups=2)
+    plain.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("0.")})
+    assert (got - plain(noisy)).abs().max() <= 1e-5
+    assert model[0](x, output_size=[10] * dimensions).shape[2:] == (10,) * dimensions
+    copied = copy.deepcopy(model)
+    assert type(copied[0]) is type(model[0])
+    assert torch.equal(rse_fast.revert(model)(x), expected) and type(model[0]) is kind
+
+
+def test_a_network_with_transposed_convolutions_in_an_ensemble(rng):
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    model, x = rse_fast.convert(net.eval()), torch.rand(3, 3, 8, 8)
+    fused, live = (Ensemble(model, 4, seed=3, fuse=fuse, dtype="float32").predict(x).probs for fuse in (True, False))
+    assert (fused - live).abs().max() <= 1e-5

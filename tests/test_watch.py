@@ -1,0 +1,160 @@
+"""Whatever changes in a model after an ensemble's first call, the next call is that of the model as it is; hooks get their calls."""
+
+import gc
+import itertools
+import tracemalloc
+
+import pytest
+import torch
+from torch import nn
+
+import rse_fast
+from rse_fast import Ensemble
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:rse-fast. the model runs unfused:RuntimeWarning"),
+]
+FUSE = pytest.mark.parametrize("fuse", [True, False])
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.act, self.conv = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(2), nn.Linear(32, 3)
+        self.scale, self._private, self.steps = 1.0, 1.0, [1.0, {"shift": 0.0}]
+        self.extra = [torch.zeros(3)]
+
+    def forward(self, x):
+        x = self.conv(self.act(self.stem(x)) * self.scale * self._private)
+        return self.head(self.pool(x).flatten(1)) * self.steps[0] + self.steps[1]["shift"] + self.extra[0]
+
+
+def build(seed=0):
+    torch.manual_seed(seed)
+    return rse_fast.convert(Net().eval())
+
+
+def half(module, args, out):
+    return out * 0.5
+
+
+def zero(module, args):
+    return (args[0] * 0,)
+
+
+def of_all_modules(model, token):
+    return nn.modules.module.register_module_forward_hook(lambda m, args, out: out * 0.5 if type(m) is nn.ReLU else None)
+
+
+NOTHING = lambda m: None  # noqa: E731
+CHANGES = {  # name: (before the first call, after it)
+    "hook": (NOTHING, lambda m, t: m.conv.register_forward_hook(half)),
+    "hook removed": (lambda m: m.conv.register_forward_hook(half), lambda m, t: t.remove()),
+    "hook replaced": (
+        lambda m: m.conv.register_forward_hook(half), lambda m, t: (t.remove(), m.conv.register_forward_hook(lambda m, a, o: o * 2))
+    ),
+    "hook of a container": (NOTHING, lambda m, t: m.register_forward_pre_hook(zero)),
+    "hook with keywords": (NOTHING, lambda m, t: m.conv.register_forward_hook(lambda m, a, k, o: o * 0.5, with_kwargs=True)),
+    "hook of all modules": (NOTHING, of_all_modules),
+    "module replaced": (NOTHING, lambda m, t: setattr(m, "act", nn.Sigmoid())),
+    "module replaced behind torch's back": (NOTHING, lambda m, t: m._modules.update(act=nn.Sigmoid())),
+    "class replaced": (NOTHING, lambda m, t: setattr(m.act, "__class__", nn.Tanh)),
+    "parameter replaced": (NOTHING, lambda m, t: setattr(m.head, "weight", nn.Parameter(m.head.weight.detach() * 2))),
+    "parameter's data replaced": (NOTHING, lambda m, t: setattr(m.head.weight, "data", m.head.weight.detach() * 2)),
+    "parameter removed": (NOTHING, lambda m, t: setattr(m.head, "bias", None)),
+    "parameter changed in place": (NOTHING, lambda m, t: m.head.weight.detach().mul_(2)),
+    "stride": (NOTHING, lambda m, t: setattr(m.conv, "stride", (2, 2))),
+    "padding": (NOTHING, lambda m, t: setattr(m.conv, "padding", (1, 1))),
+    "attribute": (NOTHING, lambda m, t: setattr(m, "scale", 3.0)),
+    "private attribute": (NOTHING, lambda m, t: setattr(m, "_private", 3.0)),
+    "list changed in place": (NOTHING, lambda m, t: m.steps.__setitem__(0, 3.0)),
+    "dict in a list changed in place": (NOTHING, lambda m, t: m.steps[1].update(shift=torch.tensor([0.0, 1.0, 3.0]))),
+    "tensor in a list changed in place": (NOTHING, lambda m, t: m.extra[0].add_(torch.tensor([0.0, 1.0, 3.0]))),
+    "forward of a module": (NOTHING, lambda m, t: setattr(m.act, "forward", torch.sigmoid)),
+    "forward of the model": (NOTHING, lambda m, t: setattr(m, "forward", lambda x, old=m.forward: old(x) * 2)),
+    "noise switched off": (NOTHING, lambda m, t: setattr(m.conv, "noise_enabled", False)),
+    "sigma": (NOTHING, lambda m, t: m.conv.set_sigma(2.0)),
+}  # fmt: skip
+
+
+@FUSE
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_is_noticed(change, fuse, rng):
+    before, after = CHANGES[change]
+    model, x, options = build(int(rng.integers(2**31))), torch.rand(2, 3, 8, 8), {"seed": 1, "dtype": "float32", "fuse": fuse}
+    token = before(model)
+    ensemble = Ensemble(model, 3, **options)
+    old, again = ensemble.predict(x), ensemble.predict(x)
+    assert torch.equal(old.probs, again.probs)
+    handle = after(model, token)
+    try:
+        new, expected = ensemble.predict(x), Ensemble(model, 3, **options).predict(x)
+    finally:
+        if change == "hook of all modules":
+            handle.remove()
+    assert torch.equal(new.probs, expected.probs) and (new.probs - old.probs).abs().max() > 1e-5
+
+
+@FUSE
+def test_a_forward_of_a_class_is_noticed(fuse, monkeypatch):
+    model, x = build(), torch.rand(2, 3, 8, 8)
+    ensemble = Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32")
+    old, forward = ensemble.predict(x), Net.forward
+    monkeypatch.setattr(Net, "forward", lambda self, x: forward(self, x) * 2)
+    assert (ensemble.predict(x).probs - old.probs).abs().max() > 1e-5
+
+
+class Activations:
+    """Records as Grad-CAM tools do: bound methods as hooks, gradients by hooks on what the layer gives."""
+
+    def __init__(self, *layers):
+        self.values, self.gradients, self.layers = [], [], []
+        self.handles = [layer.register_forward_hook(self.record) for layer in layers]
+
+    def record(self, layer, args, out):
+        self.layers.append(layer)
+        self.values.append(out.detach().clone())
+        if out.requires_grad:
+            out.register_hook(lambda g: self.gradients.append(g.clone()))
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("a tool must not be copied")
+
+
+@FUSE
+def test_tools_that_hook_layers_late_get_their_calls(fuse, rng):
+    model, x = build(int(rng.integers(2**31))), torch.rand(2, 3, 8, 8)
+    ensemble = Ensemble(model, 3, seed=1, dtype="float32", fuse=fuse)
+    ensemble.predict(x)
+    tool = Activations(model.conv, model.act)
+    ensemble(x.clone().requires_grad_())[:, 0].sum().backward()
+    # No probe among them, and each with the layer that it was put on.
+    assert [v.shape for v in tool.values] == [(6, 8, 6, 6) if layer is model.act else (6, 8, 4, 4) for layer in tool.layers]
+    assert tool.layers == [model.act, model.conv] and [g.shape for g in tool.gradients] == [(6, 8, 4, 4), (6, 8, 6, 6)]
+    seen = len(tool.values)
+    for handle in tool.handles:
+        handle.remove()
+    ensemble.predict(x)
+    assert len(tool.values) == seen
+
+
+def test_snapshots_leave_nothing_behind():
+    model, x = build(), torch.rand(2, 3, 8, 8)
+    ensemble = Ensemble(model, 3, dtype="float32")
+
+    def renew(times):
+        for _ in range(times):
+            ensemble.refresh()
+            ensemble.predict(x)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        sizes = [renew(6), *(renew(8) for _ in range(3))]
+    finally:
+        tracemalloc.stop()
+    grown = min(after - before for before, after in itertools.pairwise(sizes)) / 8  # a table that grows once does so in one stretch alone
+    assert grown < 4000, f"{grown:.0f} bytes a snapshot"  # what leaked was 18 KB and more
