@@ -4,7 +4,7 @@ A call goes straight to its kernel where nothing watches it. Where a compiler, a
 through the registered op (see `ops`), which they know how to handle. Inside a transform of `torch.func`, and in forward mode, it goes
 through `AddNoise`, which has a rule for each; a convolution is then a noise and torch's own convolution. The results are the same.
 
-Gradients regenerate eps from the seed; no noise is ever stored.
+Gradients regenerate eps from the seed. Only a convolution inside a transform stores its noisy input, as torch's own does with any input.
 """
 
 import torch
@@ -49,7 +49,8 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
-def _wants_gradient(*tensors) -> bool:
+def wants_gradient(*tensors) -> bool:
+    """Whether a gradient of one of the tensors, each of which may be None, is to be recorded."""
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
@@ -64,7 +65,7 @@ def add_noise(x, sigma, at, scale=None, shift=None, relu=False, backend="auto", 
         return AddNoise.apply(x, sigma, scale, shift, at, relu, backend)
     if not is_direct(x):
         return _registered.add_noise.default(x, sigma, *at, scale, shift, relu, backend, after)
-    if _wants_gradient(x, sigma, scale, shift):
+    if wants_gradient(x, sigma, scale, shift):
         return _add_noise(x, sigma, scale, shift, at, relu, backend)
     return noise.add_noise(x, sigma, at, scale, shift, relu, backend)
 
@@ -72,10 +73,10 @@ def add_noise(x, sigma, at, scale=None, shift=None, relu=False, backend="auto", 
 def noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend="auto") -> torch.Tensor:
     """``conv(x + sigma * eps, weight, bias)``, with all gradients; saves the clean x for backward."""
     if is_transformed():
-        return _convolution(add_noise(x, sigma, at, backend=backend), weight, bias, stride, padding, dilation, groups)
+        return noise.convolution(add_noise(x, sigma, at, backend=backend), weight, bias, stride, padding, dilation, groups)
     if not (is_direct(x) and type(weight) in _PLAIN):
         return _registered.noisy_conv.default(x, weight, bias, sigma, *at, stride, padding, dilation, groups, backend)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _wants_gradient(bias, sigma)):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or wants_gradient(bias, sigma)):
         return _noisy_conv(x, weight, bias, sigma, at, (stride, padding, dilation), groups, backend)
     return noise.noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend)
 
@@ -86,7 +87,7 @@ def noisy_linear(x, weight, bias, sigma, at, backend="auto") -> torch.Tensor:
         return torch.nn.functional.linear(add_noise(x.movedim(-1, 1), sigma, at, backend=backend).movedim(1, -1), weight, bias)
     if not (is_direct(x) and type(weight) in _PLAIN):
         return _registered.noisy_linear.default(x, weight, bias, sigma, *at, backend)
-    if _wants_gradient(x, weight, bias, sigma):
+    if wants_gradient(x, weight, bias, sigma):
         return _noisy_linear(x, weight, bias, sigma, at, backend)
     y = noise.add_noise(x.movedim(-1, 1), sigma, at, None, None, False, backend).movedim(1, -1)
     return torch.nn.functional.linear(y, weight, bias)
@@ -100,7 +101,7 @@ def sigma_grad(g, at, per_channel, backend="auto") -> torch.Tensor:
         return (g * eps).sum([d for d in range(g.dim()) if d != 1 or not per_channel])
     if not is_direct(g):
         return _registered.sigma_grad.default(g, *at, per_channel, backend)
-    if _wants_gradient(g):
+    if wants_gradient(g):
         return _sigma_grad(g, at, per_channel, backend)
     return noise.sigma_grad(g, at, per_channel, backend)
 
@@ -111,7 +112,7 @@ def add_noise_(x, sigma, at, scale=None, shift=None, relu=False, backend="auto")
         raise RuntimeError(NO_DERIVATIVE)
     if not is_direct(x):
         return _registered.add_noise_.default(x, sigma, *at, scale, shift, relu, backend)
-    if _wants_gradient(x, sigma, scale, shift):
+    if wants_gradient(x, sigma, scale, shift):
         raise RuntimeError(NO_GRADIENT)
     return noise.add_noise_(x, sigma, at, scale, shift, relu, backend)
 
@@ -122,13 +123,9 @@ def activate_noise(x, sigma, at, scale=None, shift=None, relu=False, pool=False,
         raise RuntimeError(NO_DERIVATIVE)
     if not is_direct(x):
         return _registered.activate_noise.default(x, sigma, *at, scale, shift, relu, pool, backend, keep)
-    if _wants_gradient(x, sigma, scale, shift):
+    if wants_gradient(x, sigma, scale, shift):
         raise RuntimeError(NO_GRADIENT)
     return noise.activate_noise(x, sigma, at, scale, shift, relu, pool, backend, keep)
-
-
-def _convolution(y, weight, bias, stride, padding, dilation, groups):
-    return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
 def _sum_draws(g, rows, at):
@@ -248,7 +245,7 @@ class NoisyConv(torch.autograd.Function):
         if is_direct(x):
             return noise.noisy_conv(x, weight, bias, sigma, at, *geometry, groups, backend)
         with torch._C._AutoDispatchBelowAutograd():
-            return _convolution(_below(x, sigma, at, None, None, False, backend), weight, bias, *geometry, groups)
+            return noise.convolution(_below(x, sigma, at, None, None, False, backend), weight, bias, *geometry, groups)
 
     @staticmethod
     def backward(ctx, g):

@@ -44,7 +44,7 @@ class Row:
 
 
 COLUMNS = [f.name for f in fields(Row)]
-_HEADS = ["\t".join(columns).encode() for columns in (COLUMNS, [*COLUMNS, "crc32"])]  # of older versions, and of this one
+_HEAD = "\t".join([*COLUMNS, "crc32"]).encode()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,31 +101,25 @@ def _parser():
 
 # -------------------------------------------------------------------------------------------------------------------- the table
 def read_table(path: Path) -> list[Row]:
-    """The whole lines of a table; a last one that was cut off is not there. Raises ValueError for another file, and a damaged one. One of
-    an older version has no checksums, which a warning says."""
+    """The whole lines of a table; a last one that was cut off is not there. Raises ValueError for another file, and a damaged one."""
     found = []
     if not path.exists():
         return found
     with data.open_regular(path) as file:
         whole = [line[:-1] for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
-    if whole and whole[0] not in _HEADS:
-        raise ValueError(f"--out: expected the columns {' '.join(COLUMNS)} in {str(path)!r}, got {whole[0][:200]!r}")
-    sealed = whole[:1] == _HEADS[1:]
+    if whole and whole[0] != _HEAD:
+        raise ValueError(f"--out: expected the columns {' '.join(COLUMNS)} crc32 in {str(path)!r}, got {whole[0][:200]!r}")
     for number, line in enumerate(whole[1:], start=2):
         try:
-            if sealed:
-                line, _, checksum = line.rpartition(b"\t")
-                if lines.checksum(line).encode() != checksum:
-                    raise ValueError("its checksum differs")
+            line, _, checksum = line.rpartition(b"\t")
+            if lines.checksum(line).encode() != checksum:
+                raise ValueError("its checksum differs")
             row = Row(*(f.type(value) for f, value in zip(fields(Row), line.decode().split("\t"), strict=True)))
             if not (0 <= row.index < 2**32 and row.correct in (0, 1) and 0 <= row.radius < math.inf and math.isfinite(row.seconds)):
                 raise ValueError("a value is out of range")
             found.append(row)
         except ValueError as error:
             raise ValueError(f"--out: line {number} of {str(path)!r} is damaged ({str(error)[:100]})") from error
-    if len(whole) > 1 and not sealed:
-        text = f"{str(path)!r} has no checksums, as older versions wrote it: were it damaged, nothing would tell"
-        warnings.warn(text, stacklevel=2)
     return found
 
 
@@ -135,9 +129,7 @@ def _run(args, ensemble, part, rows, settings, command):
     done = {row.index for row in table}
     with data.append(path) as file:
         if not file.tell():
-            file.write(_HEADS[1] + b"\n")
-        file.seek(0)
-        sealed = file.readline() == _HEADS[1] + b"\n"  # a table of an older version goes on as it is
+            file.write(_HEAD + b"\n")
         # As many neighbours at once as the selection's draws leave room for, so that a large device is not idle.
         x = run_inputs.images(part, rows[:1], args.device)
         size = max(1, ensemble.rows(x) // args.n0) if args.every == 1 else 1
@@ -147,7 +139,7 @@ def _run(args, ensemble, part, rows, settings, command):
                 for row in _certify(args, ensemble, part, group, settings):
                     table.append(row)
                     text = "\t".join(map(str, asdict(row).values()))
-                    file.write((text + f"\t{lines.checksum(text.encode())}" * sealed + "\n").encode())
+                    file.write(f"{text}\t{lines.checksum(text.encode())}\n".encode())
                     file.flush()
                 bar.update(len(group))
                 bar.set_postfix_str(f"certified {sum(r.correct for r in table) / len(table):.1%}")

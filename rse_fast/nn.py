@@ -75,7 +75,11 @@ class NoiseContext:
                 f"must have one row an image; convert(exclude={name!r}) leaves this one without noise"
             )
         if self._frame is not None and (x.requires_grad or any(p.requires_grad for p in layer.parameters(recurse=False))):
-            self._refuse_checkpointing()
+            if is_checkpointed(self._frame):
+                raise ValueError(
+                    "the model must not checkpoint activations inside an ensemble, whose noise backward could not repeat; switch it off in "
+                    "the model (an Ensemble bounds the memory of its gradient by itself, see max_rows)"
+                )
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
         sigma = layer.current_sigma()
@@ -87,15 +91,15 @@ class NoiseContext:
         stream = layer.stream + (call << 16)
         return sigma, NoiseAddress(seed, stream, self.images, self.draws, self.image_offset, self.draw_offset, sample_ids), self.backend
 
-    def _refuse_checkpointing(self):
-        frame = sys._getframe(1)
-        while frame is not None and id(frame) != self._frame:
-            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-                raise ValueError(
-                    "the model must not checkpoint activations inside an ensemble, whose noise backward could not repeat; switch it off in "
-                    "the model (an Ensemble bounds the memory of its gradient by itself, see max_rows)"
-                )
-            frame = frame.f_back
+
+def is_checkpointed(outermost: int | None = None) -> bool:
+    """Whether the caller runs within `torch.utils.checkpoint`, looked for up to the frame of id ``outermost``."""
+    frame = sys._getframe(1)
+    while frame is not None and id(frame) != outermost:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def note_undefined(x: torch.Tensor) -> None:
@@ -162,9 +166,10 @@ class NoiseLayer(nn.Module):
         target.copy_(value if kept is None else _raw(value))
 
     def current_sigma(self) -> torch.Tensor:
-        """sigma as a float32 tensor; attached to ``sigma_raw`` where it is learnable."""
+        """sigma as a float32 tensor, whose memory kernels read; attached to ``sigma_raw`` where it is learnable."""
         sigma = self._buffers.get("sigma")
-        return nn.functional.softplus(self.sigma_raw) if sigma is None else sigma
+        sigma = nn.functional.softplus(self.sigma_raw) if sigma is None else sigma
+        return sigma if sigma.dtype == torch.float32 else sigma.float()
 
     def noise(self, x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
         """(sigma, address, backend) of the noise of one call on ``x``."""
@@ -304,8 +309,7 @@ class _NoisyConv(NoisyInput):
             and input.shape[1] == self.in_channels
             and _fits(input, 1, sigma, backend)
         ):
-            if torch._C._is_any_autocast_enabled():
-                input, weight, bias = functional.autocast(input, weight, bias)
+            input, weight, bias = functional.autocast(input, weight, bias)
             return autograd.noisy_conv(input, weight, bias, sigma, at, stride, padding, self.dilation, self.groups)
         return functional.noisy_conv(
             input, weight, bias, sigma, **at._asdict(), stride=stride, padding=padding, dilation=self.dilation, groups=self.groups,
@@ -358,7 +362,6 @@ def _fits(x, channel_dim, sigma, backend) -> bool:
         backend == "auto"
         and x.dtype in functional.FLOATS
         and x.numel() <= 2**32  # so that the counter holds every position
-        and sigma.dtype == torch.float32  # the kernels read its memory
         and (sigma.dim() == 0 or (sigma.dim() == 1 and sigma.shape[0] == x.shape[channel_dim]))
         and x.device == sigma.device
     )

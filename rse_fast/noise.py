@@ -43,14 +43,21 @@ def choice(weight: torch.Tensor, groups: int) -> str:
     return triton.noise_choice("input", weight, weight, groups)
 
 
-def add_noise(x, sigma, at: NoiseAddress, scale, shift, relu, backend) -> torch.Tensor:
+def convolution(y, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
+    """torch's own, of any number of spatial dimensions."""
+    return torch.convolution(y, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
+
+
+def add_noise(x, sigma, at: NoiseAddress, scale, shift, relu, backend, out=None) -> torch.Tensor:
+    """out: memory to write to, laid out as the result would be; not for the torch backend."""
     backend = active_backend(x) if backend == "auto" else backend
     if backend == "torch":
         return reference.add_noise(x, sigma, *at, scale, shift, relu)
     x = x.resolve_neg()  # a view such as the imaginary part of a conjugate holds the opposite of its values
     lies = layout(x)
     x = x if lies else x.contiguous()
-    out = torch.empty_like(x) if lies and x.shape[0] == at.rows else packed_like(x, at.rows)
+    if out is None:
+        out = torch.empty_like(x) if lies and x.shape[0] == at.rows else packed_like(x, at.rows)
     if scale is not None or shift is not None or sigma.dim():
         sigma, scale, shift = _dense(sigma, scale, shift)
     launch = cpu.add_noise if backend == "cpu" else triton.launcher("add_noise")
@@ -112,7 +119,7 @@ def noisy_conv(x, weight, bias, sigma, at: NoiseAddress, stride, padding, dilati
             sigma, bias = _dense(sigma, bias)
             return triton.launcher("noisy_conv")(x, weight, bias, sigma, at, stride, padding, dilation)
     y = add_noise(x, sigma, at, None, None, False, backend)
-    return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return convolution(y, weight, bias, stride, padding, dilation, groups)
 
 
 def conv_activate_noise(
@@ -127,9 +134,7 @@ def conv_activate_noise(
         return launch(x, weight, sigma, at, scale, shift, relu, stride, padding, dilation, dtype)
     low = x.dtype in triton.LOW_PRECISION
     with torch.autocast(x.device.type, enabled=False):  # casts are `functional`'s; a cast of integers would lose some
-        y = torch.convolution(
-            *((x.float(), weight.float()) if low else (x, weight)), None, stride, padding, dilation, False, [0] * len(stride), groups
-        )
+        y = convolution(*((x.float(), weight.float()) if low else (x, weight)), None, stride, padding, dilation, groups)
     dtype = dtype or x.dtype
     y = y if dtype == y.dtype else y.float()  # so that add_noise does not round
     y = add_noise(y.movedim(1, -1).contiguous().movedim(-1, 1), sigma, at, scale, shift, relu, backend)

@@ -16,8 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from rse_fast import autograd, noise
 from rse_fast.address import NoiseAddress
-from rse_fast.kernels import triton
-from rse_fast.layout import layout, packed_like
+from rse_fast.layout import packed_like
 
 _lib = torch.library.Library("rse_fast", "DEF")
 
@@ -84,7 +83,7 @@ def _add_noise_u8_fake(x, step, zero_point, sigma, at, scale, shift, relu, pool,
 
 
 def _conv_activate_noise_fake(x, weight, sigma, at, scale, shift, relu, stride, padding, dilation, groups, dtype, backend):
-    y = torch.convolution(x.float(), weight.float(), None, stride, padding, dilation, False, [0] * len(stride), groups)
+    y = noise.convolution(x.float(), weight.float(), None, stride, padding, dilation, groups)
     return x.new_empty((at.rows, *y.shape[2:], weight.shape[0]), dtype=dtype or x.dtype).movedim(-1, 1)
 
 
@@ -144,14 +143,11 @@ def _add_noise_traced(mode, function, types, args=(), kwargs=None):
     if not (known and "triton" in (backend, backend == "auto" and noise.active_backend(x))):
         return mode.__torch_dispatch__(function, types, args, kwargs)
     with mode:
-        at, lies = NoiseAddress(*at), layout(x)
-        x = x if lies else x.contiguous()
-        out = packed_like(x, at.rows)
+        at, out = NoiseAddress(*at), None
         if after is not None:  # memory that begins in backward ties the kernel to it
-            out = after.new_empty_strided(out.shape, out.stride(), dtype=x.dtype)
-        sigma, scale, shift = (p if p is None else p.contiguous() for p in (sigma, scale, shift))
-        triton.launcher("add_noise")(x, out, lies == "flat", sigma, at, scale, shift, relu)
-        return out
+            like = packed_like(x, at.rows)
+            out = after.new_empty_strided(like.shape, like.stride(), dtype=x.dtype)
+        return noise.add_noise(x, sigma, at, scale, shift, relu, "triton", out)
 
 
 torch.library.register_torch_dispatch("rse_fast::add_noise", FunctionalTensorMode, _add_noise_traced, lib=_lib)
@@ -159,14 +155,13 @@ torch.library.register_torch_dispatch("rse_fast::add_noise", FunctionalTensorMod
 
 # --------------------------------------------------------------------------------------------------- two nodes for a tracer
 def _noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend):
-    if autograd._wants_gradient(x, weight, bias, sigma):
+    if autograd.wants_gradient(x, weight, bias, sigma):
         return autograd.NoisyConv.apply(x, weight, bias, sigma, at, (stride, padding, dilation), groups, backend)
-    y = add_noise.default(x, sigma, *at, None, None, False, backend)
-    return torch.convolution(y, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return noise.convolution(add_noise.default(x, sigma, *at, None, None, False, backend), weight, bias, stride, padding, dilation, groups)
 
 
 def _noisy_linear(x, weight, bias, sigma, at, backend):
-    if autograd._wants_gradient(x, weight, bias, sigma):
+    if autograd.wants_gradient(x, weight, bias, sigma):
         return autograd.NoisyLinear.apply(x, weight, bias, sigma, at, backend)
     y = add_noise.default(x.movedim(-1, 1), sigma, *at, None, None, False, backend).movedim(1, -1)
     return torch.nn.functional.linear(y, weight, bias)

@@ -1,11 +1,11 @@
 """torch.compile: full graphs as the first call of a fresh process, and how often it compiles again."""
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from traced_graphs import calls, joint_graphs, saved_bytes
 
 import rse_fast
 
@@ -166,34 +166,6 @@ print("compiled")
 def test_training_ensembles_and_large_seeds_by_the_real_compiler(run_python, tmp_path):
     done = run_python("-c", TRAINING, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert done.stdout.strip() == "compiled", done.stderr
-
-
-def joint_graphs(model, x):
-    """(forward graph, backward graph) that a compiler gets of one training step."""
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
-
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
-    torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
-    return graphs
-
-
-def calls(graph):
-    return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-
-
-def saved_bytes(graph):
-    """Bytes that the forward graph hands to backward, beside its inputs."""
-    (output,) = graph.graph.find_nodes(op="output")
-    kept = [node for node in output.args[0] if isinstance(node, torch.fx.Node) and node.op != "placeholder"]
-    return sum(value.nbytes for value in {node: node.meta["val"] for node in kept}.values() if isinstance(value, torch.Tensor))
 
 
 @pytest.mark.parametrize("learnable", [False, True])

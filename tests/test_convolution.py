@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from small_nets import CLASSES, NETS, Head, lively, rounding, sequential
+from small_nets import CLASSES, NETS, Head, kept_for_gradient, lively, rounding, sequential
 from test_fuse import ADDITIONS, LIKE, Net
 from test_winograd import bound, transformed
 from torch import nn
@@ -16,7 +16,6 @@ from rse_fast import Ensemble
 from rse_fast.ensemble import convolution, gradient
 from rse_fast.ensemble.convolution import Form, Winograd
 from rse_fast.ensemble.fuse import Activation, FusedConv
-from rse_fast.ensemble.plan import SavedBytes
 from rse_fast.ensemble.runner import has_bfloat16
 from rse_fast.kernels.cpu import winograd
 from rse_fast.models import VGG16
@@ -279,11 +278,8 @@ def test_no_more_is_kept_for_the_gradient_than_was_planned_for(form):
         ensemble = Ensemble(NETS[net]().requires_grad_(False), 8, dtype="float32", algorithm="winograd")
         x = torch.rand(2, 3, 10, 10, requires_grad=True)
         ensemble(x)
-        runner = ensemble.prepared(x).runner
-        with SavedBytes(runner.model) as saved:
-            ensemble(x)
-        softmax = 2 * 8 * CLASSES * 4 * 4  # of logits, their softmax and sums: behind the model
-        assert 0.99 * saved.total - softmax <= 16 * runner.saved_bytes and of_winograd(ensemble)
+        planned, kept, behind = kept_for_gradient(ensemble, x)
+        assert 0.99 * kept - behind <= planned and of_winograd(ensemble)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the choice

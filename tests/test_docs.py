@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import rse_fast
 from rse_fast import cli, models, train
+from rse_fast.nn import noise_layers
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [
@@ -93,6 +95,12 @@ def test_python_blocks_run_one_after_the_other(path, monkeypatch, tmp_path, rng,
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*can never")
             exec(compile(code, str(path), "exec"), names)
+    for value in list(names.values()):
+        if isinstance(value, rse_fast.Ensemble):
+            probs = value.predict(images).probs
+            assert probs.isfinite().all() and (probs.sum(1) - 1).abs().max() < 1e-5
+        elif isinstance(value, torch.nn.Module) and noise_layers(value):  # a page that hardens a network gives it noise
+            assert any(not torch.equal(value(images), value(images)) for _ in range(2))
 
 
 # ------------------------------------------------------------------------------------------------------------------------ shell

@@ -5,13 +5,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from small_nets import CLASSES, NETS, rounding, sequential
+from small_nets import CLASSES, NETS, kept_for_gradient, rounding, sequential
 from torch import nn
 
 import rse_fast
 from rse_fast import Ensemble
 from rse_fast.ensemble import gradient
-from rse_fast.ensemble.plan import MEMORY_SHARE, SavedBytes
+from rse_fast.ensemble.plan import MEMORY_SHARE
 from rse_fast.nn import NoiseContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,12 +173,9 @@ def test_what_is_kept_for_the_gradient_is_known_beforehand(net, fuse):
     ensemble = Ensemble(NETS[net]().requires_grad_(False), 8, dtype="float32", fuse=fuse, algorithm="direct")
     x = torch.rand(2, 3, 10, 10, requires_grad=True)
     ensemble(x)
-    runner = ensemble.prepared(x).runner
-    with SavedBytes(runner.model) as saved:
-        ensemble(x)
-    softmax = 2 * 8 * CLASSES * 4 * 4  # of logits, their softmax and sums: behind the model
-    assert 0.99 * saved.total - softmax <= 16 * runner.saved_bytes <= 1.25 * saved.total  # BatchNorm keeps more on the meta device
-    free = 6 * runner.saved_bytes * (gradient.KEEP + 1) / MEMORY_SHARE
+    planned, kept, behind = kept_for_gradient(ensemble, x)
+    assert 0.99 * kept - behind <= planned <= 1.25 * kept  # BatchNorm keeps more on the meta device
+    free = 6 * planned / 16 * (gradient.KEEP + 1) / MEMORY_SHARE
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rse_fast.ensemble.plan.free_memory", lambda device: free)
         patch.setattr("rse_fast.ensemble.plan._ALWAYS_THERE", 0)

@@ -21,6 +21,7 @@ from tiny_training import config, same, write_images
 
 for package in ("safetensors", "tqdm"):
     pytest.importorskip(package)
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from rse_fast import certify_cli, data, predict_cli, run_inputs  # noqa: E402
@@ -343,11 +344,15 @@ def drop_end(run: Path) -> None:
     (run / "log.jsonl").write_text("".join(kept[:-1]))
 
 
-def test_weights_of_older_versions_are_taken_with_a_word(run):
+def test_weights_without_a_digest_are_refused(run):
     path = run / "best.safetensors"
-    save_file(load_file(path), path, {"best_score": "0.5", "best_epoch": "1"})
-    with pytest.warns(UserWarning, match="best.safetensors' has no digest, as older versions wrote it"):
-        load_model(run, trust=True)
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+    tensors, sha256 = load_file(path), facts.pop("sha256")
+    for changed in (facts, facts | {"sha257": sha256}, facts | {"sha256": ""}):
+        save_file(tensors, path, changed)
+        with pytest.raises(CheckpointError, match="best.safetensors.*SHA-256 differs, or is missing"):
+            load_model(run, trust=True)
 
 
 PREDICTED = [
@@ -361,16 +366,15 @@ EVALUATED = [
 CERTIFIED = [certify_cli.Row(i, 1, 1, 0.25 * i, 1, 0.75, 90, 100, 0.5) for i in range(3)]
 
 
-def certified_text(sealed: bool) -> bytes:
-    head = "\t".join([*certify_cli.COLUMNS, *["crc32"] * sealed]).encode() + b"\n"
+def certified_text() -> bytes:
     texts = ["\t".join(map(str, dataclasses.astuple(row))).encode() for row in CERTIFIED]
-    return head + b"".join(text + f"\t{lines.checksum(text)}".encode() * sealed + b"\n" for text in texts)
+    return "\t".join([*certify_cli.COLUMNS, "crc32\n"]).encode() + b"".join(t + f"\t{lines.checksum(t)}\n".encode() for t in texts)
 
 
 FILES = {
     "predictions-0.jsonl": (lambda folder: list(predict_cli.read(folder).values()), b"".join(map(lines.json_line, PREDICTED)), PREDICTED),
     "rows-0.jsonl": (lambda folder: list(rows.read(folder).values()), b"".join(map(lines.json_line, EVALUATED)), EVALUATED),
-    "certified.tsv": (lambda folder: certify_cli.read_table(folder / "certified.tsv"), certified_text(True), CERTIFIED),
+    "certified.tsv": (lambda folder: certify_cli.read_table(folder / "certified.tsv"), certified_text(), CERTIFIED),
 }
 
 
@@ -393,18 +397,16 @@ def test_every_bit_that_flips_in_a_file_of_rows_is_noticed(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_rows_of_older_versions_are_taken_with_a_word(name, tmp_path):
+def test_rows_without_a_checksum_are_refused(name, tmp_path):
     reader, content, expected = FILES[name]
-    old = certified_text(False) if name == "certified.tsv" else "".join(json.dumps(row) + "\n" for row in expected).encode()
-    (tmp_path / name).write_bytes(old)
-    with pytest.warns(UserWarning, match=f"{name}' ha.* no checksum.*, as older versions wrote"):
-        assert reader(tmp_path) == expected
-    if name != "certified.tsv":  # what is written behind them has one, and then every line must
-        (tmp_path / name).write_bytes(old + content)
-        with pytest.warns(UserWarning):
-            assert reader(tmp_path) == expected
-        (tmp_path / name).write_bytes(content + old)
-        with pytest.raises(ValueError, match=f"line {len(expected) + 1} .*{name}.*no checksum"):
+    whole = content.splitlines()
+    bare = [line.rpartition(b"\t" if name == "certified.tsv" else b', "crc32"')[0] for line in whole]
+    if name != "certified.tsv":
+        bare = [line + b"}" for line in bare]
+        assert [json.loads(line) for line in bare] == expected
+    for lined in (bare, [*whole, bare[-1]]):
+        (tmp_path / name).write_bytes(b"\n".join([*lined, b""]))
+        with pytest.raises(ValueError, match=name):
             reader(tmp_path)
 
 
@@ -475,7 +477,7 @@ def test_rows_without_a_field_or_with_another_kind_are_named(name, tmp_path):
     if name == "certified.tsv":
         for text in ("0\t1\t1\tinf\t1\t0.7\t9\t9\t0.1", "-1\t1\t1\t0.1\t1\t0.7\t9\t9\t0.1", "0\t1\t1\t0.1\t7\t0.7\t9\t9\t0.1", "0\t1"):
             sealed = f"{text}\t{lines.checksum(text.encode())}\n".encode()
-            (tmp_path / name).write_bytes(certified_text(True).splitlines(keepends=True)[0] + sealed)
+            (tmp_path / name).write_bytes(certified_text().splitlines(keepends=True)[0] + sealed)
             with pytest.raises(ValueError, match=f"line 2 of .*{name}"):
                 reader(tmp_path)
         return

@@ -133,6 +133,9 @@ def test_tools_that_hook_layers_late_get_their_calls(fuse, rng):
     # No probe among them, and each with the layer that it was put on.
     assert [v.shape for v in tool.values] == [(6, 8, 6, 6) if layer is model.act else (6, 8, 4, 4) for layer in tool.layers]
     assert tool.layers == [model.act, model.conv] and [g.shape for g in tool.gradients] == [(6, 8, 4, 4), (6, 8, 6, 6)]
+    tool.values.clear()
+    ensemble.predict(x)
+    assert [len(v) for v in tool.values] == [6, 6]
     seen = len(tool.values)
     for handle in tool.handles:
         handle.remove()

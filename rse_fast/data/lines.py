@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,41 +26,34 @@ def json_line(row: dict) -> bytes:
 def json_lines(path: Path, fields: Mapping[str, Callable[[object], bool]], optional: Mapping = {}) -> Iterator[dict]:  # noqa: B006
     """The rows that `json_line` wrote to a file, without their checksums. A last line that was cut off is not there.
 
-    fields: what each row holds, and whether a value is one of its kind; optional: what it may hold. Lines of older versions have no
-    checksum: they are taken if they stand before all others and hold these fields alone, and one warning says so. Raises ValueError naming
-    file and line for any other line.
+    fields: what each row holds, and whether a value is one of its kind; optional: what it may hold. Raises ValueError naming file and line
+    for a line that is not so, or whose checksum differs or is missing.
     """
-    old, sealed = 0, False
+    kinds = {**fields, **optional}
     with open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
             if not line.endswith(b"\n") and len(line) < _LONGEST:  # the last
                 break
             text, found = line[:-1], _SEALED.search(line[:-1])
-            if found:
-                text = text[: found.start()] + b"}"
-            problem = None
+            text = text[: found.start()] + b"}" if found else text
+            row, problem = {}, None
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:
-                row, problem = {}, f"it is no JSON: {str(error)[:100]}"
+                problem = f"it is no JSON: {str(error)[:100]}"
             if found and checksum(text) != found[1].decode():
                 problem = "its checksum differs"
             elif problem is None and not isinstance(row, dict):
                 problem = "it is no row"
+            elif problem is None and not found:
+                problem = "it has no checksum"
             elif problem is None:
-                kinds = {**fields, **optional}
                 wrong = [name for name in fields if name not in row] + [n for n in row if n in kinds and not kinds[n](row[n])]
-                if not found and (sealed or not row.keys() <= kinds.keys()):
-                    problem = "it has no checksum"
-                elif wrong:
+                if wrong:
                     problem = f"{wrong[0]} is {str(row[wrong[0]])[:50] if wrong[0] in row else 'missing'}"
             if problem is not None:
                 raise ValueError(f"out: line {number} of {str(path)!r} is damaged ({problem})")
-            old, sealed = old + (not found), sealed or bool(found)
             yield row
-    if old:
-        text = f"{old} lines of {str(path)!r} have no checksum, as older versions wrote them: were they damaged, nothing would tell"
-        warnings.warn(text, stacklevel=3)
 
 
 def is_text(value: object) -> bool:

@@ -125,6 +125,7 @@ class Winograd:
         layer, sigma, at = self.fused.layer, None, None
         if getattr(layer, "noise_enabled", False):
             sigma, at, _ = layer.noise(x)
+            sigma = sigma.contiguous()  # its memory is read
         shape = self._shape(x, at)
         added = residual
         if residual is not None and (residual.shape != shape or residual.dtype != x.dtype or not autograd.is_direct(residual)):

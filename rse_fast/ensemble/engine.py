@@ -4,7 +4,6 @@ import functools
 import itertools
 import math
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,12 +13,12 @@ from torch._C._dynamo import eval_frame
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from rse_fast import autograd, functional
-from rse_fast.ensemble import convolution, gradient, hooks, quantize
+from rse_fast.ensemble import convolution, gradient, quantize
 from rse_fast.ensemble.early_exit import make as make_criterion
 from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers, warn_caller
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
 from rse_fast.ensemble.stream import DrawStatistics, Scheduler, in_order
-from rse_fast.nn import NoiseContext, noise_layers, number_layers
+from rse_fast.nn import NoiseContext, is_checkpointed, noise_layers, number_layers
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -82,8 +81,8 @@ class Ensemble(nn.Module):
             convolutions on bytes, the noise being the dither, and the rest as "auto" does: on the CPU, for inference only (no gradient).
             `quantization` tells which layers stayed in the higher precision, and why.
         calibration: for "int8", batches of images [N, C, H, W] like those to come; the steps are chosen on them, with the noise on.
-        fuse: run an optimised snapshot of the model, renewed by itself when a parameter, buffer or noise switch has changed (`refresh`
-            forces it). False runs the live model in its own dtype, under autocast for a lower one.
+        fuse: run an optimised snapshot of the model, renewed by itself when a tensor, module, hook or plain attribute has changed
+            (`refresh` forces it). False runs the live model in its own dtype, under autocast for a lower one.
         early_exit: None takes all draws of every image. "exact": an image stops when its remaining draws cannot change its label, which
             is that of all draws, always. A number c in (0.5, 1): it stops when, at confidence c, its label is that of infinitely many
             draws, and never later than ``draws``. `Prediction.draws_used` tells. For `predict` and `stream`; `forward` takes all draws.
@@ -144,48 +143,45 @@ class Ensemble(nn.Module):
         x = self.images(x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)
-        if self.seed is None:
-            _refuse_checkpointing()
+        if self.seed is None and is_checkpointed():
+            raise ValueError(
+                "seed must be a number within torch.utils.checkpoint, got None: backward runs the ensemble again, and fresh noise would be "
+                "other noise; give Ensemble(seed=...), or call it without checkpoint, since it bounds the memory of its gradient by itself"
+            )
         seed = functional.seed_tensor(self.draw_seed(None), x.device)
         if torch.is_grad_enabled() and x.requires_grad:
             self._preparation.want_gradients()
         weights = []  # those that want a gradient, and that a snapshot only holds copies of
         if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
             weights = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.requires_grad]
-        if not weights:
-            return self._log_mean(self._preparation, x, seed, self.draws)
-        if self._gives_gradients_itself(weights, x):
-            return self._log_mean(self._live, x, seed, self.draws)
-        guarded = gradient.FirstDerivative.apply(x, weights) if x.requires_grad else x
-        result, watch = self._log_mean(self._preparation, guarded, seed, self.draws), self._preparation.watch
 
         def live(x, seed, draws=self.draws):
-            watch.require()
-            return self._log_mean(self._live, x, seed, draws)
+            with self._live.ready(x) as model:
+                return self._log_mean(self._live, model, x, seed, draws)
 
-        return result + gradient.OfWeights.apply(live, result.detach(), x.detach(), seed, *weights)
+        # What torch.func.functional_call has put in place, and a buffer that wants a gradient, is there for this call only.
+        if weights and (autograd.is_transformed() or not all(isinstance(t, nn.Parameter) for t in weights)):
+            return live(x, seed)
+        with self._preparation.ready(x) as model:
+            if not weights:
+                return self._log_mean(self._preparation, model, x, seed, self.draws)
+            if not model.once:
+                guarded = gradient.FirstDerivative.apply(x, weights) if x.requires_grad else x
+                result = self._log_mean(self._preparation, model, guarded, seed, self.draws)
+                return result + gradient.OfWeights.apply(live, model.watch, result.detach(), x.detach(), seed, *weights)
+        return live(x, seed)
 
-    def _gives_gradients_itself(self, weights, x) -> bool:
-        """Whether the model itself runs where its weights want a gradient, since running it later, in backward, would not be the same."""
-        return (
-            autograd.is_transformed()
-            or hooks.watched(self.model)  # a hook shall see one pass, not two
-            or any(t.grad_fn is not None for t in weights)  # torch.func.functional_call has put them in place, for this call only
-            or any(not isinstance(t, nn.Parameter) for t in weights if t.is_leaf)
-            or self.prepared(x).runner.random  # numbers of its own, which it would draw anew
-        )
-
-    def _log_mean(self, preparation, x, seed, draws):
+    def _log_mean(self, preparation, model, x, seed, draws):
         """Log of the mean softmax of ``draws`` draws, float32 [B, K]."""
         rows = []
-        with preparation.ready(x) as model:
-            for _, draw, logits in self._passes(preparation, model, x, seed, 0, draws):
-                if draw.start == 0:
-                    rows.append(LogSumOfDraws(logits))
-                else:
-                    rows[-1].add(logits)
-            empty = x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()  # of no images, for the sake of their gradient
-        return torch.cat([part.value() for part in rows]) - math.log(draws) if rows else empty
+        for _, draw, logits in self._passes(preparation, model, x, seed, 0, draws):
+            if draw.start == 0:
+                rows.append(LogSumOfDraws(logits))
+            else:
+                rows[-1].add(logits)
+        if not rows:  # no images: for the sake of their gradient
+            return x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()
+        return torch.cat([part.value() for part in rows]) - math.log(draws)
 
     @_left_by_compilers
     @torch.no_grad()
@@ -448,15 +444,3 @@ def _count(name, value):
 
 def _seed(seed):
     return functional.integer("seed", seed) % 2**64
-
-
-def _refuse_checkpointing():
-    """Raises within `torch.utils.checkpoint`: backward would run the ensemble again, with other noise, and give a wrong gradient."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            raise ValueError(
-                "seed must be a number within torch.utils.checkpoint, got None: backward runs the ensemble again, and fresh noise would be "
-                "other noise; give Ensemble(seed=...), or call it without checkpoint, since it bounds the memory of its gradient by itself"
-            )
-        frame = frame.f_back

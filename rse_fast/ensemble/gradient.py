@@ -57,9 +57,9 @@ class OfWeights(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, live, result, x, seed, *weights):
-        """live: (x, seed) -> the same result as ``result``, by the model that holds ``weights``."""
-        ctx.live = live
+    def forward(ctx, live, watch, result, x, seed, *weights):
+        """live: (x, seed) -> the same result as ``result``, by the model that holds ``weights``. watch: of that model, as it was for it."""
+        ctx.live, ctx.watch = live, watch
         ctx.save_for_backward(x, seed, *weights)
         return torch.zeros_like(result)
 
@@ -67,8 +67,9 @@ class OfWeights(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, seed, *weights = ctx.saved_tensors
+        ctx.watch.require()
         with torch.enable_grad():
             result = ctx.live(x, seed)
         if not result.requires_grad:  # of no images
-            return None, None, None, None, *map(torch.zeros_like, weights)
-        return None, None, None, None, *torch.autograd.grad(result, weights, g, allow_unused=True)
+            return None, None, None, None, None, *map(torch.zeros_like, weights)
+        return None, None, None, None, None, *torch.autograd.grad(result, weights, g, allow_unused=True)

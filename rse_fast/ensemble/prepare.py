@@ -5,6 +5,7 @@ of its own: what surrounds the caller (modes, transforms of `torch.func`, hooks 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 import threading
@@ -39,6 +40,8 @@ class Prepared:
         report: which layers run in int8, for dtype "int8".
         problem: why the model runs unfused where a fused one was wanted, or None.
         algorithms: what each convolution of a fused snapshot runs, by the layer's name.
+        watch: tells whether the model has changed since.
+        once: another pass of the same images may differ: the model draws numbers of its own, or has hooks, which shall see one pass.
     """
 
     runner: Runner
@@ -47,6 +50,8 @@ class Prepared:
     report: quantize.Report | None = None
     problem: str | None = None
     algorithms: dict[str, convolution.Choice] = field(default_factory=dict)
+    watch: Watch | None = None
+    once: bool = False
 
     @property
     def classes(self) -> int:
@@ -74,28 +79,31 @@ class Preparation:
         self.cuda_graphs, self.calibration, self.algorithm = cuda_graphs, calibration, algorithm
         self._gradients = False
         self.said: set[str] = set()  # what a user was warned of
-        self._lock, self._current, self._watch, self._layers = threading.Lock(), None, None, []
+        self._lock, self._current, self._layers = threading.Lock(), None, []
 
     @contextlib.contextmanager
     def ready(self, x: torch.Tensor):
         """The `Prepared` model for images like ``x`` [B, ...], in eval mode while the context lasts."""
-        if autograd.is_transformed() and any(map(is_functorch_wrapped_tensor, (*self.model.parameters(), *self.model.buffers()))):
-            # torch.func.functional_call has put other parameters in place, for this call only.
+        tensors = [*self.model.parameters(), *self.model.buffers()] if autograd.is_transformed() else []
+        if any(map(is_functorch_wrapped_tensor, tensors)):
+            # torch.func.functional_call has put other tensors in place, for this call only.
             with eval_mode(self.model):
-                dtype = next(self.model.parameters()).dtype
+                dtype = tensors[0].dtype
                 runner = Runner(self.model, dtype, self.dtype or dtype, True, None)
                 yield Prepared(runner, runner, plan.Planner(x.device))
             return
         with self._lock:
             state = x.shape[1:], x.device, self._gradients
-            if self._current is None or self._current[0] != state or self._watch.changed():
+            if self._current is None or self._current[0] != state or self._current[1].watch.changed():
                 self._current = None
                 self._layers = list(number_layers(self.model).values())
                 if not self._layers:
                     raise ValueError(no_layers(self.model))
-                self._watch = Watch(self.model)
+                watch = Watch(self.model)
                 shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
                 prepared = _on_a_thread_of_its_own(lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device)
+                once = prepared.runner.random or hooks.watched(self.model)
+                prepared = dataclasses.replace(prepared, watch=watch, once=once)
                 self._current = state, prepared
                 if prepared.problem is not None:
                     warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")
@@ -117,11 +125,6 @@ class Preparation:
         if any(layer.stream != index for index, layer in enumerate(self._layers)):
             number_layers(self.model)
 
-    @property
-    def watch(self) -> Watch | None:
-        """What the model is compared with; of the newest call of `ready`."""
-        return self._watch
-
     def want_gradients(self) -> None:
         """From now on a snapshot is checked for its gradients as well."""
         self._gradients = True
@@ -138,12 +141,13 @@ class Preparation:
             self._current = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_lock": None, "_current": None, "_watch": None, "_layers": []}  # a copy takes its own snapshot
+        return {**self.__dict__, "_lock": None, "_current": None, "_layers": []}  # a copy takes its own snapshot
 
     def __setstate__(self, state):
         self.__dict__ = {**state, "_lock": threading.Lock()}
 
     # ------------------------------------------------------------------------------------------------------------------ anew
+    @hooks.silent()
     def _prepare(self, x) -> Prepared:
         numbers = torch.get_rng_state()
         compute = self.dtype or best_dtype(x.device)

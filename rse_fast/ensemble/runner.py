@@ -7,7 +7,6 @@ from torch import nn
 
 from rse_fast import autograd
 from rse_fast.convert import meta_copy
-from rse_fast.ensemble.hooks import silent
 from rse_fast.ensemble.plan import PeakBytes, SavedBytes
 from rse_fast.nn import NoiseContext
 from rse_fast.trace import RandomOpDetector
@@ -72,7 +71,7 @@ class Runner:
     def _probe(self, images):
         """What the model returns for 2 images in 2 draws, or the exception that it raises."""
         try:
-            with silent(), seeded(0, images.device) if self.random else contextlib.nullcontext():
+            with seeded(0, images.device) if self.random else contextlib.nullcontext():
                 context = NoiseContext(torch.zeros((), dtype=torch.int64, device=images.device), 2, 2)
                 result = self(images, context)
                 self.called = [layer.stream for layer in context.calls]
@@ -97,11 +96,11 @@ class Runner:
             model, x = meta_copy(self.model).float(), torch.empty(shape, device="meta")
             seed = torch.zeros((), dtype=torch.int64, device="cpu")
             scale = self.compute.itemsize / torch.float32.itemsize / (images * draws)
-            with silent(), torch.no_grad(), NoiseContext(seed, images, draws), PeakBytes() as memory:
+            with torch.no_grad(), NoiseContext(seed, images, draws), PeakBytes() as memory:
                 out = model(x)
             self.row_bytes = memory.peak * scale
             try:
-                with silent(), torch.enable_grad(), NoiseContext(seed, images, draws), SavedBytes(model) as saved:
+                with torch.enable_grad(), NoiseContext(seed, images, draws), SavedBytes(model) as saved:
                     model(x.requires_grad_())
                 self.saved_bytes = saved.total * scale
             except Exception:  # a model without a gradient
@@ -170,7 +169,7 @@ def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: boo
         values = probe_images(x, 4).requires_grad_(gradients)
         context = NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2)
         # A layer that draws numbers of its own shall draw the same.
-        with silent(), torch.set_grad_enabled(gradients), seeded(0, x.device) if runner.random else contextlib.nullcontext():
+        with torch.set_grad_enabled(gradients), seeded(0, x.device) if runner.random else contextlib.nullcontext():
             logits = run(model, values, context, compute, compute, layout)
             if not gradients or not isinstance(logits, torch.Tensor):
                 return (logits,)

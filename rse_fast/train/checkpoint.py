@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
@@ -53,7 +52,7 @@ def save_best(path: Path, tensors: dict[str, Tensor], score: float, epoch: int) 
 
 def load_best(path: Path, model: nn.Module) -> dict:
     """Gives the model what `save_best` wrote and returns best_score and best_epoch. CheckpointError for a file that is damaged, or of
-    another model. One without a digest, as older versions wrote it, is taken with a warning."""
+    another model. One without a digest is damaged, too: a changed bit of the header can hide it."""
     from safetensors import safe_open
 
     try:
@@ -64,12 +63,8 @@ def load_best(path: Path, model: nn.Module) -> dict:
         with safe_open(path, "pt") as file:
             facts = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        promised = facts.pop("sha256", None)
-        if promised is None:
-            text = f"{str(path)!r} has no digest, as older versions wrote it: were it damaged, nothing would tell"
-            warnings.warn(text, stacklevel=3)
-        elif promised != digest(tensors, facts):
-            raise ValueError("it is damaged (its SHA-256 differs)")
+        if facts.pop("sha256", None) != digest(tensors, facts):
+            raise ValueError("it is damaged (its SHA-256 differs, or is missing)")
         found = {"best_score": float(facts["best_score"]), "best_epoch": int(facts["best_epoch"])}
     except Exception as error:  # safetensors has errors of its own beside OSError
         reason = f"it does not say {error}" if isinstance(error, KeyError) else str(error)[:300]
