@@ -13,7 +13,7 @@ INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
 help:
 	@echo "make demo   train, attack and report on real images (a few minutes)"
 	@echo "make test   all tests"
-	@echo "make check  ruff"
+	@echo "make check  ruff: faults and format"
 	@echo "make bench  benchmarks beside the peers, which it installs"
 	@echo "make docs   the documentation as a site, in site/; a warning is an error"
 	@echo "make build  sdist and wheel into dist/"
@@ -31,6 +31,7 @@ test: $(VENV)/installed-test
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 bench: $(VENV)/installed-bench $(VENV)/installed-peers
 	$(PIP) install -q --no-deps -c constraints.txt baal

@@ -82,7 +82,7 @@ run_tests() { # run_tests NAME [PREFIX...] -- ARGUMENTS...: pytest behind a comm
 tests() {
     # Named one by one: the other files import what only a full installation has.
     local marked
-    mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
+    mapfile -t marked < <(grep -l 'mark\.gpu' tests/*/test_*.py)
     run_tests tests -- -m gpu "${marked[@]}"
 }
 
@@ -127,7 +127,7 @@ checks() {
     # Small shapes: each launch is slowed down many times over.
     for tool in "${tools[@]}"; do
         run_tests "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all -- \
-            -x tests/triton/kernel_add_noise.py tests/triton/kernel_sigma_grad.py tests/triton/kernel_conv.py \
+            -x tests/kernels/triton/kernel_add_noise.py tests/kernels/triton/kernel_sigma_grad.py tests/kernels/triton/kernel_conv.py \
             -k "combination or pieces or padding_has or dither or one_pass or pool_takes"
     done
 }

@@ -261,4 +261,3 @@ def _examples(results: dict, gallery: dict):
         example_row(axes_row, name, images, labels.tolist(), gallery["labels"].tolist(), classes)
     figure.suptitle(f"PGD at eps = {radius(levels[index]['eps'])}, and the label the attacked network gives", fontsize=10)
     return figure
-

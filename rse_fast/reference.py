@@ -134,9 +134,7 @@ def activate(x, scale, shift, relu, pool=False) -> torch.Tensor:
     return torch.nn.functional.max_pool2d(y, 2) if pool else y
 
 
-def add_noise(
-    x, sigma, seed, stream, images, draws, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None, relu=False
-):
+def add_noise(x, sigma, seed, stream, images, draws, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None, relu=False):
     """``relu(x * scale + shift) + sigma * eps``, computed in float32 (float64 for float64 input) and rounded once to x's dtype.
 
     x: [images or draws * images, C, *spatial]; sigma: float32 0-dim or [C]; scale, shift: float32 [C] or None; seed: int64 0-dim.

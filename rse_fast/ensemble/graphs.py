@@ -40,8 +40,9 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tupl
             torch.cuda.set_stream(current)
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(current.device_index, pool)
-            with contextlib.suppress(RuntimeError), torch.cuda.graph(
-                torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"
+            with (
+                contextlib.suppress(RuntimeError),
+                torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
             ):
                 torch.zeros(1, device=current.device)  # the end of a capture that succeeds is the end of one for the generator as well
             raise (cause or error) from None

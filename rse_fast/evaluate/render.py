@@ -8,7 +8,7 @@ MARKERS = "so^vDPX"
 
 
 def percent(estimate: dict) -> str:
-    """"88.6 ± 0.4 (86.1–90.8)": mean, sd over repeats where there are several, 95 % interval."""
+    """ "88.6 ± 0.4 (86.1–90.8)": mean, sd over repeats where there are several, 95 % interval."""
     spread = "" if estimate["sd"] is None else f" ± {100 * estimate['sd']:.1f}"
     return f"{100 * estimate['mean']:.1f}{spread} ({100 * estimate['low']:.1f}–{100 * estimate['high']:.1f})"
 

@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPATIAL = [(), (1,), (2,), (5,), (16,), (17,), (3, 3), (7, 5), (33, 2), (3, 4, 5)]
 KATS = [
     {name: np.array([int(word, 16) for word in text.split()], np.uint32) for name, text in vector.items()}
-    for vector in json.loads(Path(__file__).with_name("kat_philox.json").read_text())["vectors"]
+    for vector in json.loads(Path(__file__).parents[1].joinpath("helpers", "kat_philox.json").read_text())["vectors"]
 ]
 TOP = 2**32
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -67,7 +67,7 @@ def expected(words):
 
 
 def test_known_answers():
-    for vector in json.loads(Path(__file__).parents[1].joinpath("kat_philox.json").read_text())["vectors"]:
+    for vector in json.loads(Path(__file__).parents[2].joinpath("helpers", "kat_philox.json").read_text())["vectors"]:
         counter, key, words = (np.array([int(w, 16) for w in vector[k].split()], np.uint32) for k in ("counter", "key", "words"))
         seed = int(key[0]) + (int(key[1]) << 32)
         got, _, _ = sample(np.tile(counter, (COUNT, 1)), seed - 2**64 if seed >= 2**63 else seed)

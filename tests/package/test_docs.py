@@ -18,7 +18,7 @@ import rse_fast
 from rse_fast import cli, models, train
 from rse_fast.nn import noise_layers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "bench/RESULTS.md")),
     *sorted((ROOT / "docs").glob("*.md")),

@@ -116,7 +116,7 @@ def test_the_working_directory_replaces_no_package(images, tmp_path):
         (tmp_path / package / "__init__.py").write_text(PLANTED.format(place=str(tmp_path / "it ran")))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "start.py").write_text("import sys\nfrom rse_fast import cli\nsys.exit(cli.main(sys.argv[1:]))\n")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "helpers"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "bin/start.py", "certify", "run", "--n0", "5", "--n", "20", "--images", "2", "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

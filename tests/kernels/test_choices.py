@@ -12,7 +12,7 @@ from rse_fast import noise
 from rse_fast.kernels import triton
 from rse_fast.kernels.triton import choices
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WEIGHTS = {  # shape class: weight, groups
     "first": (torch.Size((64, 3, 3, 3)), 1),
     "pointwise": (torch.Size((256, 512, 1, 1)), 1),

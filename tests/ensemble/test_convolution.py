@@ -7,9 +7,9 @@ import pytest
 import torch
 from small_nets import CLASSES, NETS, Head, kept_for_gradient, lively, rounding, sequential
 from test_fuse import ADDITIONS, LIKE, Net
-from test_winograd import bound, transformed
 from torch import nn
 from torch.nn.functional import conv2d
+from winograd_bound import bound, transformed
 
 import rse_fast
 from rse_fast import Ensemble

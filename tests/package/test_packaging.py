@@ -11,7 +11,7 @@ import pytest
 
 from rse_fast.kernels.cpu import build
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIBRARY = f"rse_fast/kernels/cpu/{build.library_name()}"
 PROBLEM = f"rse_fast/kernels/cpu/{build.PROBLEM_FILE}"
 

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 pytest.importorskip("safetensors.torch")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GPU = "gpu"  # apart: the script looks for files with the mark
 SUITES = ("host", "noise", "train", "ensemble", "attack", "certify")
 
@@ -33,7 +33,7 @@ def test_every_part_runs_dry(tmp_path):
     listed = {line.split(":")[0] for line in logs["suites"].splitlines()}
     assert listed == set(SUITES)
     assert "VGG16 B=512" in logs["suites"]  # the cases of a GPU, not of this machine
-    marked = {path.name for path in ROOT.glob("tests/test_*.py") if f"mark.{GPU}" in path.read_text()}
+    marked = {path.name for path in ROOT.glob("tests/*/test_*.py") if f"mark.{GPU}" in path.read_text()}
     assert all(name in logs["tests"] for name in marked)
     assert "convolution pointwise" in logs["kernels"] and "kernel_conv.py" in logs["memcheck"]
     assert '"commit"' in logs["environment"] and {"profile", "ncu_flat", "ncu_planar"} <= logs.keys()

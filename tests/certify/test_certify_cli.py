@@ -74,7 +74,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
 def test_a_killed_run_loses_no_line_that_was_written(tmp_path):
     more = ["--n", "4000", "--images", "60", "--seed", "2", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "rse_fast.cli", "certify", *BASE, *more]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1] / "helpers"),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     table, end = tmp_path / "certified.tsv", time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None and (not table.exists() or table.read_bytes().count(b"\n") < 3):

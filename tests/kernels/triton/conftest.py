@@ -1,7 +1,7 @@
 """For the files here, each kind run in a process of its own: kernels are either interpreted or compiled, never both.
 
-`tests/test_triton.py` runs ``kernel_*.py`` in the interpreter and ``compile_*.py`` ahead of time, `tests/test_gpu.py` runs ``kernel_*.py``
-and ``device_*.py`` on the device, which is then torch's default device.
+`tests/kernels/test_triton.py` runs ``kernel_*.py`` in the interpreter and ``compile_*.py`` ahead of time, `tests/kernels/test_gpu.py` runs
+``kernel_*.py`` and ``device_*.py`` on the device, which is then torch's default device.
 
 In an interpreting process (TRITON_INTERPRET=1) faults of the interpreter are repaired: float32 becomes bfloat16 and fp8 by rounding to
 nearest even, carries included; `tl.dot` takes bfloat16 operands as numbers, not as their bits; the type of AMD's fp8 is known; bounds of

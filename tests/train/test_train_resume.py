@@ -139,7 +139,7 @@ def test_sigterm_saves_in_mid_epoch_and_exits_0(whole, tmp_path):
         "    return advance(self)\n"
         "Trainer.advance = interrupted; sys.exit(command.main(sys.argv[1:]))"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
     command = [sys.executable, "-c", code, "--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -319,7 +319,7 @@ def test_sigterm_to_the_whole_group_is_the_parents_alone(tmp_path, rng):
         "--model", "tiny_training:net", "--batch-size", "8", "--epochs", "500", "--device", "cpu", "--log-steps", "1", "--out",
         str(tmp_path / "run"),
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "helpers"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "run" / "log.jsonl"
     while process.poll() is None and len(read(log)) < 20:

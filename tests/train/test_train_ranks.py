@@ -98,7 +98,7 @@ def test_torchrun_trains_continues_and_leaves_the_run_of_one_process(images, tmp
     settings.save(tmp_path / "config.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "tiny_training", "train"]
     command += ["--trust", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "two")]
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "helpers"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best epoch") == 1  # one of them speaks

@@ -79,7 +79,7 @@ def test_ahead_of_time(compiled):
 def test_every_kernel_and_form_is_interpreted_and_compiled(interpreted, run_python):
     """A kernel, a dtype of its operand or an option that lacks one of the proofs fails here, whoever adds it.
 
-    That each has a row for every target is in tests/triton/compile_kernels.py.
+    That each has a row for every target is in tests/kernels/triton/compile_kernels.py.
     """
     kernels = kernels_in_the_sources()
     assert len(kernels) >= 5
