@@ -82,7 +82,7 @@ class NoiseContext:
                 )
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
-        sigma = layer.current_sigma()
+        sigma = layer.current_sigma(x.dtype)
         if call == 0 and layer.stream == self.silent:
             sigma = torch.zeros_like(sigma)
         seed, sample_ids = self.seed, self.sample_ids
@@ -165,16 +165,17 @@ class NoiseLayer(nn.Module):
             raise ValueError(f"sigma must be a number or have shape {tuple(target.shape)}, got shape {tuple(value.shape)}")
         target.copy_(value if kept is None else _raw(value))
 
-    def current_sigma(self) -> torch.Tensor:
-        """sigma as a float32 tensor, whose memory kernels read; attached to ``sigma_raw`` where it is learnable."""
+    def current_sigma(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """sigma for an input of ``dtype``: float32, whose memory kernels read, or as it is for float64. Attached to ``sigma_raw`` where it
+        is learnable."""
         sigma = self._buffers.get("sigma")
         sigma = nn.functional.softplus(self.sigma_raw) if sigma is None else sigma
-        return sigma if sigma.dtype == torch.float32 else sigma.float()
+        return sigma if sigma.dtype == torch.float32 or dtype == torch.float64 else sigma.float()
 
     def noise(self, x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
         """(sigma, address, backend) of the noise of one call on ``x``."""
         context = getattr(_active, "context", None)
-        return (self.current_sigma(), ambient(x), "auto") if context is None else context.noise(self, x)
+        return (self.current_sigma(x.dtype), ambient(x), "auto") if context is None else context.noise(self, x)
 
     def add_noise(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` plus the noise of one call; the channels are dimension ``channel_dim``."""
@@ -193,7 +194,7 @@ class NoiseLayer(nn.Module):
         if kept is not None and (after is not before or after.dtype != torch.float32):
             self._remember_sigma(kept, after.device)
             self._store_sigma(kept.to(after.device))
-        elif kept is not None and not after.is_meta:
+        elif kept is not None and isinstance(after, nn.Parameter) and not after.is_meta:
             after.data.copy_(kept)  # to_empty() leaves a parameter the same tensor
         return self
 

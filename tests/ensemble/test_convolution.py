@@ -367,3 +367,24 @@ def test_refusals(name):
 def test_a_model_that_cannot_be_fused_is_refused_at_the_first_call():
     with pytest.raises(ValueError, match="algorithm must be 'auto' or 'direct' here, got 'winograd': it cannot be traced"):
         Ensemble(NETS["not traceable"](), 2, algorithm="winograd").predict(torch.rand(2, 3, 10, 10))
+
+
+# ---------------------------------------------------------------------------------------------------------------- kinds of sigma
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+def test_sigma_of_another_dtype_or_layout_is_read_as_its_values(algorithm, seed):
+    sigma = torch.linspace(0.1, 0.4, 8)
+    wide = torch.zeros(8, 3)
+    wide[:, 1] = sigma
+    found = []
+    for given in (sigma, sigma.double(), wide[:, 1], torch.tensor(0.3), torch.tensor(0.3).expand(8)):
+        model = rse_fast.convert(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), Head(8)), 0.2)
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        model[2].sigma = given
+        x = torch.rand(2, 3, 12, 12)
+        found.append(Ensemble(model, 4, seed=3, dtype="float32", algorithm=algorithm).predict(x).probs)
+    for other in (1, 2):
+        assert torch.equal(found[other], found[0])
+    # A scalar and a vector take other instructions, so they may differ by a rounding.
+    assert (found[3] - found[4]).abs().max() < 1e-5 < (found[0] - found[3]).abs().max()

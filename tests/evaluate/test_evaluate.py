@@ -20,6 +20,7 @@ for package in ("foolbox", "pyautoattack", "safetensors", "sklearn", "tqdm"):
     pytest.importorskip(package)
 
 from rse_fast import data  # noqa: E402
+from rse_fast.data import lines  # noqa: E402
 from rse_fast.evaluate import PROTOCOLS, Case, attacks, command, evaluate, rows, run  # noqa: E402
 from rse_fast.evaluate.target import Queries, Target, derive  # noqa: E402
 
@@ -425,7 +426,7 @@ def test_a_part_that_is_sorted_by_class_is_shuffled():
 
 
 def test_rows_that_are_no_rows_are_an_error(tmp_path):
-    (tmp_path / "rows-0.jsonl").write_text('{"case": "a", "index": 0}\n')
+    (tmp_path / "rows-0.jsonl").write_bytes(lines.json_line({"case": "a", "index": 0}))
     with pytest.raises(ValueError, match="line 1 .*rows-0.jsonl.*label is missing"):
         rows.read(tmp_path)
 
