@@ -4,7 +4,7 @@ A call goes straight to its kernel where nothing watches it. Where a compiler, a
 through the registered op (see `ops`), which they know how to handle. Inside a transform of `torch.func`, and in forward mode, it goes
 through `AddNoise`, which has a rule for each; a convolution is then a noise and torch's own convolution. The results are the same.
 
-Gradients regenerate eps from the seed. Only a convolution inside a transform stores its noisy input, as torch's own does with any input.
+Gradients regenerate eps from the seed. A noisy input is stored only where it is small (`STORED`), and inside a transform.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from rse_fast import noise
 from rse_fast.address import NoiseAddress
-from rse_fast.layout import packed_like
+from rse_fast.layout import layout, packed_like
 
 _registered = torch.ops.rse_fast
 _gradients = torch.ops.aten.convolution_backward.default
@@ -22,6 +22,10 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Bytes of a noisy input up to which one call of the vendor's library makes all gradients of a convolution. The noisy input then lives
 # until the gradient of the input, as large as itself, is there; larger ones are freed before.
 ONE_CALL = 2**22
+
+# Bytes of an input up to which torch's own functions keep the noisy one for backward: they save more time than they cost memory. What
+# runs in Python in backward takes longer than a convolution of so few values.
+STORED = 2**14
 
 NO_DERIVATIVE = "this op is for inference and has no forward-mode derivative; take add_noise or noisy_conv, which have one"
 NO_GRADIENT = (
@@ -66,6 +70,8 @@ def add_noise(x, sigma, at, scale=None, shift=None, relu=False, backend="auto", 
     if not is_direct(x):
         return _registered.add_noise.default(x, sigma, *at, scale, shift, relu, backend, after)
     if wants_gradient(x, sigma, scale, shift):
+        if scale is None and shift is None and not relu and _is_small(x, sigma, at, backend):
+            return _noisy_copy(x, sigma, at, backend)
         return _add_noise(x, sigma, scale, shift, at, relu, backend)
     return noise.add_noise(x, sigma, at, scale, shift, relu, backend)
 
@@ -77,6 +83,8 @@ def noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, ba
     if not (is_direct(x) and type(weight) in _PLAIN):
         return _registered.noisy_conv.default(x, weight, bias, sigma, *at, stride, padding, dilation, groups, backend)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or wants_gradient(bias, sigma)):
+        if _is_small(x, sigma, at, backend):
+            return noise.convolution(_noisy_copy(x, sigma, at, backend), weight, bias, stride, padding, dilation, groups)
         return _noisy_conv(x, weight, bias, sigma, at, (stride, padding, dilation), groups, backend)
     return noise.noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend)
 
@@ -88,6 +96,8 @@ def noisy_linear(x, weight, bias, sigma, at, backend="auto") -> torch.Tensor:
     if not (is_direct(x) and type(weight) in _PLAIN):
         return _registered.noisy_linear.default(x, weight, bias, sigma, *at, backend)
     if wants_gradient(x, weight, bias, sigma):
+        if _is_small(x.movedim(-1, 1), sigma, at, backend):
+            return torch.nn.functional.linear(_noisy_copy(x.movedim(-1, 1), sigma, at, backend).movedim(1, -1), weight, bias)
         return _noisy_linear(x, weight, bias, sigma, at, backend)
     y = noise.add_noise(x.movedim(-1, 1), sigma, at, None, None, False, backend).movedim(1, -1)
     return torch.nn.functional.linear(y, weight, bias)
@@ -126,6 +136,25 @@ def activate_noise(x, sigma, at, scale=None, shift=None, relu=False, pool=False,
     if wants_gradient(x, sigma, scale, shift):
         raise RuntimeError(NO_GRADIENT)
     return noise.activate_noise(x, sigma, at, scale, shift, relu, pool, backend, keep)
+
+
+def _is_small(x, sigma, at, backend) -> bool:
+    """Whether torch's own functions shall make the gradients of x plus noise."""
+    return (
+        x.numel() * x.element_size() <= STORED
+        and x.shape[0] == at.rows
+        and not sigma.requires_grad
+        and layout(x) is not None
+        and not x.is_neg()
+        and (noise.active_backend(x) if backend == "auto" else backend) != "torch"
+    )
+
+
+def _noisy_copy(x, sigma, at, backend):
+    """x plus noise, whose gradient is that of a copy."""
+    y = x.clone()
+    noise.add_noise(x, sigma, at, None, None, False, backend, y)
+    return y
 
 
 def _sum_draws(g, rows, at):

@@ -92,6 +92,13 @@ def rng():
     return np.random.default_rng(entropy)
 
 
+@pytest.fixture(params=["regenerated", "stored"])
+def gradients_of_small_inputs(request, monkeypatch):
+    """For tests of gradients, whose inputs are small: the noise is made again in backward, as for large ones, then as it is for them."""
+    if request.param == "regenerated":
+        monkeypatch.setattr("rse_fast.autograd.STORED", -1)
+
+
 @pytest.fixture
 def one_thread():
     """For tests of many small tensors: waking other threads would cost more than it brings, above all on busy machines."""

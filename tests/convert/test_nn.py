@@ -228,6 +228,7 @@ def test_gradient_of_learnable_sigma_against_finite_differences(rng):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ training
+@pytest.mark.usefixtures("gradients_of_small_inputs")
 @pytest.mark.parametrize("reentrant", (True, False))
 @every_layer
 def test_activation_checkpointing_gives_the_same_gradients(cls, plain_cls, args, options, shape, reentrant, rng):
@@ -375,6 +376,7 @@ def test_a_scope_silences_the_first_call_of_one_layer(rng):
     assert not torch.equal(again, y)
 
 
+@pytest.mark.usefixtures("gradients_of_small_inputs")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("reentrant", (True, False))
 def test_checkpointing_inside_a_scope_is_refused_and_around_it_works(model, reentrant, rng):

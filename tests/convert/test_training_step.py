@@ -21,7 +21,7 @@ from rse_fast import autograd, reference
 from rse_fast.models import VGG16, ResNeXt29
 from rse_fast.nn import NoiseContext, NoisyConv2d, noise_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "gradients_of_small_inputs")
 
 
 def resnet():
