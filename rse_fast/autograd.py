@@ -8,7 +8,7 @@ Gradients regenerate eps from the seed. A noisy input is stored only where it is
 """
 
 import torch
-from torch._C._functorch import unwrap_if_dead
+from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack, unwrap_if_dead
 from torch.autograd import forward_ad
 
 from rse_fast import noise
@@ -40,6 +40,7 @@ def is_direct(x: torch.Tensor) -> bool:
         torch.compiler.is_compiling()  # first: a compiler knows the answer, and what follows is not for it
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
         or type(x) not in _PLAIN
         or x.is_meta
         or x._is_zerotensor()  # which has no memory either
@@ -49,8 +50,12 @@ def is_direct(x: torch.Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation is under way."""
-    return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    """Whether a transform of `torch.func` that `AddNoise` has a rule for, or forward-mode differentiation, is under way."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return peek_interpreter_stack().key() != TransformType.Functionalize
+    return forward_ad._current_level >= 0
 
 
 def wants_gradient(*tensors) -> bool:
@@ -105,9 +110,10 @@ def noisy_linear(x, weight, bias, sigma, at, backend="auto") -> torch.Tensor:
 
 def sigma_grad(g, at, per_channel, backend="auto") -> torch.Tensor:
     """``sum(g * eps)`` over everything, or per channel: the gradient of sigma; differentiable in g."""
-    if is_transformed():
+    if is_transformed() or is_legacy_batchedtensor(g):  # the latter of autograd's is_grads_batched
         real = torch.promote_types(g.dtype, torch.float32)
-        eps = add_noise(torch.zeros_like(g, dtype=real), torch.ones((), dtype=real, device=g.device), at, backend=backend)
+        zeros, one = torch.zeros(g.shape, dtype=real, device=g.device), torch.ones((), dtype=real, device=g.device)
+        eps = add_noise(zeros, one, at, backend=backend)
         return (g * eps).sum([d for d in range(g.dim()) if d != 1 or not per_channel])
     if not is_direct(g):
         return _registered.sigma_grad.default(g, *at, per_channel, backend)

@@ -321,3 +321,29 @@ def test_forward_mode_of_packed_draws(rng):
         x, t = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
         _, tangent = jvp(make, (x,), (t,))
         assert torch.allclose(tangent, make(x + t) - make(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [8, 24])  # noise stored, and made again in backward
+def test_gradients_of_a_batch_of_gradients(side, rng):
+    """As `torch.autograd.functional.jacobian(vectorize=True)` takes them."""
+    layer = rse_fast.convert(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1)), 0.2, learnable="channel" if side == 24 else True)
+    x = torch.rand(2, 8, side, side, requires_grad=True)
+    y, inputs = layer(x), (x, *layer.parameters())
+    batch = torch.randn(3, *y.shape)
+    found = torch.autograd.grad(y, inputs, batch, is_grads_batched=True, retain_graph=True)
+    apart = [torch.autograd.grad(y, inputs, g, retain_graph=True) for g in batch]
+    for got, *one_by_one in zip(found, *apart, strict=True):
+        want = torch.stack(one_by_one)
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_functionalize_gives_the_same_noise_and_gradients(rng):
+    layer = rse_fast.convert(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), 0.2, learnable=True)
+    x, seed = torch.rand(2, 3, 8, 8, requires_grad=True), int(rng.integers(2**63))
+    found = []
+    for function in (layer, torch.func.functionalize(layer)):
+        torch.manual_seed(seed)
+        y = function(x)
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))])
+    for got, want in zip(*found, strict=True):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
