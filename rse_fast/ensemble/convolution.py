@@ -23,8 +23,7 @@ from rse_fast.nn import NoiseContext
 
 ALGORITHMS = ("auto", "direct", "winograd")
 CLEARLY = 0.97  # Winograd replaces the direct convolution where it takes less than this share of its time
-_FAR = 1.3  # what took so many times the best in a first run is not run again
-_ROUNDS = 3
+_ROUNDS = 4
 _MOST_WORK = 1.5e9  # multiplications (of the direct algorithm) of one run that is timed: 40 rows of VGG16
 
 
@@ -274,7 +273,8 @@ def _measured(fused: FusedConv, shape, rows: int, candidates) -> tuple[int, dict
 
 @torch.no_grad()
 def _time(fused, shape, rows, candidates) -> dict[Form | None, float]:
-    """Least seconds of a few runs in turns. The values of the weights do not matter."""
+    """Least seconds of processor time of a few runs in turns: what other processes take of a core is not counted. The values of the weights
+    do not matter."""
     layer, seconds, kept = fused.layer, {}, fused.winograd
     x = _map(layer.weight, rows, *shape).normal_()
     algorithms = {}
@@ -285,13 +285,13 @@ def _time(fused, shape, rows, candidates) -> dict[Form | None, float]:
     try:
         for number in range(_ROUNDS):
             for form, algorithm in algorithms.items():
-                if number and seconds[form] > _FAR * min(seconds.values()):
-                    continue
                 fused.winograd = algorithm
                 with NoiseContext(torch.zeros((), dtype=torch.int64, device="cpu"), rows):
-                    begin = time.perf_counter()
+                    if not number:  # makes primitives, maps memory, reads weights for the first time
+                        fused.forward(x)
+                    begin = time.process_time()
                     fused.forward(x)
-                    seconds[form] = min(seconds.get(form, math.inf), time.perf_counter() - begin)
+                    seconds[form] = min(seconds.get(form, math.inf), time.process_time() - begin)
     finally:
         fused.winograd = kept
     return seconds
