@@ -109,14 +109,14 @@ def add_noise_(
 def activate_noise(
     x: Tensor, sigma: PerChannel, *, seed: Seed, stream: int = 0, images: int | None = None, draws: int = 1, image_offset: int = 0,
     draw_offset: int = 0, sample_ids: Tensor | None = None,
-    scale: PerChannel | None = None, shift: PerChannel | None = None, act: str | None = None, pool: bool = False, keep: bool = True,
+    scale: PerChannel | None = None, shift: PerChannel | None = None, act: str | None = None, pool: bool = False, clean_output: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(noisy, clean) in one pass, for networks whose activation goes on with and without noise. For inference: it has no gradient.
 
     clean = ``act(x * scale + shift)``, with ``pool`` the largest of each 2x2 window of it, rounded once to x's dtype: one row for each
-    row of x; no rows unless ``keep``. noisy = the same value before its rounding, plus ``sigma * eps``, rounded once: ``draws * images``
-    rows.
+    row of x; no rows unless ``clean_output``. noisy = the same value before its rounding, plus ``sigma * eps``, rounded once:
+    ``draws * images`` rows.
 
     x [images or draws * images, C, *spatial]; with pool [*, C, H, W], H and W at least 2. Everything else as in `add_noise`. Raises
     RuntimeError where an input requires a gradient.
@@ -128,7 +128,7 @@ def activate_noise(
     backend = check_backend(backend, x)
     sigma, at = _address(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
-    return autograd.activate_noise(x, sigma, at, scale, shift, act == "relu", bool(pool), backend, bool(keep))
+    return autograd.activate_noise(x, sigma, at, scale, shift, act == "relu", bool(pool), backend, bool(clean_output))
 
 
 def add_noise_u8(

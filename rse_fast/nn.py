@@ -33,7 +33,7 @@ class NoiseContext:
     rows are draws ``draw_offset ..`` of images ``image_offset ..``, or of the (image, first draw) of each row of ``sample_ids``. A layer's
     stream is its index in the model, plus the number of its earlier calls within the context in the high half of the word: one context is
     one forward pass.
-    ``silent``: the stream of a layer whose first call adds no noise, because the caller has added it already.
+    ``noiseless_stream``: the stream of a layer whose first call adds no noise, because the caller has added it already.
     ``undefined``: bool tensors, of the images or of all rows: which had NaN where they became bytes, in which NaN is lost.
 
     Activation checkpointing goes around a context: one inside would run again in backward, where no context is left, and is refused.
@@ -46,7 +46,7 @@ class NoiseContext:
     draw_offset: int = 0
     backend: str = "auto"
     sample_ids: torch.Tensor | None = None
-    silent: int | None = None
+    noiseless_stream: int | None = None
     calls: dict[nn.Module, int] = field(default_factory=dict, repr=False)
     undefined: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -86,7 +86,7 @@ class NoiseContext:
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
         sigma = layer.current_sigma()
-        if call == 0 and layer.stream == self.silent:
+        if call == 0 and layer.stream == self.noiseless_stream:
             sigma = torch.zeros_like(sigma)
         seed, sample_ids = self.seed, self.sample_ids
         if seed.device != x.device:  # a model that is spread over devices

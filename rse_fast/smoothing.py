@@ -11,7 +11,7 @@ the certificate needs: Phi^-1(G_c) is Lipschitz with constant 1 / sigma (Salman 
 break certificates (Voracek & Hein, ICLR 2023). Their remedy is taken: image and noise are rounded to multiples of one fixed step, each by
 itself, and added exactly. The sum is then the Gaussian around the rounded image, rounded; whatever follows, a cast to bfloat16 included, is
 part of the network. Rounding moves two images apart by at most sqrt(d) steps of 2^-20 sigma or less, and the radius is that much shorter.
-So the input's noise is added here, with the very eps of the layer, which is silent meanwhile.
+So the input's noise is added here, with the very eps of the layer, which adds no noise meanwhile.
 
 *Early stop.* Looking at the votes at m numbers of draws, each with a Clopper-Pearson bound at level alpha / m, gives bounds that hold all
 together with probability 1 - alpha (union bound), so the best of them holds whenever one stops, for any rule of stopping (adaptive sampling
@@ -156,9 +156,9 @@ def certify(
 
     def successes(active: np.ndarray, start: int, stop: int) -> np.ndarray:
         active = torch.as_tensor(active, device=x.device)
-        more = _votes(ensemble, layer, x[active], index[active], n0 + start, n0 + stop, seed)
-        votes[active] += more
-        return more.gather(1, top[active, None])[:, 0].cpu().numpy()
+        counted = _votes(ensemble, layer, x[active], index[active], n0 + start, n0 + stop, seed)
+        votes[active] += counted
+        return counted.gather(1, top[active, None])[:, 0].cpu().numpy()
 
     p_lower, draws = estimate(successes, len(x), n, alpha, [float(ndtr((r + width) / sigma)) for r in radii])
     abstains = torch.from_numpy(p_lower < 0.5)
@@ -260,7 +260,7 @@ def _votes(ensemble: Ensemble, layer: NoiseLayer, x: Tensor, index: Tensor, star
         # Every row is an image of its own here, with one draw: that of the inner noise.
         sample_ids = sample_ids.repeat(draws, 1)
         sample_ids[:, 1] += torch.arange(draws, device=x.device).repeat_interleave(images)
-        logits = ensemble.logits_at(noisy, sample_ids, 1, key, silent=layer.stream)
+        logits = ensemble.logits_at(noisy, sample_ids, 1, key, noiseless_stream=layer.stream)
         votes[image] += softmax.votes(logits).view(draws, images, -1).sum(0)
     return votes
 
@@ -320,20 +320,20 @@ def input_noise(model: torch.nn.Module, x: torch.Tensor) -> NoiseLayer:
     name, layer = next(iter(layers.items()))
     if len(x):
         name, layer = _first_noise(model, layers, x)
-    where = f"the noise at the input ({name or 'the model itself'})"
+    described = f"the noise at the input ({name or 'the model itself'})"
     if not layer.noise_enabled:
-        raise ValueError(f"model must have its input noise on to be certified, got {where} switched off")
+        raise ValueError(f"model must have its input noise on to be certified, got {described} switched off")
     raw = layer._parameters.get("sigma_raw")
     sigma = layer.current_sigma()
     if sigma.numel() != 1:
-        raise ValueError(f"model must have one sigma at its input to be certified, got {where} with {sigma.numel()}, one a channel")
+        raise ValueError(f"model must have one sigma at its input to be certified, got {described} with {sigma.numel()}, one a channel")
     if raw is not None and raw.requires_grad:
         raise ValueError(
-            f"model must have a fixed sigma at its input to be certified, got {where} with a learnable one, which nothing bounds; "
+            f"model must have a fixed sigma at its input to be certified, got {described} with a learnable one, which nothing bounds; "
             "sigma_raw.requires_grad_(False) fixes it"
         )
     if not float(sigma) > 0:
-        raise ValueError(f"model must have noise at its input to be certified, got {where} with sigma 0")
+        raise ValueError(f"model must have noise at its input to be certified, got {described} with sigma 0")
     return layer
 
 

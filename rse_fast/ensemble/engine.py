@@ -313,17 +313,17 @@ class Ensemble(nn.Module):
         return Scheduler(run, classes, draws, self.rows(x), criterion, x.device)
 
     def logits_at(
-        self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None
+        self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, noiseless_stream: int | None = None
     ) -> torch.Tensor:
         """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``sample_ids[i, 1] ..`` of image ``sample_ids[i, 0]``
-        (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.NoiseContext`."""
+        (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``noiseless_stream``: see `rse_fast.nn.NoiseContext`."""
         with self._preparation.ready(x) as model:
 
             def step(image: slice, draw: slice) -> Tensor:
                 at = sample_ids[image].clone()
                 at[:, 1] += draw.start
                 images, draws = image.stop - image.start, draw.stop - draw.start
-                context = NoiseContext(seed, images, draws, backend=self.backend, sample_ids=at, silent=silent)
+                context = NoiseContext(seed, images, draws, backend=self.backend, sample_ids=at, noiseless_stream=noiseless_stream)
                 return self._logits(model, x[image], context)
 
             parts = list(model.planner.attempt(slice(0, len(x)), slice(0, draws), step))
