@@ -13,7 +13,7 @@ INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
 help:
 	@echo "make demo   train, attack and report on real images (a few minutes)"
 	@echo "make test   all tests"
-	@echo "make check  ruff: faults and format"
+	@echo "make check  faults and format (ruff), types of the public API (mypy)"
 	@echo "make bench  benchmarks beside the peers, which it installs"
 	@echo "make docs   the documentation as a site, in site/; a warning is an error"
 	@echo "make build  sdist and wheel into dist/"
@@ -32,6 +32,7 @@ test: $(VENV)/installed-test
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 bench: $(VENV)/installed-bench $(VENV)/installed-peers
 	$(PIP) install -q --no-deps -c constraints.txt baal

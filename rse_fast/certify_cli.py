@@ -30,11 +30,12 @@ RADII = (0, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)  # of the summary, up to the 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. predicted is -1 and radius 0 where it abstains; votes are those of the selected class among ``draws``."""
+    """One line of the table. target: the label of the data set. label: the certified one, -1 (and radius 0) where it abstains. votes: of
+    the selected class, among ``draws``."""
 
     index: int
+    target: int
     label: int
-    predicted: int
     radius: float
     correct: int
     p_lower: float
@@ -159,9 +160,9 @@ def _certify(args, ensemble, part, group, settings):
     out = certify(ensemble, x, n0=args.n0, n=args.n, alpha=args.alpha, seed=settings["seed"], radii=args.radius, image_offset=group[0])
     seconds = (time.perf_counter() - begin) / len(group)
     for i, index in enumerate(group):
-        label, predicted = int(part.labels[index]), int(out.labels[i])
+        target, label = int(part.labels[index]), int(out.labels[i])
         yield Row(
-            index=index, label=label, predicted=predicted, radius=float(out.radius[i]), correct=int(predicted == label),
+            index=index, target=target, label=label, radius=float(out.radius[i]), correct=int(label == target),
             p_lower=float(out.p_lower[i]), votes=int(out.votes[i, out.selected[i]]) if out.selected[i] >= 0 else 0,
             draws=int(out.draws[i]), seconds=round(seconds, 4),
         )  # fmt: skip
@@ -186,8 +187,8 @@ def summarise(table: list[Row], settings: dict, command: str) -> dict:
         "settings": settings,
         "images": len(table),
         "certified": [{"radius": r} | dict(zip(keys, certified_accuracy(table, r), strict=True)) for r in radii],
-        "abstained": sum(row.predicted < 0 for row in table) / len(table),
-        "wrong": sum(row.predicted >= 0 and not row.correct for row in table) / len(table),
+        "abstained": sum(row.label < 0 for row in table) / len(table),
+        "wrong": sum(row.label >= 0 and not row.correct for row in table) / len(table),
         "mean_radius": sum(row.radius * row.correct for row in table) / len(table),
         "draws_per_image": settings["n0"] + sum(row.draws for row in table) / len(table),
         "seconds_per_image": sum(row.seconds for row in table) / len(table),

@@ -7,10 +7,13 @@ is given, and every value of the noise is a function of (seed, layer, draw, imag
 
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.fx import Proxy
 
 from rse_fast import autograd, functional
@@ -30,7 +33,7 @@ class NoiseContext:
     rows are draws ``draw_offset ..`` of images ``image_offset ..``, or of the (image, first draw) of each row of ``sample_ids``. A layer's
     stream is its index in the model, plus the number of its earlier calls within the context in the high half of the word: one context is
     one forward pass.
-    ``silent``: the stream of a layer whose first call adds no noise, because the caller has added it already.
+    ``noiseless_stream``: the stream of a layer whose first call adds no noise, because the caller has added it already.
     ``undefined``: bool tensors, of the images or of all rows: which had NaN where they became bytes, in which NaN is lost.
 
     Activation checkpointing goes around a context: one inside would run again in backward, where no context is left, and is refused.
@@ -43,11 +46,11 @@ class NoiseContext:
     draw_offset: int = 0
     backend: str = "auto"
     sample_ids: torch.Tensor | None = None
-    silent: int | None = None
-    calls: dict = field(default_factory=dict, repr=False)
-    undefined: list = field(default_factory=list, repr=False)
+    noiseless_stream: int | None = None
+    calls: dict[nn.Module, int] = field(default_factory=dict, repr=False)
+    undefined: list[Tensor] = field(default_factory=list, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         seed, ids = self.seed, self.sample_ids
         if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed must be an int64 tensor of one value, got {seed!r}")
@@ -56,13 +59,13 @@ class NoiseContext:
                 raise ValueError(f"sample_ids must be int64 [{self.images}, 2], got {ids.dtype} of shape {tuple(ids.shape)}")
             self.sample_ids = ids.contiguous()
 
-    def __enter__(self):
+    def __enter__(self) -> "NoiseContext":
         self._outer = getattr(_active, "context", None)
         _active.context = self
         self._frame = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else id(sys._getframe(1))
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         _active.context = self._outer
 
     def noise(self, layer: "NoiseLayer", x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
@@ -83,7 +86,7 @@ class NoiseContext:
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
         sigma = layer.current_sigma(x.dtype)
-        if call == 0 and layer.stream == self.silent:
+        if call == 0 and layer.stream == self.noiseless_stream:
             sigma = torch.zeros_like(sigma)
         seed, sample_ids = self.seed, self.sample_ids
         if seed.device != x.device:  # a model that is spread over devices
@@ -94,7 +97,7 @@ class NoiseContext:
 
 def is_checkpointed(outermost: int | None = None) -> bool:
     """Whether the caller runs within `torch.utils.checkpoint`, looked for up to the frame of id ``outermost``."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and id(frame) != outermost:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             return True
@@ -130,9 +133,11 @@ class NoiseLayer(nn.Module):
     layer_name = ""
     noise_enabled = True
     channel_dim = 1
-    _remembered_sigma = None  # sigma's values, while its tensor is on the meta device and has none
+    sigma: Tensor
+    sigma_raw: nn.Parameter
+    _remembered_sigma: Tensor | None = None  # sigma's values, while its tensor is on the meta device and has none
 
-    def init_noise(self, sigma, learnable: bool = False) -> None:
+    def init_noise(self, sigma: functional.PerChannel, learnable: bool = False) -> None:
         """Gives the layer its sigma (a number or a float32 tensor, 0-dim or one per channel, >= 0; > 0 if learnable)."""
         functional.check_sigma("sigma", sigma)
         device = sigma.device if isinstance(sigma, torch.Tensor) else "cpu"  # a number has its value also where the default device is meta
@@ -152,7 +157,7 @@ class NoiseLayer(nn.Module):
             self.register_buffer("sigma", value.to(device), persistent=False)
 
     @torch.no_grad()
-    def set_sigma(self, sigma) -> None:
+    def set_sigma(self, sigma: functional.PerChannel) -> None:
         """Gives the layer another sigma in place: a number or a tensor of sigma's shape, >= 0; > 0 if learnable.
 
         The tensor stays the same one, so compiled and captured graphs, ensembles and optimisers see the change.
@@ -184,21 +189,25 @@ class NoiseLayer(nn.Module):
             return autograd.add_noise(x, sigma, at)
         return functional.add_noise(x, sigma, **at._asdict(), channel_dim=self.channel_dim, backend=backend)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NoiseLayer":
         # model.half() or .bfloat16() must not round sigma: noise arithmetic is float32 whatever the model's dtype. And a state dict without
         # sigma could not bring back what to("meta") and to_empty() take away.
         before = self._stored_sigma()
         kept = None if before is None else self._remembered_sigma if before.is_meta else before.detach().clone()
         super()._apply(fn, recurse)
         after = self._stored_sigma()
-        if kept is not None and (after is not before or after.dtype != torch.float32):
+        if kept is None or after is None:
+            return self
+        if after is not before or after.dtype != torch.float32:
             self._remember_sigma(kept, after.device)
             self._store_sigma(kept.to(after.device))
-        elif kept is not None and isinstance(after, nn.Parameter) and not after.is_meta:
+        elif isinstance(after, nn.Parameter) and not after.is_meta:
             after.data.copy_(kept)  # to_empty() leaves a parameter the same tensor
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], errors: list[str]
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if prefix + "sigma_raw" in missing:  # a plain model's checkpoint
             missing.remove(prefix + "sigma_raw")
@@ -210,8 +219,8 @@ class NoiseLayer(nn.Module):
         if stored.is_meta and metadata.get("assign_to_params_buffers") and not any(p.is_meta for p in weights):
             device = weights[0].device if weights else self._remembered_sigma.device
             self._store_sigma(self._remembered_sigma.to(device))
-            stored = self._stored_sigma()
-        if not stored.is_meta:
+            del self._remembered_sigma
+        elif not stored.is_meta:
             del self._remembered_sigma
 
     def _stored_sigma(self) -> torch.Tensor | None:
@@ -219,7 +228,7 @@ class NoiseLayer(nn.Module):
         raw = self._parameters.get("sigma_raw")
         return self._buffers.get("sigma") if raw is None else raw
 
-    def _store_sigma(self, value):
+    def _store_sigma(self, value: Tensor) -> None:
         if "sigma_raw" not in self._parameters:
             self.sigma = value
         elif self.sigma_raw.is_meta:  # a tensor on the meta device takes no data
@@ -227,14 +236,14 @@ class NoiseLayer(nn.Module):
         else:
             self.sigma_raw.data = value
 
-    def _remember_sigma(self, value, device):
+    def _remember_sigma(self, value: Tensor, device: torch.device | str) -> None:
         """Keeps the value while ``device`` is the meta device, where tensors have none."""
         if torch.device(device).type == "meta":
             self._remembered_sigma = value
         else:
             self.__dict__.pop("_remembered_sigma", None)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         plain = super().extra_repr()
         sigma = self.current_sigma()
         text = f"sigma={sigma.item():.4g}" if sigma.numel() == 1 else f"sigma=[{sigma.min():.4g} .. {sigma.max():.4g}]"
@@ -255,28 +264,28 @@ class GaussianNoise(NoiseLayer):
     sigma: number or float tensor, 0-dim or [C], >= 0. channel_dim: the dimension that addresses channels, not 0.
     """
 
-    def __init__(self, sigma, channel_dim=1):
+    def __init__(self, sigma: functional.PerChannel, channel_dim: int = 1) -> None:
         super().__init__()
         if functional.integer("channel_dim", channel_dim) == 0:
             raise ValueError("channel_dim must not be 0, the dimension of the images, got 0")
         self.channel_dim = channel_dim
         self.init_noise(sigma)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return _one_node(self, x)
         if not self.noise_enabled:
             return x
         return self.add_noise(x)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, channel_dim={self.channel_dim}"
 
 
 class NoisyInput(NoiseLayer):
     """Mixin for a layer with a forward of its own: noise on its first input, then that forward. Channels are dimension 1."""
 
-    def forward(self, input, *args, **kwargs):
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, Proxy):
             return _one_node(self, input, *args, **kwargs)
         if self.noise_enabled:
@@ -284,14 +293,22 @@ class NoisyInput(NoiseLayer):
         return super().forward(input, *args, **kwargs)
 
 
-class _NoisyConv(NoisyInput):
+class NoisyConv(NoisyInput):
     """A plain ``nn.ConvNd`` whose forward is one noisy op: backward holds the clean input, as the plain convolution does."""
 
-    def __init__(self, *args, sigma=0.1, **kwargs):
+    weight: Any  # what nn.ConvNd, the second base of each layer, gives it
+    bias: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: Any
+    _conv_forward: Any
+
+    def __init__(self, *args: Any, sigma: functional.PerChannel = 0.1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_noise(sigma)
 
-    def forward(self, input):  # the name that nn.ConvNd gives it: callers may use it
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.ConvNd gives it: callers may use it
         if isinstance(input, Proxy):
             return _one_node(self, input)
         weight, bias = self.weight, self.bias
@@ -318,15 +335,15 @@ class _NoisyConv(NoisyInput):
         )  # fmt: skip
 
 
-class NoisyConv1d(_NoisyConv, nn.Conv1d):
+class NoisyConv1d(NoisyConv, nn.Conv1d):
     """`nn.Conv1d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
 
 
-class NoisyConv2d(_NoisyConv, nn.Conv2d):
+class NoisyConv2d(NoisyConv, nn.Conv2d):
     """`nn.Conv2d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
 
 
-class NoisyConv3d(_NoisyConv, nn.Conv3d):
+class NoisyConv3d(NoisyConv, nn.Conv3d):
     """`nn.Conv3d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
 
 
@@ -334,12 +351,13 @@ class NoisyLinear(NoisyInput, nn.Linear):
     """`nn.Linear` of ``x + sigma * eps``, x [N, *, in_features]. sigma: number or float tensor, 0-dim or [in_features], >= 0."""
 
     channel_dim = -1
+    bias: Any  # a parameter or None
 
-    def __init__(self, *args, sigma=0.1, **kwargs):
+    def __init__(self, *args: Any, sigma: functional.PerChannel = 0.1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_noise(sigma)
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return _one_node(self, input)
         weight, bias = self.weight, self.bias
@@ -354,7 +372,7 @@ class NoisyLinear(NoisyInput, nn.Linear):
         return functional.noisy_linear(input, weight, bias, sigma, **at._asdict(), backend=backend)
 
 
-def _fits(x, channel_dim, sigma, backend) -> bool:
+def _fits(x: Tensor, channel_dim: int, sigma: Tensor, backend: str) -> bool:
     """Whether a layer's call on ``x`` has nothing left to check, which `functional` would do at length.
 
     What cannot change was checked when the layer was made, and its rows by the context.
@@ -368,7 +386,7 @@ def _fits(x, channel_dim, sigma, backend) -> bool:
     )
 
 
-def _one_node(layer, *args, **kwargs):
+def _one_node(layer: NoiseLayer, *args: Any, **kwargs: Any) -> Any:
     """A noisy layer as one node of a graph that torch.fx traces, as torch's own layers are: it draws noise when the graph runs, and
     branches on shapes that a tracer does not know."""
     tracer = args[0].tracer

@@ -3,7 +3,8 @@
 The folder: ``predict.json`` (what predicts, and how), ``predictions-RANK.jsonl`` (a line an image with its checksum, flushed batch by
 batch), and at the end ``predictions.jsonl``, in the order of the data set. Under torchrun each process takes a contiguous share of the
 images. An image's line depends on the settings and its index alone, not on the number of processes; another order of sums may round its
-last digits otherwise. What is not finite is null.
+last digits otherwise. ``label`` is the prediction, ``target`` the label of
+the data set. What is not finite is null.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from rse_fast.ensemble import Ensemble, shard
 from rse_fast.train.distributed import ProcessLost, connect, leave
 
 _FIELDS = {
-    "index": lines.is_index, "label": lines.is_integer, "predicted": lines.is_integer, "probability": lines.is_number,
+    "index": lines.is_index, "target": lines.is_integer, "label": lines.is_integer, "probability": lines.is_number,
     "entropy": lines.is_number, "mutual_information": lines.is_number, "draws_used": lines.is_integer,
 }  # fmt: skip
 
@@ -90,17 +91,17 @@ def _run(args, ranks):
         done = read(args.out)
         whole = b"".join(lines.json_line(done[i]) for i in rows)
         data.write_atomically(args.out / "predictions.jsonl", lambda file: file.write(whole))
-        right = sum(done[i]["label"] == done[i]["predicted"] for i in rows) / len(rows)
+        right = sum(done[i]["target"] == done[i]["label"] for i in rows) / len(rows)
         draws = sum(done[i]["draws_used"] for i in rows) / len(rows)
         print(f"{len(rows)} images, accuracy {right:.2%}, {draws:.1f} draws an image; {args.out / 'predictions.jsonl'}")
 
 
-def _row(index, label, out, k):
+def _row(index, target, out, k):
     def number(value):
         return round(float(value), 6) if math.isfinite(value) else None
 
     return {
-        "index": index, "label": int(label), "predicted": int(out.labels[k]), "probability": number(out.probs[k].max()),
+        "index": index, "target": int(target), "label": int(out.labels[k]), "probability": number(out.probs[k].max()),
         "entropy": number(out.entropy[k]), "mutual_information": number(out.mutual_information[k]), "draws_used": int(out.draws_used[k]),
     }  # fmt: skip
 

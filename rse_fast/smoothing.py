@@ -11,7 +11,7 @@ the certificate needs: Phi^-1(G_c) is Lipschitz with constant 1 / sigma (Salman 
 break certificates (Voracek & Hein, ICLR 2023). Their remedy is taken: image and noise are rounded to multiples of one fixed step, each by
 itself, and added exactly. The sum is then the Gaussian around the rounded image, rounded; whatever follows, a cast to bfloat16 included, is
 part of the network. Rounding moves two images apart by at most sqrt(d) steps of 2^-20 sigma or less, and the radius is that much shorter.
-So the input's noise is added here, with the very eps of the layer, which is silent meanwhile.
+So the input's noise is added here, with the very eps of the layer, which adds no noise meanwhile.
 
 *Early stop.* Looking at the votes at m numbers of draws, each with a Clopper-Pearson bound at level alpha / m, gives bounds that hold all
 together with probability 1 - alpha (union bound), so the best of them holds whenever one stops, for any rule of stopping (adaptive sampling
@@ -24,9 +24,11 @@ import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -152,11 +154,11 @@ def certify(
     voted = selected.any(-1)  # where every draw is NaN, none has
     top, votes = selected.argmax(-1) if len(x) else index, torch.zeros_like(selected)
 
-    def successes(active, start, stop):
+    def successes(active: np.ndarray, start: int, stop: int) -> np.ndarray:
         active = torch.as_tensor(active, device=x.device)
-        more = _votes(ensemble, layer, x[active], index[active], n0 + start, n0 + stop, seed)
-        votes[active] += more
-        return more.gather(1, top[active, None])[:, 0].cpu().numpy()
+        counted = _votes(ensemble, layer, x[active], index[active], n0 + start, n0 + stop, seed)
+        votes[active] += counted
+        return counted.gather(1, top[active, None])[:, 0].cpu().numpy()
 
     p_lower, draws = estimate(successes, len(x), n, alpha, [float(ndtr((r + width) / sigma)) for r in radii])
     abstains = torch.from_numpy(p_lower < 0.5)
@@ -175,7 +177,7 @@ def certify(
 
 
 # ------------------------------------------------------------------------------------------------------------------- statistics
-def clopper_pearson(successes, trials: int, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+def clopper_pearson(successes: Any, trials: int, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper bound of a probability, each wrong with probability at most alpha (Clopper & Pearson 1934). successes: array."""
     from scipy.special import betaincinv
 
@@ -207,7 +209,7 @@ def estimate(
     goals: probabilities. An image stops when each goal is decided: reached by the lower bound, or above an upper bound (of the same level),
         or out of reach of the draws that remain. Without goals, all n draws are taken and there is one look.
     """
-    numbers, goals = looks(n, len(goals) > 0), np.asarray(goals, dtype=np.float64)
+    numbers, thresholds = looks(n, len(goals) > 0), np.asarray(goals, dtype=np.float64)
     level = alpha / len(numbers)
     count, taken, best = np.zeros(images, np.int64), np.zeros(images, np.int64), np.zeros(images)
     active, start = np.arange(images), 0
@@ -219,8 +221,8 @@ def estimate(
         lower, upper = clopper_pearson(count[active], stop, level)
         best[active] = np.maximum(best[active], lower)
         within_reach, _ = clopper_pearson(count[active] + n - stop, n, level)
-        never = np.minimum(upper, np.maximum(within_reach, best[active]))[:, None] < goals
-        active, start = active[~((best[active][:, None] >= goals) | never).all(1)], stop
+        never = np.minimum(upper, np.maximum(within_reach, best[active]))[:, None] < thresholds
+        active, start = active[~((best[active][:, None] >= thresholds) | never).all(1)], stop
     return best, taken
 
 
@@ -240,10 +242,10 @@ def on_grid(t: torch.Tensor, step: float) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _votes(ensemble, layer, x, index, start, stop, seed):
+def _votes(ensemble: Ensemble, layer: NoiseLayer, x: Tensor, index: Tensor, start: int, stop: int, seed: int) -> Tensor:
     """Votes int64 [A, K] of draws start .. stop - 1 of images x [A, ...], whose indices are ``index`` int64 [A]."""
     votes = torch.zeros(len(x), ensemble.prepared(x).classes, dtype=torch.int64, device=x.device)
-    seed, sigma = functional.seed_tensor(seed, x.device), layer.current_sigma()
+    key, sigma = functional.seed_tensor(seed, x.device), layer.current_sigma()
     step = grid_step(float(sigma))
     for image, draw in plan.chunks(len(x), stop - start, ensemble.rows(x)):
         first = torch.tensor(start + draw.start, device=x.device)
@@ -251,14 +253,14 @@ def _votes(ensemble, layer, x, index, start, stop, seed):
         sample_ids = torch.stack([index[image], first.expand(images)], 1)
         noise = functional.add_noise(
             torch.zeros(x[image].shape, dtype=torch.float32, device=x.device),
-            sigma, seed=seed, stream=layer.stream, draws=draws, sample_ids=sample_ids,
+            sigma, seed=key, stream=layer.stream, draws=draws, sample_ids=sample_ids,
             channel_dim=getattr(layer, "channel_dim", 1), backend=ensemble.backend,
         )  # fmt: skip
         noisy = on_grid(noise, step).unflatten(0, (draws, images)).add_(on_grid(x[image], step)).mul_(step).float().flatten(0, 1)
         # Every row is an image of its own here, with one draw: that of the inner noise.
         sample_ids = sample_ids.repeat(draws, 1)
         sample_ids[:, 1] += torch.arange(draws, device=x.device).repeat_interleave(images)
-        logits = ensemble.logits_at(noisy, sample_ids, 1, seed, silent=layer.stream)
+        logits = ensemble.logits_at(noisy, sample_ids, 1, key, noiseless_stream=layer.stream)
         votes[image] += softmax.votes(logits).view(draws, images, -1).sum(0)
     return votes
 
@@ -268,14 +270,17 @@ class _Readers(TorchDispatchMode):
     """Follows an image through a forward pass. ``noisy``: the streams of the noise that reads it; ``others``: other ops that do.
     ``random``: whether numbers of torch's generators were drawn."""
 
-    def __init__(self, x):
+    def __init__(self, x: Tensor) -> None:
         super().__init__()
-        self.image, self.noisy, self.others, self.random = [x], [], [], False
+        self.image = [x]
+        self.noisy: list[int] = []
+        self.others: list[str] = []
+        self.random = False
 
-    def _is_image(self, value):
+    def _is_image(self, value: object) -> bool:
         return any(value is t for t in self.image)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
         result = func(*args, **(kwargs or {}))
         tensors = torch.utils._pytree.tree_leaves((args, kwargs))
@@ -299,7 +304,7 @@ class _Leaves(TorchFunctionMode):
         super().__init__()
         self.readers = readers
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", None) in _EXITS and any(map(self.readers._is_image, args)):
             self.readers.others.append(f"Tensor.{func.__name__}")
         return func(*args, **(kwargs or {}))
@@ -315,25 +320,25 @@ def input_noise(model: torch.nn.Module, x: torch.Tensor) -> NoiseLayer:
     name, layer = next(iter(layers.items()))
     if len(x):
         name, layer = _first_noise(model, layers, x)
-    where = f"the noise at the input ({name or 'the model itself'})"
+    described = f"the noise at the input ({name or 'the model itself'})"
     if not layer.noise_enabled:
-        raise ValueError(f"model must have its input noise on to be certified, got {where} switched off")
+        raise ValueError(f"model must have its input noise on to be certified, got {described} switched off")
     raw = layer._parameters.get("sigma_raw")
     sigma = layer.current_sigma()
     if sigma.numel() != 1:
-        raise ValueError(f"model must have one sigma at its input to be certified, got {where} with {sigma.numel()}, one a channel")
+        raise ValueError(f"model must have one sigma at its input to be certified, got {described} with {sigma.numel()}, one a channel")
     if raw is not None and raw.requires_grad:
         raise ValueError(
-            f"model must have a fixed sigma at its input to be certified, got {where} with a learnable one, which nothing bounds; "
+            f"model must have a fixed sigma at its input to be certified, got {described} with a learnable one, which nothing bounds; "
             "sigma_raw.requires_grad_(False) fixes it"
         )
     if not float(sigma) > 0:
-        raise ValueError(f"model must have noise at its input to be certified, got {where} with sigma 0")
+        raise ValueError(f"model must have noise at its input to be certified, got {described} with sigma 0")
     return layer
 
 
 @torch.inference_mode()
-def _check_rows(ensemble, x):
+def _check_rows(ensemble: Ensemble, x: Tensor) -> None:
     """Votes are independent, and those of a function of the noisy image, only if a row of logits depends on no other row and on no random
     number but the seed's. Raises ValueError where two images show that it does; no image: unchecked."""
     if not len(x):
@@ -343,7 +348,7 @@ def _check_rows(ensemble, x):
 
     runner = ensemble.prepared(x).runner
 
-    def logits(rows):
+    def logits(rows: int) -> Tensor:
         return ensemble.logits_at(images[:rows], sample_ids[:rows], 1, seed)[0, :1].float()
 
     expected = logits(2)
@@ -356,7 +361,7 @@ def _check_rows(ensemble, x):
         raise ValueError(f"{rule} gives an image other logits beside another image, as BatchNorm without running statistics does")
 
 
-def _first_noise(model, layers, x):
+def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tensor) -> tuple[str, NoiseLayer]:
     memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
     copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
     for layer in noise_layers(copied).values():

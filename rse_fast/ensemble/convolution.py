@@ -147,7 +147,7 @@ class Winograd:
         if activation is not None:
             before = {"scale": activation.scale, "shift": activation.shift, "relu_in": True, "pool": activation.pool}
         clean = None
-        if self.fused.keep:
+        if self.fused.clean_output:
             clean = _map(x, *x.shape[:2], *(side // (2 if activation.pool else 1) for side in x.shape[2:]))
         winograd.convolution(
             x, self.weight, out, self.padding, bias=self.bias, residual=residual, at=at, sigma=sigma, clean=clean, **before
@@ -261,7 +261,7 @@ def _measured(fused: FusedConv, shape, rows: int, candidates) -> tuple[int, dict
     layer, activation = fused.layer, fused.activation
     work = 9 * math.prod(shape) * layer.out_channels // (4 if activation is not None and activation.pool else 1)
     rows = max(1, min(rows, int(_MOST_WORK / work)))
-    before = None if activation is None else (activation.pool, activation.scale is not None, activation.alone, activation.keep)
+    before = None if activation is None else (activation.pool, activation.scale is not None, activation.alone, activation.clean_output)
     noisy = getattr(layer, "noise_enabled", False)
     key = cpu.load().unit, layer.weight.dtype, tuple(shape), layer.out_channels, layer.padding, before, noisy, rows
     with _lock:

@@ -4,11 +4,12 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -26,20 +27,23 @@ DTYPES = {
 }  # fmt: skip
 
 
-def _left_by_compilers(function):
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _left_by_compilers(function: Function) -> Function:
     """`torch.compiler.disable` for calls that take fresh numbers of the operating system and run a snapshot, which is optimised already.
 
     It is done by what `torch.compiler.disable` does, without its import of the compiler, which would take as long as all of torch's.
     """
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args, **kwargs):  # type: ignore[no-untyped-def]  # the signature is that of function
         return function(*args, **kwargs)
 
-    run._torchdynamo_disable = True
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
     skip = eval_frame._FrameAction.SKIP
-    eval_frame.set_code_exec_strategy(run.__code__, eval_frame._FrameExecStrategy(skip, skip))  # and what it calls
-    return run
+    eval_frame.set_code_exec_strategy(run.__code__, eval_frame._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]  # and what it calls
+    return cast(Function, run)
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,20 @@ class Ensemble(nn.Module):
     """
 
     def __init__(
-        self, model, draws=10, *, seed=None, max_rows=None, dtype="auto", fuse=True, early_exit=None, calibration=None,
-        backend="auto", algorithm="auto", cuda_graphs=None,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        draws: int = 10,
+        *,
+        seed: int | None = None,
+        max_rows: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        fuse: bool = True,
+        early_exit: str | float | None = None,
+        calibration: Iterable[Tensor] | None = None,
+        backend: str = "auto",
+        algorithm: str = "auto",
+        cuda_graphs: bool | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -155,7 +170,7 @@ class Ensemble(nn.Module):
         if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
             weights = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.requires_grad]
 
-        def live(x, seed, draws=self.draws):
+        def live(x: Tensor, seed: Tensor, draws: int = self.draws) -> Tensor:
             with self._live.ready(x) as model:
                 return self._log_mean(self._live, model, x, seed, draws)
 
@@ -171,7 +186,7 @@ class Ensemble(nn.Module):
                 return result + gradient.OfWeights.apply(live, model.watch, result.detach(), x.detach(), seed, *weights)
         return live(x, seed)
 
-    def _log_mean(self, preparation, model, x, seed, draws):
+    def _log_mean(self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, draws: int) -> Tensor:
         """Log of the mean softmax of ``draws`` draws, float32 [B, K]."""
         rows = []
         for _, draw, logits in self._passes(preparation, model, x, seed, 0, draws):
@@ -237,7 +252,7 @@ class Ensemble(nn.Module):
         Winograd's. Empty before the first call, and for a model that runs unfused."""
         return self._preparation.algorithms
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         seed = "fresh at every call" if self.seed is None else self.seed
         text = f"draws={self.draws}, seed={seed}, dtype={self.dtype}, fuse={self.fuse}, backend={self.backend!r}"
         layers = [f"({name}): {choice.algorithm}, {choice.why}" for name, choice in self.algorithms.items()]
@@ -276,7 +291,7 @@ class Ensemble(nn.Module):
         return int.from_bytes(os.urandom(8), "little")
 
     # ----------------------------------------------------------------------------------------------------------------- one call
-    def _all_draws(self, x, seed, image_offset):
+    def _all_draws(self, x: Tensor, seed: Tensor, image_offset: int) -> DrawStatistics:
         """The `DrawStatistics` of every draw of every image."""
         with self._preparation.ready(x) as model:
             statistics = [DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.classes)]
@@ -287,28 +302,28 @@ class Ensemble(nn.Module):
                 statistics[-1].add(log_softmax(logits))
         return DrawStatistics.cat([t for t in statistics if len(t.index)] or statistics)
 
-    def _scheduler(self, x, seed, draws):
+    def _scheduler(self, x: Tensor, seed: int, draws: int) -> Scheduler:
         """A `Scheduler` for images like ``x``, which runs them through the model."""
-        seed, classes = functional.seed_tensor(seed, x.device), self.prepared(x).classes
+        key, classes = functional.seed_tensor(seed, x.device), self.prepared(x).classes
 
-        def run(x, sample_ids, draws):
-            return self.logits_at(x, sample_ids, draws, seed)
+        def run(x: Tensor, sample_ids: Tensor, draws: int) -> Tensor:
+            return self.logits_at(x, sample_ids, draws, key)
 
         criterion = make_criterion(self.early_exit, draws, max(classes, 1))
         return Scheduler(run, classes, draws, self.rows(x), criterion, x.device)
 
     def logits_at(
-        self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None
+        self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, noiseless_stream: int | None = None
     ) -> torch.Tensor:
         """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``sample_ids[i, 1] ..`` of image ``sample_ids[i, 0]``
-        (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.NoiseContext`."""
+        (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``noiseless_stream``: see `rse_fast.nn.NoiseContext`."""
         with self._preparation.ready(x) as model:
 
-            def step(image, draw):
+            def step(image: slice, draw: slice) -> Tensor:
                 at = sample_ids[image].clone()
                 at[:, 1] += draw.start
                 images, draws = image.stop - image.start, draw.stop - draw.start
-                context = NoiseContext(seed, images, draws, backend=self.backend, sample_ids=at, silent=silent)
+                context = NoiseContext(seed, images, draws, backend=self.backend, sample_ids=at, noiseless_stream=noiseless_stream)
                 return self._logits(model, x[image], context)
 
             parts = list(model.planner.attempt(slice(0, len(x)), slice(0, draws), step))
@@ -320,7 +335,7 @@ class Ensemble(nn.Module):
         return logits
 
     @staticmethod
-    def _prediction(statistics, seed):
+    def _prediction(statistics: DrawStatistics, seed: int) -> Prediction:
         used = statistics.used.clamp_min(1)
         mean = statistics.sums / used[:, None]
         total = -torch.special.xlogy(mean, mean).sum(-1)
@@ -342,18 +357,20 @@ class Ensemble(nn.Module):
             seed=seed,
         )
 
-    def _passes(self, preparation, model, x, seed, image_offset, draws):
+    def _passes(
+        self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, image_offset: int, draws: int
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
         number = itertools.count()
 
-        def step(image, draw):
+        def step(image: slice, draw: slice) -> Tensor:
             batch = functools.partial(self._chunk, preparation, model, seed, image_offset + image.start, draw)
             return gradient.run(batch, x[image], next(number))
 
         wanted = torch.is_grad_enabled() and (x.requires_grad or not preparation.fuse)
         return model.planner.run(x.shape[0], draws, step, self.max_rows, wanted)
 
-    def _chunk(self, preparation, model, seed, image_offset, draw, x):
+    def _chunk(self, preparation: Preparation, model: Prepared, seed: Tensor, image_offset: int, draw: slice, x: Tensor) -> Tensor:
         """`_logits` with the noise of given images and draws; backward may call it again, outside the context of `Preparation.ready`."""
         context = NoiseContext(seed, len(x), draw.stop - draw.start, image_offset, draw.start, self.backend)
         preparation.number()
@@ -361,7 +378,7 @@ class Ensemble(nn.Module):
             return self._logits(model, x, context)
 
     @staticmethod
-    def _logits(model, x, context):
+    def _logits(model: Prepared, x: Tensor, context: NoiseContext) -> Tensor:
         """One packed batch: float32 logits [draws, images, K] of images ``x``."""
         images, draws = context.images, context.draws
         logits = model.run(x, context)
@@ -396,10 +413,11 @@ class Stream:
         if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
             raise TypeError(f"batches must be an iterable of tensors [B, ...], got {type(batches).__name__}")
         self.seed = ensemble.draw_seed(None)
-        self._ensemble, self._draws, self._scheduler = ensemble, draws, None
+        self._ensemble, self._draws = ensemble, draws
+        self._scheduler: Scheduler | None = None
         self._predictions = self._run(iter(batches))
 
-    def __iter__(self):
+    def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Prediction:
@@ -414,19 +432,19 @@ class Stream:
         """Share of the rows of the packed batches so far that counted as a draw of an image, in [0, 1]; nan before the first."""
         return self._scheduler.occupancy if self._scheduler else math.nan
 
-    def _checked(self, x, first):
+    def _checked(self, x: Tensor, first: Tensor) -> Tensor:
         x = self._ensemble.images(x)
         if x.shape[1:] != first.shape[1:]:
             raise ValueError(f"batches must have images of one shape, got {tuple(x.shape[1:])} after {tuple(first.shape[1:])}")
         return x
 
-    def _run(self, batches):
+    def _run(self, batches: Iterator[Tensor]) -> Generator[Prediction, None, None]:
         first = next(batches, None)
         if first is None:
             return
         inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
-        self._scheduler = self._ensemble._scheduler(self._ensemble.images(first), self.seed, self._draws)
-        results = in_order(inputs, self._scheduler, self.BACKLOG * self._scheduler.slots)
+        scheduler = self._scheduler = self._ensemble._scheduler(self._ensemble.images(first), self.seed, self._draws)
+        results = in_order(inputs, scheduler, self.BACKLOG * scheduler.slots)
         while True:
             with torch.no_grad():  # not around the yield: it would reach into the consumer's code
                 statistics = next(results, None)
@@ -435,12 +453,12 @@ class Stream:
             yield self._ensemble._prediction(statistics, self.seed)
 
 
-def _count(name, value):
+def _count(name: str, value: int) -> int:
     value = functional.integer(name, value)
     if not 1 <= value <= 2**32:  # draws are counted in 32 bits
         raise ValueError(f"{name} must be at least 1{' and at most 2^32' if value > 1 else ''}, got {value}")
     return value
 
 
-def _seed(seed):
+def _seed(seed: int) -> int:
     return functional.integer("seed", seed) % 2**64

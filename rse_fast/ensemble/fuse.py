@@ -150,7 +150,7 @@ def fold_batch_norm(model: torch.fx.GraphModule) -> None:
 class Activation(nn.Module):
     """``[x * scale + shift] -> ReLU -> [2x2 max-pool] -> noise of a layer``, one pass over memory for all of it.
 
-    affine: scale and shift [C], or None. Returns (noisy, clean) of x; clean, to which the noise was added, is complete if ``keep``.
+    affine: scale and shift [C], or None. Returns (noisy, clean) of x; clean, to which the noise was added, is complete if ``clean_output``.
     alone: whether x is memory that nobody else reads, so that the result may take its place.
     """
 
@@ -159,11 +159,11 @@ class Activation(nn.Module):
         layer: nn.Module,
         pool: bool = False,
         affine: tuple[torch.Tensor, torch.Tensor] | None = None,
-        keep: bool = False,
+        clean_output: bool = False,
         alone: bool = False,
     ):
         super().__init__()
-        self.layer, self.pool, self.keep, self.alone = layer, pool, keep, alone
+        self.layer, self.pool, self.clean_output, self.alone = layer, pool, clean_output, alone
         self.scale, self.shift = affine or (None, None)  # no buffers: they stay in float32, as the noise arithmetic is
 
     def forward(self, x):
@@ -177,8 +177,8 @@ class Activation(nn.Module):
         if backend != "auto":
             functional.check_backend(backend, x)
         options = at, self.scale, self.shift, True
-        if self.pool or self.keep:
-            return autograd.activate_noise(x, sigma, *options, self.pool, backend, self.keep)
+        if self.pool or self.clean_output:
+            return autograd.activate_noise(x, sigma, *options, self.pool, backend, self.clean_output)
         if self.alone and len(x) == at.rows and x.is_contiguous(memory_format=torch.channels_last):
             autograd.add_noise_(x, sigma, *options, backend)  # no fresh memory, and the convolution that reads it finds it in the cache
             return x, x
@@ -209,8 +209,8 @@ class FusedConv(nn.Module):
         return self.activation is not None
 
     @property
-    def keep(self) -> bool:
-        return self.relu and self.activation.keep
+    def clean_output(self) -> bool:
+        return self.relu and self.activation.clean_output
 
     def forward(self, input, residual=None):  # the name that nn.Conv2d gives it
         layer = self.layer
@@ -221,7 +221,7 @@ class FusedConv(nn.Module):
             return self.forward(x) + residual
         if self.activation is not None:
             x, clean = self.activation.forward(x)  # nobody hangs a hook there
-            return (self._convolve(x), clean) if self.keep else self._convolve(x)
+            return (self._convolve(x), clean) if self.clean_output else self._convolve(x)
         return self._convolve(layer.add_noise(x) if getattr(layer, "noise_enabled", False) else x)
 
     def _convolve(self, x):
@@ -329,7 +329,7 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
         elif once and (only is not None or not pools) and not any(writes(*pair) for pair in read):
             shared, value = once[0], node if only is None else only
             layer = model.get_submodule(shared.target)
-            activation = Activation(layer, pool is not None, affine, keep=True)
+            activation = Activation(layer, pool is not None, affine, clean_output=True)
             with graph.inserting_after(value):
                 both = graph.call_module(add("shared", shared, FusedConv(layer, shared.target, activation)), (value,))
             with graph.inserting_after(both):
@@ -364,7 +364,7 @@ def merge_additions(model: torch.fx.GraphModule, is_steady: Callable[[torch.fx.N
             if not (isinstance(result, torch.fx.Node) and isinstance(other, torch.fx.Node) and result.op == "call_module"):
                 continue
             conv = model.get_submodule(result.target)
-            if type(conv) is not FusedConv or conv.keep or len(result.users) != 1 or len(result.args) != 1:
+            if type(conv) is not FusedConv or conv.clean_output or len(result.users) != 1 or len(result.args) != 1:
                 continue
             if order[other] < order[result] and is_steady(other):
                 result.args = (*result.args, other)

@@ -63,7 +63,7 @@ class Graphs:
         self._pool = self._side = self._done = None
 
     def __call__(self, x: torch.Tensor, context: NoiseContext) -> torch.Tensor:
-        key = x.shape, x.dtype, x.stride(), context.images, context.draws, context.backend, context.silent
+        key = x.shape, x.dtype, x.stride(), context.images, context.draws, context.backend, context.noiseless_stream
         wanted = self.always or context.images * context.draws <= MOST_ROWS
         if not wanted or self.problem or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
             return self.run(x, context)

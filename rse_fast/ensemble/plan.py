@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,7 +59,7 @@ class Planner:
 
     def run(
         self, images: int, draws: int, step: Callable, fixed: int | None = None, gradient: bool = False
-    ) -> Iterator[tuple[slice, slice, object]]:
+    ) -> Iterator[tuple[slice, slice, Any]]:
         """Yields (image slice, draw slice, ``step(image slice, draw slice)``) until each draw of each image was there once.
 
         Images outermost; draws of one image in order. The first call with much work finds the sweet spot, by running packed batches of
@@ -80,7 +81,7 @@ class Planner:
         for image, draw in chunks(images - start, draws, self.rows(fixed, gradient, images * draws)):
             yield from self.attempt(slice(start + image.start, start + image.stop), draw, step)
 
-    def attempt(self, image: slice, draw: slice, step: Callable) -> Iterator[tuple[slice, slice, object]]:
+    def attempt(self, image: slice, draw: slice, step: Callable) -> Iterator[tuple[slice, slice, Any]]:
         """One piece of `run`: as a whole, or in halves where memory does not suffice. Raises what ``step`` raises for a single row."""
         rows = _length(image) * _length(draw)
         if rows <= self.limit:

@@ -147,7 +147,7 @@ class Preparation:
         self.__dict__ = {**state, "_lock": threading.Lock()}
 
     # ------------------------------------------------------------------------------------------------------------------ anew
-    @hooks.silent()
+    @hooks.without_hooks()
     def _prepare(self, x) -> Prepared:
         numbers = torch.get_rng_state()
         compute = self.dtype or best_dtype(x.device)
@@ -258,8 +258,8 @@ def _remarks(model, runner, x):
         yield "vanished", f"{listing(gone)} had noise when the model was converted and have none now, after a reparameterisation perhaps"
     if runner.called is not None and runner.noisy:
         called = {stream & 0xFFFF for stream in runner.called}
-        if silent := [name for name, layer in layers.items() if layer.noise_enabled and layer.stream not in called]:
-            yield "uncalled", f"the model never calls the noisy layers {listing(silent, 5)}, so their noise is not there"
+        if uncalled := [name for name, layer in layers.items() if layer.noise_enabled and layer.stream not in called]:
+            yield "uncalled", f"the model never calls the noisy layers {listing(uncalled, 5)}, so their noise is not there"
     if runner.probabilities:
         yield "softmax", "the model gives probabilities; an ensemble takes logits, so leave out the softmax at the model's end"
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]

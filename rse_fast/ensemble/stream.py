@@ -152,15 +152,15 @@ def in_order(batches: Iterator[torch.Tensor], scheduler: Scheduler, backlog: int
     """
     pending: deque[range] = deque()  # the images of each batch that is not yielded yet
     finished: dict[int, DrawStatistics] = {}
-    failure, more, total, held = None, True, 0, 0
-    while more or pending:
-        while more and held < backlog and len(scheduler.waiting) < scheduler.slots:
+    failure, source_open, total, held = None, True, 0, 0
+    while source_open or pending:
+        while source_open and held < backlog and len(scheduler.waiting) < scheduler.slots:
             try:
                 x = next(batches)
             except StopIteration:
-                more = False
+                source_open = False
             except Exception as error:
-                failure, more = error, False
+                failure, source_open = error, False
             else:
                 scheduler.put(x, total)
                 pending.append(range(total, total + len(x)))

@@ -147,8 +147,8 @@ def _tables(results):
             tables += [title, markdown_table([header] + [_row(e) for e in chosen])]
     medians = [e for e in entries if e["method"] == "cw"]
     for e in medians:
-        where = "is not known: the attack failed on half of the images or more" if e["median_l2"] is None else f"is {e['median_l2']:.3f}"
-        tables.append(f"{e['name']}: the median L2 distance {where} ({100 * e['won']:.1f} % won, in most of the scorings).")
+        distance = "is not known: the attack failed on half of the images or more" if e["median_l2"] is None else f"is {e['median_l2']:.3f}"
+        tables.append(f"{e['name']}: the median L2 distance {distance} ({100 * e['won']:.1f} % won, in most of the scorings).")
     return tables
 
 
@@ -327,7 +327,7 @@ def _examples(results, images, rows):
     if not chosen:
         return None
     count = min(len(kept[chosen[0]["name"]]), len(images))
-    labels = [kept[chosen[0]["name"]][i]["label"] for i in range(count)]
+    labels = [kept[chosen[0]["name"]][i]["target"] for i in range(count)]
     figure = new_figure(1.3 * count + 1.4, 1.6 * (1 + len(chosen)) + 0.4)
     grid = figure.subplots(1 + len(chosen), count, squeeze=False)
     example_row(grid[0], "original", images[:count].float() / 255, labels, labels, results["classes"])

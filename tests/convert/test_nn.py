@@ -366,7 +366,7 @@ def test_a_scope_silences_the_first_call_of_one_layer(rng):
     model = nn.Sequential(NoisyLinear(4, 4, sigma=0.3), NoisyLinear(4, 4, sigma=0.2))
     number_layers(model)
     x, seed = torch.randn(3, 4), torch.tensor(int(rng.integers(2**62)))
-    with NoiseContext(seed, 3, silent=0):
+    with NoiseContext(seed, 3, noiseless_stream=0):
         y = model[0](x)
         again, other = model[0](x), model[1](x)
     assert torch.equal(y, nn.functional.linear(x, model[0].weight, model[0].bias))

@@ -356,11 +356,11 @@ def test_weights_without_a_digest_are_refused(run):
 
 
 PREDICTED = [
-    {"index": i, "label": i, "predicted": 3, "probability": 0.25, "entropy": None, "mutual_information": 0.0, "draws_used": 4}
+    {"index": i, "target": i, "label": 3, "probability": 0.25, "entropy": None, "mutual_information": 0.0, "draws_used": 4}
     for i in range(3)
 ]
 EVALUATED = [
-    {"case": "pgd", "index": i, "label": 1, "answers": [1, 2], "l2": 0.5, "linf": 0.1, "verdict": True, "queries": 2.0, "seconds": 0.1,
+    {"case": "pgd", "index": i, "target": 1, "answers": [1, 2], "l2": 0.5, "linf": 0.1, "verdict": True, "queries": 2.0, "seconds": 0.1,
      "seeds": [5, 2**63], "by_draws": {"2": 1}, "example": "AAAA"} for i in range(2)
 ]  # fmt: skip
 CERTIFIED = [certify_cli.Row(i, 1, 1, 0.25 * i, 1, 0.75, 90, 100, 0.5) for i in range(3)]

@@ -111,7 +111,7 @@ def test_a_layer_and_its_gradient_against_float64(form, activation, padding, pac
 def test_clean_values_beside_the_result(activation, form, rng, seed):
     """They are those of torch, and the gradients of both come together."""
     fused, wide = layers(activation, 1, 0.0)
-    fused.activation.keep = wide.activation.keep = True
+    fused.activation.clean_output = wide.activation.clean_output = True
     fused.winograd = Winograd(fused, form)
     x = torch.randn(2, 5, 8, 6).contiguous(memory_format=torch.channels_last)
     if "affine" in activation:

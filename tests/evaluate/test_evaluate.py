@@ -192,7 +192,7 @@ def test_every_method_stays_in_its_ball_and_uses_it(short):
 
 def test_attacks_attack(short):
     def right(name):
-        return sum(answer == short[name, i]["label"] for i in range(6) for answer in short[name, i]["answers"])
+        return sum(answer == short[name, i]["target"] for i in range(6) for answer in short[name, i]["answers"])
 
     assert right("pgd") < right("noise") and right("apgd-ce") < right("noise")
     assert [short["pgd", i]["queries"] for i in range(6)] == [6.0] * 6
@@ -427,7 +427,7 @@ def test_a_part_that_is_sorted_by_class_is_shuffled():
 
 def test_rows_that_are_no_rows_are_an_error(tmp_path):
     (tmp_path / "rows-0.jsonl").write_bytes(lines.json_line({"case": "a", "index": 0}))
-    with pytest.raises(ValueError, match="line 1 .*rows-0.jsonl.*label is missing"):
+    with pytest.raises(ValueError, match="line 1 .*rows-0.jsonl.*target is missing"):
         rows.read(tmp_path)
 
 
