@@ -399,6 +399,16 @@ def _check_input(name: str, x: Tensor, minimum: int, maximum: int | None = None,
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(x.shape)}")
 
 
+def check_batch(x: Tensor) -> None:
+    """Raises unless a layer's input is a dense tensor of one dimension or more."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
+    if not x.dim():
+        raise ValueError("x must have at least 2 dimensions, got shape ()")
+
+
 def _check_windows(x: Tensor, pool: bool) -> None:
     if pool and min(x.shape[2:]) < 2:
         raise ValueError(f"x must be at least 2 pixels high and wide to be pooled, got shape {tuple(x.shape)}")
@@ -423,6 +433,8 @@ def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _output_sizes(x: Tensor, weight: Tensor, stride: tuple[int, ...], zeros: Sequence[int], dilation: tuple[int, ...]) -> list[int]:
     """Sizes of the convolution's output; ``zeros``: how many the padding adds to each dimension."""
+    if min(x.shape[2:]) < 1:  # torch's convolution does not take it, not even where zeros are put around it
+        raise ValueError(f"x must have at least one pixel in each dimension, got shape {tuple(x.shape)}")
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
     sizes = [(n + z - r) // s + 1 for n, z, r, s in zip(x.shape[2:], zeros, reach, stride, strict=True)]
     if min(sizes) < 1:

@@ -178,7 +178,8 @@ class NoiseLayer(nn.Module):
         return sigma if sigma.dtype == torch.float32 or dtype == torch.float64 else sigma.float()
 
     def noise(self, x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
-        """(sigma, address, backend) of the noise of one call on ``x``."""
+        """(sigma, address, backend) of the noise of one call on ``x``. Raises TypeError or ValueError for what is no batch."""
+        functional.check_batch(x)
         context = getattr(_active, "context", None)
         return (self.current_sigma(x.dtype), ambient(x), "auto") if context is None else context.noise(self, x)
 
@@ -315,19 +316,21 @@ class NoisyConv(NoisyInput):
         if not self.noise_enabled:
             return self._conv_forward(input, weight, bias)
         stride, padding = self.stride, self.padding
+        functional.check_batch(input)
         dimensions = input.dim()
         if dimensions == len(stride) + 1:  # one sample without a batch dimension
             return self.forward(input.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":  # the padding repeats noisy pixels, so noise comes first
             return super().forward(input)
         sigma, at, backend = self.noise(input)
+        input, weight, bias = functional.autocast(input, weight, bias)
         if (
             type(padding) is tuple
             and dimensions == len(stride) + 2
             and input.shape[1] == self.in_channels
+            and input.dtype == weight.dtype
             and _fits(input, 1, sigma, backend)
         ):
-            input, weight, bias = functional.autocast(input, weight, bias)
             return autograd.noisy_conv(input, weight, bias, sigma, at, stride, padding, self.dilation, self.groups)
         return functional.noisy_conv(
             input, weight, bias, sigma, **at._asdict(), stride=stride, padding=padding, dilation=self.dilation, groups=self.groups,
@@ -363,11 +366,13 @@ class NoisyLinear(NoisyInput, nn.Linear):
         weight, bias = self.weight, self.bias
         if not self.noise_enabled:
             return nn.functional.linear(input, weight, bias)
+        functional.check_batch(input)
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         sigma, at, backend = self.noise(input)
-        if input.dim() >= 2 and input.shape[-1] == self.in_features and _fits(input, -1, sigma, backend):
-            input, weight, bias = functional.autocast(input, weight, bias)
+        input, weight, bias = functional.autocast(input, weight, bias)
+        same = input.shape[-1] == self.in_features and input.dtype == weight.dtype
+        if input.dim() >= 2 and same and _fits(input, -1, sigma, backend):
             return autograd.noisy_linear(input, weight, bias, sigma, at)
         return functional.noisy_linear(input, weight, bias, sigma, **at._asdict(), backend=backend)
 

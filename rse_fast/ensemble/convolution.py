@@ -276,7 +276,8 @@ def _time(fused, shape, rows, candidates) -> dict[Form | None, float]:
     """Least seconds of processor time of a few runs in turns: what other processes take of a core is not counted. The values of the weights
     do not matter."""
     layer, seconds, kept = fused.layer, {}, fused.winograd
-    x = _map(layer.weight, rows, *shape).normal_()
+    x = _map(layer.weight, rows, *shape)
+    x.normal_(generator=torch.Generator(x.device).manual_seed(0))  # torch's own is the caller's, and stays where it is
     algorithms = {}
     for form in candidates:
         like = form and winograd.transform_weight(layer.weight[:1], *form)

@@ -203,6 +203,11 @@ class Ensemble(nn.Module):
     def predict(self, x: torch.Tensor, seed: int | None = None, image_offset: int = 0) -> Prediction:
         """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image_offset``, the index of the first image, address the
         noise: a data set predicted in parts, each with its own image_offset, gets the noise it would get as one batch."""
+        if autograd.is_transformed():
+            raise ValueError(
+                "x must not be inside a transform of torch.func or forward-mode differentiation, which Ensemble.predict has no rule for; "
+                "predict the whole batch [B, ...] at once, or call the ensemble itself, which has gradients"
+            )
         x, seed = self.images(x), self.draw_seed(seed)
         image_offset = functional.first_image(image_offset, len(x))
         if self.early_exit is None:
@@ -268,6 +273,8 @@ class Ensemble(nn.Module):
             raise TypeError(f"x must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
         if x.dim() < 2:
             raise ValueError(f"x must be a batch [B, ...], got shape {tuple(x.shape)}")
+        if 0 in x.shape[1:]:
+            raise ValueError(f"x must be a batch [B, ...] of images that have pixels, got shape {tuple(x.shape)}")
         parameter = next(self.model.parameters(), None)
         if x.is_meta and (parameter is None or not parameter.is_meta):
             raise ValueError("x must have data, got a tensor on the meta device")
@@ -439,8 +446,9 @@ class Stream:
         return x
 
     def _run(self, batches: Iterator[Tensor]) -> Generator[Prediction, None, None]:
-        first = next(batches, None)
-        if first is None:
+        for first in batches:
+            break
+        else:
             return
         inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
         scheduler = self._scheduler = self._ensemble._scheduler(self._ensemble.images(first), self.seed, self._draws)
