@@ -107,6 +107,7 @@ def open_folder(out: Path, name: str, settings: dict, seed: int | None) -> dict:
     if not path.exists():
         data.check_writable(out)
         out.mkdir(parents=True, exist_ok=True)
+        data.remove_leftovers(out)
         settings = settings | {"seed": secrets.randbits(63) if seed is None else seed}
         data.write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         return settings
@@ -120,6 +121,7 @@ def open_folder(out: Path, name: str, settings: dict, seed: int | None) -> dict:
     differing = [f"{name} {found.get(name)!r} there, {value!r} here" for name, value in wanted.items() if found.get(name) != value]
     if differing:
         raise ValueError(f"--out: {str(out)!r} holds results of something else ({'; '.join(differing)}); name another folder")
+    data.remove_leftovers(out)
     return found
 
 

@@ -1,5 +1,6 @@
 """Files that a reader never sees half written, that no two processes or threads write, and that are read in bounded time and memory."""
 
+import contextlib
 import io
 import json
 import os
@@ -29,11 +30,28 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
 
 
 def write_through(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Calls ``write(file)`` on a new file and flushes it to disk."""
+    """Calls ``write(file)`` on a new file and flushes it to disk. It is locked meanwhile: see `remove_leftovers`."""
     with open(path, "xb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            _lock(file)
         write(file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Removes the temporary files of `write_atomically` whose process was killed; those that another process is writing stay."""
+    for path in filter(Path.is_file, Path(folder).glob(f".*.{'[0-9a-f]' * 8}.tmp")):
+        with contextlib.suppress(OSError):  # of another process, or one that has been renamed since
+            with open(path, "r+b") as file:
+                _lock(file)
+            path.unlink()
+
+
+def _lock(file: BinaryIO) -> None:
+    """Takes the lock of POSIX, which is not left with the worker processes of one that was killed. OSError where it cannot be had."""
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -84,8 +102,7 @@ def claim(path: str | os.PathLike[str]) -> BinaryIO:
         raise
     file.key = key
     try:
-        if fcntl is not None:  # this kind of lock is not left with the worker processes of one that was killed
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except (BlockingIOError, PermissionError):
         file.close()
         raise ValueError(f"out: another process is writing {os.fspath(path)!r}; wait for it, or name another folder") from None

@@ -369,10 +369,11 @@ class Ensemble(nn.Module):
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
         number = itertools.count()
+        live = model.watch if not preparation.fuse else None  # a snapshot is as it was
 
         def step(image: slice, draw: slice) -> Tensor:
             batch = functools.partial(self._chunk, preparation, model, seed, image_offset + image.start, draw)
-            return gradient.run(batch, x[image], next(number))
+            return gradient.run(batch, x[image], next(number), live)
 
         wanted = torch.is_grad_enabled() and (x.requires_grad or not preparation.fuse)
         return model.planner.run(x.shape[0], draws, step, self.max_rows, wanted)

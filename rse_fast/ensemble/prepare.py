@@ -28,6 +28,9 @@ from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
 FAR = (-1.0, 2.0)  # pixels scaled to [0, 1] stay within, changed by an attack or by noise of their own; bytes and normalised ones do not
 
+# A snapshot is taken so many times at most where another thread changes the model meanwhile: it would be half of one and half of the other.
+TRIES = 3
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -99,9 +102,14 @@ class Preparation:
                 self._layers = list(number_layers(self.model).values())
                 if not self._layers:
                     raise ValueError(no_layers(self.model))
-                watch = Watch(self.model)
                 shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
-                prepared = _on_a_thread_of_its_own(lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device)
+                for _ in range(TRIES if self.fuse else 1):
+                    watch = Watch(self.model)
+                    prepared = _on_a_thread_of_its_own(
+                        lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device
+                    )
+                    if not watch.changed():
+                        break
                 once = prepared.runner.random or hooks.watched(self.model)
                 prepared = dataclasses.replace(prepared, watch=watch, once=once)
                 self._current = state, prepared

@@ -161,8 +161,7 @@ def _writing(out, config, resume):
     out.mkdir(parents=True, exist_ok=True)
     with data.claim(out / ".lock"):  # not the log, which may be replaced
         _check_folder(config, out, resume)
-        for leftover in out.glob(".*.tmp"):  # of a process that was killed
-            leftover.unlink()
+        data.remove_leftovers(out)
         yield
 
 

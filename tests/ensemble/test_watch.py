@@ -161,3 +161,44 @@ def test_snapshots_leave_nothing_behind():
         tracemalloc.stop()
     grown = min(after - before for before, after in itertools.pairwise(sizes)) / 8  # a table that grows once does so in one stretch alone
     assert grown < 4000, f"{grown:.0f} bytes a snapshot"  # what leaked was 18 KB and more
+
+
+class Trigger:
+    """An attribute that does something when it is first copied: what another thread may do while a snapshot is taken."""
+
+    def __init__(self, action):
+        self.actions = [action]
+
+    def __deepcopy__(self, memo):
+        while self.actions:
+            self.actions.pop()()
+        return self
+
+
+def test_a_snapshot_is_not_half_of_one_model_and_half_of_another(rng, recwarn):
+    model, x = build(int(rng.integers(2**31))), torch.rand(2, 3, 8, 8)
+
+    def change():
+        model.stem.weight.data = model.stem.weight.data * -2
+        model.head.weight.data = model.head.weight.data * 3
+
+    model.act.trigger = Trigger(change)  # the stem is copied before it, the head afterwards
+    ensemble = Ensemble(model, 3, seed=1, dtype="float32")
+    found = ensemble.predict(x)
+    assert torch.equal(found.probs, Ensemble(model, 3, seed=1, dtype="float32").predict(x).probs)
+    assert not model.act.trigger.actions and not [w for w in recwarn if "rse-fast" in str(w.message)]
+
+
+@FUSE
+def test_backward_of_a_model_that_changed_in_between(fuse, rng):
+    """A snapshot is as it was; of a model that runs itself, packed batches that backward runs again are not."""
+    model, x = build(int(rng.integers(2**31))).requires_grad_(False), torch.rand(6, 3, 8, 8, requires_grad=True)
+    ensemble = Ensemble(model, 3, seed=1, dtype="float32", fuse=fuse, max_rows=3)
+    (expected,) = torch.autograd.grad(ensemble(x)[:, 0].sum(), x)
+    out = ensemble(x)[:, 0].sum()
+    model.head.weight.data = model.head.weight.data * 3
+    if fuse:
+        assert torch.equal(torch.autograd.grad(out, x)[0], expected)
+    else:
+        with pytest.raises(RuntimeError, match="the model must be the same in backward"):
+            torch.autograd.grad(out, x)
