@@ -447,9 +447,9 @@ class Stream:
         return x
 
     def _run(self, batches: Iterator[Tensor]) -> Generator[Prediction, None, None]:
-        for first in batches:
-            break
-        else:
+        try:
+            first = next(batches)
+        except StopIteration:
             return
         inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
         scheduler = self._scheduler = self._ensemble._scheduler(self._ensemble.images(first), self.seed, self._draws)
