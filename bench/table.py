@@ -36,7 +36,7 @@ PAPER = {  # Liu et al. 2018: CIFAR-10, VGG16, accuracy in % of the columns clea
     "distillation": (84.1, 49.9, 17.7, 4.6, 3.1, 1.4), "brelu": (90.3, 75.1, 47.9, 30.9, 20.7, 13.5),
     "rse": (88.6, 87.4, 83.7, 75.8, 61.9, 28.0),
 }  # fmt: skip
-DEFENCES = (*PAPER, "rse+adversarial")
+DEFENCES = (*PAPER, "gaussian", "rse+adversarial")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -251,6 +251,8 @@ def _differences(measured):
             "A distilled network is used at temperature 1, with logits as many times those of its training as the temperature there: a "
             "fixed c weighs them as much more, while the softmax saturates and the gradients that PGD follows vanish."
         )
+    if "gaussian" in measured:
+        lines.append("gaussian is not in the paper: noise on the image alone, the network that Cohen et al. (2019) certify.")
     for defence, row in measured.items():
         own = {column: cell for column, cell in row["cells"].items() if cell.get("paper") is not None}
         if own:

@@ -2,9 +2,9 @@
 
 The folder: ``predict.json`` (what predicts, and how), ``predictions-RANK.jsonl`` (a line an image with its checksum, flushed batch by
 batch), and at the end ``predictions.jsonl``, in the order of the data set. Under torchrun each process takes a contiguous share of the
-images. An image's line depends on the settings and its index alone, not on the number of processes; another order of sums may round its
-last digits otherwise. ``label`` is the prediction, ``target`` the label of
-the data set. What is not finite is null.
+images. Probabilities and entropies are at the temperature that the run keeps. An image's line depends on the settings and its index
+alone, not on the number of processes; another order of sums may round its last digits otherwise. ``label`` is the prediction, ``target``
+the label of the data set. What is not finite is null.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import distributed
 from tqdm import tqdm
 
-from rse_fast import data, run_inputs
+from rse_fast import data, run_inputs, train
 from rse_fast.data import lines
 from rse_fast.ensemble import Ensemble, shard
 from rse_fast.train.distributed import ProcessLost, connect, leave
@@ -61,8 +61,9 @@ def _parser():
 
 def _run(args, ranks):
     model, part, rows, facts = run_inputs.load(args)
-    ensemble = Ensemble(model, args.draws, dtype=args.dtype, max_rows=args.max_rows, early_exit=args.early_exit)
-    settings = facts | {"draws": args.draws, "early_exit": args.early_exit, "dtype": args.dtype}
+    temperature = 1.0 if args.run is None else train.load_temperature(args.run)
+    ensemble = Ensemble(model, args.draws, dtype=args.dtype, max_rows=args.max_rows, early_exit=args.early_exit, temperature=temperature)
+    settings = facts | {"draws": args.draws, "early_exit": args.early_exit, "dtype": args.dtype, "temperature": temperature}
     opened = [None, None]
     if ranks.main:  # one process makes the folder, and all take its seed
         try:

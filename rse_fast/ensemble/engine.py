@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from rse_fast import autograd, functional
 from rse_fast.ensemble import convolution, gradient, quantize
+from rse_fast.ensemble import temperature as calibrated
 from rse_fast.ensemble.early_exit import make as make_criterion
 from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers, warn_caller
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
@@ -54,9 +55,10 @@ class Prediction:
     (``warnings.simplefilter("error", RuntimeWarning)`` makes it an error). Infinite logits count as numbers without bound.
 
     labels: int64 [B], argmax of probs; -1 where they are NaN.
-    probs: float32 [B, K], mean softmax over the draws.
+    probs: float32 [B, K], mean softmax over the draws, at the ensemble's temperature.
     entropy: float32 [B], of probs, in nats: total uncertainty.
-    mutual_information: float32 [B], entropy minus the mean entropy of the draws, in nats, >= 0: how much the draws disagree.
+    mutual_information: float32 [B], entropy of the mean softmax minus the mean entropy of the draws, in nats, >= 0: how much the draws
+        disagree. The same at every temperature.
     votes: int64 [B, K], how many draws had each class on top; a draw that is NaN has none.
     draws_used: int64 [B].
     seed: the seed that reproduces this prediction, in [0, 2^64).
@@ -96,6 +98,8 @@ class Ensemble(nn.Module):
             "winograd" takes it for all such layers. `algorithms` tells which runs what. They differ by rounding alone: what a machine
             has measured moves float32 logits by less than 1e-5 of the largest one for every layer, and bfloat16 ones by no more than
             bfloat16 itself does. Within a process the choice for a layer is made once and stays, whatever the calls.
+        temperature: of `probs` and of what `forward` returns, in [0.1, 10]: the mean softmax to the power of 1 / temperature, normalised
+            again. It changes no label, vote or certificate. `rse_fast.fit_temperature` finds the one for validation images.
         cuda_graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, and if no module has a hook,
             which a replay does not call; True always; False never. Every replay has fresh noise. A model that cannot be captured runs
             without, after one warning.
@@ -118,6 +122,7 @@ class Ensemble(nn.Module):
         backend: str = "auto",
         algorithm: str = "auto",
         cuda_graphs: bool | None = None,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -137,6 +142,7 @@ class Ensemble(nn.Module):
         self.draws = _count("draws", draws)
         self.seed = None if seed is None else _seed(seed)
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
+        self.temperature = calibrated.check(temperature)
         make_criterion(early_exit, self.draws, 1)  # raises if it names none
         self.dtype, self.fuse, self.early_exit, self.backend, self.cuda_graphs = dtype, bool(fuse), early_exit, backend, cuda_graphs
         convolution.check(model, algorithm, DTYPES.get(dtype), self.fuse, dtype == "int8", backend)
@@ -152,9 +158,9 @@ class Ensemble(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Log of the mean softmax, float32 [B, K]; differentiable in ``x``, so a gradient is the gradient of the whole ensemble,
-        exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`). Differentiable in the parameters
-        of the model, too: where backward asks for their gradient, the model itself runs again beside its fused snapshot."""
+        """Log of the mean softmax at the temperature, float32 [B, K]; differentiable in ``x``, so a gradient is that of the whole
+        ensemble, exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`). Differentiable in the
+        parameters of the model, too: where backward asks for their gradient, the model itself runs again beside its fused snapshot."""
         x = self.images(x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)
@@ -196,7 +202,7 @@ class Ensemble(nn.Module):
                 rows[-1].add(logits)
         if not rows:  # no images: for the sake of their gradient
             return x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()
-        return torch.cat([part.value() for part in rows]) - math.log(draws)
+        return calibrated.rescale(torch.cat([part.value() for part in rows]) - math.log(draws), self.temperature)
 
     @_left_by_compilers
     @torch.no_grad()
@@ -260,6 +266,7 @@ class Ensemble(nn.Module):
     def extra_repr(self) -> str:
         seed = "fresh at every call" if self.seed is None else self.seed
         text = f"draws={self.draws}, seed={seed}, dtype={self.dtype}, fuse={self.fuse}, backend={self.backend!r}"
+        text += "" if self.temperature == 1 else f", temperature={self.temperature:.4g}"
         layers = [f"({name}): {choice.algorithm}, {choice.why}" for name, choice in self.algorithms.items()]
         return "\n".join([f"{text}, algorithm={self.algorithm!r}", *layers])
 
@@ -341,8 +348,7 @@ class Ensemble(nn.Module):
             logits[draw, image] = part
         return logits
 
-    @staticmethod
-    def _prediction(statistics: DrawStatistics, seed: int) -> Prediction:
+    def _prediction(self, statistics: DrawStatistics, seed: int) -> Prediction:
         used = statistics.used.clamp_min(1)
         mean = statistics.sums / used[:, None]
         total = -torch.special.xlogy(mean, mean).sum(-1)
@@ -354,10 +360,14 @@ class Ensemble(nn.Module):
                 f"rse-fast: the model gave NaN for {int(undefined.sum())} of {len(labels)} images; "
                 "their label is -1 and their probs are NaN"
             )
+        probs, entropy = mean, total
+        if self.temperature != 1:  # a softmax that is 0 in float32 counts as the least number that is not
+            probs = calibrated.rescale(mean.clamp_min(2.0**-149).log(), self.temperature).exp()
+            entropy = -torch.special.xlogy(probs, probs).sum(-1)
         return Prediction(
             labels=labels,
-            probs=mean.float(),
-            entropy=total.float(),
+            probs=probs.float(),
+            entropy=entropy.float(),
             mutual_information=(total - statistics.entropies / used).clamp_min(0).float(),
             votes=statistics.votes,
             draws_used=statistics.used,

@@ -1,8 +1,8 @@
 """``rse-fast evaluate``: a protocol of attacks on a trained network, and its report, in a folder that a killed run continues.
 
 The folder: ``evaluation.json`` (what is evaluated, and how), ``rows-RANK.jsonl`` (a line an image and attack, flushed batch by batch), and
-at the end ``report.md``, ``results.json`` and pictures. With more ``--images`` the same folder goes on to those; with fewer the report is
-of those alone, and no row is lost. Under torchrun the batches are shared out among the processes.
+at the end ``report.md``, ``results.json`` and pictures, with a section on how far its probabilities can be trusted. With more
+``--images`` the same folder goes on to those; with fewer the report is of those alone, and no row is lost. Under torchrun the batches are shared out among the processes.
 """
 
 import argparse
@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from rse_fast import models
-from rse_fast.evaluate import attacks, report, rows
+from rse_fast.evaluate import attacks, calibration, report, rows
 from rse_fast.evaluate.protocols import PROTOCOLS
 from rse_fast.evaluate.run import evaluate
 from rse_fast.evaluate.summary import summarise
-from rse_fast.evaluate.target import Target
+from rse_fast.evaluate.target import Target, derive
 from rse_fast.nn import noise_layers
 
 _PACKAGES = ("torch", "numpy", "rse-fast", "foolbox", "pyautoattack")
@@ -86,6 +86,14 @@ def _parser():
     parser.add_argument("--images", type=count, metavar="N", help="test images (default: by protocol)")
     parser.add_argument("--repeats", type=count, default=5, metavar="R", help="scorings with fresh noise (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases of the protocol, by their names in the report")
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="images, not attacked, of the section on calibration; 0: none (%(default)s)",
+    )
+    parser.add_argument("--ood", metavar="DATA", help="images of another kind, which uncertainty should tell from those of the data set")
     parser.add_argument("--certified", type=Path, metavar="DIR", help="folder of rse-fast certify for the report (default: RUN/certified)")
     parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of all noise (default: fresh, kept in the folder)")
@@ -99,7 +107,7 @@ def run(argv: list[str]) -> dict | None:
 
     Raises ValueError or TypeError naming the option, OSError for a folder that cannot be written.
     """
-    from rse_fast import run_inputs
+    from rse_fast import run_inputs, train
 
     args, command = _parser().parse_args(argv), shlex.join(["rse-fast", "evaluate", *argv])
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -115,7 +123,12 @@ def run(argv: list[str]) -> dict | None:
     protocol, args.eps = PROTOCOLS[args.protocol], sorted(set(args.eps))
     target = Target(model, args.draws, plain=plain, dtype=args.dtype)
     part = getattr(splits, args.part)
-    images, labels, order = _images(part, args.images or protocol.images)
+    if args.calibration < 0:
+        raise ValueError(f"--calibration: expected at least 0, got {args.calibration}")
+    indices, order = _order(part)
+    images, labels = _images(part, indices[: args.images or protocol.images])
+    temperature = 1.0 if args.run is None else train.load_temperature(args.run)
+    others = _others(args.ood, args.calibration, images) if args.ood else None
     cases = protocol.cases(args.eps, args.l2, target.draws, plain is not None)
     cases = [case for case in cases if len(splits.classes) >= attacks.CLASSES.get(case.method, 2)]
     settings = {
@@ -152,6 +165,7 @@ def run(argv: list[str]) -> dict | None:
         "seconds": time.perf_counter() - begin, "attack_seconds": sum(row["seconds"] for row in found.values()),
         **summarise(cases, found, len(labels)),
     }  # fmt: skip
+    results["calibration"] = _calibration(args, target, part, indices, settings["seed"], temperature, others)
     for name, entry in results["cases"].items():
         entry["command"] = shlex.join(["rse-fast", "evaluate", *argv, "--seed", str(settings["seed"]), "--only", name])
     certified = args.certified or (args.run / "certified" if args.run else None)
@@ -189,14 +203,48 @@ def load(source: str, weights: Path | None, device: str, trust: bool = False) ->
     return model.to(device).eval()
 
 
-def _images(part, count):
-    """The first images of a part, labels, and the order they were taken in: a part sorted by class is shuffled, always alike."""
+def _order(part):
+    """The indices of a part's images, and in words how they are ordered: a part sorted by class is shuffled, always alike."""
     labels = torch.as_tensor(part.labels)
     sorted_by_class = bool((labels[1:] >= labels[:-1]).all())
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_ORDER_SEED))
-    order = (shuffled if sorted_by_class else torch.arange(len(labels)))[:count]
-    (images,) = part.fetch([order])
-    return images, labels[order], f"first of a fixed shuffle (seed {_ORDER_SEED})" if sorted_by_class else "first"
+    if sorted_by_class:
+        return shuffled, f"first of a fixed shuffle (seed {_ORDER_SEED})"
+    return torch.arange(len(labels)), "first"
+
+
+def _images(part, indices):
+    """uint8 images [N, C, H, W] of a part, and their labels."""
+    (images,) = part.fetch([indices])
+    return images, torch.as_tensor(part.labels)[indices]
+
+
+def _others(source, count, images):
+    """(name, images) of another data set's test part, at most ``count``, scaled to the size of ``images``."""
+    from rse_fast import data
+
+    try:
+        splits = data.load(source, progress=True)
+    except ValueError as error:
+        raise ValueError(f"--ood: {error}") from error
+    found, _ = _images(splits.test, _order(splits.test)[0][: max(count, 1)])
+    if found.shape[1] != images.shape[1]:
+        raise ValueError(f"--ood: expected images of {images.shape[1]} channels, as those of the data set, got {found.shape[1]}")
+    if found.shape[2:] != images.shape[2:]:
+        size = tuple(images.shape[2:])
+        found = torch.nn.functional.interpolate(found.float(), size, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+    return splits.name, found
+
+
+def _calibration(args, target, part, indices, seed, temperature, others):
+    """The figures of the section on calibration, or None where none is wanted."""
+    if not args.calibration:
+        return None
+    images, labels = _images(part, indices[: args.calibration])
+    inside = calibration.answers(target, images, derive(seed, "calibration"))
+    outside = others and calibration.answers(target, others[1], derive(seed, "ood"))
+    found = calibration.measure(inside, labels, temperature, outside)
+    return found | {"ood": found["ood"] and {"data": others[0]} | found["ood"]}
 
 
 def _await(path: Path) -> None:

@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--from-step", type=int, default=None, metavar="STEP", help="... or from the checkpoint of this step")
     for f in dataclasses.fields(Config):
         rule, flag = f.metadata, "--" + f.name.replace("_", "-")
+        flags = [flag, "--defense"] if f.name == "defence" else [flag]  # both spellings of English
         text = rule["text"] + ("" if f.default is None else f" (default: {f.default})")
         if rule["kind"] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
             kind = _or_none(kind)
         choices = rule["choices"] and [*rule["choices"], *[None] * rule["optional"]]
         shown = f"{{{','.join(rule['choices'])}}}" if choices else "X"
-        parser.add_argument(flag, type=kind, choices=choices, help=text, metavar=shown)
+        parser.add_argument(*flags, type=kind, choices=choices, help=text, metavar=shown)
     return parser
 
 

@@ -15,7 +15,7 @@ from children import fork, status
 for package in ("foolbox", "matplotlib", "pyautoattack", "safetensors", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(package)
 
-from rse_fast import certify_cli, cli, evaluate, predict_cli  # noqa: E402
+from rse_fast import certify_cli, cli  # noqa: E402
 from rse_fast.evaluate import rows  # noqa: E402
 from rse_fast.train.log import read  # noqa: E402
 
@@ -49,7 +49,8 @@ def content(command: str, out: Path) -> dict:
     load = lambda name: json.loads((out / name).read_text())  # noqa: E731
     if command == "train":
         log = [without(row, "seconds") for row in read(out / "log.jsonl") if row["event"] in ("step", "epoch", "end")]
-        kept = ["config.json", "data.json", "best.safetensors", *sorted(f"checkpoints/{path.name}" for path in (out / "checkpoints").iterdir())]
+        checkpoints = sorted(f"checkpoints/{path.name}" for path in (out / "checkpoints").iterdir())
+        kept = ["config.json", "data.json", "best.safetensors", *checkpoints]
         files = {name: (out / name).read_bytes() for name in kept if (out / name).is_file()}
         for folder in (out / "checkpoints").iterdir():
             files |= {f"{folder.name}/{file.name}": file.read_bytes() for file in folder.iterdir()}

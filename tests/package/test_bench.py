@@ -159,11 +159,11 @@ def test_the_command_measures_merges_and_compares(tmp_path, capsys):
     assert "not measured here" in capsys.readouterr().out
 
     results.save(old, measured)
-    assert main([*chosen, "--compare", str(old), "--tolerance", "1000"]) == 0
+    assert main([*chosen, "--compare", str(old), "--tolerance", "1000000"]) == 0
     for r in measured["rows"]:
-        r["p50"] = r["p50"] and 1e6 * r["p50"]
+        r["p50"] = r["p50"] and 1e12 * r["p50"]  # a busy machine may be a thousand times slower from one call to the next
     results.save(old, measured)
-    assert main([*chosen, "--compare", str(old), "--tolerance", "1000"]) == 1
+    assert main([*chosen, "--compare", str(old), "--tolerance", "1000000"]) == 1
     assert "REGRESSION" in capsys.readouterr().out
 
 
