@@ -2,7 +2,8 @@
 
 The folder: ``evaluation.json`` (what is evaluated, and how), ``rows-RANK.jsonl`` (a line an image and attack, flushed batch by batch), and
 at the end ``report.md``, ``results.json`` and pictures, with a section on how far its probabilities can be trusted. With more
-``--images`` the same folder goes on to those; with fewer the report is of those alone, and no row is lost. Under torchrun the batches are shared out among the processes.
+``--images`` the same folder goes on to those; with fewer the report is of those alone, and no row is lost.
+Under torchrun the batches are shared out among the processes.
 """
 
 import argparse
