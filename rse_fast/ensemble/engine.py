@@ -48,7 +48,7 @@ def _left_by_compilers(function: Function) -> Function:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `Ensemble.predict` returns for B images and K classes, all on the device of the model.
+    """What `Ensemble.predict` returns for B images and K classes, all on the device of the images that were given.
 
     An image for which the model gives NaN in any draw has label -1 and NaN probs, and a RuntimeWarning says so at each call
     (``warnings.simplefilter("error", RuntimeWarning)`` makes it an error). Infinite logits count as numbers without bound.
@@ -203,20 +203,21 @@ class Ensemble(nn.Module):
     def predict(self, x: torch.Tensor, seed: int | None = None, image_offset: int = 0) -> Prediction:
         """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image_offset``, the index of the first image, address the
         noise: a data set predicted in parts, each with its own image_offset, gets the noise it would get as one batch."""
-        x, seed = self.images(x), self.draw_seed(seed)
+        given, x, seed = x, self.images(x), self.draw_seed(seed)
         image_offset = functional.first_image(image_offset, len(x))
         if self.early_exit is None:
-            return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed)
+            return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed, given.device)
         scheduler = self._scheduler(x, seed, self.draws)
         scheduler.put(x, image_offset)
         finished = [scheduler.nothing()]
         while scheduler.busy:
             finished.append(scheduler.step())
         statistics = DrawStatistics.cat(finished)
-        return self._prediction(statistics.select(statistics.index.argsort()), seed)
+        return self._prediction(statistics.select(statistics.index.argsort()), seed, given.device)
 
     def stream(self, batches: Iterable[torch.Tensor], draws: int | None = None) -> "Stream":
-        """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order.
+        """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order, on the device of the
+        first batch.
 
         With early exit, decided images free their slots for waiting ones, so the packed batch stays full (`Stream.occupancy`). Image i of
         the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image_offset=i``. At most two
@@ -335,7 +336,7 @@ class Ensemble(nn.Module):
         return logits
 
     @staticmethod
-    def _prediction(statistics: DrawStatistics, seed: int) -> Prediction:
+    def _prediction(statistics: DrawStatistics, seed: int, device: torch.device) -> Prediction:
         used = statistics.used.clamp_min(1)
         mean = statistics.sums / used[:, None]
         total = -torch.special.xlogy(mean, mean).sum(-1)
@@ -348,12 +349,12 @@ class Ensemble(nn.Module):
                 "their label is -1 and their probs are NaN"
             )
         return Prediction(
-            labels=labels,
-            probs=mean.float(),
-            entropy=total.float(),
-            mutual_information=(total - statistics.entropies / used).clamp_min(0).float(),
-            votes=statistics.votes,
-            draws_used=statistics.used,
+            labels=labels.to(device),
+            probs=mean.float().to(device),
+            entropy=total.float().to(device),
+            mutual_information=(total - statistics.entropies / used).clamp_min(0).float().to(device),
+            votes=statistics.votes.to(device),
+            draws_used=statistics.used.to(device),
             seed=seed,
         )
 
@@ -450,7 +451,7 @@ class Stream:
                 statistics = next(results, None)
             if statistics is None:
                 return
-            yield self._ensemble._prediction(statistics, self.seed)
+            yield self._ensemble._prediction(statistics, self.seed, first.device)
 
 
 def _count(name: str, value: int) -> int:

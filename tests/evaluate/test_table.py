@@ -12,8 +12,7 @@ for package in ("foolbox", "pyautoattack", "matplotlib", "safetensors", "scipy",
     pytest.importorskip(package)
 
 from rse_fast import certify_cli, train  # noqa: E402
-from rse_fast.evaluate import table  # noqa: E402
-from rse_fast.evaluate import PROTOCOLS, command, protocols  # noqa: E402
+from rse_fast.evaluate import PROTOCOLS, command, protocols, table  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEFENCES = ("plain", "rse")
