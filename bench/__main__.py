@@ -13,6 +13,8 @@ import time
 import warnings
 from pathlib import Path
 
+from rse_fast.cli import wrapper
+
 from . import measure, report, results
 
 # name: the module that holds the suite
@@ -20,13 +22,10 @@ SUITES = ("noise", "convolution", "ensemble", "early_exit", "int8", "train", "at
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 when a comparison finds a regression or a result was refused; 2 for bad arguments."""
+    """Returns the exit status: 0; 1 when a comparison finds a regression or a result was refused; 2 for bad arguments (see
+    `wrapper.run`)."""
     arguments = parse(argv)
-    try:
-        return run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"rse-fast bench: {error}", file=sys.stderr)
-        return 2
+    return wrapper.run("bench", lambda: run(arguments))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

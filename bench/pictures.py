@@ -117,7 +117,7 @@ def front(table: dict, found: dict, out: Path) -> None:
     """Writes README's picture: accuracy of three networks under attack, and cost of the ensemble against its draws.
 
     Args:
-        table: what bench/table.py has written as table.json.
+        table: what rse_fast/evaluate/table.py has written as table.json.
         found: a results file of the ensemble suite.
         out: PNG file to write.
     """

@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from rse_fast import data, run_inputs
+from rse_fast.cli import wrapper
 from rse_fast.data import lines
 from rse_fast.ensemble import Ensemble
 from rse_fast.smoothing import COVERS, certify, clopper_pearson, input_noise
@@ -51,18 +51,8 @@ _HEAD = "\t".join([*COLUMNS, "crc32"]).encode()
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(argv)
-    except (ValueError, TypeError) as error:
-        print(f"rse-fast certify: {run_inputs.named(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"rse-fast certify: {run_inputs.unwritten(error, _parser().parse_args(argv).out, 'certified.tsv')}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues in the same folder", file=sys.stderr)
-        return 130
-    return 0
+    out = _parser().parse_args(argv).out
+    return wrapper.run("certify", lambda: run(argv) and 0, out, ("certified.tsv",))
 
 
 def run(argv: list[str]) -> dict:
@@ -92,9 +82,10 @@ def run(argv: list[str]) -> dict:
 def _parser():
     parser = argparse.ArgumentParser(prog="rse-fast certify", description=__doc__.partition("\n\n")[0].replace("``", ""))
     run_inputs.add_arguments(parser)
-    parser.add_argument("--n0", type=int, default=100, help="draws that select the class (default: %(default)s)")
-    parser.add_argument("--n", type=int, default=10_000, help="draws that estimate its share (default: %(default)s)")
-    parser.add_argument("--alpha", type=float, default=1e-3, help="probability that an image's statement is wrong (default: %(default)s)")
+    parser.add_argument("--n0", type=int, default=100, metavar="DRAWS", help="draws that select the class (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=10_000, metavar="DRAWS", help="draws that estimate its share (default: %(default)s)")
+    text = "probability that an image's statement is wrong (default: %(default)s)"
+    parser.add_argument("--alpha", type=float, default=1e-3, metavar="P", help=text)
     parser.add_argument("--radius", type=float, nargs="+", metavar="R", help="stop an image when 'radius >= R' is decided for each R")
     parser.add_argument("--out", type=Path, default=Path("certified"), metavar="DIR", help="new, or to continue (default: %(default)s)")
     return parser
@@ -135,7 +126,7 @@ def _run(args, ensemble, part, rows, settings, command):
         x = run_inputs.images(part, rows[:1], args.device)
         size = max(1, ensemble.rows(x) // args.n0) if args.every == 1 else 1
         waiting = [i for i in rows if i not in done]
-        with tqdm(total=len(rows), initial=len(rows) - len(waiting), unit="image", disable=None) as bar:
+        with wrapper.progress(len(rows), done=len(rows) - len(waiting)) as bar:
             for group in run_inputs.neighbours(waiting, size):
                 for row in _certify(args, ensemble, part, group, settings):
                     table.append(row)

@@ -9,13 +9,12 @@ the label of the data set. What is not finite is null.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 from torch import distributed
-from tqdm import tqdm
 
 from rse_fast import data, run_inputs, train
+from rse_fast.cli import wrapper
 from rse_fast.data import lines
 from rse_fast.ensemble import Ensemble, shard
 from rse_fast.train.distributed import ProcessLost, connect, leave
@@ -27,24 +26,18 @@ _FIELDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
+    """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C (see `wrapper.run`)."""
     args = _parser().parse_args(argv)
-    try:
-        with connect(args.device) as ranks:
-            args.device = ranks.device
-            _run(args, ranks)
-    except (ValueError, TypeError) as error:
-        print(f"rse-fast predict: {run_inputs.named(error)}", file=sys.stderr)
-        return 2
-    except ProcessLost as error:
-        leave(f"rse-fast predict: {error}; the same command continues in {args.out}")
-    except OSError as error:
-        print(f"rse-fast predict: {run_inputs.unwritten(error, args.out, 'predictions-*.jsonl')}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command continues in {args.out}", file=sys.stderr)
-        return 130
-    return 0
+
+    def action():
+        try:
+            with connect(args.device) as ranks:
+                args.device = ranks.device
+                _run(args, ranks)
+        except ProcessLost as error:
+            leave(f"rse-fast predict: {error}; the same command continues in {args.out}")
+
+    return wrapper.run("predict", action, args.out, ("predictions-*.jsonl",))
 
 
 def _parser():
@@ -53,7 +46,7 @@ def _parser():
 
     parser = argparse.ArgumentParser(prog="rse-fast predict", description=__doc__.partition("\n\n")[0].replace("``", ""))
     run_inputs.add_arguments(parser)
-    parser.add_argument("--draws", type=int, default=10, help="noisy passes an image (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=10, metavar="N", help="noisy passes an image (default: %(default)s)")
     parser.add_argument("--early-exit", type=early_exit, metavar="HOW", help="exact, or a confidence such as 0.999 (default: all draws)")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="new, or to continue (default: %(default)s)")
     return parser
@@ -79,7 +72,7 @@ def _run(args, ranks):
     mine = [i for i in rows[shard(len(rows), ranks.rank, ranks.size)] if i not in done]
     with (
         data.append(args.out / f"predictions-{ranks.rank}.jsonl") as file,
-        tqdm(total=len(mine), unit="image", disable=None if ranks.main else True) as bar,
+        wrapper.progress(len(mine), shown=ranks.main) as bar,
     ):
         for group in run_inputs.neighbours(mine, max(1, 4 * ensemble.rows(run_inputs.images(part, rows[:1], args.device)) // args.draws)):
             out = ensemble.predict(run_inputs.images(part, group, args.device), seed=settings["seed"], image_offset=group[0])

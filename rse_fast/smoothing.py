@@ -62,7 +62,7 @@ _EXITS = {"tolist", "numpy", "item", "__array__", "__dlpack__", "data_ptr", "unt
 
 @dataclass(frozen=True)
 class Certificate:
-    """What `certify` says of B images and K classes; tensors on the CPU.
+    """What `certify` says of B images and K classes; tensors on the device of the images that were given.
 
     labels: int64 [B], the class of the majority of draws, or -1: abstains.
     radius: float64 [B], L2 radius in the units of the image, 0 where it abstains.
@@ -131,6 +131,7 @@ def certify(
     radii = [float(r) for r in radii]
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and not negative, got {radii}")
+    device = x.device if isinstance(x, Tensor) else None
     x, seed = ensemble.images(x), ensemble.draw_seed(seed)
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, got infinite or NaN values")
@@ -164,12 +165,12 @@ def certify(
     abstains = torch.from_numpy(p_lower < 0.5)
     radius = torch.from_numpy(sigma * ndtri(np.maximum(p_lower, 0.5)) - width).clamp_min(0)
     return Certificate(
-        labels=top.cpu().masked_fill(abstains, -1),
-        radius=radius.masked_fill(abstains, 0),
-        p_lower=torch.from_numpy(p_lower),
-        votes=votes.cpu(),
-        selected=top.masked_fill(~voted, -1).cpu(),
-        draws=torch.from_numpy(draws),
+        labels=top.cpu().masked_fill(abstains, -1).to(device),
+        radius=radius.masked_fill(abstains, 0).to(device),
+        p_lower=torch.from_numpy(p_lower).to(device),
+        votes=votes.to(device),
+        selected=top.masked_fill(~voted, -1).to(device),
+        draws=torch.from_numpy(draws).to(device),
         sigma=sigma,
         alpha=float(alpha),
         seed=seed,

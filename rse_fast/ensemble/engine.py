@@ -49,7 +49,7 @@ def _left_by_compilers(function: Function) -> Function:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `Ensemble.predict` returns for B images and K classes, all on the device of the model.
+    """What `Ensemble.predict` returns for B images and K classes, all on the device of the images that were given.
 
     An image for which the model gives NaN in any draw has label -1 and NaN probs, and a RuntimeWarning says so at each call
     (``warnings.simplefilter("error", RuntimeWarning)`` makes it an error). Infinite logits count as numbers without bound.
@@ -214,20 +214,21 @@ class Ensemble(nn.Module):
                 "x must not be inside a transform of torch.func or forward-mode differentiation, which Ensemble.predict has no rule for; "
                 "predict the whole batch [B, ...] at once, or call the ensemble itself, which has gradients"
             )
-        x, seed = self.images(x), self.draw_seed(seed)
+        given, x, seed = x, self.images(x), self.draw_seed(seed)
         image_offset = functional.first_image(image_offset, len(x))
         if self.early_exit is None:
-            return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed)
+            return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed, given.device)
         scheduler = self._scheduler(x, seed, self.draws)
         scheduler.put(x, image_offset)
         finished = [scheduler.nothing()]
         while scheduler.busy:
             finished.append(scheduler.step())
         statistics = DrawStatistics.cat(finished)
-        return self._prediction(statistics.select(statistics.index.argsort()), seed)
+        return self._prediction(statistics.select(statistics.index.argsort()), seed, given.device)
 
     def stream(self, batches: Iterable[torch.Tensor], draws: int | None = None) -> "Stream":
-        """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order.
+        """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order, on the device of the
+        first batch.
 
         With early exit, decided images free their slots for waiting ones, so the packed batch stays full (`Stream.occupancy`). Image i of
         the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image_offset=i``. At most two
@@ -348,7 +349,7 @@ class Ensemble(nn.Module):
             logits[draw, image] = part
         return logits
 
-    def _prediction(self, statistics: DrawStatistics, seed: int) -> Prediction:
+    def _prediction(self, statistics: DrawStatistics, seed: int, device: torch.device) -> Prediction:
         used = statistics.used.clamp_min(1)
         mean = statistics.sums / used[:, None]
         total = -torch.special.xlogy(mean, mean).sum(-1)
@@ -365,12 +366,12 @@ class Ensemble(nn.Module):
             probs = calibrated.rescale(mean.clamp_min(2.0**-149).log(), self.temperature).exp()
             entropy = -torch.special.xlogy(probs, probs).sum(-1)
         return Prediction(
-            labels=labels,
-            probs=probs.float(),
-            entropy=entropy.float(),
-            mutual_information=(total - statistics.entropies / used).clamp_min(0).float(),
-            votes=statistics.votes,
-            draws_used=statistics.used,
+            labels=labels.to(device),
+            probs=probs.float().to(device),
+            entropy=entropy.float().to(device),
+            mutual_information=(total - statistics.entropies / used).clamp_min(0).float().to(device),
+            votes=statistics.votes.to(device),
+            draws_used=statistics.used.to(device),
             seed=seed,
         )
 
@@ -469,7 +470,7 @@ class Stream:
                 statistics = next(results, None)
             if statistics is None:
                 return
-            yield self._ensemble._prediction(statistics, self.seed)
+            yield self._ensemble._prediction(statistics, self.seed, first.device)
 
 
 def _count(name: str, value: int) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from rse_fast import models
+from rse_fast.cli import wrapper
 from rse_fast.evaluate import attacks, calibration, report, rows
 from rse_fast.evaluate.protocols import PROTOCOLS
 from rse_fast.evaluate.run import evaluate
@@ -34,21 +35,9 @@ _ORDER_SEED = 0  # of the order of a test part that is sorted by class
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, also if a check failed; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
-    from rse_fast import run_inputs
-
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(argv)
-    except (ValueError, TypeError) as error:
-        print(f"rse-fast evaluate: {run_inputs.named(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"rse-fast evaluate: {run_inputs.unwritten(error, _parser().parse_args(argv).out, 'rows-*.jsonl')}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues in the same folder", file=sys.stderr)
-        return 130
-    return 0
+    out = _parser().parse_args(argv).out
+    return wrapper.run("evaluate", lambda: run(argv) and 0, out, ("rows-*.jsonl",))
 
 
 def _parser():
@@ -72,18 +61,15 @@ def _parser():
         + ". On several GPUs: torchrun --nproc-per-node N -m rse_fast.cli evaluate ...",
     )  # fmt: skip
     model = "run folder of rse-fast train, or package.module:function that returns a network"
-    parser.add_argument("--run", type=Path, metavar="RUN", help="run folder of rse-fast train")
-    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="in place of --run: returns the network, converted if it has noise")
+    run_inputs.add_model(parser)
     parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file for --model")
-    parser.add_argument("--plain", metavar="RUN|MODULE:FUNCTION", help=f"undefended network to transfer attacks from: {model}")
-    parser.add_argument("--plain-weights", type=Path, metavar="FILE", help="safetensors file for --plain MODULE:FUNCTION")
-    run_inputs.add_trust(parser)
-    run_inputs.add_data(parser)
-    parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
+    parser.add_argument("--plain", metavar="RUN|PACKAGE.MODULE:FUNCTION", help=f"undefended network to transfer attacks from: {model}")
+    parser.add_argument("--plain-weights", type=Path, metavar="FILE", help="safetensors file for --plain PACKAGE.MODULE:FUNCTION")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="quick", help="default: %(default)s")
     parser.add_argument("--draws", type=count, default=10, metavar="N", help="of the deployed ensemble (default: %(default)s)")
-    parser.add_argument("--eps", type=eps, nargs="+", default=[2 / 255, 4 / 255, 8 / 255], help="Linf radii; the largest is the main one")
-    parser.add_argument("--l2", type=eps, default=0.5, help="L2 radius (default: %(default)s)")
+    radii = [2 / 255, 4 / 255, 8 / 255]
+    parser.add_argument("--eps", type=eps, nargs="+", metavar="EPS", default=radii, help="Linf radii; the largest is the main one")
+    parser.add_argument("--l2", type=eps, default=0.5, metavar="RADIUS", help="L2 radius (default: %(default)s)")
     parser.add_argument("--images", type=count, metavar="N", help="test images (default: by protocol)")
     parser.add_argument("--repeats", type=count, default=5, metavar="R", help="scorings with fresh noise (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases of the protocol, by their names in the report")
@@ -96,9 +82,6 @@ def _parser():
     )
     parser.add_argument("--ood", metavar="DATA", help="images of another kind, which uncertainty should tell from those of the data set")
     parser.add_argument("--certified", type=Path, metavar="DIR", help="folder of rse-fast certify for the report (default: RUN/certified)")
-    parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="of all noise (default: fresh, kept in the folder)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="new, or to continue (default: %(default)s)")
     return parser
 
@@ -115,7 +98,7 @@ def run(argv: list[str]) -> dict | None:
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     if (args.run is None) == (args.model is None):
-        raise ValueError("--run, --model: expected one of the two")
+        raise ValueError("RUN, --model: expected one of the two")
     model = load(str(args.run or args.model), args.weights, args.device, args.trust)
     plain = load(args.plain, args.plain_weights, args.device, args.trust) if args.plain else None
     if plain is not None and noise_layers(plain):
@@ -270,9 +253,7 @@ class _Progress:
     ranks: int
 
     def __enter__(self):
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=len(self.cases) * self.images // self.ranks, unit="image", disable=None)
+        self.bar = wrapper.progress(len(self.cases) * self.images // self.ranks)
         return self
 
     def __exit__(self, *error):

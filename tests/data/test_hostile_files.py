@@ -25,6 +25,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from rse_fast import certify_cli, data, predict_cli, run_inputs  # noqa: E402
+from rse_fast.cli import wrapper  # noqa: E402
 from rse_fast.data import lines  # noqa: E402
 from rse_fast.evaluate import rows  # noqa: E402
 from rse_fast.train import CheckpointError, Config, Trainer, checkpoint, load_model, train  # noqa: E402
@@ -563,9 +564,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_done(images,
     with pytest.raises(ValueError, match="^out: cannot write in"):
         run_inputs.open_folder(Path(out), "predict.json", {}, None)
     full = OSError(28, "No space left on device")
-    assert run_inputs.unwritten(full, tmp_path, "*.jsonl").endswith("(No space left on device); name another folder with --out")
+    assert wrapper.unwritten(full, tmp_path, "*.jsonl").endswith("(No space left on device); name another folder with --out")
     (tmp_path / "rows-0.jsonl").write_text("{}\n")
-    assert run_inputs.unwritten(full, tmp_path, "*.jsonl").endswith(f"what was saved before is in {tmp_path}")
+    assert wrapper.unwritten(full, tmp_path, "*.jsonl").endswith(f"what was saved before is in {tmp_path}")
 
 
 def test_a_folder_without_permission_is_told(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Ensemble.predict and .forward: equal to passes one by one, whatever the packing; their statistics, seeds, gradients and errors."""
 
 import copy
+import importlib.util
 import itertools
 import threading
 
@@ -556,3 +557,18 @@ def test_what_cannot_be_copied_says_what_to_do():
     with pytest.raises(TypeError, match="model cannot be copied.*fuse=False"):
         Ensemble(model, 2).predict(images(1))
     assert Ensemble(model, 2, fuse=False).predict(images(1)).labels.shape == (1,)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("of_images", DEVICES)
+@pytest.mark.parametrize("of_model", DEVICES)
+def test_results_are_on_the_device_of_the_images(of_model, of_images, seed):
+    ensemble = Ensemble(NETS["plain"]().to(of_model), 4, seed=seed)
+    x = images().to(of_images)
+    results = [ensemble.predict(x), *ensemble.stream([x, x])]
+    if importlib.util.find_spec("scipy"):
+        results.append(rse_fast.certify(ensemble, x, n0=5, n=30))
+    tensors = [value for result in results for value in vars(result).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) >= 18 and {t.device.type for t in tensors} == {of_images}

@@ -389,8 +389,8 @@ def test_the_folder_of_another_evaluation_is_refused(whole, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "--run, --model"), (["--model", "nowhere:at_all"], "--model"), (["--model", "math:floor"], "--model"),
-        (["--run", "nowhere"], "config"), (["--model", "test_evaluate:make_plain", "--weights", "nowhere.safetensors"], "--weights"),
+        ([], "RUN, --model"), (["--model", "nowhere:at_all"], "--model"), (["--model", "math:floor"], "--model"),
+        (["nowhere"], "no run at 'nowhere'"), (["--model", "test_evaluate:make_plain", "--weights", "nowhere.safetensors"], "--weights"),
         (["--model", "test_evaluate:make_plain", "--only", "nothing"], "--only"),
         (["--model", "test_evaluate:make_plain", "--plain", "test_evaluate:make_noisy"], "--plain"),
         (["--model", "test_evaluate:make_plain", "--data", "nowhere"], "nowhere"),
