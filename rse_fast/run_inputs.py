@@ -25,8 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, metavar="N", help="at most N images")
     parser.add_argument("--seed", type=int, help="of the noise (default: fresh, kept in the folder)")
     parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
+    add_logits(parser)
     parser.add_argument("--max-rows", type=int, metavar="ROWS", help="most rows of a packed batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+
+
+def add_logits(parser: argparse.ArgumentParser) -> None:
+    text = "where the model's output has its logits: a name or an index (default: found by itself)"
+    parser.add_argument("--logits", type=lambda word: int(word) if word.lstrip("-").isdigit() else word, metavar="NAME|INDEX", help=text)
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +85,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
     if not len(rows):
         raise ValueError(f"--part: {args.part} of the data set has no images")
     facts = {"model": args.model or str(args.run), "weights": digest(model.state_dict()), "data": found.name}
-    facts |= {"labels": digest({"labels": part.labels}), "part": args.part, "resize": args.resize and repr(args.resize)}
+    facts |= {"labels": digest({"labels": part.labels}), "part": args.part, "resize": args.resize and repr(args.resize), "logits": args.logits}
     return model, part, rows, facts
 
 

@@ -78,6 +78,7 @@ def _parser():
     parser.add_argument("--plain-weights", type=Path, metavar="FILE", help="safetensors file for --plain MODULE:FUNCTION")
     run_inputs.add_trust(parser)
     run_inputs.add_data(parser)
+    run_inputs.add_logits(parser)
     parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="quick", help="default: %(default)s")
     parser.add_argument("--draws", type=count, default=10, metavar="N", help="of the deployed ensemble (default: %(default)s)")
@@ -113,7 +114,7 @@ def run(argv: list[str]) -> dict | None:
         raise ValueError("--plain: expected a network without noise to transfer from, got one with noisy layers")
     splits = run_inputs.splits(args)
     protocol, args.eps = PROTOCOLS[args.protocol], sorted(set(args.eps))
-    target = Target(model, args.draws, plain=plain, dtype=args.dtype)
+    target = Target(model, args.draws, plain=plain, dtype=args.dtype, logits=args.logits)
     part = getattr(splits, args.part)
     images, labels, order = _images(part, args.images or protocol.images)
     cases = protocol.cases(args.eps, args.l2, target.draws, plain is not None)
@@ -125,7 +126,7 @@ def run(argv: list[str]) -> dict | None:
         "draws": target.draws, "sigmas": sorted({float(f"{s:.6g}") for layer in noise_layers(model).values()
                                                  for s in layer.current_sigma().detach().flatten().tolist()}),
         "eps": args.eps, "l2": args.l2, "repeats": args.repeats, "dtype": args.dtype, "device": torch.device(args.device).type,
-        "resize": args.resize and repr(args.resize),
+        "resize": args.resize and repr(args.resize), "logits": args.logits,
     }  # fmt: skip
     if rank:
         _await(args.out / _SETTINGS)
