@@ -11,8 +11,8 @@ def batch(x: object, model: nn.Module) -> Tensor:
     """A batch of images as a tensor.
 
     Args:
-        x: a tensor, as it is; a NumPy array of floats [B, C, H, W], as the model takes them, or of uint8 [B, H, W, C] or [H, W, C], which are
-            scaled to [0, 1]; a PIL image, or a list of PIL images of one size.
+        x: a tensor, as it is; a NumPy array of floats [B, C, H, W], as the model takes them, or of uint8 [B, H, W, C] or [H, W, C],
+            which are scaled to [0, 1]; a PIL image, or a list of PIL images of one size.
         model: its first convolution says how many channels C an image has.
 
     Raises:
@@ -52,7 +52,9 @@ def _check_channels(x, at, model):
     if wanted is None or x.shape[at] == wanted and (x.shape[other] != wanted or at == 1):
         return
     if x.shape[at] == x.shape[other]:
-        raise ValueError(f"x of shape {x.shape} may have its channels first or last; write torch.from_numpy(x).float() / 255 in [B, C, H, W]")
+        raise ValueError(
+            f"x of shape {x.shape} may have its channels first or last; write torch.from_numpy(x).float() / 255 in [B, C, H, W]"
+        )
     line = "x.transpose(0, 3, 1, 2)" if at == 1 else "torch.from_numpy(x).float() / 255"
     where = "[B, C, H, W]" if at == 1 else "[B, H, W, C]"
     raise ValueError(f"x must be {where} with C = {wanted} channels, got shape {x.shape}; if its channels lie elsewhere, write {line}")

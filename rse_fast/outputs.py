@@ -89,7 +89,11 @@ def check_rows(logits: Tensor, rows: tuple[int, ...]) -> None:
     wanted = f"logits [N, K], or [N, K, H, W] of pixels, for N = {rows[-1]} rows"
     if logits.dim() == 1 or logits.dim() > 1 and logits.shape[1] == 1:
         what = "a number" if logits.dim() == 1 else "one logit"
-        line = "lambda z: torch.stack([torch.zeros_like(z), z], 1)" if logits.dim() == 1 else "lambda z: torch.cat([torch.zeros_like(z), z], 1)"
+        line = (
+            "lambda z: torch.stack([torch.zeros_like(z), z], 1)"
+            if logits.dim() == 1
+            else "lambda z: torch.cat([torch.zeros_like(z), z], 1)"
+        )
         raise ValueError(
             f"model must return logits of two classes or more, got {what} for each row, whose softmax is 1 whatever it is. If it is the "
             f"logit of one class against another: Ensemble(model, logits={line}). If it is a regression: {_MISSING}"

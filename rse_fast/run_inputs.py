@@ -85,7 +85,12 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
     if not len(rows):
         raise ValueError(f"--part: {args.part} of the data set has no images")
     facts = {"model": args.model or str(args.run), "weights": digest(model.state_dict()), "data": found.name}
-    facts |= {"labels": digest({"labels": part.labels}), "part": args.part, "resize": args.resize and repr(args.resize), "logits": args.logits}
+    facts |= {
+        "labels": digest({"labels": part.labels}),
+        "part": args.part,
+        "resize": args.resize and repr(args.resize),
+        "logits": args.logits,
+    }
     return model, part, rows, facts
 
 

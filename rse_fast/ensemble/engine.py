@@ -144,7 +144,9 @@ class Ensemble(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Log of the mean softmax, float32 [B, K] (of pixels [B, K, H, W]); differentiable in ``x``, so a gradient is the gradient of the whole ensemble,
+        """Log of the mean softmax, float32 [B, K], of pixels [B, K, H, W].
+
+        Differentiable in ``x``, so a gradient is the gradient of the whole ensemble,
         exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`). Differentiable in the parameters
         of the model, too: where backward asks for their gradient, the model itself runs again beside its fused snapshot."""
         x = self.images(x)
@@ -312,8 +314,8 @@ class Ensemble(nn.Module):
     def logits_at(
         self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None
     ) -> torch.Tensor:
-        """One packed batch: float32 logits [draws, A, ..., K] of images x [A, ...], draws ``sample_ids[i, 1] ..`` of image ``sample_ids[i, 0]``
-        (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.NoiseContext`."""
+        """One packed batch: float32 logits [draws, A, ..., K] of images x [A, ...]: draws ``sample_ids[i, 1] ..`` of image
+        ``sample_ids[i, 0]``. sample_ids int64 [A, 2] and seed, an int64 tensor, are on x's device. ``silent``: see `NoiseContext`."""
         with self._preparation.ready(x) as model:
 
             def step(image, draw):

@@ -193,7 +193,7 @@ class Preparation:
         if any(GLOBAL_HOOKS):
             problem = "hooks of all modules are registered, which a fused model would not call for each"
             return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, logits=self.logits), problem, {}
-        fused, problem = fuse.snapshot(self.model, dtype)
+        fused, problem = fuse.snapshot(self.model, dtype, shape=x.shape[1:])
         runner = Runner(fused, dtype, dtype, noisy, x, logits=self.logits)
         if problem is None:
             direct = self._why_direct(runner, x.device)
@@ -246,7 +246,7 @@ class Preparation:
             with torch.no_grad():
                 report = quantize.quantize(graph, names, run, dtype)
 
-        runner.model, _ = fuse.snapshot(self.model, dtype, rewrite)
+        runner.model, _ = fuse.snapshot(self.model, dtype, rewrite, x.shape[1:])
         return report
 
 
@@ -266,6 +266,10 @@ def _remarks(model, runner, x):
         called = {stream & 0xFFFF for stream in runner.called}
         if silent := [name for name, layer in layers.items() if layer.noise_enabled and layer.stream not in called]:
             yield "uncalled", f"the model never calls the noisy layers {listing(silent, 5)}, so their noise is not there"
+    if runner.plain:
+        names = [name for name, layer in layers.items() if layer.stream in runner.plain]
+        text = "get one row for all images, a table of positions perhaps, and add no noise in an ensemble"
+        yield "one row", f"the noisy layers {listing(names, 5)} {text}; convert(..., exclude={tuple(names)!r}) says so"
     if runner.probabilities:
         yield "softmax", "the model gives probabilities; an ensemble takes logits, so leave out the softmax at the model's end"
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]

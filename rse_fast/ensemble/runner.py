@@ -8,7 +8,7 @@ from torch import nn
 from rse_fast import autograd, outputs
 from rse_fast.convert import meta_copy
 from rse_fast.ensemble.plan import PeakBytes, SavedBytes
-from rse_fast.nn import NoiseContext
+from rse_fast.nn import NoiseContext, RowsError
 from rse_fast.trace import RandomOpDetector
 
 # A fused model in low precision may be so many times as far from float32 as the unfused one: both errors are sums of the same kind of
@@ -25,11 +25,12 @@ class Runner:
 
     logits: where the logits are in what the model returns, see `rse_fast.outputs.take`.
 
-    classes: length of the logits, 0 if unknown. pixels: shape of what each class has a map of, () for logits [N, K]. packs_input: whether the batch is packed at the input, since something bypasses the first
-    noise, or takes the rows for images behind it. layout: of images of 4 dimensions. row_bytes: of all tensors that are alive at once, a
-    row; saved_bytes: of those that are kept for the gradient of the images, a row; None if unknown. random: whether the forward draws
-    numbers of torch's generators by itself. called: streams of the layers that a probe of real images called, in order; None if it failed.
-    probabilities: whether it gave probabilities rather than logits.
+    classes: length of the logits, 0 if unknown. pixels: shape of what each class has a map of, () for logits [N, K]. packs_input: whether
+    the batch is packed at the input, since something bypasses the first noise, or takes the rows for images behind it. layout: of images
+    of 4 dimensions. row_bytes: of all tensors that are alive at once, a row; saved_bytes: of those that are kept for the gradient of the
+    images, a row; None if unknown. random: whether the forward draws numbers of torch's generators by itself. called: streams of the
+    layers that a probe of real images called, in order; None if it failed. plain: streams of layers that get one row for all images, and
+    no noise. probabilities: whether it gave probabilities rather than logits.
     """
 
     def __init__(
@@ -39,17 +40,20 @@ class Runner:
         self.model, self.dtype, self.compute, self.noisy, self.logits = model, dtype, compute, noisy, logits
         self.row_bytes = self.saved_bytes = None
         self.layout, self.packs_input, self.random, self.classes, self.pixels = torch.channels_last, True, False, 0, ()
-        self.called, self.probabilities = None, False
+        self.called, self.probabilities, self.plain, self.divided = None, False, frozenset(), set()
         if x is not None:
             self._try(x, own)
 
     def _try(self, x, own):
         """Finds out what the model needs."""
-        lazy = self._dry_run(x, packed=False)
-        shape = lazy or self._dry_run(x, packed=True)
         images = probe_images(x, 2)
         with RandomOpDetector() as detector, outputs.SigmoidDetector() as sigmoids:
             packed = self._probe(images)
+            while isinstance(packed, RowsError) and packed.rows == 1:  # of a table of positions, say
+                self.plain |= {packed.stream}
+                packed = self._probe(images)
+        lazy = self._dry_run(x, packed=False)
+        shape = lazy or self._dry_run(x, packed=True)
         if isinstance(packed, outputs.Unclear):
             raise packed
         sigmoids.check(packed)
@@ -64,6 +68,8 @@ class Runner:
             packed = self._probe(images) if self.random else packed
             self.packs_input = False
             self.packs_input = isinstance(packed, torch.Tensor) and not self._agree(packed, self._probe(images))
+        elif self.divided and not self.random:
+            self._check_order(packed, self._probe(images[:1]))
         if shape is None and outputs.is_logits(packed):
             shape = packed.shape
         self.classes, self.pixels = (shape[1], tuple(shape[2:])) if shape else (0, ())
@@ -71,21 +77,31 @@ class Runner:
 
     def __call__(self, x: torch.Tensor, context: NoiseContext) -> torch.Tensor:
         """The logits that the model returns for the packed batch that ``context`` makes of images ``x``."""
+        context.packed, context.plain = context.packed or self.packs_input, self.plain
         if self.packs_input and self.noisy:
             x = x.repeat(context.draws, *[1] * (x.dim() - 1))
         return run(self.model, x, context, self.dtype, self.compute, self.layout, self.logits)
 
     @torch.no_grad()
     def _probe(self, images):
-        """The logits of 2 images in 2 draws, or the exception that the model raises."""
+        """The logits of ``images`` in 2 draws, or the exception that the model raises."""
         try:
             with seeded(0, images.device) if self.random else contextlib.nullcontext():
-                context = NoiseContext(torch.zeros((), dtype=torch.int64, device=images.device), 2, 2)
+                context = NoiseContext(torch.zeros((), dtype=torch.int64, device=images.device), len(images), 2)
                 result = self(images, context)
-                self.called = [layer.stream for layer in context.calls]
+                self.called, self.divided = [layer.stream for layer in context.calls], context.divided
                 return result
         except Exception as error:
             return error.with_traceback(None)
+
+    def _check_order(self, both, first):
+        """Raises ValueError unless an image's rows are beside each other wherever it has several: alone, it then has the same noise."""
+        if isinstance(both, torch.Tensor) and isinstance(first, torch.Tensor) and not self._agree(both[::2], first):
+            name = min(self.divided)
+            raise ValueError(
+                f"the noisy layer {name!r} gets several rows an image, those of one image not beside each other: its noise would depend on "
+                f"the images beside it; convert(exclude={name!r}) leaves this one without noise"
+            )
 
     def _agree(self, packed, lazy):
         """Whether packing at the first noise is packing: rows behind it that are taken for images come out in another order."""
@@ -104,11 +120,12 @@ class Runner:
             model, x = meta_copy(self.model).float(), torch.empty(shape, device="meta")
             seed = torch.zeros((), dtype=torch.int64, device="cpu")
             scale = self.compute.itemsize / torch.float32.itemsize / (images * draws)
-            with torch.no_grad(), NoiseContext(seed, images, draws), PeakBytes() as memory:
+            options = dict(packed=packed, plain=self.plain)
+            with torch.no_grad(), NoiseContext(seed, images, draws, **options), PeakBytes() as memory:
                 out = outputs.take(model(x), self.logits)
             self.row_bytes = memory.peak * scale
             try:
-                with torch.enable_grad(), NoiseContext(seed, images, draws), SavedBytes(model) as saved:
+                with torch.enable_grad(), NoiseContext(seed, images, draws, **options), SavedBytes(model) as saved:
                     model(x.requires_grad_())
                 self.saved_bytes = saved.total * scale
             except Exception:  # a model without a gradient
@@ -140,7 +157,7 @@ def run(
     model: nn.Module, x: torch.Tensor, context: NoiseContext, dtype: torch.dtype, compute: torch.dtype, layout=torch.channels_last,
     logits: outputs.Choice = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Logits of ``model``, whose parameters are in ``dtype``, computing in ``compute`` on x (packed, or to be packed by the first noise)."""
+    """Logits of ``model``, whose parameters are in ``dtype``, computed in ``compute`` on x (packed, or to be packed by the first noise)."""
     # Never the caller's tensor: a forward that works in place would change it, and see its own work at the next chunk of draws.
     # A transform of torch.func may see fewer dimensions than there are, and then knows no layout of four.
     laid = layout if x.dim() == 4 and not autograd.is_transformed() else torch.preserve_format
@@ -178,7 +195,7 @@ def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: boo
 
     def results(model, compute, layout):
         values = probe_images(x, 4).requires_grad_(gradients)
-        context = NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2)
+        context = NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2, packed=True, plain=runner.plain)
         # A layer that draws numbers of its own shall draw the same.
         with torch.set_grad_enabled(gradients), seeded(0, x.device) if runner.random else contextlib.nullcontext():
             logits = run(model, values, context, compute, compute, layout, runner.logits)

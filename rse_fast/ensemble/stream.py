@@ -69,7 +69,8 @@ class Scheduler:
 
     run: (x [A, ...], sample_ids int64 [A, 2], draws m) -> float32 logits [m, A, ..., K], draws ``sample_ids[i, 1] ..`` of image
     ``sample_ids[i, 0]``.
-    row: shape of an image's logits, the classes last. draws: most draws an image; rows: rows of a full packed batch; criterion: of `early_exit`.
+    row: shape of an image's logits, the classes last.
+    draws: most draws an image; rows: rows of a full packed batch; criterion: of `early_exit`.
     """
 
     def __init__(self, run: Callable, row: tuple[int, ...], draws: int, rows: int, criterion, device: torch.device):

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from rse_fast.convert import convert, set_sigma
 from rse_fast.functional import add_noise
-from rse_fast.outputs import take
 from rse_fast.nn import ambient
+from rse_fast.outputs import take
 from rse_fast.train.config import Config
 
 
