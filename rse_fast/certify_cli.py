@@ -67,7 +67,7 @@ def run(argv: list[str]) -> dict:
     if bool((labels[1:] >= labels[:-1]).all()) and some < min(all_classes, len(rows)):
         text = f"--images: the part is sorted by class, and these {len(rows)} images are of {some} of its {all_classes} classes; "
         warnings.warn(text + f"--every {max(1, len(labels) // len(rows))} takes as many of all", RuntimeWarning, stacklevel=2)
-    ensemble = Ensemble(model, dtype=args.dtype, max_rows=args.max_rows)
+    ensemble = Ensemble(model, dtype=args.dtype, max_rows=args.max_rows, logits=args.logits)
     x = run_inputs.images(part, rows[:1], args.device)
     certify(ensemble, x[:0], n0=args.n0, n=args.n, alpha=args.alpha, radii=args.radius)  # what it refuses leaves no folder
     sigma = float(input_noise(model, x).current_sigma())

@@ -34,6 +34,9 @@ class NoiseContext:
     stream is its index in the model, plus the number of its earlier calls within the context in the high half of the word: one context is
     one forward pass.
     ``noiseless_stream``: the stream of a layer whose first call adds no noise, because the caller has added it already.
+    ``packed``: whether the batch comes with all its rows. A layer may then get several rows an image (windows, heads, patches), those of
+    an image beside each other: each has noise of its own, keyed by its place within its image.
+    ``plain``: streams of layers that add no noise, because they get one row for all images.
     ``undefined``: bool tensors, of the images or of all rows: which had NaN where they became bytes, in which NaN is lost.
 
     Activation checkpointing goes around a context: one inside would run again in backward, where no context is left, and is refused.
@@ -47,8 +50,11 @@ class NoiseContext:
     backend: str = "auto"
     sample_ids: torch.Tensor | None = None
     noiseless_stream: int | None = None
+    packed: bool = False
+    plain: frozenset[int] = frozenset()
     calls: dict[nn.Module, int] = field(default_factory=dict, repr=False)
     undefined: list[Tensor] = field(default_factory=list, repr=False)
+    divided: set[str] = field(default_factory=set, repr=False)  # names of layers that got several rows an image
 
     def __post_init__(self) -> None:
         seed, ids = self.seed, self.sample_ids
@@ -58,6 +64,7 @@ class NoiseContext:
             if ids.dtype != torch.int64 or tuple(ids.shape) != (self.images, 2):
                 raise ValueError(f"sample_ids must be int64 [{self.images}, 2], got {ids.dtype} of shape {tuple(ids.shape)}")
             self.sample_ids = ids.contiguous()
+        self.packed |= self.draws == 1
 
     def __enter__(self) -> "NoiseContext":
         self._outer = getattr(_active, "context", None)
@@ -71,12 +78,15 @@ class NoiseContext:
     def noise(self, layer: "NoiseLayer", x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
         """What `NoiseLayer.noise` returns for a call of ``layer`` on ``x`` within this context."""
         rows = x.shape[0]
-        if rows != self.images and rows != self.images * self.draws:
-            name = layer.layer_name or type(layer).__name__
-            raise ValueError(
+        name = layer.layer_name or type(layer).__name__
+        parts, rest = divmod(rows, self.images * self.draws or 1)
+        one_each = rows in (self.images, self.images * self.draws)
+        if layer.stream not in self.plain and not one_each and (rest or not self.packed):
+            raise RowsError(
                 f"the noisy layer {name!r} got {rows} rows where {self.images} images in {self.draws} draws are under way: a noisy layer "
-                f"must have one row an image; convert(exclude={name!r}) leaves this one without noise"
-            )
+                f"must have one row an image, or as many for each; convert(exclude={name!r}) leaves this one without noise",
+                layer.stream, rows,
+            )  # fmt: skip
         if self._frame is not None and (x.requires_grad or any(p.requires_grad for p in layer.parameters(recurse=False))):
             if is_checkpointed(self._frame):
                 raise ValueError(
@@ -92,7 +102,32 @@ class NoiseContext:
         if seed.device != x.device:  # a model that is spread over devices
             seed, sample_ids = seed.to(x.device), None if sample_ids is None else sample_ids.to(x.device)
         stream = layer.stream + (call << 16)
+        if layer.stream in self.plain:
+            return torch.zeros_like(sigma), NoiseAddress(seed, stream, rows), self.backend
+        if not one_each:
+            self.divided.add(name)
+            return sigma, NoiseAddress(seed, stream, rows, sample_ids=self._divided(parts, x.device)), self.backend
         return sigma, NoiseAddress(seed, stream, self.images, self.draws, self.image_offset, self.draw_offset, sample_ids), self.backend
+
+    def _divided(self, parts: int, device: torch.device) -> torch.Tensor:
+        """The sample ids of a packed batch in which every image has ``parts`` rows: part j of image i is number i * parts + j."""
+        if self.sample_ids is None:
+            image = torch.arange(self.image_offset, self.image_offset + self.images, device=device)
+            first = torch.full_like(image, self.draw_offset)
+        else:
+            image, first = self.sample_ids.to(device).unbind(1)
+        numbers = image[:, None] * parts + torch.arange(parts, device=device)
+        draws = first + torch.arange(self.draws, device=device)[:, None]
+        shape = self.draws, self.images, parts
+        return torch.stack([numbers.expand(shape), draws[..., None].expand(shape)], -1).view(-1, 2)
+
+
+class RowsError(ValueError):
+    """A noisy layer got rows that are not those of the images. stream: its own; rows: how many it got."""
+
+    def __init__(self, message, stream, rows):
+        super().__init__(message)
+        self.stream, self.rows = stream, rows
 
 
 def is_checkpointed(outermost: int | None = None) -> bool:

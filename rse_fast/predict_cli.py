@@ -55,7 +55,11 @@ def _parser():
 def _run(args, ranks):
     model, part, rows, facts = run_inputs.load(args)
     temperature = 1.0 if args.run is None else train.load_temperature(args.run)
-    ensemble = Ensemble(model, args.draws, dtype=args.dtype, max_rows=args.max_rows, early_exit=args.early_exit, temperature=temperature)
+    ensemble = Ensemble(
+        model, args.draws, dtype=args.dtype, max_rows=args.max_rows, early_exit=args.early_exit, logits=args.logits, temperature=temperature
+    )
+    if ensemble.prepared(run_inputs.images(part, rows[:1], args.device)).runner.pixels:
+        raise ValueError("--model: expected one that gives an image one label, got logits [N, K, H, W] of pixels")
     settings = facts | {"draws": args.draws, "early_exit": args.early_exit, "dtype": args.dtype, "temperature": temperature}
     opened = [None, None]
     if ranks.main:  # one process makes the folder, and all take its seed

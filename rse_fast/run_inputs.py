@@ -32,6 +32,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", metavar="DTYPE", help="auto, float32 or bfloat16 (default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, metavar="DEVICE", help="cpu, cuda or cuda:N (default here: %(default)s)")
+    add_logits(parser)
+
+
+def add_logits(parser: argparse.ArgumentParser) -> None:
+    text = "where the model's output has its logits: a name or an index (default: found by itself)"
+    parser.add_argument("--logits", type=lambda word: int(word) if word.lstrip("-").isdigit() else word, metavar="NAME|INDEX", help=text)
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +98,12 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
     if not len(rows):
         raise ValueError(f"--part: {args.part} of the data set has no images")
     facts = {"model": args.model or str(args.run), "weights": digest(model.state_dict()), "data": found.name}
-    facts |= {"labels": digest({"labels": part.labels}), "part": args.part, "resize": args.resize and repr(args.resize)}
+    facts |= {
+        "labels": digest({"labels": part.labels}),
+        "part": args.part,
+        "resize": args.resize and repr(args.resize),
+        "logits": args.logits,
+    }
     return model, part, rows, facts
 
 

@@ -142,6 +142,8 @@ def certify(
     layer = input_noise(ensemble.model, x)
     sigma = float(layer.current_sigma())
     width = math.sqrt(x[0].numel() if len(x) else 0) * grid_step(sigma)
+    if len(x) and ensemble.prepared(x).runner.pixels:
+        raise ValueError("model must give an image one label to be certified, got logits [N, K, H, W] of pixels")
     _check_rows(ensemble, x)
     reach = sigma * float(ndtri(largest_bound(n, alpha, bool(radii)))) - width
     if reach <= 0:

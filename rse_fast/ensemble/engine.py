@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from rse_fast import autograd, functional
+from rse_fast import autograd, functional, inputs, outputs
 from rse_fast.ensemble import convolution, gradient, quantize
 from rse_fast.ensemble import temperature as calibrated
 from rse_fast.ensemble.early_exit import make as make_criterion
@@ -51,6 +51,9 @@ def _left_by_compilers(function: Function) -> Function:
 class Prediction:
     """What `Ensemble.predict` returns for B images and K classes, all on the device of the images that were given.
 
+    A model that classifies pixels, by logits [N, K, H, W], gives labels, entropy and mutual_information [B, H, W], and probs and votes
+    [B, K, H, W].
+
     An image for which the model gives NaN in any draw has label -1 and NaN probs, and a RuntimeWarning says so at each call
     (``warnings.simplefilter("error", RuntimeWarning)`` makes it an error). Infinite logits count as numbers without bound.
 
@@ -77,7 +80,8 @@ class Ensemble(nn.Module):
     """Averages the softmax of ``draws`` noisy passes of a model that has noisy layers (see `rse_fast.convert`).
 
     Args:
-        model: maps [N, ...] to logits [N, K]; runs in eval mode with its noise on. Its own mode is left as it is.
+        model: maps [N, ...] to logits [N, K], or [N, K, H, W] of pixels; runs in eval mode with its noise on. Its own mode is left as it
+            is.
         draws: passes an image, >= 1.
         seed: None takes fresh entropy from the operating system at every call, which is what a defence needs. A number makes every
             call repeat the same noise, hence the model deterministic and attackable: for audits and tests only.
@@ -103,6 +107,8 @@ class Ensemble(nn.Module):
         cuda_graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, and if no module has a hook,
             which a replay does not call; True always; False never. Every replay has fresh noise. A model that cannot be captured runs
             without, after one warning.
+        logits: where the logits are in what the model returns: a name ("logits"), an index, or a function of it. None finds them in a
+            tensor, in a mapping, dataclass or named tuple with "logits" or "out", and first in a tuple.
 
     The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
     fewer draws are a prefix of more. One ensemble may be called from many threads. Raises ValueError or TypeError naming the argument.
@@ -122,6 +128,7 @@ class Ensemble(nn.Module):
         backend: str = "auto",
         algorithm: str = "auto",
         cuda_graphs: bool | None = None,
+        logits: str | int | Callable | None = None,
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
@@ -139,6 +146,7 @@ class Ensemble(nn.Module):
             raise ValueError(f"backend must be one of {', '.join(map(repr, functional.BACKENDS))}, got {backend!r}")
         if cuda_graphs not in (None, True, False):
             raise ValueError(f"cuda_graphs must be None, True or False, got {cuda_graphs!r}")
+        outputs.check(model, logits)
         self.draws = _count("draws", draws)
         self.seed = None if seed is None else _seed(seed)
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
@@ -151,16 +159,18 @@ class Ensemble(nn.Module):
         number_layers(model)
         self.model = model
         compute = DTYPES.get(dtype)  # None: the best of the device
-        self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration, algorithm)
-        self._live = Preparation(model, compute, False, backend, False, None)  # for the gradient of its weights
+        self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration, algorithm, logits)
+        self._live = Preparation(model, compute, False, backend, False, None, logits=logits)  # for the gradient of its weights
         self._live.said = self._preparation.said
 
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Log of the mean softmax at the temperature, float32 [B, K]; differentiable in ``x``, so a gradient is that of the whole
-        ensemble, exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`). Differentiable in the
-        parameters of the model, too: where backward asks for their gradient, the model itself runs again beside its fused snapshot."""
+        """Log of the mean softmax at the temperature, float32 [B, K], of pixels [B, K, H, W].
+
+        Differentiable in ``x``, so a gradient is that of the whole ensemble, exact to rounding, in memory that does not grow with draws
+        (see `rse_fast.ensemble.gradient`). Differentiable in the parameters of the model, too: where backward asks for their gradient, the
+        model itself runs again beside its fused snapshot."""
         x = self.images(x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)
@@ -193,7 +203,7 @@ class Ensemble(nn.Module):
         return live(x, seed)
 
     def _log_mean(self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, draws: int) -> Tensor:
-        """Log of the mean softmax of ``draws`` draws, float32 [B, K]."""
+        """Log of the mean softmax of ``draws`` draws, float32 [B, K, ...]."""
         rows = []
         for _, draw, logits in self._passes(preparation, model, x, seed, 0, draws):
             if draw.start == 0:
@@ -201,8 +211,9 @@ class Ensemble(nn.Module):
             else:
                 rows[-1].add(logits)
         if not rows:  # no images: for the sake of their gradient
-            return x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()
-        return calibrated.rescale(torch.cat([part.value() for part in rows]) - math.log(draws), self.temperature)
+            return x.new_zeros((0, model.classes, *model.runner.pixels), dtype=torch.float32) + x.sum()
+        mean = calibrated.rescale(torch.cat([part.value() for part in rows]) - math.log(draws), self.temperature)
+        return mean.movedim(-1, 1).contiguous()
 
     @_left_by_compilers
     @torch.no_grad()
@@ -272,9 +283,9 @@ class Ensemble(nn.Module):
         return "\n".join([f"{text}, algorithm={self.algorithm!r}", *layers])
 
     def images(self, x: torch.Tensor) -> torch.Tensor:
-        """``x``, checked to be a batch [B, ...] of images, on the device of the model. Raises TypeError or ValueError."""
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        """``x``, checked to be a batch [B, ...] of images, on the device of the model; NumPy arrays and PIL images as
+        `rse_fast.inputs.batch` takes them. Raises TypeError or ValueError."""
+        x = inputs.batch(x, self.model)
         if x.layout != torch.strided:
             raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
         if not x.is_floating_point():
@@ -309,29 +320,35 @@ class Ensemble(nn.Module):
     def _all_draws(self, x: Tensor, seed: Tensor, image_offset: int) -> DrawStatistics:
         """The `DrawStatistics` of every draw of every image."""
         with self._preparation.ready(x) as model:
-            statistics = [DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.classes)]
+            statistics = [DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.row)]
             for image, draw, logits in self._passes(self._preparation, model, x, seed, image_offset, self.draws):
                 if draw.start == 0:
                     index = torch.arange(image_offset + image.start, image_offset + image.stop, device=x.device)
-                    statistics.append(DrawStatistics.empty(index, logits.shape[-1]))
+                    statistics.append(DrawStatistics.empty(index, logits.shape[2:]))
                 statistics[-1].add(log_softmax(logits))
         return DrawStatistics.cat([t for t in statistics if len(t.index)] or statistics)
 
     def _scheduler(self, x: Tensor, seed: int, draws: int) -> Scheduler:
         """A `Scheduler` for images like ``x``, which runs them through the model."""
-        key, classes = functional.seed_tensor(seed, x.device), self.prepared(x).classes
+        key, model = functional.seed_tensor(seed, x.device), self.prepared(x)
+        if model.runner.pixels and self.early_exit is not None:
+            raise ValueError(
+                f"early_exit must be None for a model that classifies pixels, got {self.early_exit!r}: an image has one number of draws, "
+                "and would stop when its last pixel is decided"
+            )
 
         def run(x: Tensor, sample_ids: Tensor, draws: int) -> Tensor:
             return self.logits_at(x, sample_ids, draws, key)
 
-        criterion = make_criterion(self.early_exit, draws, max(classes, 1))
-        return Scheduler(run, classes, draws, self.rows(x), criterion, x.device)
+        criterion = make_criterion(self.early_exit, draws, max(model.classes, 1))
+        return Scheduler(run, model.row, draws, self.rows(x), criterion, x.device)
 
     def logits_at(
         self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, noiseless_stream: int | None = None
     ) -> torch.Tensor:
-        """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``sample_ids[i, 1] ..`` of image ``sample_ids[i, 0]``
-        (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``noiseless_stream``: see `rse_fast.nn.NoiseContext`."""
+        """One packed batch: float32 logits [draws, A, ..., K] of images x [A, ...]: draws ``sample_ids[i, 1] ..`` of image
+        ``sample_ids[i, 0]``. sample_ids int64 [A, 2] and seed, an int64 tensor, are on x's device. ``noiseless_stream``: see
+        `rse_fast.nn.NoiseContext`."""
         with self._preparation.ready(x) as model:
 
             def step(image: slice, draw: slice) -> Tensor:
@@ -344,21 +361,21 @@ class Ensemble(nn.Module):
             parts = list(model.planner.attempt(slice(0, len(x)), slice(0, draws), step))
         if len(parts) == 1:
             return parts[0][-1]
-        logits = parts[0][-1].new_empty((draws, len(x), parts[0][-1].shape[-1]))
+        logits = parts[0][-1].new_empty((draws, len(x), *parts[0][-1].shape[2:]))
         for image, draw, part in parts:  # memory did not suffice for the whole
             logits[draw, image] = part
         return logits
 
     def _prediction(self, statistics: DrawStatistics, seed: int, device: torch.device) -> Prediction:
         used = statistics.used.clamp_min(1)
-        mean = statistics.sums / used[:, None]
+        mean = statistics.sums / used.view(-1, *[1] * (statistics.sums.dim() - 1))
         total = -torch.special.xlogy(mean, mean).sum(-1)
         # No image may be there to tell the number of classes.
         undefined = mean.isnan().any(-1)
-        labels = mean.argmax(-1).masked_fill(undefined, -1) if mean.shape[1] else statistics.index
+        labels = mean.argmax(-1).masked_fill(undefined, -1) if mean.shape[-1] else statistics.index
         if not (labels.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(undefined.any()):
             warn_caller(
-                f"rse-fast: the model gave NaN for {int(undefined.sum())} of {len(labels)} images; "
+                f"rse-fast: the model gave NaN for {int(undefined.view(len(labels), -1).any(1).sum())} of {len(labels)} images; "
                 "their label is -1 and their probs are NaN"
             )
         probs, entropy = mean, total
@@ -367,10 +384,10 @@ class Ensemble(nn.Module):
             entropy = -torch.special.xlogy(probs, probs).sum(-1)
         return Prediction(
             labels=labels.to(device),
-            probs=probs.float().to(device),
+            probs=probs.float().movedim(-1, 1).contiguous().to(device),
             entropy=entropy.float().to(device),
-            mutual_information=(total - statistics.entropies / used).clamp_min(0).float().to(device),
-            votes=statistics.votes.to(device),
+            mutual_information=(total - statistics.entropies / used.view(-1, *[1] * (total.dim() - 1))).clamp_min(0).float().to(device),
+            votes=statistics.votes.movedim(-1, 1).contiguous().to(device),
             draws_used=statistics.used.to(device),
             seed=seed,
         )
@@ -378,7 +395,7 @@ class Ensemble(nn.Module):
     def _passes(
         self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, image_offset: int, draws: int
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
+        """Yields (image slice, draw slice, float32 logits [draws, images, ..., K]) for each packed batch, images outermost."""
         number = itertools.count()
         live = model.watch if not preparation.fuse else None  # a snapshot is as it was
 
@@ -398,23 +415,21 @@ class Ensemble(nn.Module):
 
     @staticmethod
     def _logits(model: Prepared, x: Tensor, context: NoiseContext) -> Tensor:
-        """One packed batch: float32 logits [draws, images, K] of images ``x``."""
+        """One packed batch: float32 logits [draws, images, K] of images ``x``, or [draws, images, H, W, K] of their pixels."""
         images, draws = context.images, context.draws
         logits = model.run(x, context)
         if not context.calls and model.runner.noisy:
             raise ValueError("model must call a noisy layer in its forward pass, got a pass without any")
-        if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] not in (images, images * draws):
-            got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise ValueError(f"model must return logits [N, K] for N = {images * draws} rows, got {got}")
-        if logits.shape[1] == 1:
-            raise ValueError("model must return logits of two classes or more, got one logit, whose softmax is 1 whatever it is")
+        outputs.check_rows(logits, (images, images * draws))
+        logits = logits.movedim(1, -1)
+        row = logits.shape[1:]
         if logits.shape[0] == images:  # one draw, or all noise is switched off
             logits = logits.expand(draws, *logits.shape)
-        logits = logits.reshape(draws, images, -1).float()
+        logits = logits.reshape(draws, images, *row).float()
         if model.report is not None:  # bytes know no NaN, and make a bright pixel of an infinite one
             for rows in (~x.flatten(1).isfinite().all(-1), *context.undefined):
                 rows = rows.expand(draws, images) if len(rows) == images else rows.view(draws, images)
-                logits = logits.masked_fill(rows[..., None], math.nan)
+                logits = logits.masked_fill(rows.view(draws, images, *[1] * len(row)), math.nan)
         return logits
 
 
@@ -462,8 +477,9 @@ class Stream:
             first = next(batches)
         except StopIteration:
             return
+        first = self._ensemble.images(first)
         inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
-        scheduler = self._scheduler = self._ensemble._scheduler(self._ensemble.images(first), self.seed, self._draws)
+        scheduler = self._scheduler = self._ensemble._scheduler(first, self.seed, self._draws)
         results = in_order(inputs, scheduler, self.BACKLOG * scheduler.slots)
         while True:
             with torch.no_grad():  # not around the yield: it would reach into the consumer's code

@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from rse_fast import autograd, functional
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import hooks
+from rse_fast.ensemble.shapes import ShapeTracer
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
 from rse_fast.trace import RandomOpDetector, Tracer
 
@@ -32,27 +33,25 @@ _FRESH = (operator.add, operator.sub, operator.mul, torch.add, torch.cat)  # cal
 
 
 def snapshot(
-    model: nn.Module, dtype: torch.dtype, rewrite: Callable[[torch.fx.GraphModule], None] | None = None
+    model: nn.Module, dtype: torch.dtype, rewrite: Callable[[torch.fx.GraphModule], None] | None = None, shape: torch.Size | None = None
 ) -> tuple[nn.Module, str | None]:
     """A `copy` of ``model``, fused.
 
     Returns (copy, None), or (unfused copy, why) when the model cannot be traced. ``rewrite`` may change the traced model, in float32,
-    once its BatchNorms are folded and before anything else is done.
+    once its BatchNorms are folded and before anything else is done. ``shape``: of an image. A model that branches on it is traced for it,
+    and the copy is for such images alone.
     """
     wide = torch.promote_types(dtype, torch.float32)  # folding is done in float32 at least
     copied, problem = copy(model, wide), None
-    try:
-        for _ in range(2):  # once more, as it may have been another thread that drew one of Python's or numpy's
-            before = _host_numbers()
-            with RandomOpDetector() as detector:
-                graph = _Tracer().trace(copied)
-            if not detector.any and _host_numbers() == before:
-                break
-        else:
-            raise RuntimeError("its forward draws random numbers, which the graph would repeat")
-    except Exception as error:  # whatever a user's forward raises when it meets a proxy
-        problem = f"it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
-    else:
+    for tracer in [_Tracer, *([] if shape is None else [lambda: _OfShape(shape)])]:
+        try:
+            graph, problem = _trace(copied, tracer), None
+            break
+        except Exception as error:  # whatever a user's forward raises when it meets a proxy
+            problem = f"it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+            if shape is not None:
+                copied = copy(model, wide)  # a forward may have kept proxies
+    if problem is None:
         copied = Graph(copied, graph)
         _free_views(copied)
         fold_batch_norm(copied)
@@ -60,6 +59,16 @@ def snapshot(
             rewrite(copied)
         merge_activations(copied)
     return _lay_out(copied, dtype), problem
+
+
+def _trace(model, tracer):
+    for _ in range(2):  # once more, as it may have been another thread that drew one of Python's or numpy's
+        before = _host_numbers()
+        with RandomOpDetector() as detector:
+            graph = tracer().trace(model)
+        if not detector.any and _host_numbers() == before:
+            return graph
+    raise RuntimeError("its forward draws random numbers, which the graph would repeat")
 
 
 class Graph(torch.fx.GraphModule):
@@ -112,6 +121,10 @@ class _Tracer(Tracer):
     def is_leaf_module(self, module, name):
         # A hook traced through would be called once, with a proxy, and never again.
         return isinstance(module, NoiseLayer) or _has_hooks(module) or super().is_leaf_module(module, name)
+
+
+class _OfShape(_Tracer, ShapeTracer):
+    """For a forward that branches on sizes."""
 
 
 def fold_batch_norm(model: torch.fx.GraphModule) -> None:

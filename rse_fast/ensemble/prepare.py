@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from rse_fast import autograd
+from rse_fast import autograd, outputs
 from rse_fast.convert import listing, vanished
 from rse_fast.ensemble import convolution, fuse, gradient, hooks, plan, quantize
 from rse_fast.ensemble.graphs import Graphs
@@ -60,6 +60,11 @@ class Prepared:
     def classes(self) -> int:
         return self.runner.classes
 
+    @property
+    def row(self) -> tuple[int, ...]:
+        """Shape of an image's logits, the classes last."""
+        return *self.runner.pixels, self.runner.classes
+
 
 class Preparation:
     """A model, and what an ensemble needs of it, made when it is asked for. May be used from any thread.
@@ -72,14 +77,15 @@ class Preparation:
         cuda_graphs: True, False, or None to decide.
         calibration: batches of images for an int8 snapshot, or None for no such.
         algorithm: of the convolutions of a fused snapshot, see `rse_fast.ensemble.convolution`.
+        logits: where they are in what the model returns, see `rse_fast.outputs.take`.
     """
 
     def __init__(
         self, model: nn.Module, dtype: torch.dtype | None, fuse: bool, backend: str, cuda_graphs: bool | None, calibration,
-        algorithm: str = "direct",
+        algorithm: str = "direct", logits: outputs.Choice = None,
     ):  # fmt: skip
         self.model, self.dtype, self.fuse, self.backend = model, dtype, fuse, backend
-        self.cuda_graphs, self.calibration, self.algorithm = cuda_graphs, calibration, algorithm
+        self.cuda_graphs, self.calibration, self.algorithm, self.logits = cuda_graphs, calibration, algorithm, logits
         self._gradients = False
         self.said: set[str] = set()  # what a user was warned of
         self._lock, self._current, self._layers = threading.Lock(), None, []
@@ -92,7 +98,7 @@ class Preparation:
             # torch.func.functional_call has put other tensors in place, for this call only.
             with eval_mode(self.model):
                 dtype = tensors[0].dtype
-                runner = Runner(self.model, dtype, self.dtype or dtype, True, None)
+                runner = Runner(self.model, dtype, self.dtype or dtype, True, None, logits=self.logits)
                 yield Prepared(runner, runner, plan.Planner(x.device))
             return
         with self._lock:
@@ -174,7 +180,7 @@ class Preparation:
             except Exception:  # a module that cannot be copied
                 tried = self.model
             with eval_mode(self.model):
-                runner = Runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
+                runner = Runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, False, self.logits)
             runner.model = self.model
         if runner.random:  # a forward that draws numbers of its own did so in dry runs, too
             torch.set_rng_state(numbers)
@@ -194,9 +200,9 @@ class Preparation:
         """(runner of a fused snapshot, None, its algorithms), or (of an unfused one, why, none) where that cannot be had."""
         if any(GLOBAL_HOOKS):
             problem = "hooks of all modules are registered, which a fused model would not call for each"
-            return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
-        fused, problem = fuse.snapshot(self.model, dtype)
-        runner = Runner(fused, dtype, dtype, noisy, x)
+            return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, logits=self.logits), problem, {}
+        fused, problem = fuse.snapshot(self.model, dtype, shape=x.shape[1:])
+        runner = Runner(fused, dtype, dtype, noisy, x, logits=self.logits)
         if problem is None:
             direct = self._why_direct(runner, x.device)
             # Forms of Winograd's algorithm: where the probe refuses them, those with products in float32, then none.
@@ -207,7 +213,7 @@ class Preparation:
                 problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
                 if problem is None:
                     return runner, None, algorithms
-        return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
+        return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, logits=self.logits), problem, {}
 
     def _why_direct(self, runner, device) -> str | None:
         if self.algorithm == "direct":
@@ -248,7 +254,7 @@ class Preparation:
             with torch.no_grad():
                 report = quantize.quantize(graph, names, run, dtype)
 
-        runner.model, _ = fuse.snapshot(self.model, dtype, rewrite)
+        runner.model, _ = fuse.snapshot(self.model, dtype, rewrite, x.shape[1:])
         return report
 
 
@@ -268,6 +274,10 @@ def _remarks(model, runner, x):
         called = {stream & 0xFFFF for stream in runner.called}
         if uncalled := [name for name, layer in layers.items() if layer.noise_enabled and layer.stream not in called]:
             yield "uncalled", f"the model never calls the noisy layers {listing(uncalled, 5)}, so their noise is not there"
+    if runner.plain:
+        names = [name for name, layer in layers.items() if layer.stream in runner.plain]
+        text = "get one row for all images, a table of positions perhaps, and add no noise in an ensemble"
+        yield "one row", f"the noisy layers {listing(names, 5)} {text}; convert(..., exclude={tuple(names)!r}) says so"
     if runner.probabilities:
         yield "softmax", "the model gives probabilities; an ensemble takes logits, so leave out the softmax at the model's end"
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]

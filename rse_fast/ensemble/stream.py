@@ -23,7 +23,7 @@ class DrawStatistics:
     """What the draws of some images add up to, one row an image.
 
     index int64 [A]; used int64 [A], the draws counted; sums float64 [A, K] of softmax; votes int64 [A, K] of argmax; entropies float64
-    [A], the sum of the draws' entropies in nats.
+    [A], the sum of the draws' entropies in nats. Of pixels: sums and votes [A, H, W, K], entropies [A, H, W].
     """
 
     index: torch.Tensor
@@ -33,21 +33,23 @@ class DrawStatistics:
     entropies: torch.Tensor
 
     @classmethod
-    def empty(cls, index: torch.Tensor, classes: int) -> "DrawStatistics":
+    def empty(cls, index: torch.Tensor, row: tuple[int, ...]) -> "DrawStatistics":
+        """Of images without draws; ``row``: shape of an image's logits, the classes last."""
+
         def zeros(*shape, dtype):
             return torch.zeros(len(index), *shape, dtype=dtype, device=index.device)
 
         counts, real = torch.int64, torch.float64
-        return cls(index, zeros(dtype=counts), zeros(classes, dtype=real), zeros(classes, dtype=counts), zeros(dtype=real))
+        return cls(index, zeros(dtype=counts), zeros(*row, dtype=real), zeros(*row, dtype=counts), zeros(*row[:-1], dtype=real))
 
     def add(self, log_p: torch.Tensor, counts: torch.Tensor | None = None) -> None:
-        """Counts draws given as float32 log-softmax [m, A, K]: all of them, or those where ``counts`` (bool [m, A])."""
+        """Counts draws given as float32 log-softmax [m, A, ..., K]: all of them, or those where ``counts`` (bool [m, A])."""
         p = log_p.exp()
         entropy = -(p * log_p.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
         vote = votes(log_p)
         if counts is not None:  # a draw that does not count may be NaN
-            p, entropy = p.masked_fill(~counts[..., None], 0), entropy.masked_fill(~counts, 0)
-            vote = vote * counts[..., None]
+            each = counts.view(*counts.shape, *[1] * (p.dim() - 2))
+            p, entropy, vote = p.masked_fill(~each, 0), entropy.masked_fill(~each[..., 0], 0), vote * each
         self.used += len(log_p) if counts is None else counts.sum(0)
         self.sums += p.sum(0, dtype=torch.float64)
         self.votes += vote.sum(0)
@@ -65,13 +67,14 @@ class DrawStatistics:
 class Scheduler:
     """The images under way and those that wait.
 
-    run: (x [A, ...], sample_ids int64 [A, 2], draws m) -> float32 logits [m, A, K], draws ``sample_ids[i, 1] ..`` of image
+    run: (x [A, ...], sample_ids int64 [A, 2], draws m) -> float32 logits [m, A, ..., K], draws ``sample_ids[i, 1] ..`` of image
     ``sample_ids[i, 0]``.
+    row: shape of an image's logits, the classes last.
     draws: most draws an image; rows: rows of a full packed batch; criterion: of `early_exit`.
     """
 
-    def __init__(self, run: Callable, classes: int, draws: int, rows: int, criterion, device: torch.device):
-        self.run, self.classes, self.draws, self.rows, self.criterion, self.device = run, classes, draws, rows, criterion, device
+    def __init__(self, run: Callable, row: tuple[int, ...], draws: int, rows: int, criterion, device: torch.device):
+        self.run, self.row, self.draws, self.rows, self.criterion, self.device = run, row, draws, rows, criterion, device
         # With early exit, one draw each of many images: every image stops at the very draw that decides it, and no row is for nothing.
         # Without, all images take the same draws, and an image's draws go together.
         self.slots = max(1, rows // draws) if criterion is None else rows
@@ -90,7 +93,7 @@ class Scheduler:
 
     def nothing(self) -> DrawStatistics:
         """The statistics of no images."""
-        return DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=self.device), self.classes)
+        return DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=self.device), self.row)
 
     def put(self, x: torch.Tensor, index0: int) -> None:
         """Queues images x [B, ...] as number index0, index0 + 1, ..."""
@@ -138,7 +141,7 @@ class Scheduler:
         x = torch.stack([image for _, image in arrived])
         index = torch.tensor([number for number, _ in arrived], device=self.device)
         self.x = x if self.x is None else torch.cat([self.x, x])
-        self.statistics = DrawStatistics.cat([self.statistics, DrawStatistics.empty(index, self.classes)])
+        self.statistics = DrawStatistics.cat([self.statistics, DrawStatistics.empty(index, self.row)])
         if self.criterion is not None:
             state = self.criterion.start(free, self.device)
             self.state = state if self.state is None else early_exit.cat([self.state, state])

@@ -105,7 +105,7 @@ def run(argv: list[str]) -> dict | None:
         raise ValueError("--plain: expected a network without noise to transfer from, got one with noisy layers")
     splits = run_inputs.splits(args)
     protocol, args.eps = PROTOCOLS[args.protocol], sorted(set(args.eps))
-    target = Target(model, args.draws, plain=plain, dtype=args.dtype)
+    target = Target(model, args.draws, plain=plain, dtype=args.dtype, logits=args.logits)
     part = getattr(splits, args.part)
     if args.calibration < 0:
         raise ValueError(f"--calibration: expected at least 0, got {args.calibration}")
@@ -122,7 +122,7 @@ def run(argv: list[str]) -> dict | None:
         "draws": target.draws, "sigmas": sorted({float(f"{s:.6g}") for layer in noise_layers(model).values()
                                                  for s in layer.current_sigma().detach().flatten().tolist()}),
         "eps": args.eps, "l2": args.l2, "repeats": args.repeats, "dtype": args.dtype, "device": torch.device(args.device).type,
-        "resize": args.resize and repr(args.resize),
+        "resize": args.resize and repr(args.resize), "logits": args.logits,
     }  # fmt: skip
     if rank:
         _await(args.out / _SETTINGS)

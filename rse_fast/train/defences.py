@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from rse_fast.convert import convert, set_sigma
 from rse_fast.functional import add_noise
 from rse_fast.input_noise import with_input_noise
-from rse_fast.models import main_output
 from rse_fast.nn import ambient
+from rse_fast.outputs import take
 from rse_fast.train.config import Config
 
 
@@ -63,7 +63,7 @@ def batch_loss(config: Config, model: nn.Module, forward, images: Tensor, labels
     elif config.defence == "brelu":
         images = add_noise(images, config.augment_sigma, **ambient(images)._asdict())
     draws = config.draws if config.noisy else 1
-    logits = main_output(forward(images.repeat(draws, 1, 1, 1))).float()
+    logits = take(forward(images.repeat(draws, 1, 1, 1))).float()
     labels = labels.repeat(draws)
     target = labels
     if config.defence == "distillation":

@@ -163,7 +163,7 @@ def test_pool_serves_adversarial_draws_exactly():
         return torch.stack([table[index, (first + d).clamp_max(draws - 1)] for d in range(m)])
 
     criterion = early_exit.make("exact", draws, classes)
-    pool = Scheduler(run, classes, draws, 8, criterion, torch.device("cpu"))
+    pool = Scheduler(run, (classes,), draws, 8, criterion, torch.device("cpu"))
     results = list(in_order(iter([torch.zeros(20, 1), torch.zeros(30, 1)]), pool, 24))
     labels = torch.cat([t.sums.argmax(1) for t in results])
     assert torch.equal(torch.cat([t.index for t in results]), torch.arange(50))
@@ -181,7 +181,7 @@ def test_rounds_of_the_last_images_grow(how):
         number = sample_ids[:, 1] + torch.arange(m)[:, None]
         return torch.where((number % 2 == 0)[..., None], torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0]))
 
-    pool = Scheduler(run, 2, draws, 400, early_exit.make(how, draws, 2), torch.device("cpu"))
+    pool = Scheduler(run, (2,), draws, 400, early_exit.make(how, draws, 2), torch.device("cpu"))
     pool.put(torch.zeros(1, 1), 0)
     while pool.busy:
         finished = pool.step()
