@@ -267,7 +267,8 @@ class Ensemble(nn.Module):
         if torch.jit.is_tracing() or get_proxy_mode() is not None or torch.compiler.is_exporting():
             raise ValueError(
                 "seed must be a number for an Ensemble to be traced or exported, got None: fresh noise at every call would become one "
-                "constant of the graph; give Ensemble(seed=...) for a graph with that noise"
+                "constant of the graph; rse_fast.export writes a program whose seed is an input; give Ensemble(seed=...) for a graph with "
+                "that one noise"
             )
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -321,26 +322,15 @@ class Ensemble(nn.Module):
 
     @staticmethod
     def _prediction(statistics, seed):
-        used = statistics.used.clamp_min(1)
-        mean = statistics.sums / used[:, None]
-        total = -torch.special.xlogy(mean, mean).sum(-1)
-        # No image may be there to tell the number of classes.
-        undefined = mean.isnan().any(-1)
-        labels = mean.argmax(-1).masked_fill(undefined, -1) if mean.shape[1] else statistics.index
+        summary = statistics.summary()
+        labels = summary["labels"]
+        undefined = labels < 0
         if not (labels.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(undefined.any()):
             warn_caller(
                 f"rse-fast: the model gave NaN for {int(undefined.sum())} of {len(labels)} images; "
                 "their label is -1 and their probs are NaN"
             )
-        return Prediction(
-            labels=labels,
-            probs=mean.float(),
-            entropy=total.float(),
-            mutual_information=(total - statistics.entropies / used).clamp_min(0).float(),
-            votes=statistics.votes,
-            draws_used=statistics.used,
-            seed=seed,
-        )
+        return Prediction(**summary, seed=seed)
 
     def _passes(self, preparation, model, x, seed, image_offset, draws):
         """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""

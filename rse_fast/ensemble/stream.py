@@ -35,7 +35,7 @@ class DrawStatistics:
     @classmethod
     def empty(cls, index: torch.Tensor, classes: int) -> "DrawStatistics":
         def zeros(*shape, dtype):
-            return torch.zeros(len(index), *shape, dtype=dtype, device=index.device)
+            return torch.zeros(index.shape[0], *shape, dtype=dtype, device=index.device)
 
         counts, real = torch.int64, torch.float64
         return cls(index, zeros(dtype=counts), zeros(classes, dtype=real), zeros(classes, dtype=counts), zeros(dtype=real))
@@ -52,6 +52,22 @@ class DrawStatistics:
         self.sums += p.sum(0, dtype=torch.float64)
         self.votes += vote.sum(0)
         self.entropies += entropy.sum(0, dtype=torch.float64)
+
+    def summary(self) -> dict[str, torch.Tensor]:
+        """What `Prediction` holds of them, by its names."""
+        used = self.used.clamp_min(1)
+        mean = self.sums / used[:, None]
+        total = -torch.special.xlogy(mean, mean).sum(-1)
+        # No image may be there to tell the number of classes.
+        labels = mean.argmax(-1).masked_fill(mean.isnan().any(-1), -1) if mean.shape[1] else self.index
+        return {
+            "labels": labels,
+            "probs": mean.float(),
+            "entropy": total.float(),
+            "mutual_information": (total - self.entropies / used).clamp_min(0).float(),
+            "votes": self.votes,
+            "draws_used": self.used,
+        }
 
     def select(self, rows) -> "DrawStatistics":
         """The statistics of some images: ``rows`` is an index or a mask over A, or a slice."""
