@@ -45,6 +45,12 @@ noisy_linear = torch.ops.rse_fast.noisy_linear
 sigma_grad = torch.ops.rse_fast.sigma_grad
 
 
+NO_ONNX = (
+    "noisy layers have no form of their own in ONNX, where the seed would become a constant: call "
+    "rse_fast.export(rse_fast.Ensemble(model), example, 'model.onnx'), which writes the ensemble with the seed as an input"
+)
+
+
 def _addressed(function):
     """``function`` for the op's loose arguments: those from the seed on become a `NoiseAddress`.
 
@@ -55,6 +61,8 @@ def _addressed(function):
 
     @functools.wraps(function)
     def run(*args):
+        if torch.onnx.is_in_onnx_export():
+            raise ValueError(NO_ONNX)
         at = NoiseAddress(*args[before:after])
         if args[0].shape[0] not in (at.images, at.rows):
             rows = f"images={at.images} or draws * images={at.rows}"

@@ -150,7 +150,7 @@ class Ensemble(nn.Module):
         self.draws = _count("draws", draws)
         self.seed = None if seed is None else _seed(seed)
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
-        self.temperature = calibrated.check(temperature)
+        self.logits, self.temperature = logits, calibrated.check(temperature)
         make_criterion(early_exit, self.draws, 1)  # raises if it names none
         self.dtype, self.fuse, self.early_exit, self.backend, self.cuda_graphs = dtype, bool(fuse), early_exit, backend, cuda_graphs
         convolution.check(model, algorithm, DTYPES.get(dtype), self.fuse, dtype == "int8", backend)
@@ -308,7 +308,8 @@ class Ensemble(nn.Module):
         if torch.jit.is_tracing() or get_proxy_mode() is not None or torch.compiler.is_exporting():
             raise ValueError(
                 "seed must be a number for an Ensemble to be traced or exported, got None: fresh noise at every call would become one "
-                "constant of the graph; give Ensemble(seed=...) for a graph with that noise"
+                "constant of the graph; rse_fast.export writes a program whose seed is an input; give Ensemble(seed=...) for a graph with "
+                "that one noise"
             )
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -367,30 +368,15 @@ class Ensemble(nn.Module):
         return logits
 
     def _prediction(self, statistics: DrawStatistics, seed: int, device: torch.device) -> Prediction:
-        used = statistics.used.clamp_min(1)
-        mean = statistics.sums / used.view(-1, *[1] * (statistics.sums.dim() - 1))
-        total = -torch.special.xlogy(mean, mean).sum(-1)
-        # No image may be there to tell the number of classes.
-        undefined = mean.isnan().any(-1)
-        labels = mean.argmax(-1).masked_fill(undefined, -1) if mean.shape[-1] else statistics.index
+        summary = statistics.summary(self.temperature)
+        labels = summary["labels"]
+        undefined = labels < 0
         if not (labels.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(undefined.any()):
             warn_caller(
                 f"rse-fast: the model gave NaN for {int(undefined.view(len(labels), -1).any(1).sum())} of {len(labels)} images; "
                 "their label is -1 and their probs are NaN"
             )
-        probs, entropy = mean, total
-        if self.temperature != 1:  # a softmax that is 0 in float32 counts as the least number that is not
-            probs = calibrated.rescale(mean.clamp_min(2.0**-149).log(), self.temperature).exp()
-            entropy = -torch.special.xlogy(probs, probs).sum(-1)
-        return Prediction(
-            labels=labels.to(device),
-            probs=probs.float().movedim(-1, 1).contiguous().to(device),
-            entropy=entropy.float().to(device),
-            mutual_information=(total - statistics.entropies / used.view(-1, *[1] * (total.dim() - 1))).clamp_min(0).float().to(device),
-            votes=statistics.votes.movedim(-1, 1).contiguous().to(device),
-            draws_used=statistics.used.to(device),
-            seed=seed,
-        )
+        return Prediction(**{name: value.to(device) for name, value in summary.items()}, seed=seed)
 
     def _passes(
         self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, image_offset: int, draws: int

@@ -33,13 +33,18 @@ _FRESH = (operator.add, operator.sub, operator.mul, torch.add, torch.cat)  # cal
 
 
 def snapshot(
-    model: nn.Module, dtype: torch.dtype, rewrite: Callable[[torch.fx.GraphModule], None] | None = None, shape: torch.Size | None = None
+    model: nn.Module,
+    dtype: torch.dtype,
+    rewrite: Callable[[torch.fx.GraphModule], None] | None = None,
+    shape: torch.Size | None = None,
+    merge: bool = True,
 ) -> tuple[nn.Module, str | None]:
     """A `copy` of ``model``, fused.
 
     Returns (copy, None), or (unfused copy, why) when the model cannot be traced. ``rewrite`` may change the traced model, in float32,
     once its BatchNorms are folded and before anything else is done. ``shape``: of an image. A model that branches on it is traced for it,
-    and the copy is for such images alone.
+    and the copy is for such images alone. ``merge=False`` folds BatchNorms alone: what is left are torch's own layers and the noisy ones,
+    for compilers.
     """
     wide = torch.promote_types(dtype, torch.float32)  # folding is done in float32 at least
     copied, problem = copy(model, wide), None
@@ -57,7 +62,8 @@ def snapshot(
         fold_batch_norm(copied)
         if rewrite is not None:
             rewrite(copied)
-        merge_activations(copied)
+        if merge:
+            merge_activations(copied)
     return _lay_out(copied, dtype), problem
 
 
