@@ -7,5 +7,6 @@ from rse_fast.export import export
 from rse_fast.smoothing import Certificate, certify
 
 __all__ = [
-    "Certificate", "Ensemble", "Prediction", "certify", "convert", "describe", "export", "functional", "nn", "noise_off", "revert", "set_sigma",
+    "Certificate", "Ensemble", "Prediction", "certify", "convert", "describe", "export", "functional", "nn", "noise_off", "revert",
+    "set_sigma",
 ]  # fmt: skip
