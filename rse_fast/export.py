@@ -23,6 +23,7 @@ from rse_fast.ensemble.softmax import log_softmax
 from rse_fast.ensemble.stream import DrawStatistics
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
+INT64, UINT64 = 7, 13  # of ONNX
 RESULTS = ("probs", "labels", "votes", "entropy", "mutual_information")
 
 
@@ -190,8 +191,16 @@ def _package(program) -> Callable:
 
 def _onnx(program) -> Callable:
     """Writes an ONNX model."""
+    from onnxscript import opset20 as op
+
+    def shift(value, count):
+        """The logical shift, one operation of ONNX, where torch translates the arithmetic one into six. For 32-bit words they agree."""
+        unsigned = op.BitShift(op.Cast(value, to=UINT64), op.Cast(count, to=UINT64), direction="RIGHT")
+        return op.Cast(unsigned, to=INT64)
+
     found = torch.onnx.export(
-        program, input_names=["x", "seed"], output_names=list(RESULTS), dynamo=True, verbose=False, external_data=False
-    )
+        program, input_names=["x", "seed"], output_names=list(RESULTS), dynamo=True, verbose=False, external_data=False,
+        opset_version=20, custom_translation_table={torch.ops.aten.__rshift__.Scalar: shift},
+    )  # fmt: skip
     data = found.model_proto.SerializeToString()
     return lambda file: file.write(data)
