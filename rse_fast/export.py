@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rse_fast import reference
+from rse_fast import noise, reference
+from rse_fast.address import NoiseAddress
 from rse_fast.ensemble import fuse, plan
 from rse_fast.ensemble.engine import DTYPES, Ensemble
 from rse_fast.ensemble.prepare import Prepared
@@ -22,6 +23,7 @@ from rse_fast.ensemble.softmax import log_softmax
 from rse_fast.ensemble.stream import DrawStatistics
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
+INT64, UINT64 = 7, 13  # of ONNX
 RESULTS = ("probs", "labels", "votes", "entropy", "mutual_information")
 
 
@@ -123,10 +125,9 @@ def _program(ensemble, x) -> torch.export.ExportedProgram:
     example = probe_images(x, 3).to(x.dtype), torch.zeros((), dtype=torch.int64, device=x.device)
     shapes = {0: torch.export.Dim.DYNAMIC}, {}
     try:
-        program = torch.export.export(
-            _Ensemble(prepared, ensemble.draws, ensemble.temperature), example, dynamic_shapes=shapes, strict=False
-        )
-        program = program.run_decompositions({torch.ops.rse_fast.add_noise.default: _add_noise})
+        traced = _Ensemble(prepared, ensemble.draws, ensemble.temperature)
+        program = torch.export.export(traced, example, dynamic_shapes=shapes, strict=False)
+        program = program.run_decompositions(PLAIN)
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ValueError(f"model cannot be exported: torch.export gives up ({type(error).__name__}: {first})") from error
@@ -151,19 +152,33 @@ def _prepare(ensemble, x) -> Prepared:
     return Prepared(runner, runner, plan.Planner(x.device))
 
 
-def _add_noise(
-    x, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids, scale, shift, relu, backend, after=None
-) -> torch.Tensor:
-    """The op `rse_fast::add_noise` in plain operations, in float32, rounded once to the dtype of x [images or rows, C, *spatial]."""
-    channels, spatial = x.shape[1:2], x.shape[2:]
-    where = image_offset, draw_offset, sample_ids
-    eps = reference.normal(seed, stream, images, draws, *channels, spatial.numel(), *where, real=torch.float32)
+def _add_noise(x, sigma, *arguments) -> torch.Tensor:
+    """``x + sigma * eps`` in float32, rounded once to the dtype of x [images or draws * images, C, *spatial]."""
+    at, spatial = NoiseAddress(*arguments[: len(NoiseAddress._fields)]), x.shape[2:]
+    where = at.image_offset, at.draw_offset, at.sample_ids
+    eps = reference.normal(at.seed, at.stream, at.images, at.draws, x.shape[1], spatial.numel(), *where, real=torch.float32)
     eps = eps.unflatten(1, spatial) if spatial else eps.squeeze(1)
-    eps = eps.movedim(-1, 1).unflatten(0, (draws, images))
-    y = reference.activate(x, scale, shift, relu)
-    y = y.unflatten(0, (draws, images)) if x.shape[0] == draws * images else y.unsqueeze(0)
+    eps = eps.movedim(-1, 1).unflatten(0, (at.draws, at.images))
+    packed = x.float().unflatten(0, (at.draws, at.images)) if x.shape[0] == at.rows else x.float().unsqueeze(0)
     sigma = sigma.reshape(-1, *[1] * len(spatial)) if sigma.dim() else sigma
-    return (y + sigma * eps).flatten(0, 1).to(x.dtype)
+    return (packed + sigma * eps).flatten(0, 1).to(x.dtype)
+
+
+def _noisy_conv(x, weight, bias, sigma, *arguments) -> torch.Tensor:
+    *at, stride, padding, dilation, groups, _ = arguments
+    return noise.convolution(_add_noise(x, sigma, *at), weight, bias, stride, padding, dilation, groups)
+
+
+def _noisy_linear(x, weight, bias, sigma, *arguments) -> torch.Tensor:
+    return nn.functional.linear(_add_noise(x.movedim(-1, 1), sigma, *arguments).movedim(1, -1), weight, bias)
+
+
+# The ops that the layers of an unfused model call, by operations of torch alone.
+PLAIN = {
+    torch.ops.rse_fast.add_noise.default: _add_noise,
+    torch.ops.rse_fast.noisy_conv.default: _noisy_conv,
+    torch.ops.rse_fast.noisy_linear.default: _noisy_linear,
+}
 
 
 def _package(program) -> Callable:
@@ -178,8 +193,16 @@ def _package(program) -> Callable:
 
 def _onnx(program) -> Callable:
     """Writes an ONNX model."""
+    from onnxscript import opset20 as op
+
+    def shift(value, count):
+        """The logical shift, one operation of ONNX, where torch translates the arithmetic one into six. For 32-bit words they agree."""
+        unsigned = op.BitShift(op.Cast(value, to=UINT64), op.Cast(count, to=UINT64), direction="RIGHT")
+        return op.Cast(unsigned, to=INT64)
+
     found = torch.onnx.export(
-        program, input_names=["x", "seed"], output_names=list(RESULTS), dynamo=True, verbose=False, external_data=False
-    )
+        program, input_names=["x", "seed"], output_names=list(RESULTS), dynamo=True, verbose=False, external_data=False,
+        opset_version=20, custom_translation_table={torch.ops.aten.__rshift__.Scalar: shift},
+    )  # fmt: skip
     data = found.model_proto.SerializeToString()
     return lambda file: file.write(data)
