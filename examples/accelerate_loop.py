@@ -1,7 +1,7 @@
 """Accelerate: what it wraps is the converted model; each process draws other noise.
 
-    pip install accelerate
-    accelerate launch examples/accelerate_loop.py
+pip install accelerate
+accelerate launch examples/accelerate_loop.py
 """
 
 import torch

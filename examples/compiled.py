@@ -1,6 +1,6 @@
 """torch.compile: the compiled step has fresh noise at every call, and backward computes it again instead of storing it.
 
-    python examples/compiled.py
+python examples/compiled.py
 """
 
 import torch

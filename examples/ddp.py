@@ -1,6 +1,6 @@
 """DistributedDataParallel: each process draws other noise, also where all have the same generator seed.
 
-    torchrun --nproc-per-node 2 examples/ddp.py
+torchrun --nproc-per-node 2 examples/ddp.py
 """
 
 import torch

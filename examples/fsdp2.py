@@ -1,6 +1,6 @@
 """FSDP2: weights, gradients and the optimiser's state are shared out among the processes; sigma, a number, is in each.
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py
+torchrun --nproc-per-node 2 examples/fsdp2.py
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The Trainer of transformers: a model that returns its loss and its logits; the noise is inside.
 
-    pip install 'transformers[torch]'
-    python examples/hf_trainer.py
+pip install 'transformers[torch]'
+python examples/hf_trainer.py
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """Hugging Face: sigma is an argument of the constructor, so the configuration that is saved beside the weights brings the noise back.
 
-    pip install huggingface_hub transformers
-    python examples/hub.py
+pip install huggingface_hub transformers
+python examples/hub.py
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """Lightning: convert before the optimiser exists, and validate the ensemble with one seed, so that epochs can be compared.
 
-    pip install lightning
-    python examples/lightning_loop.py
+pip install lightning
+python examples/lightning_loop.py
 """
 
 import lightning

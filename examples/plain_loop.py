@@ -1,6 +1,6 @@
 """A loop in plain PyTorch: the noise needs nothing from it.
 
-    python examples/plain_loop.py
+python examples/plain_loop.py
 """
 
 import torch

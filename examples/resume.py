@@ -1,6 +1,6 @@
 """Stop and continue: the noise comes from torch's generator, so its state is all that a checkpoint needs beside the usual.
 
-    python examples/resume.py
+python examples/resume.py
 """
 
 import tempfile

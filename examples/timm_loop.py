@@ -1,7 +1,7 @@
 """timm's step: a network of timm, mixup, its optimisers and schedules, and the moving average of the weights, which is evaluated.
 
-    pip install timm
-    python examples/timm_loop.py
+pip install timm
+python examples/timm_loop.py
 """
 
 import timm

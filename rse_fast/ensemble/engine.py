@@ -143,8 +143,8 @@ class Ensemble(nn.Module):
     @_left_by_compilers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Log of the mean softmax at the temperature, float32 [B, K]; differentiable in ``x``, so a gradient is that of the whole
-        ensemble, exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`). Differentiable in the parameters
-        of the model, too: where backward asks for their gradient, the model itself runs again beside its fused snapshot."""
+        ensemble, exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`). Differentiable in the
+        parameters of the model, too: where backward asks for their gradient, the model itself runs again beside its fused snapshot."""
         x = self.images(x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)

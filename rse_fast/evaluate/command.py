@@ -1,8 +1,9 @@
 """``rse-fast evaluate``: a protocol of attacks on a trained network, and its report, in a folder that a killed run continues.
 
 The folder: ``evaluation.json`` (what is evaluated, and how), ``rows-RANK.jsonl`` (a line an image and attack, flushed batch by batch), and
-at the end ``report.md``, ``results.json`` and pictures, with a section on how far its probabilities can be trusted. With more ``--images`` the same folder goes on to those; with fewer the report is
-of those alone, and no row is lost. Under torchrun the batches are shared out among the processes.
+at the end ``report.md``, ``results.json`` and pictures. With more ``--images`` the same folder goes on to those; with fewer the report is
+of those alone, and no row is lost. How far probabilities can be trusted is measured anew whenever the report is written, on images that
+are not attacked. Under torchrun the batches are shared out among the processes.
 """
 
 import argparse
@@ -87,7 +88,11 @@ def _parser():
     parser.add_argument("--repeats", type=count, default=5, metavar="R", help="scorings with fresh noise (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases of the protocol, by their names in the report")
     parser.add_argument(
-        "--calibration", type=int, default=1000, metavar="N", help="images, not attacked, of the section on calibration; 0: none (%(default)s)"
+        "--calibration",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="images, not attacked, of the section on calibration; 0: none (%(default)s)",
     )
     parser.add_argument("--ood", metavar="DATA", help="images of another kind, which uncertainty should tell from those of the data set")
     parser.add_argument("--certified", type=Path, metavar="DIR", help="folder of rse-fast certify for the report (default: RUN/certified)")

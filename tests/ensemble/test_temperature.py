@@ -113,7 +113,9 @@ def test_what_has_no_best_temperature_is_told(rng):
         rse_fast.fit_temperature(lambda x: x * math.nan, [(log_p, torch.tensor([0, 1]))])
 
 
-@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (11.0, ValueError), (math.nan, ValueError), ("1", TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (11.0, ValueError), (math.nan, ValueError), ("1", TypeError), (True, TypeError)]
+)
 def test_a_temperature_out_of_range_is_refused(model, value, error):
     with pytest.raises(error, match="^temperature must be"):
         rse_fast.Ensemble(model, temperature=value)

@@ -73,7 +73,9 @@ def test_the_same_as_torchmetrics(rng):
     probs = log_probs.double().exp()
     for bins in (5, 15):
         theirs = classification.multiclass_calibration_error(probs, labels, num_classes=6, n_bins=bins, norm="l1")
-        assert calibration.calibration_error(calibration.reliability(probs, labels, bins)) == pytest.approx(float(theirs), abs=700 * 2**-24)  # sums in float32
+        assert calibration.calibration_error(calibration.reliability(probs, labels, bins)) == pytest.approx(
+            float(theirs), abs=700 * 2**-24
+        )  # sums in float32
     inside, outside = torch.rand(90).round(decimals=1), torch.rand(60).round(decimals=1).sqrt()
     target = torch.cat([torch.zeros(90), torch.ones(60)]).long()
     theirs = classification.binary_auroc(torch.cat([inside, outside]), target)
