@@ -69,8 +69,7 @@ def reliability(probs: Tensor, labels: Tensor, bins: int = BINS) -> list[dict]:
 
 
 def calibration_error(diagram: list[dict]) -> float:
-    """Expected calibration error of a reliability diagram: the mean over images of their bin's |confidence - accuracy| (Naeini et al.
-    2015)."""
+    """Expected calibration error: the mean over images of |confidence - accuracy| of their bin (Naeini et al., AAAI 2015)."""
     images = sum(entry["images"] for entry in diagram)
     return sum(entry["images"] * abs(entry["confidence"] - entry["accuracy"]) for entry in diagram) / images
 

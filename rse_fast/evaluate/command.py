@@ -1,9 +1,9 @@
 """``rse-fast evaluate``: a protocol of attacks on a trained network, and its report, in a folder that a killed run continues.
 
 The folder: ``evaluation.json`` (what is evaluated, and how), ``rows-RANK.jsonl`` (a line an image and attack, flushed batch by batch), and
-at the end ``report.md``, ``results.json`` and pictures, with a section on how far its probabilities can be trusted. With more
-``--images`` the same folder goes on to those; with fewer the report is of those alone, and no row is lost.
-Under torchrun the batches are shared out among the processes.
+at the end ``report.md``, ``results.json`` and pictures. With more ``--images`` the same folder goes on to those; with fewer the report is
+of those alone, and no row is lost. How far probabilities can be trusted is measured anew whenever the report is written, on images that
+are not attacked. Under torchrun the batches are shared out among the processes.
 """
 
 import argparse

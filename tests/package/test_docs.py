@@ -75,6 +75,7 @@ def stand_ins(monkeypatch):
         "timm": {"create_model": lambda name, pretrained, num_classes: _Stem()},
         "transformers": {"AutoModelForImageClassification": auto},
         "lightning": {"LightningModule": torch.nn.Module},
+        "huggingface_hub": {"PyTorchModelHubMixin": object},
     }
     for name, members in found.items():
         module = types.ModuleType(name)
