@@ -8,19 +8,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) kernels/cpu/build.py
 INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
 
-.PHONY: help demo test check bench docs build clean
+.PHONY: help demo test check bench battery fuzz sanitize docs build clean
 
 help:
-	@echo "make demo   train, attack and report on real images (a few minutes)"
-	@echo "make test   all tests"
-	@echo "make check  ruff: faults and format"
-	@echo "make bench  benchmarks beside the peers, which it installs"
-	@echo "make docs   the documentation as a site, in site/; a warning is an error"
-	@echo "make build  sdist and wheel into dist/"
-	@echo "make clean  remove .venv and everything built"
+	@echo "make demo     train, attack and report on real images (a few minutes)"
+	@echo "make test     all tests"
+	@echo "make check    ruff: faults and format"
+	@echo "make bench    benchmarks beside the peers, which it installs"
+	@echo "make battery  randomness: TestU01, dieharder, normals; in parts, a stopped run goes on (hours)"
+	@echo "make fuzz     20,000 random calls and damaged files (most of an hour)"
+	@echo "make sanitize the C++ library under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make docs     the documentation as a site, in site/; a warning is an error"
+	@echo "make build    sdist and wheel into dist/"
+	@echo "make clean    remove .venv and everything built"
 
 # Passive waiting: on a machine whose cores others use too, threads that spin at barriers make small networks ten times slower.
-bench demo test: export OMP_WAIT_POLICY ?= passive
+battery bench demo fuzz test: export OMP_WAIT_POLICY ?= passive
 
 demo: $(VENV)/installed-demo
 	$(BIN)/rse-fast demo $(ARGS)
@@ -36,6 +39,17 @@ check: $(VENV)/installed-test
 bench: $(VENV)/installed-bench $(VENV)/installed-peers
 	$(PIP) install -q --no-deps -c constraints.txt baal
 	$(BIN)/rse-fast bench $(ARGS)
+
+# TestU01 and dieharder are Debian's: apt-get install libtestu01-0-dev dieharder. The former is in its component non-free.
+battery: $(VENV)/installed-test
+	$(BIN)/python -m bench.battery $(ARGS)
+
+fuzz: export RSE_FAST_FUZZ_CASES ?= 20000
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n auto tests/fuzz $(ARGS)
+
+sanitize: $(VENV)/installed-test
+	$(BIN)/python tests/sanitize/run.py $(ARGS)
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/installed-docs

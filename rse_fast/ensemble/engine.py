@@ -428,9 +428,9 @@ class Stream:
         return x
 
     def _run(self, batches):
-        for first in batches:
-            break
-        else:
+        try:
+            first = next(batches)
+        except StopIteration:
             return
         inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
         self._scheduler = self._ensemble._scheduler(self._ensemble.images(first), self.seed, self._draws)

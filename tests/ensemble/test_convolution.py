@@ -367,3 +367,13 @@ def test_refusals(name):
 def test_a_model_that_cannot_be_fused_is_refused_at_the_first_call():
     with pytest.raises(ValueError, match="algorithm must be 'auto' or 'direct' here, got 'winograd': it cannot be traced"):
         Ensemble(NETS["not traceable"](), 2, algorithm="winograd").predict(torch.rand(2, 3, 10, 10))
+
+
+def test_choosing_leaves_torchs_generator_alone(monkeypatch):
+    monkeypatch.setattr(convolution, "_seconds", {})  # as in a fresh process, which measures
+    ensemble = Ensemble(NETS["plain"](), 2, dtype="float32")
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        ensemble(torch.zeros(1, 3, 10, 10))
+    assert convolution._seconds or convolution.unavailable(torch.float32, torch.device("cpu"), "auto")
+    assert torch.equal(torch.get_rng_state(), before)
