@@ -99,7 +99,7 @@ class Reader:
 
     def __init__(self, root, targets, home):
         self.root, self.targets, self.process = root, targets, None
-        path = os.pathsep.join(str(Path(__file__).parents[1] / "helpers") for _ in range(1))
+        path = str(Path(__file__).parents[1] / "helpers")
         self.environment = {**os.environ, "PYTHONPATH": path, "HOME": str(home), "RSE_FAST_CACHE": str(home), "OMP_NUM_THREADS": "1"}
 
     def ask(self, kind, path) -> dict:
@@ -123,8 +123,8 @@ class Reader:
 
     def close(self):
         if self.process is not None:
-            self.process.stdin.close()
-            self.process.wait(timeout=30)
+            self.process.kill()
+            self.process.wait()
 
 
 @pytest.fixture(scope="module")
