@@ -12,22 +12,25 @@ INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
 # Runs of make test-repeat.
 TIMES ?= 20
 
-.PHONY: help demo test test-quick test-repeat check bench docs build wheel clean
+.PHONY: help demo test test-quick test-repeat check bench battery fuzz sanitize docs build wheel clean
 
 help:
-	@echo "make demo   train, attack and report on real images (a few minutes)"
-	@echo "make test   all tests (about ten minutes on two cores; it says how long)"
+	@echo "make demo         train, attack and report on real images (a few minutes)"
+	@echo "make test         all tests (about ten minutes on two cores; it says how long)"
 	@echo "make test-quick   the noise and the conversion, without the slow ones (under 90 seconds)"
 	@echo "make test-repeat  all tests TIMES=20 times, with new inputs and in random order"
-	@echo "make check  faults and format (ruff), types of the public API (mypy)"
-	@echo "make bench  benchmarks beside the peers, which it installs"
-	@echo "make docs   the documentation as a site, in site/; a warning is an error"
-	@echo "make build  sdist and wheel into dist/"
-	@echo "make wheel  a manylinux wheel into dist/, tried in a new environment (Linux)"
-	@echo "make clean  remove .venv and everything built"
+	@echo "make check        faults and format (ruff), types of the public API (mypy)"
+	@echo "make bench        benchmarks beside the peers, which it installs"
+	@echo "make battery      randomness: TestU01, dieharder, normals; in parts, a stopped run goes on (hours)"
+	@echo "make fuzz         20,000 random calls and damaged files (most of an hour)"
+	@echo "make sanitize     the C++ library under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make docs         the documentation as a site, in site/; a warning is an error"
+	@echo "make build        sdist and wheel into dist/"
+	@echo "make wheel        a manylinux wheel into dist/, tried in a new environment (Linux)"
+	@echo "make clean        remove .venv and everything built"
 
 # Passive waiting: on a machine whose cores others use too, threads that spin at barriers make small networks ten times slower.
-bench demo test test-quick test-repeat: export OMP_WAIT_POLICY ?= passive
+battery bench demo fuzz test test-quick test-repeat: export OMP_WAIT_POLICY ?= passive
 
 demo: $(VENV)/installed-demo
 	$(BIN)/rse-fast demo $(ARGS)
@@ -53,6 +56,17 @@ check: $(VENV)/installed-test
 bench: $(VENV)/installed-bench $(VENV)/installed-peers
 	$(PIP) install -q --no-deps -c constraints.txt baal
 	$(BIN)/rse-fast bench $(ARGS)
+
+# TestU01 and dieharder are Debian's: apt-get install libtestu01-0-dev dieharder. The former is in its component non-free.
+battery: $(VENV)/installed-test
+	$(BIN)/python -m bench.battery $(ARGS)
+
+fuzz: export RSE_FAST_FUZZ_CASES ?= 20000
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n auto tests/fuzz $(ARGS)
+
+sanitize: $(VENV)/installed-test
+	$(BIN)/python tests/sanitize/run.py $(ARGS)
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/installed-docs

@@ -97,11 +97,11 @@ def read_table(path: Path) -> list[Row]:
     found = []
     if not path.exists():
         return found
-    with data.open_regular(path) as file:
-        whole = [line[:-1] for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
-    if whole and whole[0] != _HEAD:
-        raise ValueError(f"--out: expected the columns {' '.join(COLUMNS)} crc32 in {str(path)!r}, got {whole[0][:200]!r}")
-    for number, line in enumerate(whole[1:], start=2):
+    for number, line in lines.whole_lines(path, "--out"):
+        if number == 1:
+            if line != _HEAD:
+                raise ValueError(f"--out: expected the columns {' '.join(COLUMNS)} crc32 in {str(path)!r}, got {line[:200]!r}")
+            continue
         try:
             line, _, checksum = line.rpartition(b"\t")
             if lines.checksum(line).encode() != checksum:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import secrets
 import stat
@@ -120,22 +121,25 @@ def append(path: str | os.PathLike[str]) -> BinaryIO:
     return file
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a file to be read. Raises ValueError for what is none: a pipe would be waited for, a device may never end."""
+def open_regular(path: str | os.PathLike[str], most: float = math.inf) -> BinaryIO:
+    """Opens a file to be read. Raises ValueError for what is none (a pipe would be waited for, a device may never end) and where it has
+    more than ``most`` bytes."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{os.fspath(path)!r} is no regular file, but a pipe or a device")
+    if (size := os.fstat(file.fileno()).st_size) > most:
+        file.close()
+        raise ValueError(f"{os.fspath(path)!r} has {size} bytes, more than the {most} that such a file may have")
     return file
 
 
 def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     """The content of a regular file. Raises ValueError where it has more than ``most`` bytes."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+    with open_regular(path, most) as file:
         content = file.read(most + 1)
-    if max(size, len(content)) > most:
-        raise ValueError(f"{os.fspath(path)!r} has {size} bytes, more than the {most} that such a file may have")
+    if len(content) > most:  # it has grown
+        raise ValueError(f"{os.fspath(path)!r} has more than the {most} bytes that such a file may have")
     return content
 
 

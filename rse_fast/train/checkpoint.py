@@ -163,12 +163,12 @@ def load(path: Path, run: str) -> tuple[dict[str, dict[str, Tensor]], dict]:
     from safetensors.torch import load_file
 
     if problem := _problem(path, run):
-        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {problem}")
+        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {problem[:500]}")
     try:
         parts = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
         return parts, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # what was written is no checkpoint; safetensors and pickle have errors of their own
-        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {str(error)[:500] or type(error).__name__}") from error
 
 
 def _problem(path, run):

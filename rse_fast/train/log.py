@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from rse_fast.data import open_regular, write_atomically
+from rse_fast.data import write_atomically
+from rse_fast.data.lines import whole_lines
 
 # What later steps of a run read of a row.
 _NUMBERS = {
@@ -45,13 +46,11 @@ class Log:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a log. A last line that was cut off is left out; ValueError for any other that is no row of a log."""
+    """The rows of a log. A last line without its newline, which was cut off, is left out; ValueError for one that is no row of a log."""
     rows = []
     if not path.exists():
         return rows
-    with open_regular(path) as file:
-        lines = file.read().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
+    for number, line in whole_lines(path, "run"):
         try:
             row = json.loads(line)
             numbers = [row[name] for name in _NUMBERS.get(row["event"], ("step",))]
@@ -59,8 +58,6 @@ def read(path: Path) -> list[dict]:
                 raise TypeError(f"expected numbers, got {numbers}")
             rows.append(row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
             raise ValueError(f"run: line {number} of {str(path)!r} is no row of a log ({str(error)[:100]})") from error
     return rows
 
