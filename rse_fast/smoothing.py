@@ -52,14 +52,16 @@ GRID = 20  # the step of the grid is the power of two below sigma, times 2^-GRID
 class Certificate:
     """What `certify` says of B images and K classes; tensors on the device of the images that were given.
 
-    labels: int64 [B], the class of the majority of draws, or -1: abstains.
-    radius: float64 [B], L2 radius in the units of the image, 0 where it abstains.
-    p_lower: float64 [B], lower bound of the class's share of votes, at confidence 1 - alpha.
-    votes: int64 [B, K], of the estimation draws; a draw that is NaN votes for no class, and counts against every one. selected: int64 [B],
-        the class that the first n0 draws chose, abstained or not; -1 where they all were NaN.
-    draws: int64 [B], estimation draws taken, n or fewer; the n0 for the selection come on top.
-    sigma: standard deviation of the noise at the input. alpha: probability that one image's statement is wrong.
-    seed: the seed that reproduces this certificate, in [0, 2^64).
+    Attributes:
+        labels: int64 [B], the class of the majority of draws, or -1: abstains.
+        radius: float64 [B], L2 radius in the units of the image, 0 where it abstains.
+        p_lower: float64 [B], lower bound of the class's share of votes, at confidence 1 - alpha.
+        votes: int64 [B, K], of the estimation draws; a draw that is NaN votes for no class, and counts against every one.
+        selected: int64 [B], the class that the first n0 draws chose, abstained or not; -1 where they all were NaN.
+        draws: int64 [B], estimation draws taken, n or fewer; the n0 for the selection come on top.
+        sigma: standard deviation of the noise at the input.
+        alpha: probability that one image's statement is wrong.
+        seed: the seed that reproduces this certificate, in [0, 2^64).
     """
 
     labels: torch.Tensor
@@ -93,15 +95,31 @@ def certify(
     Args:
         ensemble: of a model whose first noise stands at the input: the image reaches one noisy layer unchanged (reshaped at most) and is
             read by nothing else. Its number format and backend are used, its ``draws`` and ``early_exit`` are not.
-        n0, n: draws for selection and estimation, >= 1. alpha: in (0, 1).
+        x: images, float [B, ...], finite, in the units that the model was trained with.
+        n0: draws that select the class, >= 1.
+        n: draws that estimate its share, >= 1.
+        alpha: probability that the statement about an image is wrong, in (0, 1).
         seed: None takes the ensemble's, or fresh entropy if it has none.
         radii: None takes all n draws. One or several radii >= 0: an image stops as soon as "radius >= r" is decided for each of them.
             The guarantee is the same; radius and p_lower are what was proven by then.
         image_offset: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
 
-    Warns (RuntimeWarning) where n and alpha can never decide. Raises ValueError or TypeError naming the argument, also if the noise is not
-    at the input, switched off, zero, per channel, or learnable (``requires_grad_(False)`` on ``sigma_raw`` freezes it), and if the logits
-    of an image depend on what is beside it in a batch.
+    Returns:
+        A `Certificate` on the device of x.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: an argument is out of range; the noise is not at the input, switched off, zero, per channel, or learnable
+            (``requires_grad_(False)`` on ``sigma_raw`` freezes it); the logits of an image depend on the other images in the batch.
+
+    Warns:
+        RuntimeWarning: n and alpha can never decide, or never reach one of the radii.
+
+    Examples:
+        >>> certificate = rse_fast.certify(rse_fast.Ensemble(model), images, n=1000)
+        >>> certificate.labels, certificate.radius  # int64 [B], -1 abstains; float64 [B]
+
+    Reference: Cohen, Rosenfeld, Kolter, ICML 2019; Salman et al., NeurIPS 2019; Voracek & Hein, ICLR 2023.
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an rse_fast.Ensemble, got {type(ensemble).__name__}")
