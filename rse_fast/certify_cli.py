@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 
 from rse_fast import data, run_inputs
+from rse_fast.certifiable import input_noise
 from rse_fast.cli import wrapper
 from rse_fast.data import lines
 from rse_fast.ensemble import Ensemble
-from rse_fast.smoothing import COVERS, certify, clopper_pearson, input_noise
+from rse_fast.smoothing import COVERS, certify
+from rse_fast.vote_bounds import clopper_pearson
 
 RADII = (0, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)  # of the summary, up to the largest that was certified
 

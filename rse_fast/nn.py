@@ -297,7 +297,20 @@ def _raw(sigma: torch.Tensor) -> torch.Tensor:
 class GaussianNoise(NoiseLayer):
     """``x + sigma * eps`` for x [N, ...] of any float dtype; keeps dtype and memory layout, saves nothing for backward.
 
-    sigma: number or float tensor, 0-dim or [C], >= 0. channel_dim: the dimension that addresses channels, not 0.
+    The noise is on in ``train()`` and in ``eval()``; `rse_fast.noise_off` switches it off.
+
+    Args:
+        sigma: standard deviation of the noise, >= 0, in the units of the input: a number, or a float tensor, 0-dim or [C].
+        channel_dim: the dimension that addresses channels, not 0.
+
+    Raises:
+        TypeError: sigma is neither a number nor a float tensor.
+        ValueError: sigma is negative, not finite, or of another shape; channel_dim is 0.
+
+    Examples:
+        >>> model = nn.Sequential(GaussianNoise(0.25), network)  # noise at the input alone, as for certificates
+
+    Reference: Liu, Cheng, Zhang, Hsieh, ECCV 2018.
     """
 
     def __init__(self, sigma: functional.PerChannel, channel_dim: int = 1) -> None:
@@ -374,19 +387,67 @@ class NoisyConv(NoisyInput):
 
 
 class NoisyConv1d(NoisyConv, nn.Conv1d):
-    """`nn.Conv1d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
+    """`nn.Conv1d` of ``x + sigma * eps``. The noise is on in ``train()`` and in ``eval()``.
+
+    Args:
+        *args, **kwargs: those of `nn.Conv1d`.
+        sigma: standard deviation of the noise, >= 0, in the units of the input: a number, or a float tensor, 0-dim or [in_channels].
+
+    Raises:
+        TypeError: sigma is neither a number nor a float tensor.
+        ValueError: sigma is negative, not finite, or of another shape.
+
+    Examples:
+        >>> y = NoisyConv1d(3, 8, 3, sigma=0.2)(torch.rand(4, 3, 8))  # [4, 8, 6]
+    """
 
 
 class NoisyConv2d(NoisyConv, nn.Conv2d):
-    """`nn.Conv2d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
+    """`nn.Conv2d` of ``x + sigma * eps``. The noise is on in ``train()`` and in ``eval()``.
+
+    Args:
+        *args, **kwargs: those of `nn.Conv2d`.
+        sigma: standard deviation of the noise, >= 0, in the units of the input: a number, or a float tensor, 0-dim or [in_channels].
+
+    Raises:
+        TypeError: sigma is neither a number nor a float tensor.
+        ValueError: sigma is negative, not finite, or of another shape.
+
+    Examples:
+        >>> y = NoisyConv2d(3, 8, 3, sigma=0.2)(torch.rand(4, 3, 8, 8))  # [4, 8, 6, 6]
+    """
 
 
 class NoisyConv3d(NoisyConv, nn.Conv3d):
-    """`nn.Conv3d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
+    """`nn.Conv3d` of ``x + sigma * eps``. The noise is on in ``train()`` and in ``eval()``.
+
+    Args:
+        *args, **kwargs: those of `nn.Conv3d`.
+        sigma: standard deviation of the noise, >= 0, in the units of the input: a number, or a float tensor, 0-dim or [in_channels].
+
+    Raises:
+        TypeError: sigma is neither a number nor a float tensor.
+        ValueError: sigma is negative, not finite, or of another shape.
+
+    Examples:
+        >>> y = NoisyConv3d(3, 8, 3, sigma=0.2)(torch.rand(4, 3, 8, 8, 8))  # [4, 8, 6, 6, 6]
+    """
 
 
 class NoisyLinear(NoisyInput, nn.Linear):
-    """`nn.Linear` of ``x + sigma * eps``, x [N, *, in_features]. sigma: number or float tensor, 0-dim or [in_features], >= 0."""
+    """`nn.Linear` of ``x + sigma * eps``, x [N, *, in_features]. The noise is on in ``train()`` and in ``eval()``.
+
+    Args:
+        *args, **kwargs: those of `nn.Linear`.
+        sigma: standard deviation of the noise, >= 0, in the units of the input: a number, or a float tensor, 0-dim or [in_features].
+
+    Raises:
+        TypeError: sigma is neither a number nor a float tensor.
+        ValueError: sigma is negative, not finite, or of another shape.
+
+    Examples:
+        >>> y = NoisyLinear(16, 4, sigma=0.1)(torch.rand(2, 16))  # [2, 4]
+    """
 
     channel_dim = -1
     bias: Any  # a parameter or None

@@ -18,24 +18,21 @@ together with probability 1 - alpha (union bound), so the best of them holds whe
 as in Horvath et al., ICLR 2022).
 """
 
-import copy
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rse_fast import functional, ops
-from rse_fast.convert import tensor_attributes
+from rse_fast import functional
+from rse_fast.certifiable import check_rows, input_noise
 from rse_fast.ensemble import Ensemble, plan, softmax
-from rse_fast.nn import NoiseContext, NoiseLayer, noise_layers
+from rse_fast.nn import NoiseLayer
+from rse_fast.vote_bounds import estimate, largest_bound
 
 COVERS = """\
 An image with label c and radius R is certified in this sense: the classifier that returns the class with the most votes of infinitely many
@@ -48,30 +45,23 @@ made of 32-bit words, are independent and normal. It holds for the weights it wa
 no others. In bfloat16 or float16 the network gets the sum of image and noise, rounded once; an `Ensemble` rounds the image before its
 noise comes, which moves the image: there the certified label is this procedure's, not that of `Ensemble.predict`."""
 
-SMALLEST_LOOK = 50  # draws at the first look of an early stop
 GRID = 20  # the step of the grid is the power of two below sigma, times 2^-GRID
-
-_aten = torch.ops.aten
-_REARRANGE = {  # what may stand between the image and its noise: the same numbers, in another shape or order of memory
-    _aten.view, _aten._unsafe_view, _aten._reshape_alias, _aten.permute, _aten.transpose, _aten.t, _aten.unsqueeze, _aten.squeeze,
-    _aten.clone, _aten.detach, _aten.alias, _aten._to_copy,
-}  # fmt: skip
-_NOISE = {ops.add_noise}
-_EXITS = {"tolist", "numpy", "item", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
 
 
 @dataclass(frozen=True)
 class Certificate:
     """What `certify` says of B images and K classes; tensors on the device of the images that were given.
 
-    labels: int64 [B], the class of the majority of draws, or -1: abstains.
-    radius: float64 [B], L2 radius in the units of the image, 0 where it abstains.
-    p_lower: float64 [B], lower bound of the class's share of votes, at confidence 1 - alpha.
-    votes: int64 [B, K], of the estimation draws; a draw that is NaN votes for no class, and counts against every one. selected: int64 [B],
-        the class that the first n0 draws chose, abstained or not; -1 where they all were NaN.
-    draws: int64 [B], estimation draws taken, n or fewer; the n0 for the selection come on top.
-    sigma: standard deviation of the noise at the input. alpha: probability that one image's statement is wrong.
-    seed: the seed that reproduces this certificate, in [0, 2^64).
+    Attributes:
+        labels: int64 [B], the class of the majority of draws, or -1: abstains.
+        radius: float64 [B], L2 radius in the units of the image, 0 where it abstains.
+        p_lower: float64 [B], lower bound of the class's share of votes, at confidence 1 - alpha.
+        votes: int64 [B, K], of the estimation draws; a draw that is NaN votes for no class, and counts against every one.
+        selected: int64 [B], the class that the first n0 draws chose, abstained or not; -1 where they all were NaN.
+        draws: int64 [B], estimation draws taken, n or fewer; the n0 for the selection come on top.
+        sigma: standard deviation of the noise at the input.
+        alpha: probability that one image's statement is wrong.
+        seed: the seed that reproduces this certificate, in [0, 2^64).
     """
 
     labels: torch.Tensor
@@ -105,15 +95,31 @@ def certify(
     Args:
         ensemble: of a model whose first noise stands at the input: the image reaches one noisy layer unchanged (reshaped at most) and is
             read by nothing else. Its number format and backend are used, its ``draws`` and ``early_exit`` are not.
-        n0, n: draws for selection and estimation, >= 1. alpha: in (0, 1).
+        x: images, float [B, ...], finite, in the units that the model was trained with.
+        n0: draws that select the class, >= 1.
+        n: draws that estimate its share, >= 1.
+        alpha: probability that the statement about an image is wrong, in (0, 1).
         seed: None takes the ensemble's, or fresh entropy if it has none.
         radii: None takes all n draws. One or several radii >= 0: an image stops as soon as "radius >= r" is decided for each of them.
             The guarantee is the same; radius and p_lower are what was proven by then.
         image_offset: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
 
-    Warns (RuntimeWarning) where n and alpha can never decide. Raises ValueError or TypeError naming the argument, also if the noise is not
-    at the input, switched off, zero, per channel, or learnable (``requires_grad_(False)`` on ``sigma_raw`` freezes it), and if the logits
-    of an image depend on what is beside it in a batch.
+    Returns:
+        A `Certificate` on the device of x.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: an argument is out of range; the noise is not at the input, switched off, zero, per channel, or learnable
+            (``requires_grad_(False)`` on ``sigma_raw`` freezes it); the logits of an image depend on the other images in the batch.
+
+    Warns:
+        RuntimeWarning: n and alpha can never decide, or never reach one of the radii.
+
+    Examples:
+        >>> certificate = rse_fast.certify(rse_fast.Ensemble(model), images, n=1000)
+        >>> certificate.labels, certificate.radius  # int64 [B], -1 abstains; float64 [B]
+
+    Reference: Cohen, Rosenfeld, Kolter, ICML 2019; Salman et al., NeurIPS 2019; Voracek & Hein, ICLR 2023.
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an rse_fast.Ensemble, got {type(ensemble).__name__}")
@@ -144,7 +150,7 @@ def certify(
     width = math.sqrt(x[0].numel() if len(x) else 0) * grid_step(sigma)
     if len(x) and ensemble.prepared(x).runner.pixels:
         raise ValueError("model must give an image one label to be certified, got logits [N, K, H, W] of pixels")
-    _check_rows(ensemble, x)
+    check_rows(ensemble, x)
     reach = sigma * float(ndtri(largest_bound(n, alpha, bool(radii)))) - width
     if reach <= 0:
         warnings.warn(f"n={n} draws can never decide at alpha={alpha}: no radius above 0 can be certified", RuntimeWarning, stacklevel=2)
@@ -177,56 +183,6 @@ def certify(
         alpha=float(alpha),
         seed=seed,
     )
-
-
-# ------------------------------------------------------------------------------------------------------------------- statistics
-def clopper_pearson(successes: Any, trials: int, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bound of a probability, each wrong with probability at most alpha (Clopper & Pearson 1934). successes: array."""
-    from scipy.special import betaincinv
-
-    k = np.asarray(successes, dtype=np.float64)
-    lower = np.where(k > 0, betaincinv(np.maximum(k, 1), trials - k + 1, alpha), 0.0)
-    upper = np.where(k < trials, betaincinv(k + 1, np.maximum(trials - k, 1), 1 - alpha), 1.0)
-    return lower, upper
-
-
-def looks(n: int, early_stop: bool) -> list[int]:
-    """The numbers of draws at which `estimate` looks, in order: n alone, or n, n/2, n/4, ... down to `SMALLEST_LOOK`."""
-    numbers = [n]
-    while early_stop and numbers[0] >= 2 * SMALLEST_LOOK:
-        numbers.insert(0, math.ceil(numbers[0] / 2))
-    return numbers
-
-
-def largest_bound(n: int, alpha: float, early_stop: bool) -> float:
-    """The lower bound that n votes out of n give: no image can do better."""
-    return (alpha / len(looks(n, early_stop))) ** (1 / n)
-
-
-def estimate(
-    successes: Callable[[np.ndarray, int, int], np.ndarray], images: int, n: int, alpha: float, goals: Sequence[float] = ()
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lower bounds float64 [images] of the images' probabilities, each right with probability 1 - alpha; int64 [images] draws taken.
-
-    successes: (images int64 [A], start, stop) -> successes int64 [A] among their draws start .. stop - 1.
-    goals: probabilities. An image stops when each goal is decided: reached by the lower bound, or above an upper bound (of the same level),
-        or out of reach of the draws that remain. Without goals, all n draws are taken and there is one look.
-    """
-    numbers, thresholds = looks(n, len(goals) > 0), np.asarray(goals, dtype=np.float64)
-    level = alpha / len(numbers)
-    count, taken, best = np.zeros(images, np.int64), np.zeros(images, np.int64), np.zeros(images)
-    active, start = np.arange(images), 0
-    for stop in numbers:
-        if not len(active):
-            break
-        count[active] += successes(active, start, stop)
-        taken[active] = stop
-        lower, upper = clopper_pearson(count[active], stop, level)
-        best[active] = np.maximum(best[active], lower)
-        within_reach, _ = clopper_pearson(count[active] + n - stop, n, level)
-        never = np.minimum(upper, np.maximum(within_reach, best[active]))[:, None] < thresholds
-        active, start = active[~((best[active][:, None] >= thresholds) | never).all(1)], stop
-    return best, taken
 
 
 # ------------------------------------------------------------------------------------------------------------------------ votes
@@ -266,121 +222,3 @@ def _votes(ensemble: Ensemble, layer: NoiseLayer, x: Tensor, index: Tensor, star
         logits = ensemble.logits_at(noisy, sample_ids, 1, key, noiseless_stream=layer.stream)
         votes[image] += softmax.votes(logits).view(draws, images, -1).sum(0)
     return votes
-
-
-# ------------------------------------------------------------------------------------------------------------- where the noise is
-class _Readers(TorchDispatchMode):
-    """Follows an image through a forward pass. ``noisy``: the streams of the noise that reads it; ``others``: other ops that do.
-    ``random``: whether numbers of torch's generators were drawn."""
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self.image = [x]
-        self.noisy: list[int] = []
-        self.others: list[str] = []
-        self.random = False
-
-    def _is_image(self, value: object) -> bool:
-        return any(value is t for t in self.image)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.random |= torch.Tag.nondeterministic_seeded in func.tags
-        result = func(*args, **(kwargs or {}))
-        tensors = torch.utils._pytree.tree_leaves((args, kwargs))
-        if not any(map(self._is_image, tensors)):
-            return result
-        packet = func.overloadpacket
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-        if packet in _NOISE and named.get("scale") is None and named.get("shift") is None and not named.get("relu"):
-            self.noisy.append(named["stream"])
-        elif packet in _REARRANGE and result.dtype in (args[0].dtype, torch.float32, torch.float64):
-            self.image.append(result)
-        else:
-            self.others.append(str(packet))
-        return result
-
-
-class _Leaves(TorchFunctionMode):
-    """Tells `_Readers` of calls that take an image's numbers out of torch, which no dispatch mode sees."""
-
-    def __init__(self, readers: _Readers):
-        super().__init__()
-        self.readers = readers
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", None) in _EXITS and any(map(self.readers._is_image, args)):
-            self.readers.others.append(f"Tensor.{func.__name__}")
-        return func(*args, **(kwargs or {}))
-
-
-def input_noise(model: torch.nn.Module, x: torch.Tensor) -> NoiseLayer:
-    """The noisy layer at the input of ``model``, found by a run on the first of images x [B, ...] that watches every op which reads it.
-
-    Raises ValueError where a certificate would not hold: the image is changed before the noise or read beside it, or the noise is
-    switched off, zero, per channel, or learnable. No image: the first noisy layer, unchecked but for its sigma.
-    """
-    layers = noise_layers(model)
-    name, layer = next(iter(layers.items()))
-    if len(x):
-        name, layer = _first_noise(model, layers, x)
-    described = f"the noise at the input ({name or 'the model itself'})"
-    if not layer.noise_enabled:
-        raise ValueError(f"model must have its input noise on to be certified, got {described} switched off")
-    raw = layer._parameters.get("sigma_raw")
-    sigma = layer.current_sigma()
-    if sigma.numel() != 1:
-        raise ValueError(f"model must have one sigma at its input to be certified, got {described} with {sigma.numel()}, one a channel")
-    if raw is not None and raw.requires_grad:
-        raise ValueError(
-            f"model must have a fixed sigma at its input to be certified, got {described} with a learnable one, which nothing bounds; "
-            "sigma_raw.requires_grad_(False) fixes it"
-        )
-    if not float(sigma) > 0:
-        raise ValueError(f"model must have noise at its input to be certified, got {described} with sigma 0")
-    return layer
-
-
-@torch.inference_mode()
-def _check_rows(ensemble: Ensemble, x: Tensor) -> None:
-    """Votes are independent, and those of a function of the noisy image, only if a row of logits depends on no other row and on no random
-    number but the seed's. Raises ValueError where two images show that it does; no image: unchecked."""
-    if not len(x):
-        return
-    images = torch.cat([x[:1], 1 - x[:1]])
-    sample_ids, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
-
-    runner = ensemble.prepared(x).runner
-
-    def logits(rows: int) -> Tensor:
-        return ensemble.logits_at(images[:rows], sample_ids[:rows], 1, seed)[0, :1].float()
-
-    expected = logits(2)
-    compute = torch.bfloat16 if ensemble.dtype == "int8" else runner.compute
-    limit = torch.finfo(compute).eps ** 0.5 * expected.norm()
-    rule = "model must treat each row of a batch by itself to be certified; it"
-    if runner.random or (logits(2) - expected).norm() > limit:
-        raise ValueError(f"{rule} draws random numbers of its own, which the rows of a batch may share")
-    if (logits(1) - expected).norm() > limit:
-        raise ValueError(f"{rule} gives an image other logits beside another image, as BatchNorm without running statistics does")
-
-
-def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tensor) -> tuple[str, NoiseLayer]:
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
-    copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
-    for layer in noise_layers(copied).values():
-        layer.noise_enabled = True
-    numbers = torch.get_rng_state()
-    with torch.inference_mode(False), torch.no_grad():
-        image = x[:1].to(next(model.parameters(), x).dtype, copy=True)
-        with NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 1), _Readers(image) as readers, _Leaves(readers):
-            copied(image)
-    if readers.random:
-        torch.set_rng_state(numbers)
-    rule = "model must pass the image unchanged to the noise of one layer, and to nothing else, to be certified"
-    if readers.others:
-        raise ValueError(f"{rule}; got {', '.join(dict.fromkeys(readers.others))} reading it")
-    found = [(name, layer) for name, layer in layers.items() if layer.stream in {stream & 0xFFFF for stream in readers.noisy}]
-    if len(readers.noisy) != 1 or len(found) != 1:
-        names = ", ".join(name or "the model itself" for name, _ in found) or "none"
-        raise ValueError(f"{rule}; got {len(readers.noisy)} noisy calls reading it ({names})")
-    return found[0]

@@ -57,14 +57,15 @@ class Prediction:
     An image for which the model gives NaN in any draw has label -1 and NaN probs, and a RuntimeWarning says so at each call
     (``warnings.simplefilter("error", RuntimeWarning)`` makes it an error). Infinite logits count as numbers without bound.
 
-    labels: int64 [B], argmax of probs; -1 where they are NaN.
-    probs: float32 [B, K], mean softmax over the draws, at the ensemble's temperature.
-    entropy: float32 [B], of probs, in nats: total uncertainty.
-    mutual_information: float32 [B], entropy of the mean softmax minus the mean entropy of the draws, in nats, >= 0: how much the draws
-        disagree. The same at every temperature.
-    votes: int64 [B, K], how many draws had each class on top; a draw that is NaN has none.
-    draws_used: int64 [B].
-    seed: the seed that reproduces this prediction, in [0, 2^64).
+    Attributes:
+        labels: int64 [B], argmax of probs; -1 where they are NaN.
+        probs: float32 [B, K], mean softmax over the draws, at the ensemble's temperature.
+        entropy: float32 [B], of probs, in nats: total uncertainty.
+        mutual_information: float32 [B], entropy of the mean softmax minus the mean entropy of the draws, in nats, >= 0: how much the draws
+            disagree. The same at every temperature.
+        votes: int64 [B, K], how many draws had each class on top; a draw that is NaN has none.
+        draws_used: int64 [B].
+        seed: the seed that reproduces this prediction, in [0, 2^64).
     """
 
     labels: torch.Tensor
@@ -111,7 +112,17 @@ class Ensemble(nn.Module):
             tensor, in a mapping, dataclass or named tuple with "logits" or "out", and first in a tuple.
 
     The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
-    fewer draws are a prefix of more. One ensemble may be called from many threads. Raises ValueError or TypeError naming the argument.
+    fewer draws are a prefix of more. One ensemble may be called from many threads.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: an argument is out of range, or the model has no noisy layers.
+
+    Examples:
+        >>> ensemble = rse_fast.Ensemble(rse_fast.convert(model), draws=10)
+        >>> ensemble.predict(images).labels  # int64 [B]; ensemble(images) is the log of the mean softmax, with a gradient
+
+    Reference: Liu, Cheng, Zhang, Hsieh, ECCV 2018.
     """
 
     def __init__(
@@ -218,8 +229,21 @@ class Ensemble(nn.Module):
     @_left_by_compilers
     @torch.no_grad()
     def predict(self, x: torch.Tensor, seed: int | None = None, image_offset: int = 0) -> Prediction:
-        """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image_offset``, the index of the first image, address the
-        noise: a data set predicted in parts, each with its own image_offset, gets the noise it would get as one batch."""
+        """Predicts a batch of images.
+
+        Args:
+            x: float [B, ...], as the model takes them.
+            seed: of the noise; None takes the ensemble's, or fresh entropy if it has none.
+            image_offset: index of the first image, which addresses its noise: a data set predicted in parts, each with its own
+                image_offset, gets the noise it would get as one batch.
+
+        Returns:
+            A `Prediction` on the device of x.
+
+        Raises:
+            TypeError: x is no dense float tensor.
+            ValueError: x is no batch, image_offset is out of range, or the model does not return logits [N, K].
+        """
         if autograd.is_transformed():
             raise ValueError(
                 "x must not be inside a transform of torch.func or forward-mode differentiation, which Ensemble.predict has no rule for; "

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -264,111 +265,168 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
     Where only noisy convolutions read it, directly or through a max-pool (which commutes with it), each takes the source's values itself.
     Where something else reads it as well, as in residual networks, one convolution gives the clean values to all others.
     """
-    graph = model.graph
-    calls = Counter(model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module")
+    nodes = _Nodes(model)
+    for node in list(model.graph.nodes):
+        found = _Rectified.find(nodes, node)
+        if found is None:
+            continue
+        if found.only_noisy:
+            found.give_each_reader_its_own(nodes)
+        elif found.can_be_shared(nodes):
+            found.share(nodes)
+        else:
+            continue
+        found.erase(nodes)
+    pack_weights(model)
+    merge_additions(model, nodes.is_steady)
+    model.delete_all_unused_submodules()
+    model.recompile()
 
-    def module_of(node, kinds):
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
+
+class _Nodes:
+    """What `merge_activations` asks of the nodes of a traced model."""
+
+    def __init__(self, model: torch.fx.GraphModule):
+        self.model, self.graph = model, model.graph
+        self.calls = Counter(model.get_submodule(node.target) for node in model.graph.nodes if node.op == "call_module")
+
+    def module_of(self, node, kinds):
+        """The module that a node calls, if it is exactly of one of the kinds and has no hooks."""
+        module = self.model.get_submodule(node.target) if node.op == "call_module" else None
         return module if type(module) in kinds and not _has_hooks(module) else None
 
-    def is_relu(node):
+    def is_relu(self, node) -> bool:
         if node.op == "call_module":
-            return module_of(node, (nn.ReLU,)) is not None
+            return self.module_of(node, (nn.ReLU,)) is not None
         return (
             node.op == "call_function"
             and node.target in (torch.relu, nn.functional.relu)
             or (node.op == "call_method" and node.target in ("relu", "relu_"))
         )
 
-    def is_pool(node):
-        pool = module_of(node, _POOLS)
+    def is_pool(self, node) -> bool:
+        pool = self.module_of(node, _POOLS)
         return pool is not None and not pool.return_indices
 
-    def is_noisy(node):
-        layer = module_of(node, (NoisyConv2d,))
+    def is_noisy(self, node) -> bool:
+        layer = self.module_of(node, (NoisyConv2d,))
         return layer is not None and _is_simple(layer)
 
-    def is_fresh(node):
+    def is_fresh(self, node) -> bool:
         """Whether what it computes is new memory, which no hook has seen."""
         if node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
-            return module_of(node.args[0], (FusedConv,)) is not None
-        return node.target in _FRESH or module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
+            return self.module_of(node.args[0], (FusedConv,)) is not None
+        return node.target in _FRESH or self.module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
 
-    def is_private(node):
+    def is_private(self, node) -> bool:
         """Whether its one reader alone sees what it computes: whoever reads the memory of an in-place ReLU's source reads the ReLU's."""
         if len(node.users) != 1:
             return False
-        if is_fresh(node):
+        if self.is_fresh(node):
             return True
         views = node.args[:1] if node.target is operator.iadd else node.all_input_nodes  # what its result may be a view of
-        return node.op.startswith("call_") and all(map(is_private, views))
+        return node.op.startswith("call_") and all(map(self.is_private, views))
 
-    def is_steady(node):
+    def is_steady(self, node) -> bool:
         """Whether what it computes is new memory that nobody writes to later, so that it may be read later than the graph says."""
-        return is_fresh(node) and not any(writes(user, node) for user in node.users)
+        return self.is_fresh(node) and not any(self.writes(user, node) for user in node.users)
 
-    def writes(node, source):
+    def writes(self, node, source) -> bool:
         """Whether a node may write over what ``source``, which it reads, computes."""
         if node.target in _INPLACE:
             return node.args[0] is source
         if node.op == "call_module":
-            return getattr(model.get_submodule(node.target), "inplace", False)
+            return getattr(self.model.get_submodule(node.target), "inplace", False)
         name = node.target if isinstance(node.target, str) else node.target.__name__
         return name.rstrip("_") != name or node.kwargs.get("inplace")
 
-    def add(prefix, node, module):
+    def fuse(self, prefix: str, node, **options) -> str:
+        """Adds the `FusedConv` of the convolution that ``node`` calls behind an `Activation`; returns its name."""
+        layer = self.model.get_submodule(node.target)
         name = f"rse_fast_{prefix}_{node.name}"  # a name of its own: "relu_conv" may be one of the model's
-        model.add_submodule(name, module)
+        self.model.add_submodule(name, FusedConv(layer, node.target, Activation(layer, **options)))
         return name
 
-    for node in list(graph.nodes):
-        if not is_relu(node) or not node.users or not node.args or not is_private(node.args[0]):
-            continue
-        source, affine = node.args[0], None
-        users = list(node.users)
-        pools = [user for user in users if is_pool(user)]
-        only = users[0] if len(users) == 1 and pools else None  # the pool, where it alone reads the ReLU
-        pool = only if only is not None and pools_2x2(model, only) else None  # goes into the noise op
-        norm = module_of(source, (nn.BatchNorm2d,))
-        if norm is not None and norm.running_mean is not None and source.args and (pool or not pools) and is_steady(source.args[0]):
+
+@dataclass
+class _Rectified:
+    """A ReLU that may be merged: ``relu`` reads ``source``, the output of ``norm`` if that can be merged as well.
+
+    pool: the max-pool that alone reads the ReLU. merged_pool: the same if noise ops can do it. readers: (who reads the values, through
+    which node), the pools left out.
+    """
+
+    relu: torch.fx.Node
+    source: torch.fx.Node
+    affine: tuple[torch.Tensor, torch.Tensor] | None
+    pool: torch.fx.Node | None
+    merged_pool: torch.fx.Node | None
+    pooled: bool
+    readers: list[tuple[torch.fx.Node, torch.fx.Node]]
+    noisy: list[torch.fx.Node]
+
+    @classmethod
+    def find(cls, nodes: _Nodes, relu: torch.fx.Node) -> "_Rectified | None":
+        if not nodes.is_relu(relu) or not relu.users or not relu.args or not nodes.is_private(relu.args[0]):
+            return None
+        source, affine, users = relu.args[0], None, list(relu.users)
+        pools = [user for user in users if nodes.is_pool(user)]
+        pool = users[0] if len(users) == 1 and pools else None
+        merged_pool = pool if pool is not None and pools_2x2(nodes.model, pool) else None
+        norm = nodes.module_of(source, (nn.BatchNorm2d,))
+        reachable = norm is not None and norm.running_mean is not None and source.args and (merged_pool or not pools)
+        if reachable and nodes.is_steady(source.args[0]):
             affine = _affine(norm)
-        read = [(user, node) for user in users if user not in pools] + [(user, p) for p in pools for user in p.users]
-        readers = [reader for reader, _ in read]
-        noisy = [user for user in readers if is_noisy(user)]
-        once = [user for user in noisy if calls[model.get_submodule(user.target)] == 1]  # the calls of a layer stay in order
-        if readers and len(noisy) == len(readers):
-            if pool is not None and affine is None and len(readers) > 1:
-                pool = None  # once, and not again for every reader
-            memory = source if affine is None else source.args[0]
-            alone = len(readers) == 1 and len(memory.users) == 1 and is_fresh(memory)
-            for reader in readers:
-                layer = model.get_submodule(reader.target)
-                activation = Activation(layer, pool is not None, affine, alone=alone)
-                reader.target = add("fused", reader, FusedConv(layer, reader.target, activation))
-        elif once and (only is not None or not pools) and not any(writes(*pair) for pair in read):
-            shared, value = once[0], node if only is None else only
-            layer = model.get_submodule(shared.target)
-            activation = Activation(layer, pool is not None, affine, clean_output=True)
-            with graph.inserting_after(value):
-                both = graph.call_module(add("shared", shared, FusedConv(layer, shared.target, activation)), (value,))
-            with graph.inserting_after(both):
-                values = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
-            value.replace_all_uses_with(values[1], delete_user_cb=lambda user, both=both: user is not both)
-            shared.replace_all_uses_with(values[0])
-            graph.erase_node(shared)
-        else:
-            continue
-        if pool is not None:
-            pool.replace_all_uses_with(node)
-            graph.erase_node(pool)
-        node.replace_all_uses_with(source if affine is None else source.args[0])
-        graph.erase_node(node)
-        if affine is not None:
-            graph.erase_node(source)
-    pack_weights(model)
-    merge_additions(model, is_steady)
-    model.delete_all_unused_submodules()
-    model.recompile()
+        readers = [(user, relu) for user in users if user not in pools] + [(user, p) for p in pools for user in p.users]
+        noisy = [reader for reader, _ in readers if nodes.is_noisy(reader)]
+        return cls(relu, source, affine, pool, merged_pool, bool(pools), readers, noisy)
+
+    @property
+    def only_noisy(self) -> bool:
+        return bool(self.readers) and len(self.noisy) == len(self.readers)
+
+    @property
+    def memory(self) -> torch.fx.Node:
+        """What the noise ops read in place of the ReLU."""
+        return self.source if self.affine is None else self.source.args[0]
+
+    def once(self, nodes: _Nodes) -> list[torch.fx.Node]:
+        """The noisy readers whose layer is called once: the calls of a layer stay in order."""
+        return [user for user in self.noisy if nodes.calls[nodes.model.get_submodule(user.target)] == 1]
+
+    def can_be_shared(self, nodes: _Nodes) -> bool:
+        whole = self.pool is not None or not self.pooled
+        return bool(self.once(nodes)) and whole and not any(nodes.writes(*pair) for pair in self.readers)
+
+    def give_each_reader_its_own(self, nodes: _Nodes) -> None:
+        if self.affine is None and len(self.readers) > 1:
+            self.merged_pool = None  # once, and not again for every reader
+        alone = len(self.readers) == 1 and len(self.memory.users) == 1 and nodes.is_fresh(self.memory)
+        for reader, _ in self.readers:
+            reader.target = nodes.fuse("fused", reader, pool=self.merged_pool is not None, affine=self.affine, alone=alone)
+
+    def share(self, nodes: _Nodes) -> None:
+        """One noisy convolution gives the clean values to all others."""
+        graph, shared, value = nodes.graph, self.once(nodes)[0], self.relu if self.pool is None else self.pool
+        name = nodes.fuse("shared", shared, pool=self.merged_pool is not None, affine=self.affine, clean_output=True)
+        with graph.inserting_after(value):
+            both = graph.call_module(name, (value,))
+        with graph.inserting_after(both):
+            values = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
+        value.replace_all_uses_with(values[1], delete_user_cb=lambda user: user is not both)
+        shared.replace_all_uses_with(values[0])
+        graph.erase_node(shared)
+
+    def erase(self, nodes: _Nodes) -> None:
+        """Takes out of the graph what the noise ops do now."""
+        memory = self.memory
+        if self.merged_pool is not None:
+            self.merged_pool.replace_all_uses_with(self.relu)
+            nodes.graph.erase_node(self.merged_pool)
+        self.relu.replace_all_uses_with(memory)
+        nodes.graph.erase_node(self.relu)
+        if self.affine is not None:
+            nodes.graph.erase_node(self.source)
 
 
 def merge_additions(model: torch.fx.GraphModule, is_steady: Callable[[torch.fx.Node], bool]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from rse_fast.ensemble.plan import out_of_memory
+from rse_fast.ensemble.memory import out_of_memory
 from rse_fast.nn import NoiseContext
 
 # Rows up to which launches may take longer than the arithmetic. On an H100 a noise layer and its convolution cost the host about 0.15 ms,

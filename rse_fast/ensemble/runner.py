@@ -7,7 +7,7 @@ from torch import nn
 
 from rse_fast import autograd, outputs
 from rse_fast.convert import meta_copy
-from rse_fast.ensemble.plan import PeakBytes, SavedBytes
+from rse_fast.ensemble.memory import PeakBytes, SavedBytes
 from rse_fast.nn import NoiseContext, RowsError
 from rse_fast.trace import RandomOpDetector
 

@@ -87,7 +87,7 @@ def _parser():
 
 
 def run(argv: list[str]) -> dict | None:
-    """What the command does. Returns the results, as in ``results.json`` but for the rows; None where other processes are not done.
+    """What the command does. Returns the results, as in ``results.json``; None where other processes are not done.
 
     Raises ValueError or TypeError naming the option, OSError for a folder that cannot be written.
     """

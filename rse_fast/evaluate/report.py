@@ -72,8 +72,7 @@ def write(out: Path, results: dict, images: Tensor, rows: list[dict], certified:
     section = _certified(out, certified, results["settings"])
     text = markdown(results, [name for name, figure in figures.items() if figure is not None], section)
     write_atomically(out / "report.md", lambda file: file.write(text.encode()))
-    everything = results | {"rows": [{key: value for key, value in row.items() if key != "example"} for row in rows]}
-    write_atomically(out / "results.json", lambda file: file.write(json.dumps(everything, allow_nan=False).encode()))
+    write_atomically(out / "results.json", lambda file: file.write(json.dumps(results, allow_nan=False).encode()))
 
 
 def _certified(out, folder, settings):

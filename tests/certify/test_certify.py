@@ -13,7 +13,8 @@ from torch import nn
 import rse_fast
 from rse_fast import Ensemble, functional
 from rse_fast.nn import GaussianNoise, number_layers
-from rse_fast.smoothing import _votes, clopper_pearson, estimate, grid_step, largest_bound, looks, on_grid
+from rse_fast.smoothing import _votes, grid_step, on_grid
+from rse_fast.vote_bounds import clopper_pearson, estimate, largest_bound, looks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIGMA = 0.25

@@ -21,7 +21,7 @@ from torch import nn
 import rse_fast
 from rse_fast import Ensemble
 from rse_fast.ensemble import fuse as fusion
-from rse_fast.ensemble import plan
+from rse_fast.ensemble import memory
 from rse_fast.nn import GaussianNoise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -422,9 +422,9 @@ def test_memory_does_not_grow_with_draws(how, seed):
     for draws in (60, 600):
         ensemble = Ensemble(model, draws, dtype="float32", max_rows=20, early_exit=how)
         ensemble.predict(x, seed)
-        with plan.PeakBytes() as memory:
+        with memory.PeakBytes() as held:
             ensemble.predict(x, seed)
-        peaks[draws] = memory.peak
+        peaks[draws] = held.peak
     assert peaks[600] <= 1.05 * peaks[60], peaks
 
 

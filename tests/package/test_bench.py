@@ -129,8 +129,6 @@ def test_results_are_merged_by_case_and_survive_the_file(tmp_path):
     new = results.merge(results.load(path), [row("a", p50=3)], [measure.target("s", "a", "w", 1.0, 2, "x")], HERE)
     assert [(r["case"], r["implementation"], r["p50"]) for r in new["rows"]] == [("b", "rse_fast", 2), ("a", "rse_fast", 3)]
     assert new["targets"][0]["holds"] is False
-    header, *lines = path.with_suffix(".csv").read_text().splitlines()
-    assert header.split(",") == list(results.COLUMNS) and len(lines) == 3
     with pytest.raises(ValueError, match="another machine"):
         results.merge(first, [row()], [], {**HERE, "cpu": "another"})
     path.write_text(json.dumps({"rows": [{"suite": "s"}], "targets": []}))

@@ -182,6 +182,7 @@ def test_sdist_is_complete(make):
     assert {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "DESIGN.md", "README.md", "Makefile"} <= names
     assert {"CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", "rse_fast/py.typed", "docs/index.md", "docs/assets/front.png"} <= names
     assert not [name for name in names if name.endswith((".so", ".dylib", ".dll", build.PROBLEM_FILE))]
+    assert sdist.stat().st_size < 1_000_000
 
 
 def test_import_brings_nothing_heavy_and_opens_nothing(run_python):
