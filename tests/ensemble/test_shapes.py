@@ -88,3 +88,37 @@ def test_a_model_that_branches_on_the_number_of_images_is_not():
     ensemble = Ensemble(model, 2, dtype="float32")
     with pytest.warns(RuntimeWarning, match="runs unfused: it cannot be traced"):
         ensemble.predict(torch.rand(2, 3, 8, 8))
+
+
+class Guarded(nn.Module):
+    """Branches on data, around a noisy convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, y):
+        return self.conv(y.clamp(-9, 9) if bool(y.isnan().any()) else y)
+
+
+class Partly(Base):
+    def __init__(self):
+        super().__init__()
+        self.guarded = nn.Sequential(Guarded(), nn.ReLU(inplace=True), Guarded())
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.end(self.guarded(y).relu() + y)
+
+
+def test_what_cannot_be_traced_is_called_as_it_is_in_a_fused_model(rng, recwarn):
+    model = rse_fast.convert(Partly(), 0.2, 0.1)
+    x = torch.from_numpy(rng.random((4, 3, 8, 8), dtype=np.float32))
+    seed = int(rng.integers(2**62))
+    fused, live = (Ensemble(model, 3, seed=seed, dtype="float32", fuse=fuse) for fuse in (True, False))
+    torch.testing.assert_close(fused.predict(x).probs, live.predict(x).probs, rtol=1e-5, atol=1e-6)
+    snapshot = fused.prepared(x)
+    assert snapshot.problem is None
+    assert [type(m) for m in snapshot.runner.model.modules()].count(Guarded) == 2
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in snapshot.runner.model.modules())  # folded
+    assert not recwarn.list
