@@ -1,7 +1,7 @@
 """``make zoo``: goes over the networks of timm and torchvision, and writes what the engine makes of each to a table.
 
 Weights are random, images small where the network allows it. Each row is written as soon as it is there; a run that was interrupted
-goes on behind the last one. ``python -m rse_fast.bench.zoo --only 'swin*'`` measures some of them again.
+goes on behind the last one. ``python -m rse_fast.bench.zoo --again '*swin*'`` measures some of them again.
 """
 
 import argparse
@@ -21,23 +21,22 @@ SIZES = (64, 128, 160)  # tried before the network's own
 
 # One or two of each family; the smallest that there is.
 TIMM = """
-beit_base_patch16_224 halonet_h1 eca_botnext26ts_256 lambda_resnet26t lambda_resnet26rpt_256 mobileone_s1 gernet_s cait_xxs24_224 coat_tiny
-coat_lite_tiny convit_tiny convmixer_768_32 convnext_zepto_rms convnextv2_atto cpubone_nano crossvit_tiny_240 crossvit_9_dagger_240 csatv2
-cs3darknet_focus_s darknet17 cspresnet50 cspnext_tiny davit_tiny deit_tiny_patch16_224 deit_tiny_distilled_patch16_224
-deit3_small_patch16_224
-densenet121 densenetblur121d dla46x_c dla34 dpn48b dpn68 edgenext_xx_small efficientformer_l1 efficientformerv2_s0 mobilenetv2_035
-efficientnet_b0 efficientnet_lite0 mnasnet_small mixnet_s efficientvim_m1 efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224
-fasternet_t0
-focalnet_tiny_srf gcvit_xxtiny ghostnet_050 ghostnetv2_100 ghostnetv3_050 hardcorenas_a hgnetv2_b0 hgnet_tiny hiera_tiny_224 hieradet_small
-hrnet_w18_small iformer_t inception_next_atto inception_v3 inception_v4 inception_resnet_v2 lcnetv2_small levit_128s levit_conv_128s
-lowformer_b0 mambaout_femto maxvit_pico_rw_256 coatnet_pico_rw_224 coatnet_0_rw_224 poolformer_s12 poolformerv2_s12 caformer_s18
-convformer_s18 gmlp_ti16_224 gmixer_12_224 resmlp_12_224 mixer_s32_224 lcnet_035 mobilenetv3_small_050 mobilenetv4_conv_small_035
-mobilenetv4_hybrid_medium mobilevit_xxs mobilevitv2_050 mvitv2_tiny nest_tiny nextvit_small nf_regnet_b0 nf_resnet26 dm_nfnet_f0 pit_ti_224
-pit_ti_distilled_224 pvt_v2_b0 pvt_v2_b2_li rdnet_tiny regnetx_002 regnety_002 repghostnet_050 repvit_m1 res2next50 res2net50_14w_8s
-resnest14d resnest26d resnet10t resnet18 resnetblur18 seresnet18 ecaresnet26t resnext26ts wide_resnet50_2 resnetv2_18 resnetv2_50
-rexnet_100 selecsls42 legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224
-swin_s3_tiny_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_patch16_224 tnt_s_legacy_patch16_224 tresnet_m
-twins_svt_small twins_pcpvt_small vgg11 vgg11_bn visformer_tiny vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 vit_srelpos_small_patch16_224
+beit_base_patch16_224 halonet_h1 eca_botnext26ts_256 lambda_resnet26t lambda_resnet26rpt_256 mobileone_s1 gernet_s cait_xxs24_224
+coat_tiny coat_lite_tiny convit_tiny convmixer_768_32 convnext_zepto_rms convnextv2_atto cpubone_nano crossvit_tiny_240
+crossvit_9_dagger_240 csatv2 cs3darknet_focus_s darknet17 cspresnet50 cspnext_tiny davit_tiny deit_tiny_patch16_224
+deit_tiny_distilled_patch16_224 deit3_small_patch16_224 densenet121 densenetblur121d dla46x_c dla34 dpn48b dpn68 edgenext_xx_small
+efficientformer_l1 efficientformerv2_s0 mobilenetv2_035 efficientnet_b0 efficientnet_lite0 mnasnet_small mixnet_s efficientvim_m1
+efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224 fasternet_t0 focalnet_tiny_srf gcvit_xxtiny ghostnet_050 ghostnetv2_100
+ghostnetv3_050 hardcorenas_a hgnetv2_b0 hgnet_tiny hiera_tiny_224 hieradet_small hrnet_w18_small iformer_t inception_next_atto
+inception_v3 inception_v4 inception_resnet_v2 lcnetv2_small levit_128s levit_conv_128s lowformer_b0 mambaout_femto maxvit_pico_rw_256
+coatnet_pico_rw_224 coatnet_0_rw_224 poolformer_s12 poolformerv2_s12 caformer_s18 convformer_s18 gmlp_ti16_224 gmixer_12_224
+resmlp_12_224 mixer_s32_224 lcnet_035 mobilenetv3_small_050 mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium mobilevit_xxs
+mobilevitv2_050 mvitv2_tiny nest_tiny nextvit_small nf_regnet_b0 nf_resnet26 dm_nfnet_f0 pit_ti_224 pit_ti_distilled_224 pvt_v2_b0
+pvt_v2_b2_li rdnet_tiny regnetx_002 regnety_002 repghostnet_050 repvit_m1 res2next50 res2net50_14w_8s resnest14d resnest26d resnet10t
+resnet18 resnetblur18 seresnet18 ecaresnet26t resnext26ts wide_resnet50_2 resnetv2_18 resnetv2_50 rexnet_100 selecsls42
+legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224 swin_s3_tiny_224
+swinv2_tiny_window8_256 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_patch16_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small
+twins_pcpvt_small vgg11 vgg11_bn visformer_tiny vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 vit_srelpos_small_patch16_224
 samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41 xcit_nano_12_p16_224
 xcit_nano_12_p8_224
 """.split()
@@ -53,13 +52,15 @@ COLUMNS = ("model", "image", "noisy layers", "fused", "difference", "speed-up", 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=None, metavar="GLOB", help="measure these again, such as 'timm swin*'")
+    parser.add_argument("names", nargs="*", metavar="GLOB", help="only these, such as '*swin*'")
+    parser.add_argument("--again", action="store_true", help="measure also what has a row")
     parser.add_argument("--rows", type=Path, default=Path("bench-results-zoo.jsonl"), help="rows so far (default: %(default)s)")
     parser.add_argument("--table", type=Path, default=Path("bench/results/zoo.md"), help="default: %(default)s")
     args = parser.parse_args(argv)
     found = read(args.rows)
     for name in NAMES:
-        if not fnmatch.fnmatch(name, args.only) if args.only else name in found:
+        wanted = not args.names or any(fnmatch.fnmatch(name, pattern) for pattern in args.names)
+        if not wanted or (name in found and not args.again):
             continue
         begin = time.perf_counter()
         try:
@@ -188,21 +189,18 @@ def table(found: dict[str, dict]) -> str:
     done = {name: row for name, row in rows.items() if "problem" not in row}
     fused = [row for row in done.values() if row["why"] is None]
     ratios = sorted(row["speed_up"] for row in done.values())
+    ratio = f"{ratios[len(ratios) // 2]:.2f}" if ratios else "unknown"
+    largest = max((row["difference"] for row in done.values()), default=0)
     lines = [
         "# Networks of timm and torchvision",
         "",
-        f"Written by `make zoo` with torch {torch.__version__}: random weights, {IMAGES} images in {DRAWS} draws, float32, "
-        f'`algorithm="direct"`, '
-        f"{torch.get_num_threads()} thread(s) of a CPU that others use too.",
-        "Difference: the largest between the log-probabilities of the fused and the unfused ensemble. Speed-up: of `predict` over "
-        "the loop of "
-        "converted, unpacked draws.",
-        "Revert: whether `revert` brings back outputs, names and weights bit for bit.",
+        f"Written by `make zoo` with torch {torch.__version__}: random weights, {IMAGES} images in {DRAWS} draws, float32,",
+        f"`algorithm='direct'`, {torch.get_num_threads()} thread(s) of a CPU that others used at the same time.",
+        "Difference: the largest between log-probabilities of the fused and of the unfused ensemble. Speed-up: of `predict` over a loop of",
+        "single draws of the converted network. Revert: whether `revert` brings back outputs, names and weights bit for bit.",
         "",
-        f"{len(rows)} networks, {len(done)} work, {len(fused)} of them fused; {sum(row['revert'] for row in done.values())} "
-        f"revert bit for bit; "
-        f"largest difference {max((row['difference'] for row in done.values()), default=0):.1e}; "
-        f"speed-up {ratios[len(ratios) // 2] if ratios else 0:.2f} in the median.",
+        f"{len(rows)} of {len(NAMES)} networks measured: {len(done)} work, {len(fused)} of them fused, and",
+        f"{sum(row['revert'] for row in done.values())} come back bit for bit. Largest difference {largest:.1e}, median speed-up {ratio}.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

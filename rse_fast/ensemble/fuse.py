@@ -30,6 +30,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, NoisyConv1d, NoisyConv2d, Nois
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _INPLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+_MOST_LEAVES = 8  # classes whose forward is left untraced
 _FRESH = (operator.add, operator.sub, operator.mul, torch.add, torch.cat)  # calls whose result is new memory
 
 
@@ -48,17 +49,18 @@ def snapshot(
     for compilers.
     """
     wide = torch.promote_types(dtype, torch.float32)  # folding is done in float32 at least
-    copied, problem = copy(model, wide), None
-    for tracer in [_Tracer, *([] if shape is None else [lambda: _OfShape(shape)])]:
+    copied, graph, problem, tracer = copy(model, wide), None, None, _Tracer()
+    while graph is None and tracer is not None:
         try:
-            graph, problem = _trace(copied, tracer), None
-            break
+            graph = _trace(copied, tracer)
         except Exception as error:  # whatever a user's forward raises when it meets a proxy
             problem = f"it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
-            if shape is not None:
-                copied = copy(model, wide)  # a forward may have kept proxies
-    if problem is None:
-        copied = Graph(copied, graph)
+            tracer = None if shape is None else tracer.next(shape, type(model))
+            if tracer is not None:
+                copied = copy(model, wide)  # a forward may have kept what it saw
+    if graph is not None:
+        copied, problem = Graph(copied, graph), None
+        copied.untraced = tracer.leaves
         _free_views(copied)
         fold_batch_norm(copied)
         if rewrite is not None:
@@ -72,14 +74,19 @@ def _trace(model, tracer):
     for _ in range(2):  # once more, as it may have been another thread that drew one of Python's or numpy's
         before = _host_numbers()
         with RandomOpDetector() as detector:
-            graph = tracer().trace(model)
+            graph = tracer.trace(model)
         if not detector.any and _host_numbers() == before:
             return graph
     raise RuntimeError("its forward draws random numbers, which the graph would repeat")
 
 
 class Graph(torch.fx.GraphModule):
-    """A traced model whose source is not kept: torch.fx would keep that of every one ever made, 20 to 40 KB each."""
+    """A traced model whose source is not kept: torch.fx would keep that of every one ever made, 20 to 40 KB each.
+
+    untraced: classes of modules that it calls as they are, since their forward could not be traced.
+    """
+
+    untraced = frozenset()
 
     def recompile(self):
         code = super().recompile()
@@ -125,9 +132,31 @@ def _lay_out(model, dtype):
 
 
 class _Tracer(Tracer):
+    """leaves: classes of modules that are called as they are, because their forward cannot be traced."""
+
+    leaves, failed = frozenset(), None
+
     def is_leaf_module(self, module, name):
         # A hook traced through would be called once, with a proxy, and never again.
-        return isinstance(module, NoiseLayer) or _has_hooks(module) or super().is_leaf_module(module, name)
+        leaf = isinstance(module, NoiseLayer) or _has_hooks(module) or type(module) in self.leaves
+        return leaf or super().is_leaf_module(module, name)
+
+    def call_module(self, m, forward, args, kwargs):
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or type(m)  # the innermost
+            raise
+
+    def next(self, shape: torch.Size, whole: type) -> "_Tracer | None":
+        """What to try where this one has failed: with sizes known, then with more and more leaves, but not the ``whole`` model as one."""
+        if not isinstance(self, ShapeTracer):
+            return _OfShape(shape)
+        if self.failed in (None, whole, nn.Sequential) or len(self.leaves) == _MOST_LEAVES:
+            return None
+        tracer = _OfShape(shape)
+        tracer.leaves = self.leaves | {self.failed}
+        return tracer
 
 
 class _OfShape(_Tracer, ShapeTracer):
@@ -336,7 +365,8 @@ class _Nodes:
         if node.target in _INPLACE:
             return node.args[0] is source
         if node.op == "call_module":
-            return getattr(self.model.get_submodule(node.target), "inplace", False)
+            module = self.model.get_submodule(node.target)
+            return getattr(module, "inplace", False) or type(module) in self.model.untraced  # which may do anything
         name = node.target if isinstance(node.target, str) else node.target.__name__
         return name.rstrip("_") != name or node.kwargs.get("inplace")
 

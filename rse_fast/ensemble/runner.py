@@ -96,7 +96,8 @@ class Runner:
 
     def _check_order(self, both, first):
         """Raises ValueError unless an image's rows are beside each other wherever it has several: alone, it then has the same noise."""
-        if isinstance(both, torch.Tensor) and isinstance(first, torch.Tensor) and not self._agree(both[::2], first):
+        alike = outputs.is_logits(both) and outputs.is_logits(first) and both[::2].shape == first.shape
+        if alike and not self._agree(both[::2], first):
             name = min(self.divided)
             raise ValueError(
                 f"the noisy layer {name!r} gets several rows an image, those of one image not beside each other: its noise would depend on "
