@@ -3,8 +3,8 @@
     pip install litserve
     python examples/serve.py runs/small-rse --port 8000
 
-POST /predict takes {"image": C lists of H lists of W numbers}. Each batch has a fresh seed of the operating system. An answer names its seed
-and the image's index in the batch, so the owner of the model can repeat it: `ensemble.predict(image[None], seed, image_offset=index)`.
+POST /predict takes {"image": C lists of H lists of W numbers}. Each batch has a fresh seed of the operating system. An answer names the
+seed and the image's index in the batch, so the owner of the model can repeat it: `ensemble.predict(image[None], seed, image_offset=index)`.
 Where clients may attack, leave both out of the answer: noise that is known can be attacked.
 """
 
