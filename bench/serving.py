@@ -68,7 +68,7 @@ def main() -> None:
         "# Serving",
         "",
         f"`python bench/serving.py`: examples/serve.py over loopback, the small network, {ensemble.draws} draws, 32x32 images, float32.",
-        f"{where['cpu']}; clients and server share the cores. Load average at the start: {os.getloadavg()[0]:.1f}. torch {torch.__version__}.",
+        f"{where['cpu']}; clients and server share the cores. Load average: {os.getloadavg()[0]:.1f}. torch {torch.__version__}.",
         f"{SECONDS} seconds a row; at most {MOST} requests at once. Wrong: answers that are not those of the seed they name.",
         "",
         "| batch at most | clients | answers/s | p50 ms | p99 ms | turned away | images a batch | wrong |",
@@ -81,10 +81,8 @@ def main() -> None:
                 answers, refused = load(port, images, clients)
                 p50, p99 = np.percentile([seconds * 1e3 for _, _, seconds in answers], [50, 99])
                 batches = len({answer["seed"] for _, answer, _ in answers})
-                lines.append(
-                    f"| {batch} | {clients} | {len(answers) / SECONDS:.1f} | {p50:.0f} | {p99:.0f} | {refused} | {len(answers) / batches:.1f} "
-                    f"| {wrong(ensemble, images, answers)} of {len(answers)} |"
-                )
+                row = f"| {batch} | {clients} | {len(answers) / SECONDS:.1f} | {p50:.0f} | {p99:.0f} | {refused} "
+                lines.append(f"{row}| {len(answers) / batches:.1f} | {wrong(ensemble, images, answers)} of {len(answers)} |")
                 print(lines[-1], flush=True)
     write_whole(ROOT / "bench" / "results" / "serving.md", "\n".join(lines) + "\n")
 

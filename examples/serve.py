@@ -36,14 +36,16 @@ class Classifier(litserve.LitAPI):
         return torch.stack(inputs)
 
     def predict(self, x):
-        # LitServe hands on a single image where batches have at most one.
-        return self.ensemble.predict(x if x.dim() == 4 else x[None])
+        single = x.dim() == 3  # LitServe batches nothing where batches have at most one image
+        out = self.ensemble.predict(x[None] if single else x)
+        answers = [
+            {"label": label, "probs": probs, "seed": str(out.seed), "index": index}  # a JavaScript number has 53 bits, a seed 64
+            for index, (label, probs) in enumerate(zip(out.labels.tolist(), out.probs.tolist(), strict=True))
+        ]
+        return answers[0] if single else answers
 
     def unbatch(self, output):
-        return [
-            {"label": label, "probs": probs, "seed": str(output.seed), "index": index}  # a JavaScript number has 53 bits, a seed 64
-            for index, (label, probs) in enumerate(zip(output.labels.tolist(), output.probs.tolist(), strict=True))
-        ]
+        return output
 
     def encode_response(self, output):
         return output
