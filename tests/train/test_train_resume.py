@@ -279,7 +279,7 @@ def test_the_best_epoch_that_is_told_is_that_of_the_weights(run):
     """Killed between the best weights and their checkpoint, and not as good when the epoch is repeated, as with other processes."""
     drop_end(run)
     stored = safetensors.load_file(run / "best.safetensors")
-    (run / "best.safetensors").write_bytes(safetensors.save(stored, {"best_score": "1.5", "best_epoch": "3"}))
+    checkpoint.save_best(run / "best.safetensors", stored, 1.5, 3)
     row = train(Config.load(run / "config.json"), run, resume=True, from_step=23)
     assert row["best_score"] == 1.5 and row["best_epoch"] == 3
 
