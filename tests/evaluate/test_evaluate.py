@@ -283,6 +283,7 @@ def make_network():
     return nearest_mean(True)
 
 
+IMPORTS = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(nearest_mean.__code__.co_filename)])  # for other processes
 ARGS = ["--model", "test_evaluate:make_network", "--data", "digits", "--protocol", "quick", "--eps", "0.1", "0.2", "--seed", "3",
         "--draws", "3", "--repeats", "2", "--images", "40"]  # fmt: skip
 ONLY = ["--only", "clean", "pgd20-Linf-0.1-eot20", "pgd20-Linf-0.2-eot20", "fgsm-Linf-0.2-eot20"]
@@ -309,7 +310,7 @@ def test_a_killed_run_loses_one_batch_at_most_and_resumes_to_the_same_table(whol
     path = tmp_path / "rows-0.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "rse_fast.cli", "evaluate", *ARGS, *ONLY, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": IMPORTS, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 40):  # within the second case
         time.sleep(0.002)
@@ -407,7 +408,9 @@ def make_noisy():
 def test_a_part_that_is_sorted_by_class_is_shuffled():
     images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1)
     for labels, given in (([0, 0, 0, 1, 1, 1, 2, 2], False), ([0, 1, 0, 2, 0, 1, 2, 2], True)):
-        found, chosen, order = command._images(data.Part(images, torch.tensor(labels)), 5)
+        part = data.Part(images, torch.tensor(labels))
+        indices, order = command._order(part)
+        found, chosen = command._images(part, indices[:5])
         assert (found.flatten().tolist() == [0, 1, 2, 3, 4]) == given and ("shuffle" in order) != given
         assert chosen.tolist() == [labels[i] for i in found.flatten().tolist()]
 
