@@ -266,7 +266,7 @@ def page(rows: list[dict]) -> str:
         "A right generator gives p-values that are uniform in [0, 1]: of n, n / 500 lie outside [0.001, 0.999]. TestU01 calls a test",
         "failed outside [1e-10, 1 - 1e-10]. Parts: tests of the battery that are done.",
         "",
-        "| battery | order | parts | p-values | smallest | largest | outside [0.001, 0.999] | expected | CPU hours | date |",
+        "| battery | order | parts | p-values | smallest | largest | outside [0.001, 0.999] | expected | hours | date |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     size = {**{name: count for name, (_, count) in TESTU01.items()}, "dieharder": len(DIEHARDER)}
