@@ -266,7 +266,7 @@ def page(rows: list[dict]) -> str:
         "A right generator gives p-values that are uniform in [0, 1]: of n, n / 500 lie outside [0.001, 0.999]. TestU01 calls a test",
         "failed outside [1e-10, 1 - 1e-10]. Parts: tests of the battery that are done.",
         "",
-        "| battery | order | parts | p-values | smallest | largest | outside [0.001, 0.999] | expected | CPU hours | date |",
+        "| battery | order | parts | p-values | smallest | largest | outside [0.001, 0.999] | expected | hours | date |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     size = {**{name: count for name, (_, count) in TESTU01.items()}, "dieharder": len(DIEHARDER)}
@@ -289,7 +289,7 @@ def page(rows: list[dict]) -> str:
         lines += ["", f"In all {len(values)} p-values, {len(apart)} outside [0.001, 0.999] where {len(values) / 500:.1f} are expected:", ""]
         lines += ["| battery | order | part | statistic | p |", "|---|---|---:|---|---:|"]
         lines += [f"| {b} | {order} | {part} | {name} | {_near_one(p)} |" for b, order, part, name, p in apart]
-    lines += ["", "## Normals", ""]
+    lines += ["", "## Normals", "", "Every unit takes the same seeds: what differs between them is rounding.", ""]
     for unit in build.UNITS:
         here = [row for row in rows if (row["battery"], row["of"]) == ("normals", unit)]
         if here:

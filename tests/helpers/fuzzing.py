@@ -23,14 +23,9 @@ def cases(share: float):
     wanted = max(1, round(share * TOTAL))
     slow = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much)
     return settings(
-        max_examples=wanted,
-        deadline=None,
-        database=None,
-        print_blob=True,
-        report_multiple_bugs=False,
-        phases=(Phase.generate,) + (() if os.environ.get("NOSHRINK") else (Phase.shrink,)),
-        suppress_health_check=slow,
-    )
+        max_examples=wanted, deadline=None, database=None, print_blob=True, report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink), suppress_health_check=slow,
+    )  # fmt: skip
 
 
 class Unchanged:

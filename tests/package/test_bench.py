@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -118,6 +119,39 @@ def test_bare_philox_makes_the_words_of_the_contract(compiler):
     words = reference.philox(counters, np.zeros((rows, quads, 2), np.uint32))
     got = noise.philox_words().philox_words(ctypes.c_int64(rows), ctypes.c_int64(quads), 1) % 2**32
     assert got == np.bitwise_xor.reduce(words.reshape(-1))
+
+
+def test_the_batteries_get_the_words_of_the_contract(compiler, library, tmp_path):
+    """Each order from where it begins: which address follows which."""
+    battery = pytest.importorskip("bench.battery")
+    program, start = battery.compile_words(tmp_path), 3
+
+    def words(order, count):
+        with subprocess.Popen([program, library.path, library.unit, order, str(start)], stdout=subprocess.PIPE) as source:
+            return np.frombuffer(source.stdout.read(4 * count), np.uint32)
+
+    def expected(quads=0, images=0, draws=0, streams=0, seed=start << 40):
+        key = np.stack(np.broadcast_arrays(np.asarray(seed) & (2**32 - 1), np.asarray(seed) >> 32), -1)
+        return reference.philox(np.stack(np.broadcast_arrays(quads, images, draws, streams), -1), key).reshape(-1)
+
+    n = np.arange(64)
+    assert (words("positions", 256) == expected(quads=n)).all()
+    assert (words("first-words", 64) == expected(quads=n)[::4]).all()
+    for order, address in {"images": "images", "draws": "draws", "streams": "streams"}.items():
+        assert (words(order, 256) == expected(**{address: n})).all(), order
+        assert (words(order, 4 * 4096 + 4)[-4:] == expected(quads=1)).all(), order
+    assert (words("seeds", 256) == expected(seed=(start << 40) + n)).all()
+    assert (words("high-seeds", 256) == expected(seed=(start << 24) + (n << 32))).all()
+    assert (words("network", 8 * 256)[4 * 64 :][:256] == expected(quads=n, images=1)).all()
+    bits = np.unpackbits(words("draws", 64).byteswap().view(np.uint8)).reshape(-1, 32)[:, ::-1]
+    assert (words("draws-reversed", 64) == np.packbits(bits, 1).view(">u4").reshape(-1)).all()
+
+
+def test_the_anderson_darling_p_values_are_the_published_ones():
+    """Of A^2 with known parameters (D'Agostino and Stephens 1986, table 4.2)."""
+    battery = pytest.importorskip("bench.battery")
+    for square, p in ((1.248, 0.25), (1.933, 0.10), (2.492, 0.05), (3.070, 0.025), (3.878, 0.01)):
+        assert battery.anderson_darling_p(square) == pytest.approx(p, rel=0.01)
 
 
 # -------------------------------------------------------------------------------------------------------------------- results
