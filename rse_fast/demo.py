@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import rse_fast
-from rse_fast import data, demo_report
+from rse_fast import data, demo_report, run_inputs
 from rse_fast.evaluate.estimate import estimate
 from rse_fast.models import SmallNet
 from rse_fast.train import Config, Ranks, Trainer
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             if not os.access(args.out, os.W_OK):
                 raise ValueError(f"--out: cannot write in {str(args.out)!r}")
         except (OSError, ValueError) as error:
-            print(f"rse-fast demo: {error}", file=sys.stderr)
+            print(f"rse-fast demo: {run_inputs.named(error)}", file=sys.stderr)
             return 2
         return _run(args, splits)
     except KeyboardInterrupt:

@@ -59,6 +59,7 @@ def snapshot(
         if rewrite is not None:
             rewrite(copied)
         merge_activations(copied)
+        copied.release()
     return _lay_out(copied, dtype), problem
 
 
@@ -71,6 +72,15 @@ class Graph(torch.fx.GraphModule):
         linecache.cache.pop(name, None)
         torch.fx.graph_module._loader.eval_cache.pop(name, None)
         return code
+
+    def release(self):
+        """Lets the graph, once it is done, not hold its module: the memory of a dropped one would wait for the garbage collector."""
+        self.graph.owning_module = None
+
+    def __deepcopy__(self, memo):
+        copied = super().__deepcopy__(memo)
+        copied.release()
+        return copied
 
 
 def _host_numbers():
@@ -350,6 +360,7 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
     merge_additions(model, is_steady)
     model.delete_all_unused_submodules()
     model.recompile()
+    del model  # or the functions above, which know each other, would hold it until the garbage collector comes
 
 
 def merge_additions(model: torch.fx.GraphModule, is_steady: Callable[[torch.fx.Node], bool]) -> None:
