@@ -8,11 +8,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) kernels/cpu/build.py
 INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
 
-.PHONY: help demo test check bench docs build clean
+.PHONY: help demo test faults load check bench docs build clean
 
 help:
 	@echo "make demo   train, attack and report on real images (a few minutes)"
 	@echo "make test   all tests"
+	@echo "make faults kills every command at 100 random instants, fills its disk, and compares what it leaves (half an hour)"
+	@echo "make load   one ensemble under eight threads for ten minutes"
 	@echo "make check  ruff: faults and format"
 	@echo "make bench  benchmarks beside the peers, which it installs"
 	@echo "make docs   the documentation as a site, in site/; a warning is an error"
@@ -20,7 +22,7 @@ help:
 	@echo "make clean  remove .venv and everything built"
 
 # Passive waiting: on a machine whose cores others use too, threads that spin at barriers make small networks ten times slower.
-bench demo test: export OMP_WAIT_POLICY ?= passive
+bench demo faults load test: export OMP_WAIT_POLICY ?= passive
 
 demo: $(VENV)/installed-demo
 	$(BIN)/rse-fast demo $(ARGS)
@@ -28,6 +30,15 @@ demo: $(VENV)/installed-demo
 # One process a core; what a file's tests share is made once, so a file stays in one process.
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+faults: export RSE_FAST_KILLS ?= 100
+faults: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 0 -s tests/faults/test_kills.py tests/faults/test_faults.py $(ARGS)
+
+load: export RSE_FAST_LOAD_SECONDS ?= 600
+load: export OMP_NUM_THREADS ?= 1
+load: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 0 -s tests/faults/test_load.py $(ARGS)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -12,11 +12,11 @@ from rse_fast import Ensemble, data
 from rse_fast.train import Config, Trainer
 from rse_fast.train.distributed import connect
 
-EPS, STEPS, DRAWS, SEED = 0.2, 40, 10, 12345
+EPS, STEPS, DRAWS, SEED = 0.2, 20, 10, 12345
 
 
 def trained() -> torch.nn.Module:
-    config = Config(data="digits", model="small", defence="rse", epochs=8, batch_size=64, lr=0.05, device="cpu", seed=0)
+    config = Config(data="digits", model="small", defence="rse", epochs=4, batch_size=64, lr=0.05, device="cpu", seed=0)
     with connect("cpu") as ranks:
         trainer = Trainer(config, data.digits(), ranks)
         while not trainer.complete:
@@ -36,7 +36,7 @@ def attack(ensemble: Ensemble, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--images", type=int, default=100)
     count = parser.parse_args().images
     model, part = trained(), data.digits().test
     x, y = part.images[:count].float() / 255, torch.as_tensor(part.labels[:count])

@@ -360,7 +360,7 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
     merge_additions(model, is_steady)
     model.delete_all_unused_submodules()
     model.recompile()
-    del model  # or the functions above, which know each other, would hold it until the garbage collector comes
+    model = None  # or the functions above, which know each other, would hold it until the garbage collector comes
 
 
 def merge_additions(model: torch.fx.GraphModule, is_steady: Callable[[torch.fx.Node], bool]) -> None:
