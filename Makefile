@@ -12,7 +12,7 @@ INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
 # Runs of make test-repeat.
 TIMES ?= 20
 
-.PHONY: help demo test test-quick test-repeat check bench battery fuzz sanitize docs build wheel clean
+.PHONY: help demo test test-quick test-repeat check bench battery fuzz sanitize faults load docs build wheel clean
 
 help:
 	@echo "make demo         train, attack and report on real images (a few minutes)"
@@ -24,13 +24,15 @@ help:
 	@echo "make battery      randomness: TestU01, dieharder, normals; in parts, a stopped run goes on (hours)"
 	@echo "make fuzz         20,000 random calls and damaged files (most of an hour)"
 	@echo "make sanitize     the C++ library under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make faults       kills every command at 100 random instants, fills its disk, and compares what it leaves (half an hour)"
+	@echo "make load         one ensemble under eight threads for ten minutes"
 	@echo "make docs         the documentation as a site, in site/; a warning is an error"
 	@echo "make build        sdist and wheel into dist/"
 	@echo "make wheel        a manylinux wheel into dist/, tried in a new environment (Linux)"
 	@echo "make clean        remove .venv and everything built"
 
 # Passive waiting: on a machine whose cores others use too, threads that spin at barriers make small networks ten times slower.
-battery bench demo fuzz test test-quick test-repeat: export OMP_WAIT_POLICY ?= passive
+battery bench demo faults fuzz load test test-quick test-repeat: export OMP_WAIT_POLICY ?= passive
 
 demo: $(VENV)/installed-demo
 	$(BIN)/rse-fast demo $(ARGS)
@@ -47,6 +49,14 @@ test-repeat: $(VENV)/installed-test
 	  order=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' '); echo "run $$run of $(TIMES): --random-order $$order"; \
 	  $(BIN)/python -m pytest -q -n auto --dist loadfile --random-order $$order $(ARGS) || failed=$$((failed + 1)); \
 	done; echo "$$failed of $(TIMES) runs failed"; test $$failed = 0
+faults: export RSE_FAST_KILLS ?= 100
+faults: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 0 -s tests/faults/test_kills.py tests/faults/test_faults.py $(ARGS)
+
+load: export RSE_FAST_LOAD_SECONDS ?= 600
+load: export OMP_NUM_THREADS ?= 1
+load: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 0 -s tests/faults/test_load.py $(ARGS)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 The folder: ``certify.json`` (what is certified, and how), ``certified.tsv`` (a line an image with its checksum, flushed as it is done), and
 at the end ``summary.json``, ``summary.md`` and ``certified.png``, certified accuracy against radius. An image's line depends on the
-settings and its index alone, so a run that was killed and continued gives the table of one that was not, times apart.
+settings and its index alone, so a run that was killed and continued gives the table of one that was not, times apart. (Where the two
+best classes of a draw are equal to rounding, another size of batch may choose the other.)
 """
 
 import argparse

@@ -268,7 +268,7 @@ class Ensemble(nn.Module):
         With early exit, decided images free their slots for waiting ones, so the packed batch stays full (`Stream.occupancy`). Image i of
         the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image_offset=i``. At most two
         packed batches of images, or two of the source's, are held at a time, and a bounded number of results. ``draws`` defaults to the
-        ensemble's.
+        ensemble's. As the call for serving it warns, once a process, of an ensemble with a seed.
         """
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
@@ -457,6 +457,8 @@ class Stream:
         if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
             raise TypeError(f"batches must be an iterable of tensors [B, ...], got {type(batches).__name__}")
         self.seed = ensemble.draw_seed(None)
+        if ensemble.seed is not None:
+            _warn_of_seed()
         self._ensemble, self._draws = ensemble, draws
         self._scheduler: Scheduler | None = None
         self._predictions = self._run(iter(batches))
@@ -497,6 +499,14 @@ class Stream:
             if statistics is None:
                 return
             yield self._ensemble._prediction(statistics, self.seed, first.device)
+
+
+@functools.cache  # once a process
+def _warn_of_seed() -> None:
+    warn_caller(
+        "rse-fast: this stream is of an ensemble with a fixed seed, which makes the defence deterministic and attackable; leave the seed "
+        "out to serve, and give one for audits and tests only"
+    )
 
 
 def _count(name: str, value: int) -> int:

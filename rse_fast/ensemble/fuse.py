@@ -67,6 +67,7 @@ def snapshot(
             rewrite(copied)
         if merge:
             merge_activations(copied)
+        copied.release()
     return _lay_out(copied, dtype), problem
 
 
@@ -94,6 +95,15 @@ class Graph(torch.fx.GraphModule):
         linecache.cache.pop(name, None)
         torch.fx.graph_module._loader.eval_cache.pop(name, None)
         return code
+
+    def release(self):
+        """Lets the graph, once it is done, not hold its module: the memory of a dropped one would wait for the garbage collector."""
+        self.graph.owning_module = None
+
+    def __deepcopy__(self, memo):
+        copied = super().__deepcopy__(memo)
+        copied.release()
+        return copied
 
 
 def _host_numbers():

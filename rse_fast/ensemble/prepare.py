@@ -121,7 +121,7 @@ class Preparation:
                 self._current = state, prepared
                 if prepared.problem is not None:
                     warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")
-                for kind, text in _remarks(self.model, prepared.runner, x):
+                for kind, text in (*_remarks(self.model, prepared.runner, x), *self._unnoticed(watch)):
                     if kind not in self.said:
                         self.said.add(kind)
                         warn_caller(f"rse-fast: {text}")
@@ -129,6 +129,14 @@ class Preparation:
             prepared = self._current[1]
         with self.mode():
             yield prepared
+
+    def _unnoticed(self, watch):
+        if self.fuse and watch.unversioned:
+            yield (
+                "inference tensors",
+                "the model has tensors that were made in torch.inference_mode, and what is written into those goes unnoticed; "
+                "call refresh() after a change, or make the model outside of it",
+            )
 
     def mode(self):
         """A snapshot is in eval mode for good, a live model within this context."""

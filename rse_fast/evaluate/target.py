@@ -73,7 +73,8 @@ class Target:
             model = copy.deepcopy(model)
             for layer in noise_layers(model).values():
                 layer.noise_enabled = False
-        return Ensemble(model, draws, dtype=self.dtype, logits=self.logits)
+        # One algorithm, whatever is the fastest here and now: attacks amplify rounding, and a run that continues shall find what it did.
+        return Ensemble(model, draws, dtype=self.dtype, algorithm="direct", logits=self.logits)
 
     def queries(self, case, seed: int) -> "Queries":
         """What the attack of a case may ask."""

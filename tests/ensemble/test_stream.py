@@ -211,3 +211,23 @@ def test_what_is_no_stream_of_images_is_refused():
             ensemble.stream(batches)
     with pytest.raises(ValueError, match=r"one shape, got \(3, 9, 9\) after \(3, 8, 8\)"):
         list(ensemble.stream([images(2), torch.rand(2, 3, 9, 9)]))
+
+
+def test_a_stream_with_a_fixed_seed_warns_once_a_process(run_python):
+    code = (
+        "import warnings, torch, rse_fast\nfrom torch import nn\n"
+        "model = rse_fast.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).eval())\n"
+        "x = [torch.rand(2, 1, 4, 4)]\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    list(rse_fast.Ensemble(model, 2).stream(x))\n"
+        "    rse_fast.Ensemble(model, 2, seed=1).predict(x[0])\n"
+        "    print(len(seen))\n"
+        "    for _ in range(2):\n"
+        "        list(rse_fast.Ensemble(model, 2, seed=1).stream(x))\n"
+        "print(len(seen), seen[0].message, seen[0].filename)\n"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    none, one = done.stdout.strip().splitlines()
+    assert none == "0" and one.startswith("1 rse-fast: this stream is of an ensemble with a fixed seed") and one.endswith("<string>")
