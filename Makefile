@@ -16,7 +16,7 @@ TIMES ?= 20
 
 help:
 	@echo "make demo         train, attack and report on real images (a few minutes)"
-	@echo "make test         all tests (about ten minutes on two cores; it says how long)"
+	@echo "make test         all tests (about ten minutes on two free cores)"
 	@echo "make test-quick   the noise and the conversion, without the slow ones (under 90 seconds)"
 	@echo "make test-repeat  all tests TIMES=20 times, with new inputs and in random order"
 	@echo "make check        faults and format (ruff), types of the public API (mypy)"
@@ -39,6 +39,7 @@ demo: $(VENV)/installed-demo
 
 # One process a core; what a file's tests share is made once, so a file stays in one process.
 test: $(VENV)/installed-test
+	@echo "all tests: about ten minutes on two free cores; make test-quick is a part of them"
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-quick: $(VENV)/installed-test

@@ -12,12 +12,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from rse_fast.evaluate.render import COLOURS  # noqa: E402
+from rse_fast.evaluate.render import COLOURS, NETWORKS  # noqa: E402
 
 from . import report, results  # noqa: E402
 from .measure import role  # noqa: E402
 
-RSE, PLAIN, ADVERSARIAL = COLOURS[:3]
+RSE, PLAIN, ADVERSARIAL = NETWORKS["rse"], NETWORKS["plain"], NETWORKS["adversarial"]
 
 
 def draw(found: dict, folder: Path) -> list[Path]:

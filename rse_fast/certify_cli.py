@@ -231,6 +231,8 @@ def draw(table: list[Row], settings: dict, file) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from rse_fast.evaluate.render import NETWORKS
+
     steps = sorted({0.0} | {row.radius for row in table if row.correct})
     points = [certified_accuracy(table, r) for r in steps]
     steps, points = [*steps, 1.05 * steps[-1] or settings["sigma"]], [*points, (0.0, 0.0, certified_accuracy(table, math.inf)[2])]
@@ -238,8 +240,8 @@ def draw(table: list[Row], settings: dict, file) -> None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.fill_between(steps, low, high, step="pre", alpha=0.2, linewidth=0)
-    axes.step(steps, accuracy, where="pre")
+    axes.fill_between(steps, low, high, step="pre", color=NETWORKS["rse"], alpha=0.2, linewidth=0)
+    axes.step(steps, accuracy, where="pre", color=NETWORKS["rse"])
     axes.set(xlabel="L2 radius (pixels in 0..1)", ylabel="certified accuracy (%)", xlim=(0, steps[-1]), ylim=(0, 100))
     axes.set_title(f"sigma {settings['sigma']:.3g}, n = {settings['n']}, alpha = {settings['alpha']:g}, {len(table)} images", fontsize=10)
     axes.grid(alpha=0.3)

@@ -63,28 +63,36 @@ def read(path: Path) -> list[dict]:
 
 
 def draw_curves(rows: list[dict], path: Path) -> None:
-    """Draws loss, accuracy, learning rate and sigma over the epochs as a PNG, if there are any. Needs matplotlib."""
+    """Draws loss, accuracy, learning rate and sigma over the epochs as a PNG, if there are any; what stays constant has no panel. Needs
+    matplotlib."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = {
         "loss": {"loss": "training", "val_loss": "validation"},
-        "accuracy": {"accuracy": "training", "val_accuracy": "validation", "val_attacked_accuracy": "validation, attacked"},
+        "accuracy, %": {"accuracy": "training", "val_accuracy": "validation", "val_attacked_accuracy": "validation, attacked"},
         "learning rate": {"lr": "learning rate"},
         "mean sigma": {"sigma": "sigma"},
     }
     epochs = [row for row in rows if row["event"] == "epoch"]
     steps = [row for row in rows if row["event"] == "step"]
-    panels = {title: lines for title, lines in names.items() if any(name in row for row in epochs for name in lines)}
+    panels = {}
+    for title, lines in names.items():
+        values = {row[name] for row in (*epochs, *steps) for name in lines if name in row}
+        if len(values) > (title in ("learning rate", "mean sigma")):  # one value throughout is no curve
+            panels[title] = lines
     if not panels:
         return
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, label in lines.items():
             source = steps if title in ("learning rate", "mean sigma") and steps else epochs
-            points = [(row["epoch"], row[name]) for row in source if name in row]
+            scale = 100 if title.endswith("%") else 1
+            points = [(row["epoch"], scale * row[name]) for row in source if name in row]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker="." if source is epochs else None)
         axes.set(xlabel="epoch", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(lines) > 1:
             axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
