@@ -8,19 +8,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) kernels/cpu/build.py
 INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
 
-.PHONY: help demo test check bench docs build clean
+.PHONY: help demo test check bench zoo docs build clean
 
 help:
 	@echo "make demo   train, attack and report on real images (a few minutes)"
 	@echo "make test   all tests"
 	@echo "make check  ruff: faults and format"
 	@echo "make bench  benchmarks beside the peers, which it installs"
+	@echo "make zoo    what the engine makes of the networks of timm and torchvision; goes on where it was interrupted"
 	@echo "make docs   the documentation as a site, in site/; a warning is an error"
 	@echo "make build  sdist and wheel into dist/"
 	@echo "make clean  remove .venv and everything built"
 
 # Passive waiting: on a machine whose cores others use too, threads that spin at barriers make small networks ten times slower.
-bench demo test: export OMP_WAIT_POLICY ?= passive
+bench demo test zoo: export OMP_WAIT_POLICY ?= passive
 
 demo: $(VENV)/installed-demo
 	$(BIN)/rse-fast demo $(ARGS)
@@ -36,6 +37,12 @@ check: $(VENV)/installed-test
 bench: $(VENV)/installed-bench $(VENV)/installed-peers
 	$(PIP) install -q --no-deps -c constraints.txt baal
 	$(BIN)/rse-fast bench $(ARGS)
+
+# timm imports torchvision, which asks for one torch exactly; both are installed beside the torch that is there.
+zoo: $(VENV)/installed-test
+	$(PIP) install -q -c constraints.txt huggingface_hub pyyaml
+	$(PIP) install -q --no-deps -c constraints.txt timm torchvision
+	$(BIN)/python -m rse_fast.bench.zoo $(ARGS)
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/installed-docs
