@@ -12,7 +12,7 @@ INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
 # Runs of make test-repeat.
 TIMES ?= 20
 
-.PHONY: help demo test test-quick test-repeat check bench battery fuzz sanitize faults load docs build wheel clean
+.PHONY: help demo test test-quick test-repeat check bench zoo battery fuzz sanitize faults load docs build wheel clean
 
 help:
 	@echo "make demo         train, attack and report on real images (a few minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-repeat  all tests TIMES=20 times, with new inputs and in random order"
 	@echo "make check        faults and format (ruff), types of the public API (mypy)"
 	@echo "make bench        benchmarks beside the peers, which it installs"
+	@echo "make zoo          what the engine makes of the networks of timm and torchvision; goes on where it was interrupted"
 	@echo "make battery      randomness: TestU01, dieharder, normals; in parts, a stopped run goes on (hours)"
 	@echo "make fuzz         20,000 random calls and damaged files (most of an hour)"
 	@echo "make sanitize     the C++ library under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -32,7 +33,7 @@ help:
 	@echo "make clean        remove .venv and everything built"
 
 # Passive waiting: on a machine whose cores others use too, threads that spin at barriers make small networks ten times slower.
-battery bench demo faults fuzz load test test-quick test-repeat: export OMP_WAIT_POLICY ?= passive
+battery bench demo faults fuzz load test test-quick test-repeat zoo: export OMP_WAIT_POLICY ?= passive
 
 demo: $(VENV)/installed-demo
 	$(BIN)/rse-fast demo $(ARGS)
@@ -78,6 +79,12 @@ fuzz: $(VENV)/installed-test
 
 sanitize: $(VENV)/installed-test
 	$(BIN)/python tests/sanitize/run.py $(ARGS)
+
+# timm imports torchvision, which asks for one torch exactly; both are installed beside the torch that is there.
+zoo: $(VENV)/installed-test
+	$(PIP) install -q -c constraints.txt huggingface_hub pyyaml
+	$(PIP) install -q --no-deps -c constraints.txt timm torchvision
+	$(BIN)/python -m rse_fast.bench.zoo $(ARGS)
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/installed-docs

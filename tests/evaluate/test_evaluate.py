@@ -278,6 +278,27 @@ def test_a_deterministic_network_is_attacked_as_it_is(plain, digits, tmp_path):
     assert [found["c", i]["answers"] for i in range(6)] == [[label] * 2 for label in plain(x).argmax(-1).tolist()]
 
 
+class Second(torch.nn.Module):
+    """Returns the logits of a network behind something else."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        logits = self.network(x)
+        return logits * 0, logits
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_logits_that_are_named_are_attacked(noisy, digits, tmp_path):
+    cases = [Case("p", "pgd", eps=0.2, steps=3, eot=2 if noisy else 1), Case("c", "clean")]
+    wanted = evaluated(Target(nearest_mean(noisy), 3, dtype="float32"), digits, cases, tmp_path / "a", repeats=2)
+    found = evaluated(Target(Second(nearest_mean(noisy)), 3, dtype="float32", logits=1), digits, cases, tmp_path / "b", repeats=2)
+    assert {key: row["answers"] for key, row in found.items()} == {key: row["answers"] for key, row in wanted.items()}
+    assert len({str(row["answers"]) for row in found.values()}) > 1
+
+
 # ------------------------------------------------------------------------------------------- interrupts, processes, the command line
 def make_network():
     return nearest_mean(True)

@@ -113,3 +113,40 @@ def test_nan_is_null_in_the_table():
     good, bad = (json.loads(json.dumps(predict_cli._row(i, 2, out, i), allow_nan=False)) for i in (0, 1))
     assert good["label"] >= 0 and 0 < good["probability"] <= 1
     assert bad["label"] == -1 and bad["probability"] is bad["entropy"] is bad["mutual_information"] is None
+
+
+class Hidden(nn.Module):
+    """Its logits are one of two things that it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        logits = self.net(x)
+        return {"other": logits * 0 + 3, "scores": logits}
+
+
+def test_logits_are_named_on_the_command_line(folder, capsys):
+    here = str(Path(__file__).parent)
+    (folder / "hidden.py").write_text(f"import sys; sys.path.insert(0, {here!r})\nfrom test_predict_cli import Hidden as make\n")
+    assert predict_cli.main([*ARGUMENTS, "--out", "plain"]) == 0
+    assert predict_cli.main([*ARGUMENTS, "--model", "hidden:make", "--out", "unnamed"]) == 2
+    assert "got dict with 'other', 'scores'" in capsys.readouterr().err and not (folder / "unnamed").exists()
+    for choice in ("scores", "1"):
+        named = [*ARGUMENTS, "--model", "hidden:make", "--logits", choice, "--out", choice]
+        assert predict_cli.main(named) == (0 if choice == "scores" else 2)  # a dict has no entry 1
+    assert lines(folder / "scores") == lines(folder / "plain")
+    assert predict_cli.main([*ARGUMENTS, "--model", "hidden:make", "--logits", "other", "--out", "scores"]) == 2
+    assert "results of something else" in capsys.readouterr().err
+
+
+def pixels() -> nn.Module:
+    return rse_fast.convert(nn.Conv2d(1, 3, 1))
+
+
+def test_a_model_of_pixels_is_refused(folder, capsys):
+    here = str(Path(__file__).parent)
+    (folder / "of_pixels.py").write_text(f"import sys; sys.path.insert(0, {here!r})\nfrom test_predict_cli import pixels\n")
+    assert predict_cli.main([*ARGUMENTS, "--model", "of_pixels:pixels", "--out", "x"]) == 2
+    assert "--model: expected one that gives an image one label" in capsys.readouterr().err and not (folder / "x").exists()

@@ -42,7 +42,7 @@ def test_a_run_goes_on_and_writes_its_table(tmp_path, monkeypatch, one_thread, c
     rows.write_text(rows.read_text() + "\n")
     assert zoo.main(["--rows", str(rows), "--table", str(page)]) == 0
     found = zoo.read(rows)
-    assert found["timm test_vit"] == first and found["timm test_resnet"]["revert"] and "no_such" in found["timm no_such_network"]["problem"]
+    assert found["timm test_vit"] == first and found["timm test_resnet"]["revert"] and "Error" in found["timm no_such_network"]["problem"]
     text = page.read_text()
     assert "3 of 3 networks measured: 2 work, 1 of them fused" in text
     assert "| timm test_vit | 3x9x9 | 7 | no: a/b |" in text and "- timm test_vit: one" in text
