@@ -18,7 +18,8 @@ import torch
 import rse_fast
 from rse_fast import certify_cli, cli, data, train
 from rse_fast.certify_cli import Row, read_table
-from rse_fast.smoothing import COVERS, clopper_pearson
+from rse_fast.confidence import clopper_pearson
+from rse_fast.smoothing import COVERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = ["--model", "certify_model:make", "--n0", "20", "--n", "120", "--alpha", "0.01", "--dtype", "float32"]
