@@ -18,7 +18,7 @@ sqrt(log log n / m). No sequence that holds for all m can do better than that or
 PNAS 1967; "stitching" in Howard, Ramdas, McAuliffe & Sekhon, Annals of Statistics 2021). The beta-binomial mixture martingale (Robbins,
 1970) was measured beside it in bench/results/certificates.md.
 
-*When to stop.* The guarantee holds for any rule, so the rule may be a forecast. `estimate` asks what all n draws would show at best.
+*When to stop.* The guarantee holds for any rule, so the rule may be a forecast of what all n draws would show.
 """
 
 import math
@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 
 FIRST_LOOK = 50  # draws at the first look of a confidence sequence
 GROWTH = 1.25  # of the draws, from one look to the next
-FORECAST = 2.326  # a forecast is exceeded with probability 1 %: the normal distribution's quantile
+GIVE_UP = 1e-3  # an image is given up at a look where both of two unlikely things, of this probability each, would have to happen
 
 
 def clopper_pearson(successes: ArrayLike, trials: int, alpha: float) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +109,7 @@ def estimate(
     images: int,
     n: int,
     alpha: float,
-    enough: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    enough: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
     uniform: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bounds the images' probabilities from below, each right with probability 1 - alpha.
@@ -119,14 +119,16 @@ def estimate(
         images: how many.
         n: draws of an image at most.
         alpha: in (0, 1).
-        enough: (bound float64 [A], forecast float64 [A]) -> bool [A], which images need no more draws. The forecast is the bound that all n
-            draws would give if the rest turned out as well as can be expected: each success as likely as an upper bound of 99 % says, and
-            more of them than in 99 of 100 such cases. None takes all n draws, with one look.
+        enough: (bound, expected, hoped; float64 [A] each) -> bool [A], which images need no more draws. The last two are forecasts of the
+            bound that all n draws would give: if the rest are as the draws so far; and if each is a success as likely as an upper bound of
+            level `GIVE_UP` says, and more of them are than is likely (same level). None takes all n draws, with one look.
         uniform: [images], for the randomised bound; None takes the plain one.
 
     Returns:
         Lower bounds float64 [images], and the draws taken, int64 [images].
     """
+    from scipy.special import ndtri
+
     count, taken, best = np.zeros(images, np.int64), np.zeros(images, np.int64), np.zeros(images)
     active, start = np.arange(images), 0
 
@@ -144,9 +146,9 @@ def estimate(
         best[active] = np.maximum(best[active], lower(count[active], stop, level))
         start = stop
         if stop < n and enough is not None:
-            _, likely = clopper_pearson(count[active], stop, 0.01)
-            rest = n - stop
-            more = np.minimum(np.ceil(rest * likely + FORECAST * np.sqrt(rest * likely * (1 - likely))), rest)
-            forecast = np.maximum(lower(count[active] + more, n, looks[-1][1]), best[active])
-            active = active[~enough(best[active], forecast)]
+            rest, share = n - stop, count[active] / stop
+            _, likely = clopper_pearson(count[active], stop, GIVE_UP)
+            many = np.minimum(np.ceil(rest * likely - ndtri(GIVE_UP) * np.sqrt(rest * likely * (1 - likely))), rest)
+            expected, hoped = (clopper_pearson(count[active] + more, n, looks[-1][1])[0] for more in (rest * share, many))
+            active = active[~enough(best[active], np.maximum(expected, best[active]), np.maximum(hoped, best[active]))]
     return best, taken

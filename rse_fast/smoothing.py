@@ -107,10 +107,10 @@ def certify(
             read by nothing else. Its number format and backend are used, its ``draws`` and ``early_exit`` are not.
         n0, n: draws for selection and estimation, >= 1. alpha: in (0, 1).
         seed: None takes the ensemble's, or fresh entropy if it has none.
-        radii: one or several radii >= 0: an image stops as soon as "radius >= r" is proven for each of them, or given up because all n
-            draws are not expected to prove it. The guarantee is the same; radius and p_lower are what was proven by then.
-        tolerance: L2, >= 0: an image stops as soon as all n draws are not expected to give a radius larger by more than this. The guarantee
-            is the same. With neither radii nor tolerance all n draws are taken.
+        radii: one or several radii >= 0: an image stops as soon as "radius >= r" is proven for each of them, or given up: all n draws
+            are very unlikely to prove it. The guarantee is the same; radius and p_lower are what was proven by then.
+        tolerance: L2, >= 0: an image stops as soon as all n draws, if the rest are as those so far, would enlarge its radius by no more
+            than this. The guarantee is the same. With neither radii nor tolerance all n draws are taken.
         bound: "clopper-pearson", or "randomised": never smaller and mostly a little larger, at the same guarantee, with the help of one
             random number for each image, made from the seed. The seed must be chosen before any vote is seen, as always.
         image_offset: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
@@ -176,10 +176,12 @@ def certify(
 
     goals = np.array([float(ndtr((r + width) / sigma)) for r in radii])
 
-    def enough(proven, forecast):
+    def enough(proven, expected, hoped):
         if tolerance is None:
-            return ((proven[:, None] >= goals) | (forecast[:, None] < goals)).all(1)
-        return sigma * (ndtri(np.maximum(forecast, 0.5)) - ndtri(np.maximum(proven, 0.5))) <= tolerance
+            return ((proven[:, None] >= goals) | (hoped[:, None] < goals)).all(1)
+        # Below 1/2 the radius is 0. An image that may yet come above goes on.
+        gain = sigma * (ndtri(np.maximum(expected, 0.5)) - ndtri(np.maximum(proven, 0.5)))
+        return (gain <= tolerance) & ((proven >= 0.5) | (hoped < 0.5))
 
     uniform = confidence.image_uniforms(seed, index.cpu()) if randomised else None
     p_lower, draws = confidence.estimate(successes, len(x), n, alpha, enough if early_stop else None, uniform)
