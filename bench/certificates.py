@@ -5,9 +5,9 @@ package's confidence sequence there are
 
 - the fixed number of draws of Cohen, Rosenfeld & Kolter (ICML 2019);
 - input-specific sampling (Chen et al., AAAI 2022): a pilot of `PILOT` draws gives an interval of p, and n is the least number of draws
-  whose radius is at most `TOLERANCE` sigma smaller than that of all draws, for the worst p in it. Here the pilot's votes, which chose n, are not
-  counted again, so that the Clopper-Pearson bound holds;
-- the looks at n, n / 2, n / 4, ... with alpha split evenly over them and images given up when an upper bound of the same level is below the goal;
+  whose radius is at most `TOLERANCE` sigma smaller than that of all draws, for the worst p in it. Here the pilot's votes, which chose n,
+  are not counted again, so that the Clopper-Pearson bound holds;
+- looks at n, n / 2, n / 4, ..., alpha split evenly over them, images given up when an upper bound of the same level is below the goal;
 - the one-sided beta-binomial mixture martingale (Robbins 1970): q uniform on (p0, 1) against p0, stopped when the mixture of likelihood
   ratios reaches 1 / alpha (Ville). It looks and gives up when the package's sequence does.
 """
@@ -47,8 +47,7 @@ def fixed(p, goal, rng):
 
 
 def sequence(p, goal, rng):
-    enough = lambda proven, expected, hoped: (proven >= goal) | (hoped < goal)  # noqa: E731
-    return confidence.estimate(votes(p, rng), len(p), N, ALPHA, enough)
+    return confidence.estimate(votes(p, rng), len(p), N, ALPHA, confidence.reaching([goal]))
 
 
 def split(p, goal, rng):
@@ -76,6 +75,8 @@ def log_mixture(successes: np.ndarray, draws: int, p0: float) -> np.ndarray:
 
 
 def mixture(p, goal, rng):
+    from scipy.special import ndtri
+
     looks = [m for m, _ in confidence.schedule(N, ALPHA, True)]
     won, taken, count, start, active = np.zeros(len(p), bool), np.zeros(len(p), int), np.zeros(len(p), int), 0, np.arange(len(p))
     last = confidence.schedule(N, ALPHA, True)[-1][1]
@@ -85,7 +86,7 @@ def mixture(p, goal, rng):
         won[active] = log_mixture(count[active], stop, goal) >= math.log(1 / ALPHA)
         _, likely = confidence.clopper_pearson(count[active], stop, confidence.GIVE_UP)
         rest = N - stop
-        many = np.minimum(np.ceil(rest * likely + 3.09 * np.sqrt(rest * likely * (1 - likely))), rest)
+        many = np.minimum(np.ceil(rest * likely - ndtri(confidence.GIVE_UP) * np.sqrt(rest * likely * (1 - likely))), rest)
         hoped, _ = confidence.clopper_pearson(count[active] + many, N, last)
         active = active[~won[active] & (hoped >= goal)]
     return np.where(won, goal, 0.0), taken
@@ -120,10 +121,7 @@ class InputSpecific:
 
 
 def tolerant(p, goal, rng):
-    def enough(proven, expected, hoped):
-        return (radius(expected) - radius(proven) <= TOLERANCE) & ((proven >= 0.5) | (hoped < 0.5))
-
-    return confidence.estimate(votes(p, rng), len(p), N, ALPHA, enough)
+    return confidence.estimate(votes(p, rng), len(p), N, ALPHA, confidence.within(TOLERANCE))
 
 
 # -------------------------------------------------------------------------------------------------------------------------- the page
@@ -146,9 +144,9 @@ def write(images: int, rng: np.random.Generator, picture: Path, seed: int) -> st
     out = [
         "# Draws that certificates need",
         "",
-        f"Made by `python -m rse_fast.bench.certificates --images {images} --seed {seed}`, which says what the procedures are. Votes are simulated,",
-        f"no network runs. n = {N:,}, alpha = {ALPHA:g}. A cell is the mean number of estimation draws of an image, in brackets how many times",
-        f"fewer than {N:,}. The draws that select the class (100) come on top for all.",
+        f"Made by `python -m rse_fast.bench.certificates --images {images} --seed {seed}`, which says what the procedures are. Votes are",
+        f"simulated, no network runs. n = {N:,}, alpha = {ALPHA:g}. A cell is the mean number of estimation draws of an image, in brackets",
+        f"how many times fewer than {N:,}. The draws that select the class (100) come on top for all.",
         "",
         f'## "radius >= sigma" (share p >= {goal:.4f})',
         "",
@@ -168,7 +166,7 @@ def write(images: int, rng: np.random.Generator, picture: Path, seed: int) -> st
         "",
         "Input-specific sampling is the procedure of Chen et al., the sequence is `tolerance=`. The radii, in sigma, are means.",
         "",
-        "| p | input-specific | sequence | radius, fixed n | input-specific | sequence |",
+        "| p | draws, input-specific | draws, sequence | radius, fixed n | radius, input-specific | radius, sequence |",
         "|---|---|---|---|---|---|",
     ]
     specific = InputSpecific()
@@ -225,8 +223,8 @@ def coverage(images: int, rng: np.random.Generator, picture: Path) -> list[str]:
     return [
         "## Coverage",
         "",
-        f"Share of bounds that are wrong, n = {n}, alpha = {alpha:g}, {images} images at each p, the largest over p of {shares[0]:g} .. {shares[-1]:g}. "
-        "The worst stop is the first look whose bound is wrong.",
+        f"Share of bounds that are wrong, n = {n}, alpha = {alpha:g}, {images} images at each p; the largest of the shares at p from "
+        f"{shares[0]:g} to {shares[-1]:g}. The worst stop is the first look whose bound is wrong.",
         "",
         *[f"- {name}: {max(values):.4f}" for name, values in wrong.items()],
         "",

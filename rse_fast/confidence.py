@@ -22,13 +22,14 @@ PNAS 1967; "stitching" in Howard, Ramdas, McAuliffe & Sekhon, Annals of Statisti
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 FIRST_LOOK = 50  # draws at the first look of a confidence sequence
 GROWTH = 1.25  # of the draws, from one look to the next
+Enough = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (bound, expected, hoped) -> which images need no more draws
 GIVE_UP = 1e-3  # an image is given up at a look where both of two unlikely things, of this probability each, would have to happen
 
 
@@ -104,12 +105,32 @@ def largest_bound(n: int, alpha: float, early_stop: bool, randomised: bool = Fal
     return schedule(n, alpha, early_stop)[-1][1] ** (1 / (2 * n if randomised else n))
 
 
+def reaching(goals: Sequence[float]) -> Enough:
+    """A rule of stopping for `estimate`: each goal, a probability, is reached by the bound, or not even hoped for."""
+    wanted = np.asarray(goals, np.float64)
+    return lambda bound, expected, hoped: ((bound[:, None] >= wanted) | (hoped[:, None] < wanted)).all(1)
+
+
+def within(tolerance: float) -> Enough:
+    """A rule of stopping for `estimate`: all n draws are expected to enlarge the radius by no more than ``tolerance`` times sigma.
+
+    An image whose bound is below 1/2, radius 0, goes on as long as there is hope.
+    """
+    from scipy.special import ndtri
+
+    def enough(bound: np.ndarray, expected: np.ndarray, hoped: np.ndarray) -> np.ndarray:
+        gain = ndtri(np.maximum(expected, 0.5)) - ndtri(np.maximum(bound, 0.5))
+        return (gain <= tolerance) & ((bound >= 0.5) | (hoped < 0.5))
+
+    return enough
+
+
 def estimate(
     successes: Callable[[np.ndarray, int, int], np.ndarray],
     images: int,
     n: int,
     alpha: float,
-    enough: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
+    enough: Enough | None = None,
     uniform: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bounds the images' probabilities from below, each right with probability 1 - alpha.
@@ -119,9 +140,10 @@ def estimate(
         images: how many.
         n: draws of an image at most.
         alpha: in (0, 1).
-        enough: (bound, expected, hoped; float64 [A] each) -> bool [A], which images need no more draws. The last two are forecasts of the
-            bound that all n draws would give: if the rest are as the draws so far; and if each is a success as likely as an upper bound of
-            level `GIVE_UP` says, and more of them are than is likely (same level). None takes all n draws, with one look.
+        enough: (bound, expected, hoped; float64 [A] each) -> bool [A], which images need no more draws: `reaching`, `within`. The last
+            two are forecasts of the bound that all n draws would give: if the rest are as the draws so far; and if each is a success as
+            likely as an upper bound of level `GIVE_UP` says, and more of them are than is likely (same level). None takes all n draws,
+            with one look.
         uniform: [images], for the randomised bound; None takes the plain one.
 
     Returns:

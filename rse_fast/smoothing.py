@@ -174,17 +174,13 @@ def certify(
         votes[active] += more
         return more.gather(1, top[active, None])[:, 0].cpu().numpy()
 
-    goals = np.array([float(ndtr((r + width) / sigma)) for r in radii])
-
-    def enough(proven, expected, hoped):
-        if tolerance is None:
-            return ((proven[:, None] >= goals) | (hoped[:, None] < goals)).all(1)
-        # Below 1/2 the radius is 0. An image that may yet come above goes on.
-        gain = sigma * (ndtri(np.maximum(expected, 0.5)) - ndtri(np.maximum(proven, 0.5)))
-        return (gain <= tolerance) & ((proven >= 0.5) | (hoped < 0.5))
-
+    enough = None
+    if radii:
+        enough = confidence.reaching([float(ndtr((r + width) / sigma)) for r in radii])
+    elif tolerance is not None:
+        enough = confidence.within(tolerance / sigma)
     uniform = confidence.image_uniforms(seed, index.cpu()) if randomised else None
-    p_lower, draws = confidence.estimate(successes, len(x), n, alpha, enough if early_stop else None, uniform)
+    p_lower, draws = confidence.estimate(successes, len(x), n, alpha, enough, uniform)
     abstains = torch.from_numpy(p_lower < 0.5)
     radius = torch.from_numpy(sigma * ndtri(np.maximum(p_lower, 0.5)) - width).clamp_min(0)
     return Certificate(

@@ -9,7 +9,16 @@ import scipy.special
 import scipy.stats
 
 from rse_fast import confidence
-from rse_fast.confidence import clopper_pearson, estimate, image_uniforms, largest_bound, randomised_clopper_pearson, schedule
+from rse_fast.confidence import (
+    clopper_pearson,
+    estimate,
+    image_uniforms,
+    largest_bound,
+    randomised_clopper_pearson,
+    reaching,
+    schedule,
+    within,
+)
 
 
 def most(trials, probability):
@@ -101,11 +110,6 @@ def test_largest_bounds_are_the_known_ones():
 
 
 # ------------------------------------------------------------------------------------------------------------------------ early stop
-def reaching(goals):
-    goals = np.asarray(goals)
-    return lambda proven, expected, hoped: ((proven[:, None] >= goals) | (hoped[:, None] < goals)).all(1)
-
-
 def simulate(p, images, n, alpha, enough, rng, randomised=False):
     p = np.broadcast_to(p, images)
     uniform = rng.uniform(size=images) if randomised else None
@@ -177,12 +181,8 @@ def test_a_tolerance_stops_where_more_draws_would_not_help(rng):
     def radius(p):
         return scipy.special.ndtri(np.maximum(p, 0.5))
 
-    def enough(proven, expected, hoped):
-        assert (hoped >= expected).all() and (expected >= proven).all()
-        return radius(expected) - radius(proven) <= tolerance
-
     for p, share in ((0.6, 0.15), (0.9, 0.15), (0.99, 0.4), (0.3, 0.01)):
-        bound, draws = simulate(p, 100, n, alpha, enough, rng)
+        bound, draws = simulate(p, 100, n, alpha, within(tolerance), rng)
         whole, _ = simulate(p, 100, n, alpha, None, rng)
         decline = radius(whole) - radius(bound)
         assert draws.mean() < share * n and decline.mean() <= 1.3 * tolerance, (p, draws.mean(), decline.mean())
