@@ -13,9 +13,8 @@ itself, and added exactly. The sum is then the Gaussian around the rounded image
 part of the network. Rounding moves two images apart by at most sqrt(d) steps of 2^-20 sigma or less, and the radius is that much shorter.
 So the input's noise is added here, with the very eps of the layer, which adds no noise meanwhile.
 
-*Early stop.* Looking at the votes at m numbers of draws, each with a Clopper-Pearson bound at level alpha / m, gives bounds that hold all
-together with probability 1 - alpha (union bound), so the best of them holds whenever one stops, for any rule of stopping (adaptive sampling
-as in Horvath et al., ICLR 2022).
+*Early stop.* The bounds of a confidence sequence hold all together with probability 1 - alpha, so the best of them holds whenever one stops
+(see `confidence`, which has all the statistics; adaptive sampling for certificates: Horvath et al., ICLR 2022; Voracek, NeurIPS 2024).
 """
 
 import math
@@ -28,11 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rse_fast import functional
+from rse_fast import confidence, functional
 from rse_fast.certifiable import check_rows, input_noise
 from rse_fast.ensemble import Ensemble, plan, softmax
 from rse_fast.nn import NoiseLayer
-from rse_fast.vote_bounds import estimate, largest_bound
 
 COVERS = """\
 An image with label c and radius R is certified in this sense: the classifier that returns the class with the most votes of infinitely many
@@ -45,6 +43,7 @@ made of 32-bit words, are independent and normal. It holds for the weights it wa
 no others. In bfloat16 or float16 the network gets the sum of image and noise, rounded once; an `Ensemble` rounds the image before its
 noise comes, which moves the image: there the certified label is this procedure's, not that of `Ensemble.predict`."""
 
+BOUNDS = ("clopper-pearson", "randomised")
 GRID = 20  # the step of the grid is the power of two below sigma, times 2^-GRID
 
 
@@ -62,6 +61,7 @@ class Certificate:
         sigma: standard deviation of the noise at the input.
         alpha: probability that one image's statement is wrong.
         seed: the seed that reproduces this certificate, in [0, 2^64).
+        bound: which lower bound it is.
     """
 
     labels: torch.Tensor
@@ -73,6 +73,7 @@ class Certificate:
     sigma: float
     alpha: float
     seed: int
+    bound: str
 
 
 def certify(
@@ -84,12 +85,14 @@ def certify(
     alpha: float = 1e-3,
     seed: int | None = None,
     radii: float | Sequence[float] | None = None,
+    tolerance: float | None = None,
+    bound: str = "clopper-pearson",
     image_offset: int = 0,
 ) -> Certificate:
     """Certifies images x [B, ...]: label and L2 radius that hold with probability 1 - alpha each. See the module for what that covers.
 
     The class is selected by the votes of draws 0 .. n0 - 1 and its share estimated from draws n0 .. n0 + n - 1, so the two are disjoint.
-    The radius is ``sigma * Phi^-1(p_lower)``, p_lower the Clopper-Pearson bound and sigma that of the noise at the input, less the width
+    The radius is ``sigma * Phi^-1(p_lower)``, p_lower a lower bound of the share and sigma that of the noise at the input, less the width
     of the grid (5e-5 sigma for 32x32 photos at most). It abstains where p_lower < 1/2.
 
     Args:
@@ -100,8 +103,12 @@ def certify(
         n: draws that estimate its share, >= 1.
         alpha: probability that the statement about an image is wrong, in (0, 1).
         seed: None takes the ensemble's, or fresh entropy if it has none.
-        radii: None takes all n draws. One or several radii >= 0: an image stops as soon as "radius >= r" is decided for each of them.
-            The guarantee is the same; radius and p_lower are what was proven by then.
+        radii: one or several radii >= 0: an image stops as soon as "radius >= r" is proven for each of them, or given up: all n draws
+            are very unlikely to prove it. The guarantee is the same; radius and p_lower are what was proven by then.
+        tolerance: L2, >= 0: an image stops as soon as all n draws, if the rest are as those so far, would enlarge its radius by no more
+            than this. The guarantee is the same. With neither radii nor tolerance all n draws are taken.
+        bound: "clopper-pearson", or "randomised": never smaller and mostly a little larger, at the same guarantee, with the help of one
+            random number for each image, made from the seed. The seed must be chosen before any vote is seen, as always.
         image_offset: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
 
     Returns:
@@ -138,6 +145,15 @@ def certify(
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and not negative, got {radii}")
     device = x.device if isinstance(x, Tensor) else None
+    if tolerance is not None:
+        if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
+            raise TypeError(f"tolerance must be None or a number, got {tolerance!r}")
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be finite and not negative, got {tolerance!r}")
+        if radii:
+            raise ValueError("tolerance and radii are two rules of stopping: give one of them")
+    if bound not in BOUNDS:
+        raise ValueError(f"bound must be one of {', '.join(map(repr, BOUNDS))}, got {bound!r}")
     x, seed = ensemble.images(x), ensemble.draw_seed(seed)
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, got infinite or NaN values")
@@ -151,7 +167,8 @@ def certify(
     if len(x) and ensemble.prepared(x).runner.pixels:
         raise ValueError("model must give an image one label to be certified, got logits [N, K, H, W] of pixels")
     check_rows(ensemble, x)
-    reach = sigma * float(ndtri(largest_bound(n, alpha, bool(radii)))) - width
+    early_stop, randomised = bool(radii) or tolerance is not None, bound == "randomised"
+    reach = sigma * float(ndtri(confidence.largest_bound(n, alpha, early_stop, randomised))) - width
     if reach <= 0:
         warnings.warn(f"n={n} draws can never decide at alpha={alpha}: no radius above 0 can be certified", RuntimeWarning, stacklevel=2)
     elif beyond := [r for r in radii if r > reach]:
@@ -169,7 +186,13 @@ def certify(
         votes[active] += counted
         return counted.gather(1, top[active, None])[:, 0].cpu().numpy()
 
-    p_lower, draws = estimate(successes, len(x), n, alpha, [float(ndtr((r + width) / sigma)) for r in radii])
+    enough = None
+    if radii:
+        enough = confidence.reaching([float(ndtr((r + width) / sigma)) for r in radii])
+    elif tolerance is not None:
+        enough = confidence.within(tolerance / sigma)
+    uniform = confidence.image_uniforms(seed, index.cpu()) if randomised else None
+    p_lower, draws = confidence.estimate(successes, len(x), n, alpha, enough, uniform)
     abstains = torch.from_numpy(p_lower < 0.5)
     radius = torch.from_numpy(sigma * ndtri(np.maximum(p_lower, 0.5)) - width).clamp_min(0)
     return Certificate(
@@ -182,6 +205,7 @@ def certify(
         sigma=sigma,
         alpha=float(alpha),
         seed=seed,
+        bound=bound,
     )
 
 
