@@ -21,9 +21,10 @@ import torch
 from tqdm import tqdm
 
 from rse_fast import data, run_inputs
+from rse_fast.confidence import clopper_pearson
 from rse_fast.data import lines
 from rse_fast.ensemble import Ensemble
-from rse_fast.smoothing import COVERS, certify, clopper_pearson, input_noise
+from rse_fast.smoothing import BOUNDS, COVERS, certify, input_noise
 
 RADII = (0, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)  # of the summary, up to the largest that was certified
 
@@ -78,14 +79,18 @@ def run(argv: list[str]) -> dict:
         warnings.warn(text + f"--every {max(1, len(labels) // len(rows))} takes as many of all", RuntimeWarning, stacklevel=2)
     ensemble = Ensemble(model, dtype=args.dtype, max_rows=args.max_rows)
     x = run_inputs.images(part, rows[:1], args.device)
-    certify(ensemble, x[:0], n0=args.n0, n=args.n, alpha=args.alpha, radii=args.radius)  # what it refuses leaves no folder
+    certify(ensemble, x[:0], **_procedure(args))  # what it refuses leaves no folder
     sigma = float(input_noise(model, x).current_sigma())
     settings = facts | {
-        "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha, "radii": args.radius,
-        "dtype": str(ensemble.prepared(x).runner.compute)[6:],
+        "sigma": sigma, **_procedure(args), "dtype": str(ensemble.prepared(x).runner.compute)[6:],
     }  # fmt: skip
     settings = run_inputs.open_folder(args.out, "certify.json", settings, args.seed) | {"every": args.every}
     return _run(args, ensemble, part, rows, settings, shlex.join(["rse-fast", "certify", *argv]))
+
+
+def _procedure(args):
+    """The arguments of `certify` that say how; they are settings of the folder under the same names."""
+    return {"n0": args.n0, "n": args.n, "alpha": args.alpha, "radii": args.radius, "tolerance": args.tolerance, "bound": args.bound}
 
 
 def _parser():
@@ -94,7 +99,11 @@ def _parser():
     parser.add_argument("--n0", type=int, default=100, help="draws that select the class (default: %(default)s)")
     parser.add_argument("--n", type=int, default=10_000, help="draws that estimate its share (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=1e-3, help="probability that an image's statement is wrong (default: %(default)s)")
-    parser.add_argument("--radius", type=float, nargs="+", metavar="R", help="stop an image when 'radius >= R' is decided for each R")
+    stop = parser.add_mutually_exclusive_group()
+    stop.add_argument("--radius", type=float, nargs="+", metavar="R", help="stop when 'radius >= R' is proven or given up for each R")
+    stop.add_argument("--tolerance", type=float, metavar="T", help="stop when n draws would hardly enlarge the radius by more than T")
+    text = "lower bound of the share; 'randomised' is never smaller, with a random number from the seed (default: %(default)s)"
+    parser.add_argument("--bound", choices=BOUNDS, default=BOUNDS[0], help=text)
     parser.add_argument("--out", type=Path, default=Path("certified"), metavar="DIR", help="new, or to continue (default: %(default)s)")
     return parser
 
@@ -156,7 +165,7 @@ def _run(args, ensemble, part, rows, settings, command):
 def _certify(args, ensemble, part, group, settings):
     begin = time.perf_counter()
     x = run_inputs.images(part, group, args.device)
-    out = certify(ensemble, x, n0=args.n0, n=args.n, alpha=args.alpha, seed=settings["seed"], radii=args.radius, image_offset=group[0])
+    out = certify(ensemble, x, **_procedure(args), seed=settings["seed"], image_offset=group[0])
     seconds = (time.perf_counter() - begin) / len(group)
     for i, index in enumerate(group):
         label, predicted = int(part.labels[index]), int(out.labels[i])
@@ -200,6 +209,8 @@ def markdown(summary: dict) -> str:
     """The summary as a section of a report; pictures and tables lie beside it."""
     s = summary["settings"]
     early = f", stopping when the radii {', '.join(map(str, s['radii']))} are decided" if s["radii"] else ""
+    if s["tolerance"] is not None:
+        early = f", stopping when all n draws would hardly enlarge the radius by more than {s['tolerance']:g}"
     rows = [
         f"| {c['radius']:g} | {100 * c['accuracy']:.1f} | {100 * c['low']:.1f} .. {100 * c['high']:.1f} |" for c in summary["certified"]
     ]
@@ -208,7 +219,7 @@ def markdown(summary: dict) -> str:
             "# Certified accuracy (L2)",
             "",
             f"{summary['images']} images ({s['data']}, {s['part']}, every {s['every']}), model {s['model']} in {s['dtype']}, noise at the "
-            f"input {s['sigma']:.4g}, n0 = {s['n0']}, n = {s['n']}, alpha = {s['alpha']:g}, seed {s['seed']}{early}.",
+            f"input {s['sigma']:.4g}, n0 = {s['n0']}, n = {s['n']}, alpha = {s['alpha']:g}, bound {s['bound']}, seed {s['seed']}{early}.",
             "",
             "| radius | certified accuracy % | 95 % interval |",
             "|---|---|---|",

@@ -13,16 +13,15 @@ itself, and added exactly. The sum is then the Gaussian around the rounded image
 part of the network. Rounding moves two images apart by at most sqrt(d) steps of 2^-20 sigma or less, and the radius is that much shorter.
 So the input's noise is added here, with the very eps of the layer, which is silent meanwhile.
 
-*Early stop.* Looking at the votes at m numbers of draws, each with a Clopper-Pearson bound at level alpha / m, gives bounds that hold all
-together with probability 1 - alpha (union bound), so the best of them holds whenever one stops, for any rule of stopping (adaptive sampling
-as in Horvath et al., ICLR 2022).
+*Early stop.* The bounds of a confidence sequence hold all together with probability 1 - alpha, so the best of them holds whenever one stops
+(see `confidence`, which has all the statistics; adaptive sampling for certificates: Horvath et al., ICLR 2022; Voracek, NeurIPS 2024).
 """
 
 import copy
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +29,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rse_fast import functional, ops
+from rse_fast import confidence, functional, ops
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble, plan, softmax
 from rse_fast.nn import NoiseContext, NoiseLayer, noise_layers
@@ -46,7 +45,7 @@ made of 32-bit words, are independent and normal. It holds for the weights it wa
 no others. In bfloat16 or float16 the network gets the sum of image and noise, rounded once; an `Ensemble` rounds the image before its
 noise comes, which moves the image: there the certified label is this procedure's, not that of `Ensemble.predict`."""
 
-SMALLEST_LOOK = 50  # draws at the first look of an early stop
+BOUNDS = ("clopper-pearson", "randomised")
 GRID = 20  # the step of the grid is the power of two below sigma, times 2^-GRID
 
 _aten = torch.ops.aten
@@ -69,7 +68,7 @@ class Certificate:
         the class that the first n0 draws chose, abstained or not; -1 where they all were NaN.
     draws: int64 [B], estimation draws taken, n or fewer; the n0 for the selection come on top.
     sigma: standard deviation of the noise at the input. alpha: probability that one image's statement is wrong.
-    seed: the seed that reproduces this certificate, in [0, 2^64).
+    seed: the seed that reproduces this certificate, in [0, 2^64). bound: which lower bound it is.
     """
 
     labels: torch.Tensor
@@ -81,6 +80,7 @@ class Certificate:
     sigma: float
     alpha: float
     seed: int
+    bound: str
 
 
 def certify(
@@ -92,12 +92,14 @@ def certify(
     alpha: float = 1e-3,
     seed: int | None = None,
     radii: float | Sequence[float] | None = None,
+    tolerance: float | None = None,
+    bound: str = "clopper-pearson",
     image_offset: int = 0,
 ) -> Certificate:
     """Certifies images x [B, ...]: label and L2 radius that hold with probability 1 - alpha each. See the module for what that covers.
 
     The class is selected by the votes of draws 0 .. n0 - 1 and its share estimated from draws n0 .. n0 + n - 1, so the two are disjoint.
-    The radius is ``sigma * Phi^-1(p_lower)``, p_lower the Clopper-Pearson bound and sigma that of the noise at the input, less the width
+    The radius is ``sigma * Phi^-1(p_lower)``, p_lower a lower bound of the share and sigma that of the noise at the input, less the width
     of the grid (5e-5 sigma for 32x32 photos at most). It abstains where p_lower < 1/2.
 
     Args:
@@ -105,8 +107,12 @@ def certify(
             read by nothing else. Its number format and backend are used, its ``draws`` and ``early_exit`` are not.
         n0, n: draws for selection and estimation, >= 1. alpha: in (0, 1).
         seed: None takes the ensemble's, or fresh entropy if it has none.
-        radii: None takes all n draws. One or several radii >= 0: an image stops as soon as "radius >= r" is decided for each of them.
-            The guarantee is the same; radius and p_lower are what was proven by then.
+        radii: one or several radii >= 0: an image stops as soon as "radius >= r" is proven for each of them, or given up: all n draws
+            are very unlikely to prove it. The guarantee is the same; radius and p_lower are what was proven by then.
+        tolerance: L2, >= 0: an image stops as soon as all n draws, if the rest are as those so far, would enlarge its radius by no more
+            than this. The guarantee is the same. With neither radii nor tolerance all n draws are taken.
+        bound: "clopper-pearson", or "randomised": never smaller and mostly a little larger, at the same guarantee, with the help of one
+            random number for each image, made from the seed. The seed must be chosen before any vote is seen, as always.
         image_offset: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
 
     Warns (RuntimeWarning) where n and alpha can never decide. Raises ValueError or TypeError naming the argument, also if the noise is not
@@ -129,6 +135,15 @@ def certify(
     radii = [float(r) for r in radii]
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and not negative, got {radii}")
+    if tolerance is not None:
+        if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
+            raise TypeError(f"tolerance must be None or a number, got {tolerance!r}")
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be finite and not negative, got {tolerance!r}")
+        if radii:
+            raise ValueError("tolerance and radii are two rules of stopping: give one of them")
+    if bound not in BOUNDS:
+        raise ValueError(f"bound must be one of {', '.join(map(repr, BOUNDS))}, got {bound!r}")
     x, seed = ensemble.images(x), ensemble.draw_seed(seed)
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, got infinite or NaN values")
@@ -140,7 +155,8 @@ def certify(
     sigma = float(layer.current_sigma())
     width = math.sqrt(x[0].numel() if len(x) else 0) * grid_step(sigma)
     _check_rows(ensemble, x)
-    reach = sigma * float(ndtri(largest_bound(n, alpha, bool(radii)))) - width
+    early_stop, randomised = bool(radii) or tolerance is not None, bound == "randomised"
+    reach = sigma * float(ndtri(confidence.largest_bound(n, alpha, early_stop, randomised))) - width
     if reach <= 0:
         warnings.warn(f"n={n} draws can never decide at alpha={alpha}: no radius above 0 can be certified", RuntimeWarning, stacklevel=2)
     elif beyond := [r for r in radii if r > reach]:
@@ -158,7 +174,13 @@ def certify(
         votes[active] += more
         return more.gather(1, top[active, None])[:, 0].cpu().numpy()
 
-    p_lower, draws = estimate(successes, len(x), n, alpha, [float(ndtr((r + width) / sigma)) for r in radii])
+    enough = None
+    if radii:
+        enough = confidence.reaching([float(ndtr((r + width) / sigma)) for r in radii])
+    elif tolerance is not None:
+        enough = confidence.within(tolerance / sigma)
+    uniform = confidence.image_uniforms(seed, index.cpu()) if randomised else None
+    p_lower, draws = confidence.estimate(successes, len(x), n, alpha, enough, uniform)
     abstains = torch.from_numpy(p_lower < 0.5)
     radius = torch.from_numpy(sigma * ndtri(np.maximum(p_lower, 0.5)) - width).clamp_min(0)
     return Certificate(
@@ -171,57 +193,8 @@ def certify(
         sigma=sigma,
         alpha=float(alpha),
         seed=seed,
+        bound=bound,
     )
-
-
-# ------------------------------------------------------------------------------------------------------------------- statistics
-def clopper_pearson(successes, trials: int, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bound of a probability, each wrong with probability at most alpha (Clopper & Pearson 1934). successes: array."""
-    from scipy.special import betaincinv
-
-    k = np.asarray(successes, dtype=np.float64)
-    lower = np.where(k > 0, betaincinv(np.maximum(k, 1), trials - k + 1, alpha), 0.0)
-    upper = np.where(k < trials, betaincinv(k + 1, np.maximum(trials - k, 1), 1 - alpha), 1.0)
-    return lower, upper
-
-
-def looks(n: int, early_stop: bool) -> list[int]:
-    """The numbers of draws at which `estimate` looks, in order: n alone, or n, n/2, n/4, ... down to `SMALLEST_LOOK`."""
-    numbers = [n]
-    while early_stop and numbers[0] >= 2 * SMALLEST_LOOK:
-        numbers.insert(0, math.ceil(numbers[0] / 2))
-    return numbers
-
-
-def largest_bound(n: int, alpha: float, early_stop: bool) -> float:
-    """The lower bound that n votes out of n give: no image can do better."""
-    return (alpha / len(looks(n, early_stop))) ** (1 / n)
-
-
-def estimate(
-    successes: Callable[[np.ndarray, int, int], np.ndarray], images: int, n: int, alpha: float, goals: Sequence[float] = ()
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lower bounds float64 [images] of the images' probabilities, each right with probability 1 - alpha; int64 [images] draws taken.
-
-    successes: (images int64 [A], start, stop) -> successes int64 [A] among their draws start .. stop - 1.
-    goals: probabilities. An image stops when each goal is decided: reached by the lower bound, or above an upper bound (of the same level),
-        or out of reach of the draws that remain. Without goals, all n draws are taken and there is one look.
-    """
-    numbers, goals = looks(n, len(goals) > 0), np.asarray(goals, dtype=np.float64)
-    level = alpha / len(numbers)
-    count, taken, best = np.zeros(images, np.int64), np.zeros(images, np.int64), np.zeros(images)
-    active, start = np.arange(images), 0
-    for stop in numbers:
-        if not len(active):
-            break
-        count[active] += successes(active, start, stop)
-        taken[active] = stop
-        lower, upper = clopper_pearson(count[active], stop, level)
-        best[active] = np.maximum(best[active], lower)
-        within_reach, _ = clopper_pearson(count[active] + n - stop, n, level)
-        never = np.minimum(upper, np.maximum(within_reach, best[active]))[:, None] < goals
-        active, start = active[~((best[active][:, None] >= goals) | never).all(1)], stop
-    return best, taken
 
 
 # ------------------------------------------------------------------------------------------------------------------------ votes

@@ -1,4 +1,4 @@
-"""Certification: the bounds, coverage, early stop, radii against a closed form and against the procedure of Cohen et al."""
+"""Certification: early stop, radii against a closed form and against the procedure of Cohen et al."""
 
 import math
 import warnings
@@ -12,8 +12,9 @@ from torch import nn
 
 import rse_fast
 from rse_fast import Ensemble, functional
+from rse_fast.confidence import image_uniforms, randomised_clopper_pearson
 from rse_fast.nn import GaussianNoise, number_layers
-from rse_fast.smoothing import _votes, clopper_pearson, estimate, grid_step, largest_bound, looks, on_grid
+from rse_fast.smoothing import _votes, grid_step, on_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIGMA = 0.25
@@ -22,65 +23,6 @@ SIGMA = 0.25
 def most(trials, probability):
     """What a binomial count exceeds once in a million runs."""
     return scipy.stats.binom.isf(1e-6, trials, probability)
-
-
-# --------------------------------------------------------------------------------------------------------------------- statistics
-def test_bounds_are_those_of_their_definition(rng):
-    for n in (1, 2, 17, 1000):
-        k = np.unique(rng.integers(0, n + 1, 6).tolist() + [0, n])
-        alpha = float(rng.uniform(1e-4, 0.2))
-        lower, upper = clopper_pearson(k, n, alpha)
-        # Clopper & Pearson: the lower bound is the p with P(X >= k) = alpha, the upper one that with P(X <= k) = alpha.
-        inner = k > 0
-        assert np.allclose(scipy.stats.binom.sf(k[inner] - 1, n, lower[inner]), alpha, rtol=1e-8) and lower[0] == 0
-        inner = k < n
-        assert np.allclose(scipy.stats.binom.cdf(k[inner], n, upper[inner]), alpha, rtol=1e-8) and upper[-1] == 1
-
-
-def test_largest_bounds_are_the_known_ones():
-    # radius / sigma at alpha = 0.001 when all draws agree
-    for n, ratio in ((10, 0.003), (100, 1.50), (1000, 2.46), (100_000, 3.81)):
-        assert abs(scipy.stats.norm.ppf(largest_bound(n, 1e-3, False)) - ratio) < 0.006
-        assert clopper_pearson(n, n, 1e-3)[0] == pytest.approx(largest_bound(n, 1e-3, False), rel=1e-12)
-
-
-def simulate(p, images, n, alpha, goals, rng):
-    p = np.broadcast_to(p, images)
-    return estimate(lambda active, start, stop: rng.binomial(stop - start, p[active]), images, n, alpha, goals)
-
-
-@pytest.mark.parametrize("n", (60, 1000))
-def test_bounds_hold_with_the_stated_probability_whenever_it_stops(n, rng):
-    images, alpha = 4000, 0.05
-    for p in (0.3, 0.5, 0.84, 0.97):
-        for goals in ((), (p,), (p - 0.05, 0.5), (min(p + 0.02, 0.99),), (0.999, p)):
-            bound, draws = simulate(p, images, n, alpha, goals, rng)
-            wrong = (bound > p).sum()
-            assert wrong <= most(images, alpha), (p, goals, wrong)
-            assert set(draws.tolist()) <= set(looks(n, bool(goals)))
-            if not goals:  # no slack but that of a discrete count
-                exact = scipy.stats.binom.pmf(np.arange(n + 1), n, p)[clopper_pearson(np.arange(n + 1), n, alpha)[0] > p].sum()
-                assert abs(wrong - images * exact) <= 5 * math.sqrt(images * exact) + 1
-
-
-def test_the_simulation_would_find_looks_without_spending(rng, monkeypatch):
-    """The same looks, each at the full alpha: wrong more often than alpha."""
-    images, alpha, n, p = 4000, 0.05, 1000, 0.84
-    bound, _ = simulate(p, images, n, len(looks(n, True)) * alpha, (p + 0.02,), rng)
-    assert (bound > p).sum() > most(images, alpha)
-
-
-def test_early_stop_decides_and_saves(rng):
-    n, alpha, goal = 10_000, 1e-3, 0.84
-    for p, share in ((1.0, 0.01), (0.999, 0.02), (0.1, 0.01), (0.5, 0.05), (0.9, 0.2)):
-        bound, draws = simulate(p, 1000, n, alpha, (goal,), rng)
-        assert ((bound >= goal) == (p > goal)).mean() > 0.99
-        assert draws.mean() < share * n, (p, draws.mean())
-    bound, draws = simulate(0.9999, 1000, n, alpha, (0.99999,), rng)  # out of reach, which shows before the end
-    assert (draws < n).mean() > 0.5 and (bound < 0.99999).all()
-    # An image between two goals must decide both.
-    bound, draws = simulate(0.9, 1000, n, alpha, (0.6, 0.97), rng)
-    assert ((bound >= 0.6) & (bound < 0.97)).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- closed form
@@ -180,6 +122,30 @@ def test_early_stop_takes_the_first_draws_of_the_full_run(rng):
         assert torch.equal(out.votes[out.draws == count], whole.votes[out.draws == count])
 
 
+def test_a_tolerance_saves_draws_and_costs_no_more_than_it_says(rng):
+    model = Linear(12, SIGMA)
+    x = torch.rand(40, 12)
+    ensemble, seed = Ensemble(model, max_rows=8192), int(rng.integers(2**63))
+    whole, none = (rse_fast.certify(ensemble, x, n=3000, seed=seed, tolerance=t) for t in (None, 0.0))
+    some = rse_fast.certify(ensemble, x, n=3000, seed=seed, tolerance=0.2 * SIGMA)
+    assert (whole.draws == 3000).all() and some.draws.sum() < 0.5 * none.draws.sum() and (some.draws >= 50).all()
+    assert (some.radius >= whole.radius - 0.4 * SIGMA).all()  # twice the tolerance: the forecast is one of 99 %
+
+
+def test_the_randomised_bound_comes_from_the_votes_and_the_seed(rng):
+    ensemble, seed = Ensemble(NETS["plain"](), dtype="float32"), int(rng.integers(2**63))
+    x = torch.rand(6, 3, 10, 10)
+    plain, larger = (
+        rse_fast.certify(ensemble, x, n0=20, n=80, seed=seed, bound=bound, image_offset=7) for bound in ("clopper-pearson", "randomised")
+    )
+    assert torch.equal(plain.votes, larger.votes) and (plain.bound, larger.bound) == ("clopper-pearson", "randomised")
+    count = larger.votes.gather(1, larger.selected[:, None])[:, 0].numpy()
+    expected = randomised_clopper_pearson(count, 80, 1e-3, image_uniforms(seed, np.arange(7, 13)))
+    assert larger.p_lower.tolist() == expected.tolist() and (larger.p_lower > plain.p_lower).all()
+    part = rse_fast.certify(ensemble, x[2:4], n0=20, n=80, seed=seed, bound="randomised", image_offset=9)
+    assert torch.equal(part.radius, larger.radius[2:4])
+
+
 def test_the_input_noise_is_a_fixed_grid_away_from_the_image(rng):
     """The law of (what the network sees) - (the rounded image) must not depend on the image: the very same numbers for every image."""
     seen = []
@@ -261,6 +227,10 @@ def test_hopeless_numbers_warn():
         ({"alpha": 1.0}, ValueError, r"alpha must be in \(0, 1\), got 1.0"),
         ({"alpha": math.nan}, ValueError, "alpha must be in"),
         ({"radii": [0.1, -1]}, ValueError, "radii must be finite and not negative"),
+        ({"tolerance": -0.1}, ValueError, "tolerance must be finite and not negative"),
+        ({"tolerance": "x"}, TypeError, "tolerance must be None or a number"),
+        ({"tolerance": 0.1, "radii": 0.1}, ValueError, "tolerance and radii are two rules of stopping"),
+        ({"bound": "wilson"}, ValueError, "bound must be one of 'clopper-pearson', 'randomised', got 'wilson'"),
         ({"image_offset": -1}, ValueError, "image_offset must be in"),
         ({"seed": "x"}, TypeError, "seed must be an integer"),
     ],

@@ -18,7 +18,8 @@ import torch
 import rse_fast
 from rse_fast import certify_cli, cli, data, train
 from rse_fast.certify_cli import Row, read_table
-from rse_fast.smoothing import COVERS, clopper_pearson
+from rse_fast.confidence import clopper_pearson
+from rse_fast.smoothing import COVERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = ["--model", "certify_model:make", "--n0", "20", "--n", "120", "--alpha", "0.01", "--dtype", "float32"]
@@ -69,6 +70,21 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
         assert sorted(facts(read_table(parts / "certified.tsv"))) == expected
     before = (parts / "certified.tsv").read_bytes()
     assert run(parts, *more) == 0 and (parts / "certified.tsv").read_bytes() == before
+
+
+def test_bound_and_tolerance_are_those_of_certify_and_part_of_the_folder(tmp_path, capsys):
+    more = ["--images", 6, "--seed", 5, "--tolerance", 0.02, "--bound", "randomised"]
+    assert run(tmp_path, *more) == 0
+    x = data.digits().test.images[:6].float() / 255
+    ensemble = rse_fast.Ensemble(certify_model.make(), dtype="float32")
+    out = rse_fast.certify(ensemble, x, n0=20, n=120, alpha=0.01, seed=5, tolerance=0.02, bound="randomised")
+    table = read_table(tmp_path / "certified.tsv")
+    assert [r.radius for r in table] == out.radius.tolist() and [r.draws for r in table] == out.draws.tolist()
+    summary = (tmp_path / "summary.md").read_text()
+    assert "bound randomised" in summary and "enlarge the radius by more than 0.02" in summary
+    assert run(tmp_path, *more[:-2]) == 2 and "bound 'randomised' there, 'clopper-pearson' here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(tmp_path, *more, "--radius", 0.1)
 
 
 def test_a_killed_run_loses_no_line_that_was_written(tmp_path):

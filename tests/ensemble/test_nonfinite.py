@@ -215,7 +215,7 @@ def test_certify_counts_nan_against_every_class(rng):
     assert (broken.labels == -1).all() and not broken.radius.any() and not broken.votes.any() and (broken.selected == -1).all()
     some = rse_fast.certify(Ensemble(sometimes, 5), x, n0=20, n=500)
     assert (some.labels == 1).all() and (some.votes[:, 1] < 500).all() and not some.votes[:, [0, 2]].any()
-    lower, _ = rse_fast.smoothing.clopper_pearson(np.asarray(some.votes[:, 1]), 500, 1e-3)
+    lower, _ = rse_fast.confidence.clopper_pearson(np.asarray(some.votes[:, 1]), 500, 1e-3)
     assert np.allclose(some.p_lower, lower)
 
 
