@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from rse_fast import autograd, functional, inputs, outputs
+from rse_fast import autograd, functional, inputs, ops, outputs
 from rse_fast.ensemble import convolution, gradient, quantize
 from rse_fast.ensemble import temperature as calibrated
 from rse_fast.ensemble.early_exit import make as make_criterion
@@ -325,6 +325,8 @@ class Ensemble(nn.Module):
 
     def draw_seed(self, seed: int | None) -> int:
         """The seed of one call, in [0, 2^64): ``seed``, else the ensemble's own, else 64 fresh bits of the operating system."""
+        if torch.onnx.is_in_onnx_export():
+            raise ValueError(ops.NO_ONNX)
         if seed is not None:
             return _seed(seed)
         if self.seed is not None:
