@@ -105,8 +105,9 @@ class SometimesFull(GaussianNoise):
 @pytest.mark.parametrize("how", [None, "exact"])
 def test_memory_that_runs_out_at_random_changes_no_result(how, rng):
     torch.manual_seed(int(rng.integers(2**31)))
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), full := SometimesFull(None), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
     model, x = rse_fast.convert(net.eval(), 0.3, 0.3), torch.rand(9, 3, 8, 8)
+    model.insert(1, full := SometimesFull(None))
     expected = Ensemble(model, 8, seed=3, dtype="float32", early_exit=how, fuse=False).predict(x)
     full.chance = rng
     for _ in range(5):
