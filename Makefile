@@ -17,7 +17,7 @@ TIMES ?= 20
 help:
 	@echo "make demo         train, attack and report on real images (a few minutes)"
 	@echo "make test         all tests (about ten minutes on two free cores)"
-	@echo "make test-quick   the noise and the conversion, without the slow ones (under 90 seconds)"
+	@echo "make test-quick   the noise and the conversion, without the slow ones"
 	@echo "make test-repeat  all tests TIMES=20 times, with new inputs and in random order"
 	@echo "make check        faults and format (ruff), types of the public API (mypy)"
 	@echo "make bench        benchmarks beside the peers, which it installs"
