@@ -198,9 +198,8 @@ def table(found: dict[str, dict]) -> str:
         f"Written by `make zoo` with torch {torch.__version__}: random weights, {IMAGES} images in {DRAWS} draws, float32,",
         f"`algorithm='direct'`, {torch.get_num_threads()} thread(s) of a CPU that others used at the same time.",
         "",
-        "- Difference: the largest between log-probabilities of the fused and of the unfused ensemble. Where random weights make the "
-        "largest of",
-        "  them more than 100, it stands there as well.",
+        "- Difference: the largest between log-probabilities of the fused and of the unfused ensemble. Where random weights make the",
+        "  largest of them more than 100, it stands there as well.",
         "- Speed-up: of `predict` over a loop of single draws of the converted network.",
         "- Revert: whether `revert` brings back outputs, names and weights bit for bit.",
         "",

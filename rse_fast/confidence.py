@@ -108,7 +108,11 @@ def largest_bound(n: int, alpha: float, early_stop: bool, randomised: bool = Fal
 def reaching(goals: Sequence[float]) -> Enough:
     """A rule of stopping for `estimate`: each goal, a probability, is reached by the bound, or not even hoped for."""
     wanted = np.asarray(goals, np.float64)
-    return lambda bound, expected, hoped: ((bound[:, None] >= wanted) | (hoped[:, None] < wanted)).all(1)
+
+    def enough(bound: np.ndarray, expected: np.ndarray, hoped: np.ndarray) -> np.ndarray:
+        return np.all((bound[:, None] >= wanted) | (hoped[:, None] < wanted), axis=1)
+
+    return enough
 
 
 def within(tolerance: float) -> Enough:

@@ -14,19 +14,28 @@ __all__ = ["with_input_noise"]
 class Normalize(nn.Module):
     """``(x - mean) / std`` for images [N, C, H, W]; mean and std float32 [C, 1, 1], in the state dict."""
 
-    def __init__(self, mean: torch.Tensor, std: torch.Tensor):
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean.view(-1, 1, 1))
         self.register_buffer("std", std.view(-1, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x - self.mean) / self.std
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
-def with_input_noise(model, sigma=0.25, *, mean=None, std=None) -> nn.Sequential:
+def with_input_noise(
+    model: nn.Module,
+    sigma: float = 0.25,
+    *,
+    mean: Sequence[float] | torch.Tensor | None = None,
+    std: Sequence[float] | torch.Tensor | None = None,
+) -> nn.Sequential:
     """Puts Gaussian noise in front of a whole model, and between the two the normalisation that the model was trained with.
 
     The result takes images in [0, 1]. Its noise is in the units of their pixels, whatever the normalisation, and everything that reads the
@@ -52,21 +61,21 @@ def with_input_noise(model, sigma=0.25, *, mean=None, std=None) -> nn.Sequential
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    parts = OrderedDict(noise=GaussianNoise(sigma))
+    parts: dict[str, nn.Module] = {"noise": GaussianNoise(sigma)}
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must be given together, got mean={mean!r} and std={std!r}")
-    if mean is not None:
-        mean, std = _channels("mean", mean), _channels("std", std)
-        if len(mean) != len(std):
-            raise ValueError(f"mean and std must have one number a channel, got {len(mean)} and {len(std)}")
-        if not bool((std > 0).all()):
-            raise ValueError(f"std must be positive, got {std.tolist()}")
-        parts["normalize"] = Normalize(mean, std)
+    if mean is not None and std is not None:
+        shift, scale = _channels("mean", mean), _channels("std", std)
+        if len(shift) != len(scale):
+            raise ValueError(f"mean and std must have one number a channel, got {len(shift)} and {len(scale)}")
+        if not bool((scale > 0).all()):
+            raise ValueError(f"std must be positive, got {scale.tolist()}")
+        parts["normalize"] = Normalize(shift, scale)
     like = next(model.parameters(), None)
     if like is not None:
         for part in parts.values():
             part.to(like.device)
-    return nn.Sequential(parts | {"model": model}).train(model.training)
+    return nn.Sequential(OrderedDict(parts | {"model": model})).train(model.training)
 
 
 def _channels(name: str, values: Sequence[float] | torch.Tensor) -> torch.Tensor:

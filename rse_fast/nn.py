@@ -125,7 +125,7 @@ class NoiseContext:
 class RowsError(ValueError):
     """A noisy layer got rows that are not those of the images. stream: its own; rows: how many it got."""
 
-    def __init__(self, message, stream, rows):
+    def __init__(self, message: str, stream: int, rows: int):
         super().__init__(message)
         self.stream, self.rows = stream, rows
 

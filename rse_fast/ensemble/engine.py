@@ -139,7 +139,7 @@ class Ensemble(nn.Module):
         backend: str = "auto",
         algorithm: str = "auto",
         cuda_graphs: bool | None = None,
-        logits: str | int | Callable | None = None,
+        logits: outputs.Choice = None,
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
