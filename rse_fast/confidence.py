@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 FIRST_LOOK = 50  # draws at the first look of a confidence sequence
 GROWTH = 1.25  # of the draws, from one look to the next
 Enough = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (bound, expected, hoped) -> which images need no more draws
-GIVE_UP = 1e-3  # an image is given up at a look where both of two unlikely things, of this probability each, would have to happen
+GIVE_UP = 1e-3  # an image that n draws would prove is given up at a look only if one of two things happens, of this probability each
 
 
 def clopper_pearson(successes: ArrayLike, trials: int, alpha: float) -> tuple[np.ndarray, np.ndarray]:
