@@ -13,6 +13,8 @@ import time
 import warnings
 from pathlib import Path
 
+from rse_fast.cli import wrapper
+
 from . import measure, report, results
 
 # name: the module that holds the suite
@@ -20,13 +22,10 @@ SUITES = ("noise", "convolution", "ensemble", "early_exit", "int8", "train", "at
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 when a comparison finds a regression or a result was refused; 2 for bad arguments."""
+    """Returns the exit status: 0; 1 when a comparison finds a regression or a result was refused; 2 for bad arguments (see
+    `wrapper.run`)."""
     arguments = parse(argv)
-    try:
-        return run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"rse-fast bench: {error}", file=sys.stderr)
-        return 2
+    return wrapper.run("bench", lambda: run(arguments))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -36,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     listed = dict(nargs="?", const="", choices=("", "cpu", "cuda"), metavar="DEVICE")
     parser.add_argument("--list", **listed, help="print the names of suites and cases, here or on a cpu or cuda device; measure nothing")
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="start no further case after so many seconds")
-    parser.add_argument("--out", type=Path, default=Path("bench-results.json"), metavar="FILE", help="JSON; CSV beside it (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("bench-results.json"), metavar="FILE", help="JSON (default: %(default)s)")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="compare with the results of OLD.json; exit 1 on a regression")
     parser.add_argument("--compare-ref", metavar="GITREF", help="compare that commit and this checkout, measured in turns in one run")
     parser.add_argument("--tolerance", type=float, default=1.1, metavar="RATIO", help="times worse that are a regression (%(default)s)")

@@ -12,12 +12,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from rse_fast.evaluate.render import COLOURS  # noqa: E402
+from rse_fast.evaluate.render import COLOURS, NETWORKS  # noqa: E402
 
 from . import report, results  # noqa: E402
 from .measure import role  # noqa: E402
 
-RSE, PLAIN, ADVERSARIAL = COLOURS[:3]
+RSE, PLAIN, ADVERSARIAL = NETWORKS["rse"], NETWORKS["plain"], NETWORKS["adversarial"]
 
 
 def draw(found: dict, folder: Path) -> list[Path]:
@@ -117,7 +117,7 @@ def front(table: dict, found: dict, out: Path) -> None:
     """Writes README's picture: accuracy of three networks under attack, and cost of the ensemble against its draws.
 
     Args:
-        table: what bench/table.py has written as table.json.
+        table: what rse_fast/evaluate/table.py has written as table.json.
         found: a results file of the ensemble suite.
         out: PNG file to write.
     """

@@ -1,8 +1,6 @@
 """Results as files: tidy rows with the machine, versions, commit and date in each; merged from run to run, compared between runs."""
 
-import csv
 import datetime
-import io
 import json
 import os
 import platform
@@ -94,14 +92,9 @@ def merge(old: dict, rows: list[Row], targets: list[dict], where: dict[str, str]
 
 
 def save(path: Path, found: dict) -> None:
-    """Writes ``path`` (JSON, one row a line) and the rows again beside it as CSV; each whole or not at all."""
+    """Writes ``path``, JSON with one row a line, whole or not at all."""
     lines = {key: ",\n".join(f"  {json.dumps(item)}" for item in found[key]) for key in ("rows", "targets")}
     write_whole(path, '{{"rows": [\n{rows}\n],\n"targets": [\n{targets}\n]}}\n'.format(**lines))
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(found["rows"])
-    write_whole(path.with_suffix(".csv"), text.getvalue())
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,12 +1,6 @@
-"""Networks trained on real images, for what random weights cannot show: how sure a prediction is.
+"""Networks trained on handwritten digits for a few minutes, for what random weights cannot show: how sure a prediction is."""
 
-``python -m rse_fast.bench.trained RUN`` measures early exit and int8 on a run of `rse-fast train` and its test images. The suites take
-networks trained on handwritten digits, for a few minutes.
-"""
-
-import argparse
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +8,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 import rse_fast
-from rse_fast import data, train
+from rse_fast import data
 from rse_fast.models import VGG16
 
 from .measure import device
@@ -56,46 +50,3 @@ def digits(network: type[nn.Module] = VGG16, side: int = 32, steps: int = 120, *
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     data.write_atomically(file, lambda out: out.write(save(weights)))
     return model.eval(), x[test], y[test]
-
-
-def of_run(folder: Path, images: int) -> tuple[str, nn.Module, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(name, noisy network, test images, their labels, validation images to calibrate on) of a run folder of `rse-fast train`.
-
-    ``images``: so many of the test set, evenly spread over it, since a folder is sorted by class.
-    """
-    config = train.Config.load(folder / "config.json")
-    splits = train.load_data(config)
-    picked = torch.arange(min(images, len(splits.test))) * len(splits.test) // min(images, len(splits.test))
-    (x,) = splits.test.fetch([picked])
-    calibration, _ = next(data.batches(splits.val, 256))
-    x, y = x.to(device()).float().div_(255), splits.test.labels[picked].to(device())
-    return f"{config.model} network on {splits.name}", train.load_model(folder, device=device(), trust=True), x, y, calibration.to(device())
-
-
-def main(argv: list[str] | None = None) -> int:
-    from . import early_exit, int8, report, results
-
-    parser = argparse.ArgumentParser(prog="python -m rse_fast.bench.trained", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of rse-fast train, of a network with noise")
-    parser.add_argument("--images", type=int, default=2000, metavar="N", help="test images (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("bench-results.json"), metavar="FILE", help="merged into, as by rse-fast bench")
-    arguments = parser.parse_args(argv)
-    try:
-        name, model, x, y, calibration = of_run(arguments.run, arguments.images)
-    except ValueError as error:
-        print(f"rse-fast bench: {error}", file=sys.stderr)
-        return 2
-    pieces = [lambda: early_exit.ten_draws(name, model, x, y), lambda: early_exit.hundred_draws(name, model, x),
-              lambda: early_exit.agreement(name, model, x, y)]  # fmt: skip
-    if device().type == "cpu":
-        pieces.append(lambda: int8.compared(f"{name} n=10", model, x, y, calibration))
-    for piece in pieces:
-        found = piece()
-        where = results.environment()
-        results.save(arguments.out, results.merge(results.load(arguments.out), *found, where))
-        report.show(results.merge({"rows": [], "targets": []}, *found, where))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

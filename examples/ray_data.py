@@ -32,8 +32,8 @@ class Labeller:
         ]
         return {
             "index": np.array(indices),
-            "label": np.array([int(self.test.labels[i]) for i in indices]),
-            "predicted": np.concatenate([out.labels.cpu().numpy() for out in parts]),
+            "target": np.array([int(self.test.labels[i]) for i in indices]),
+            "label": np.concatenate([out.labels.cpu().numpy() for out in parts]),
             "draws_used": np.concatenate([out.draws_used.cpu().numpy() for out in parts]),
         }
 
@@ -64,7 +64,7 @@ def main() -> None:
         .to_pandas()
     )
     found.to_json("predictions.jsonl", orient="records", lines=True)
-    right = (found["label"] == found["predicted"]).mean()
+    right = (found["target"] == found["label"]).mean()
     print(f"{len(found)} images, accuracy {right:.2%}, {found['draws_used'].mean():.1f} draws an image; predictions.jsonl")
 
 

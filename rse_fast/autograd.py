@@ -133,15 +133,15 @@ def add_noise_(x, sigma, at, scale=None, shift=None, relu=False, backend="auto")
     return noise.add_noise_(x, sigma, at, scale, shift, relu, backend)
 
 
-def activate_noise(x, sigma, at, scale=None, shift=None, relu=False, pool=False, backend="auto", keep=True):
+def activate_noise(x, sigma, at, scale=None, shift=None, relu=False, pool=False, backend="auto", clean_output=True):
     """(noisy, clean) of ``maxpool?(act(x * scale + shift))`` in one pass, for inference."""
     if is_transformed():
         raise RuntimeError(NO_DERIVATIVE)
     if not is_direct(x):
-        return _registered.activate_noise.default(x, sigma, *at, scale, shift, relu, pool, backend, keep)
+        return _registered.activate_noise.default(x, sigma, *at, scale, shift, relu, pool, backend, clean_output)
     if wants_gradient(x, sigma, scale, shift):
         raise RuntimeError(NO_GRADIENT)
-    return noise.activate_noise(x, sigma, at, scale, shift, relu, pool, backend, keep)
+    return noise.activate_noise(x, sigma, at, scale, shift, relu, pool, backend, clean_output)
 
 
 def _is_small(x, sigma, at, backend) -> bool:
@@ -210,8 +210,8 @@ class AddNoise(torch.autograd.Function):
     def backward(ctx, g):
         # A function that torch.func.vjp gave runs when its transform has ended, and what was saved in it is wrapped still.
         x, sigma, scale, shift, seed, sample_ids = (t if t is None else unwrap_if_dead(t) for t in ctx.saved_tensors)
-        where, _, backend = ctx.rest
-        at = NoiseAddress(seed, *where, sample_ids)
+        coordinates, _, backend = ctx.rest
+        at = NoiseAddress(seed, *coordinates, sample_ids)
         needs_x, needs_sigma, needs_scale, needs_shift = ctx.needs_input_grad[:4]
         g_sigma = sigma_grad(g, at, sigma.dim() == 1, backend) if needs_sigma else None
         g_x = g_scale = g_shift = None
@@ -228,8 +228,8 @@ class AddNoise(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, t_x, t_sigma, t_scale, t_shift, *_):
         x, sigma, scale, shift, seed, sample_ids = ctx.saved_tensors
-        where, _, backend = ctx.rest
-        at, (shape, dtype) = NoiseAddress(seed, *where, sample_ids), ctx.like
+        coordinates, _, backend = ctx.rest
+        at, (shape, dtype) = NoiseAddress(seed, *coordinates, sample_ids), ctx.like
         real = torch.promote_types(dtype, torch.float32)
         column = [-1] + [1] * (len(shape) - 2)
         t = torch.zeros(shape, dtype=real, device=seed.device)
@@ -285,9 +285,9 @@ class NoisyConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, weight, sigma, *seed = ctx.saved_tensors
-        bias_sizes, where, (stride, padding, dilation), groups, backend = ctx.rest
+        bias_sizes, coordinates, (stride, padding, dilation), groups, backend = ctx.rest
         needs_x, needs_w, needs_b, needs_sigma, *_ = ctx.needs_input_grad
-        at, zeros = NoiseAddress(seed[0], *where, *seed[1:]), (0,) * len(stride)
+        at, zeros = NoiseAddress(seed[0], *coordinates, *seed[1:]), (0,) * len(stride)
         needs_noisy = needs_x or needs_sigma
         g_noisy = g_w = g_b = None
         if needs_w:
@@ -332,8 +332,8 @@ class NoisyLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, weight, sigma, seed, sample_ids = ctx.saved_tensors
-        where, backend = ctx.rest
-        at = NoiseAddress(seed, *where, sample_ids)
+        coordinates, backend = ctx.rest
+        at = NoiseAddress(seed, *coordinates, sample_ids)
         needs_x, needs_w, needs_b, needs_sigma = ctx.needs_input_grad[:4]
         g_w = None
         if needs_w:
@@ -361,9 +361,9 @@ class SigmaGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gg):
         seed, sample_ids = ctx.saved_tensors
-        shape, dtype, where, backend = ctx.rest
+        shape, dtype, coordinates, backend = ctx.rest
         zeros = gg.new_zeros(shape, dtype=dtype)
-        eps = add_noise(zeros, torch.ones_like(gg), NoiseAddress(seed, *where, sample_ids), backend=backend)
+        eps = add_noise(zeros, torch.ones_like(gg), NoiseAddress(seed, *coordinates, sample_ids), backend=backend)
         return eps * (gg.view([-1] + [1] * (len(shape) - 2)) if gg.dim() else gg).to(dtype), None, None, None
 
 

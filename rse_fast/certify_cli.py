@@ -2,7 +2,8 @@
 
 The folder: ``certify.json`` (what is certified, and how), ``certified.tsv`` (a line an image with its checksum, flushed as it is done), and
 at the end ``summary.json``, ``summary.md`` and ``certified.png``, certified accuracy against radius. An image's line depends on the
-settings and its index alone, so a run that was killed and continued gives the table of one that was not, times apart.
+settings and its index alone, so a run that was killed and continued gives the table of one that was not, times apart. (Where the two
+best classes of a draw are equal to rounding, another size of batch may choose the other.)
 """
 
 import argparse
@@ -18,24 +19,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from rse_fast import data, run_inputs
+from rse_fast.certifiable import input_noise
+from rse_fast.cli import wrapper
 from rse_fast.confidence import clopper_pearson
 from rse_fast.data import lines
 from rse_fast.ensemble import Ensemble
-from rse_fast.smoothing import BOUNDS, COVERS, certify, input_noise
+from rse_fast.smoothing import BOUNDS, COVERS, certify
 
 RADII = (0, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)  # of the summary, up to the largest that was certified
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. predicted is -1 and radius 0 where it abstains; votes are those of the selected class among ``draws``."""
+    """One line of the table. target: the label of the data set. label: the certified one, -1 (and radius 0) where it abstains. votes: of
+    the selected class, among ``draws``."""
 
     index: int
+    target: int
     label: int
-    predicted: int
     radius: float
     correct: int
     p_lower: float
@@ -51,18 +54,8 @@ _HEAD = "\t".join([*COLUMNS, "crc32"]).encode()
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(argv)
-    except (ValueError, TypeError) as error:
-        print(f"rse-fast certify: {run_inputs.named(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"rse-fast certify: {run_inputs.unwritten(error, _parser().parse_args(argv).out, 'certified.tsv')}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues in the same folder", file=sys.stderr)
-        return 130
-    return 0
+    out = _parser().parse_args(argv).out
+    return wrapper.run("certify", lambda: run(argv) and 0, out, ("certified.tsv",))
 
 
 def run(argv: list[str]) -> dict:
@@ -77,7 +70,7 @@ def run(argv: list[str]) -> dict:
     if bool((labels[1:] >= labels[:-1]).all()) and some < min(all_classes, len(rows)):
         text = f"--images: the part is sorted by class, and these {len(rows)} images are of {some} of its {all_classes} classes; "
         warnings.warn(text + f"--every {max(1, len(labels) // len(rows))} takes as many of all", RuntimeWarning, stacklevel=2)
-    ensemble = Ensemble(model, dtype=args.dtype, max_rows=args.max_rows)
+    ensemble = Ensemble(model, dtype=args.dtype, max_rows=args.max_rows, logits=args.logits)
     x = run_inputs.images(part, rows[:1], args.device)
     certify(ensemble, x[:0], **_procedure(args))  # what it refuses leaves no folder
     sigma = float(input_noise(model, x).current_sigma())
@@ -96,9 +89,10 @@ def _procedure(args):
 def _parser():
     parser = argparse.ArgumentParser(prog="rse-fast certify", description=__doc__.partition("\n\n")[0].replace("``", ""))
     run_inputs.add_arguments(parser)
-    parser.add_argument("--n0", type=int, default=100, help="draws that select the class (default: %(default)s)")
-    parser.add_argument("--n", type=int, default=10_000, help="draws that estimate its share (default: %(default)s)")
-    parser.add_argument("--alpha", type=float, default=1e-3, help="probability that an image's statement is wrong (default: %(default)s)")
+    parser.add_argument("--n0", type=int, default=100, metavar="DRAWS", help="draws that select the class (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=10_000, metavar="DRAWS", help="draws that estimate its share (default: %(default)s)")
+    text = "probability that an image's statement is wrong (default: %(default)s)"
+    parser.add_argument("--alpha", type=float, default=1e-3, metavar="P", help=text)
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument("--radius", type=float, nargs="+", metavar="R", help="stop when 'radius >= R' is proven or given up for each R")
     stop.add_argument("--tolerance", type=float, metavar="T", help="stop when n draws would hardly enlarge the radius by more than T")
@@ -114,11 +108,11 @@ def read_table(path: Path) -> list[Row]:
     found = []
     if not path.exists():
         return found
-    with data.open_regular(path) as file:
-        whole = [line[:-1] for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
-    if whole and whole[0] != _HEAD:
-        raise ValueError(f"--out: expected the columns {' '.join(COLUMNS)} crc32 in {str(path)!r}, got {whole[0][:200]!r}")
-    for number, line in enumerate(whole[1:], start=2):
+    for number, line in lines.whole_lines(path, "--out"):
+        if number == 1:
+            if line != _HEAD:
+                raise ValueError(f"--out: expected the columns {' '.join(COLUMNS)} crc32 in {str(path)!r}, got {line[:200]!r}")
+            continue
         try:
             line, _, checksum = line.rpartition(b"\t")
             if lines.checksum(line).encode() != checksum:
@@ -143,7 +137,7 @@ def _run(args, ensemble, part, rows, settings, command):
         x = run_inputs.images(part, rows[:1], args.device)
         size = max(1, ensemble.rows(x) // args.n0) if args.every == 1 else 1
         waiting = [i for i in rows if i not in done]
-        with tqdm(total=len(rows), initial=len(rows) - len(waiting), unit="image", disable=None) as bar:
+        with wrapper.progress(len(rows), done=len(rows) - len(waiting)) as bar:
             for group in run_inputs.neighbours(waiting, size):
                 for row in _certify(args, ensemble, part, group, settings):
                     table.append(row)
@@ -168,9 +162,9 @@ def _certify(args, ensemble, part, group, settings):
     out = certify(ensemble, x, **_procedure(args), seed=settings["seed"], image_offset=group[0])
     seconds = (time.perf_counter() - begin) / len(group)
     for i, index in enumerate(group):
-        label, predicted = int(part.labels[index]), int(out.labels[i])
+        target, label = int(part.labels[index]), int(out.labels[i])
         yield Row(
-            index=index, label=label, predicted=predicted, radius=float(out.radius[i]), correct=int(predicted == label),
+            index=index, target=target, label=label, radius=float(out.radius[i]), correct=int(label == target),
             p_lower=float(out.p_lower[i]), votes=int(out.votes[i, out.selected[i]]) if out.selected[i] >= 0 else 0,
             draws=int(out.draws[i]), seconds=round(seconds, 4),
         )  # fmt: skip
@@ -195,8 +189,8 @@ def summarise(table: list[Row], settings: dict, command: str) -> dict:
         "settings": settings,
         "images": len(table),
         "certified": [{"radius": r} | dict(zip(keys, certified_accuracy(table, r), strict=True)) for r in radii],
-        "abstained": sum(row.predicted < 0 for row in table) / len(table),
-        "wrong": sum(row.predicted >= 0 and not row.correct for row in table) / len(table),
+        "abstained": sum(row.label < 0 for row in table) / len(table),
+        "wrong": sum(row.label >= 0 and not row.correct for row in table) / len(table),
         "mean_radius": sum(row.radius * row.correct for row in table) / len(table),
         "draws_per_image": settings["n0"] + sum(row.draws for row in table) / len(table),
         "seconds_per_image": sum(row.seconds for row in table) / len(table),
@@ -247,6 +241,8 @@ def draw(table: list[Row], settings: dict, file) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from rse_fast.evaluate.render import NETWORKS
+
     steps = sorted({0.0} | {row.radius for row in table if row.correct})
     points = [certified_accuracy(table, r) for r in steps]
     steps, points = [*steps, 1.05 * steps[-1] or settings["sigma"]], [*points, (0.0, 0.0, certified_accuracy(table, math.inf)[2])]
@@ -254,8 +250,8 @@ def draw(table: list[Row], settings: dict, file) -> None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.fill_between(steps, low, high, step="pre", alpha=0.2, linewidth=0)
-    axes.step(steps, accuracy, where="pre")
+    axes.fill_between(steps, low, high, step="pre", color=NETWORKS["rse"], alpha=0.2, linewidth=0)
+    axes.step(steps, accuracy, where="pre", color=NETWORKS["rse"])
     axes.set(xlabel="L2 radius (pixels in 0..1)", ylabel="certified accuracy (%)", xlim=(0, steps[-1]), ylim=(0, 100))
     axes.set_title(f"sigma {settings['sigma']:.3g}, n = {settings['n']}, alpha = {settings['alpha']:g}, {len(table)} images", fontsize=10)
     axes.grid(alpha=0.3)

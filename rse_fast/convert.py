@@ -3,9 +3,10 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -13,18 +14,29 @@ from torch.nn.utils import parametrize
 
 from rse_fast import functional, noise
 from rse_fast.calls import Calls, calls
-from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
+from rse_fast.nn import NoiseLayer, NoisyConv, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
 from rse_fast.trace import Tracer
 
 __all__ = ["Description", "LayerDescription", "convert", "describe", "noise_off", "revert", "set_sigma"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NOISE_NAMES = {"channel_dim", "plain", "sigma", "sigma_raw", *(name for name in vars(NoiseLayer) if not hasattr(nn.Module, name))}
-_NOISY = {nn.Conv1d: NoisyConv1d, nn.Conv2d: NoisyConv2d, nn.Conv3d: NoisyConv3d, nn.Linear: NoisyLinear}
+_NOISY: dict[type, type] = {nn.Conv1d: NoisyConv1d, nn.Conv2d: NoisyConv2d, nn.Conv3d: NoisyConv3d, nn.Linear: NoisyLinear}
+
+Selection: TypeAlias = str | type | Iterable[str | type]  # name globs and layer types, one or several
+Selector: TypeAlias = Callable[[str, nn.Module], bool]
 
 
 # -------------------------------------------------------------------------------------------------------------- convert, revert
-def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=None, learnable=False) -> nn.Module:
+def convert(
+    model: nn.Module,
+    init_sigma: float = 0.2,
+    inner_sigma: float = 0.1,
+    *,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    learnable: bool | str = False,
+) -> nn.Module:
     """Adds Gaussian noise to the input of every convolution of a model, in place.
 
     Only classes change: an exact ``nn.ConvNd`` becomes a `NoisyConvNd`, whose backward saves no more than the plain layer's; a subclass
@@ -65,7 +77,7 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
     if noisy := list(noise_layers(model)):
         raise ValueError(f"model must not have noise yet, got noisy layers {listing(noisy)}; revert(model) first to convert it anew")
     included, excluded = _selector("include", include), _selector("exclude", exclude)
-    layers = {
+    layers: dict[str, Any] = {  # Any: they change their class
         names[0]: module
         for module, names in _names(model).items()
         if isinstance(module, (*CONVOLUTIONS, nn.Linear))
@@ -99,9 +111,9 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
     first = first_executed(model, list(layers.values()))
     plain = _left_out(model, layers, first, excluded, include is None)
     classes = [noisy_class(module) for module in layers.values()]
-    for module, noisy in zip(layers.values(), classes, strict=True):
-        module.__class__ = noisy
-        sigma = init_sigma if module is first else inner_sigma
+    for module, cls in zip(layers.values(), classes, strict=True):
+        module.__class__ = cls
+        sigma: functional.PerChannel = init_sigma if module is first else inner_sigma
         if learnable == "channel":
             channels = module.in_features if isinstance(module, nn.Linear) else module.in_channels
             sigma = torch.full((channels,), float(sigma), dtype=torch.float32)
@@ -110,9 +122,10 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
         inside = [layer for layer in encoder.modules() if layer in layers.values()]
         if isinstance(encoder, nn.TransformerEncoderLayer):
             for layer in inside:
-                layer.register_forward_pre_hook(_wants_its_call)
+                layer.register_forward_pre_hook(_disable_fast_path)
         elif isinstance(encoder, nn.TransformerEncoder) and inside:  # nested tensors know the fast path only
-            encoder.use_nested_tensor, encoder.use_nested_tensor_without_noise = False, encoder.use_nested_tensor
+            vars(encoder)["use_nested_tensor_without_noise"] = encoder.use_nested_tensor
+            encoder.use_nested_tensor = False
     number_layers(model)
     vars(model)["_converted_layers"] = tuple(layers)
     if plain:
@@ -124,7 +137,7 @@ def convert(model, init_sigma=0.2, inner_sigma=0.1, *, include=None, exclude=Non
     return model
 
 
-def _left_out(model, layers, first, excluded, every) -> dict[str, str]:
+def _left_out(model: nn.Module, layers: dict[str, nn.Module], first: nn.Module, excluded: Selector, every: bool) -> dict[str, str]:
     """What convolves without noise, by name, with how; not what is excluded. every: whether all convolutions were asked for."""
     found, names = {}, _names(model)
     for module, own in names.items() if every else ():
@@ -160,7 +173,7 @@ def vanished(model: nn.Module) -> list[str]:
     return gone
 
 
-def set_sigma(model, init_sigma=0.2, inner_sigma=0.1) -> nn.Module:
+def set_sigma(model: nn.Module, init_sigma: float = 0.2, inner_sigma: float = 0.1) -> nn.Module:
     """Changes the sigmas of a converted model in place, as for a test with other noise than in training.
 
     Args:
@@ -185,7 +198,7 @@ def set_sigma(model, init_sigma=0.2, inner_sigma=0.1) -> nn.Module:
     return model
 
 
-def _check_sigmas(init_sigma, inner_sigma, learnable):
+def _check_sigmas(init_sigma: float, inner_sigma: float, learnable: bool | str) -> None:
     for name, sigma in (("init_sigma", init_sigma), ("inner_sigma", inner_sigma)):
         functional.check_sigma(name, sigma)
         if isinstance(sigma, torch.Tensor) and sigma.numel() != 1:
@@ -215,7 +228,7 @@ def revert(model: nn.Module) -> nn.Module:
         layer._parameters.pop("sigma_raw", None)
         for attribute in ("stream", "noise_enabled", "layer_name", "_remembered_sigma"):
             layer.__dict__.pop(attribute, None)
-        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _wants_its_call]:
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _disable_fast_path]:
             del layer._forward_pre_hooks[key]
         layer.__class__ = plain_class(type(layer))
     for module in model.modules():
@@ -225,13 +238,13 @@ def revert(model: nn.Module) -> nn.Module:
     return model
 
 
-def _wants_its_call(module, args) -> None:
+def _disable_fast_path(module: nn.Module, args: Any) -> None:
     """Hook of a noisy layer in an `nn.TransformerEncoderLayer`, which in eval mode would read the weights and not call their layers: it
     does call them when one has a hook."""
 
 
 @contextlib.contextmanager
-def noise_off(model: nn.Module):
+def noise_off(model: nn.Module) -> Iterator[nn.Module]:
     """``with noise_off(model):`` runs the model without noise; each layer's switch is restored afterwards.
 
     Args:
@@ -284,11 +297,11 @@ class Description:
 
     layers: tuple[LayerDescription, ...]
 
-    def __str__(self):
-        def text(sigma):
+    def __str__(self) -> str:
+        def text(sigma: float | list[float]) -> str:
             return f"{sigma:.4g}" if isinstance(sigma, float) else f"{min(sigma):.4g} .. {max(sigma):.4g} ({len(sigma)} channels)"
 
-        rows = [("stream", "name", "type", "sigma", "backend")]
+        rows: list[tuple[str, ...]] = [("stream", "name", "type", "sigma", "backend")]
         backend = lambda d: f"triton, {d.noise}" if d.backend == "triton" else d.backend  # noqa: E731 - others have no choice
         rows += [(str(d.stream), d.name or "(model)", d.type, text(d.sigma), backend(d)) for d in self.layers]
         if any(d.calls for d in self.layers):
@@ -306,19 +319,20 @@ def describe(model: nn.Module) -> Description:
     Returns:
         A `Description` with ``layers`` in module order, which also says what is not called. Printed, it is a table.
     """
-    layers, noisy = [], noise_layers(model)
+    layers: list[LayerDescription] = []
+    noisy = noise_layers(model)
     called = _without_calls(model, {name: layer for name, layer in noisy.items() if isinstance(layer, NoisyInput)})
     for name, layer in noisy.items():
         like = next((p for n, p in layer.named_parameters(recurse=False) if n != "sigma_raw"), layer.current_sigma())
         sigma = layer.current_sigma().tolist()
-        own = isinstance(layer, (NoisyConv1d, NoisyConv2d, NoisyConv3d))  # others add noise, then run a forward of their own
-        where = noise.choice(layer.weight, layer.groups) if own else "separate"
+        # A layer of another kind adds noise, then runs a forward of its own.
+        place = noise.choice(layer.weight, layer.groups) if isinstance(layer, NoisyConv) else "separate"
         backend = noise.active_backend(like)
-        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, backend, where, called.get(name, "")))
+        layers.append(LayerDescription(name, type(layer).__name__, sigma, layer.stream, backend, place, called.get(name, "")))
     return Description(tuple(layers))
 
 
-def _without_calls(model, layers) -> dict[str, str]:
+def _without_calls(model: nn.Module, layers: dict[str, NoiseLayer]) -> dict[str, str]:
     """Of noisy layers those that a forward pass does not call, with how; those it is known of."""
     seen = _calls(model, first_executed(model, list(layers.values()))) if layers else None
     read = {parameter.rpartition(".")[0] for parameter in seen.read} if seen else ()
@@ -326,7 +340,7 @@ def _without_calls(model, layers) -> dict[str, str]:
     return {name: "reads the weight without calling it" if name in read else "never called" for name in missing}
 
 
-def _calls(model, first) -> Calls | None:
+def _calls(model: nn.Module, first: nn.Module) -> Calls | None:
     """What a forward pass calls, by a run of a copy on the meta device whose input fits the layer ``first``."""
     try:
         copied = meta_copy(model).eval()
@@ -344,7 +358,7 @@ def _calls(model, first) -> Calls | None:
 
 
 # ------------------------------------------------------------------------------------------------------------------- selection
-def _selector(argument, patterns):
+def _selector(argument: str, patterns: Selection | None) -> Selector:
     """A function (name, module) -> bool for types and name globs, one or several."""
     if patterns is None:
         patterns = ()
@@ -363,15 +377,15 @@ def _selector(argument, patterns):
     return lambda name, module: isinstance(module, types) or any(fnmatchcase(name, g) for g in globs)
 
 
-def _names(model):
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every name of every module, in module order: a shared module has several."""
-    names = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     return names
 
 
-def listing(names, most=3):
+def listing(names: Sequence[str], most: int = 3) -> str:
     names = [repr(name) if name else "the model itself" for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -381,7 +395,7 @@ class _Found(Exception):
     pass
 
 
-def first_executed(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
+def first_executed(model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
     """The layer of ``layers`` that ``model`` calls first: from a symbolic trace, else from a run on the meta device, else the first.
 
     Both act on a copy without data and without hooks, and the generator's state is put back: a forward may store what it sees.
@@ -399,12 +413,12 @@ def first_executed(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
     originals = {copied.get_submodule(names[layer]): layer for layer in layers}
     with torch.random.fork_rng(devices=[]):
         first = _first_traced(copied, originals) or _first_on_meta(copied, originals)
-    return originals.get(first, layers[0])
+    return layers[0] if first is None else originals[first]
 
 
-def _first_traced(model, layers):
+def _first_traced(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> nn.Module | None:
     class OfLayers(Tracer):
-        def is_leaf_module(self, module, name):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
             return module in layers or (super().is_leaf_module(module, name) and not any(m in layers for m in module.modules()))
 
     try:
@@ -415,10 +429,10 @@ def _first_traced(model, layers):
     return next((module for module in called if module in layers), None)
 
 
-def _first_on_meta(model, layers):
+def _first_on_meta(model: nn.Module, layers: dict[Any, nn.Module]) -> nn.Module | None:
     """Runs the model on a guessed input until a layer's hook fires: what that layer's input looks like does not matter then."""
 
-    def stop(module, args):
+    def stop(module: nn.Module, args: Any) -> None:
         raise _Found(module)
 
     for layer in layers:
@@ -461,11 +475,11 @@ def noisy_class(module: nn.Module) -> type:
     return _mixed_class(cls) if "_conv_forward" in vars(module) else _noisy_class(cls)  # patched, for tiled pictures: it shall be called
 
 
-def _noisy_class(cls):
+def _noisy_class(cls: type) -> type:
     return _NOISY[cls] if cls in _NOISY else _mixed_class(cls)
 
 
-def _mixed_class(cls):
+def _mixed_class(cls: type) -> type:
     if cls not in _mixed:
         members = {"__reduce_ex__": _reduce, "__doc__": f"`{cls.__name__}` of its input plus Gaussian noise.", "plain": cls}
         if issubclass(cls, nn.Linear):
@@ -480,20 +494,20 @@ def plain_class(cls: type) -> type:
         if cls is noisy:
             return plain
     if "plain" in cls.__dict__:
-        return cls.plain
+        return cls.__dict__["plain"]
     return _rebase(cls, plain_class(cls.__bases__[0]))  # parametrised, or a user's subclass of a noisy layer
 
 
-def _rebase(cls, base):
+def _rebase(cls: type, base: type) -> type:
     members = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
     return type(cls.__name__, (base, *cls.__bases__[1:]), members)
 
 
-def _reduce(self, protocol):
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     """Pickles and copies a layer whose class is made at run time by naming the plain class."""
     return _new, (type(self).plain,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
 
 
-def _new(plain):
-    cls = _noisy_class(plain)
+def _new(plain: type) -> nn.Module:
+    cls: Any = _noisy_class(plain)
     return cls.__new__(cls)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import rse_fast
 from rse_fast import data, demo_report
+from rse_fast.cli import wrapper
 from rse_fast.evaluate.estimate import estimate
 from rse_fast.models import SmallNet
 from rse_fast.train import Config, Ranks, Trainer
@@ -45,20 +46,20 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         print(f"rse-fast demo: needs {', '.join(missing)}: pip install 'rse-fast[demo]'", file=sys.stderr)
         return 1
+    return wrapper.run("demo", lambda: _run(args, _prepare(args)))
+
+
+def _prepare(args: argparse.Namespace) -> data.Splits:
+    """The data, once the device and the folder of the report are known to be usable. ValueError names what is not."""
+    _check_device(args.device)
     try:
-        try:
-            _check_device(args.device)
-            splits = _load(args)
-            args.out.mkdir(parents=True, exist_ok=True)
-            if not os.access(args.out, os.W_OK):
-                raise ValueError(f"--out: cannot write in {str(args.out)!r}")
-        except (OSError, ValueError) as error:
-            print(f"rse-fast demo: {error}", file=sys.stderr)
-            return 2
-        return _run(args, splits)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        splits = _load(args)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    if not os.access(args.out, os.W_OK):
+        raise ValueError(f"--out: cannot write in {str(args.out)!r}")
+    return splits
 
 
 def add_eager_noise(net: nn.Module, init_sigma: float, inner_sigma: float) -> None:

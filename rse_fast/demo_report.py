@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rse_fast.data import write_atomically
 from rse_fast.evaluate.render import (
-    COLOURS,
     MARKERS,
+    NETWORKS,
     draws_panel,
     errors,
     example_row,
@@ -20,7 +20,9 @@ from rse_fast.evaluate.render import (
     radius,
 )
 
-_RSE, _PLAIN, _TRANSFER = ({"color": color, "marker": marker} for color, marker in zip(COLOURS[:3], MARKERS, strict=False))
+_RSE, _PLAIN, _TRANSFER = (
+    {"color": NETWORKS[network], "marker": marker} for network, marker in zip(("rse", "plain", "rse"), MARKERS, strict=False)
+)
 _GALLERY_COLUMNS = 6
 _PICTURES = {
     "accuracy-eps.png": "Accuracy against the strength of the attack",
@@ -230,7 +232,7 @@ def _draws_figure(results: dict):
         return None
     panels = [("clean", "clean", _RSE)]
     if "attacked" in results["draws"]:
-        panels.append(("attacked", f"PGD at eps {radius(results['draws']['attacked_eps'])}", _PLAIN))
+        panels.append(("attacked", f"PGD at eps {radius(results['draws']['attacked_eps'])}", _TRANSFER))
     figure = new_figure(4.4 * len(panels), 3.8)
     for position, (key, name, style) in enumerate(panels, start=1):
         rows = results["draws"][key]

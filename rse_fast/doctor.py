@@ -29,6 +29,12 @@ VARIABLES = {
     "RSE_FAST_REQUIRE_LIBRARY": "read by the installation only: 1 makes a CPU library that cannot be built an error",
 }
 PREFIX = "RSE_FAST_"
+# How torch's threads wait for each other: spinning, or asleep.
+WAITING = {
+    True: "passive: threads sleep while they wait, right where other processes use these cores",
+    False: "active: threads spin while they wait, fastest on an idle machine; where other processes use these cores, set "
+    "OMP_WAIT_POLICY=passive (a training step of a tiny network took 23 ms with it, 262 ms without)",
+}
 ALSO_SHOWN = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
 
@@ -67,7 +73,8 @@ def _cpu() -> dict:
             model = line.partition(":")[2].strip()
             break
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"model": model, "cores": os.cpu_count(), "cores_usable": usable, "torch_threads": torch.get_num_threads()}
+    return {"model": model, "cores": os.cpu_count(), "cores_usable": usable, "torch_threads": torch.get_num_threads(),
+            "waiting": WAITING[os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"]}  # fmt: skip
 
 
 def _cuda() -> dict:
@@ -129,6 +136,7 @@ def _text(found: dict) -> str:
     rows += [(name, value or "not installed") for name, value in found["versions"].items()]
     rows += [("Devices", None)]
     rows += [("cpu", f"{cpu['model']}; {cpu['cores_usable']} of {cpu['cores']} cores, {cpu['torch_threads']} torch threads")]
+    rows += [("threads", cpu["waiting"])]
     for index, device in enumerate(cuda["devices"]):
         rows += [(f"cuda:{index}", f"{device['name']}, capability {device['capability']}, {device['memory_bytes'] / 2**30:.1f} GiB")]
     if not cuda["devices"]:

@@ -8,8 +8,11 @@ packed lazily: each image is read once and comes out ``draws`` times. An input o
 import math
 import numbers
 import operator
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from rse_fast import autograd, ops
 from rse_fast.address import NoiseAddress
@@ -23,11 +26,18 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WORD = 2**32
 _MAX = torch.finfo(torch.float32).max
 
+Seed: TypeAlias = int | Tensor  # an int, or an int64 tensor of one value
+PerChannel: TypeAlias = float | Tensor  # a number, a 0-dim tensor, or one value a channel
+Sizes: TypeAlias = int | Sequence[int]  # of a convolution: one for all spatial dimensions, or one each
+Padding: TypeAlias = Sizes | str
+
 
 def add_noise(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None, act=None,
-    channel_dim=1, backend="auto",
-) -> torch.Tensor:  # fmt: skip
+    x: Tensor, sigma: PerChannel, *, seed: Seed, stream: int = 0, images: int | None = None, draws: int = 1, image_offset: int = 0,
+    draw_offset: int = 0, sample_ids: Tensor | None = None,
+    scale: PerChannel | None = None, shift: PerChannel | None = None, act: str | None = None,
+    channel_dim: int = 1, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """``act(x * scale + shift) + sigma * eps``, computed in float32 and rounded once (to nearest even) to the dtype of ``x``.
 
     Args:
@@ -75,9 +85,10 @@ def add_noise(
 
 
 def add_noise_(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None, act=None,
-    backend="auto",
-) -> torch.Tensor:  # fmt: skip
+    x: Tensor, sigma: PerChannel, *, seed: Seed, stream: int = 0, images: int | None = None, draws: int = 1, image_offset: int = 0,
+    draw_offset: int = 0, sample_ids: Tensor | None = None,
+    scale: PerChannel | None = None, shift: PerChannel | None = None, act: str | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """`add_noise` in the memory of ``x``, which it returns: x [draws * images, C, *spatial] has a row for each of the result's and is
     contiguous or channels last. For inference: it has no gradient. Everything else as in `add_noise`. Raises RuntimeError where an input
     requires a gradient."""
@@ -96,14 +107,16 @@ def add_noise_(
 
 
 def activate_noise(
-    x, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None, act=None,
-    pool=False, keep=True, backend="auto",
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x: Tensor, sigma: PerChannel, *, seed: Seed, stream: int = 0, images: int | None = None, draws: int = 1, image_offset: int = 0,
+    draw_offset: int = 0, sample_ids: Tensor | None = None,
+    scale: PerChannel | None = None, shift: PerChannel | None = None, act: str | None = None, pool: bool = False, clean_output: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(noisy, clean) in one pass, for networks whose activation goes on with and without noise. For inference: it has no gradient.
 
     clean = ``act(x * scale + shift)``, with ``pool`` the largest of each 2x2 window of it, rounded once to x's dtype: one row for each
-    row of x; no rows unless ``keep``. noisy = the same value before its rounding, plus ``sigma * eps``, rounded once: ``draws * images``
-    rows.
+    row of x; no rows unless ``clean_output``. noisy = the same value before its rounding, plus ``sigma * eps``, rounded once:
+    ``draws * images`` rows.
 
     x [images or draws * images, C, *spatial]; with pool [*, C, H, W], H and W at least 2. Everything else as in `add_noise`. Raises
     RuntimeError where an input requires a gradient.
@@ -115,13 +128,15 @@ def activate_noise(
     backend = check_backend(backend, x)
     sigma, at = _address(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
     scale, shift = _affine("scale", scale, x.shape[1], x), _affine("shift", shift, x.shape[1], x)
-    return autograd.activate_noise(x, sigma, at, scale, shift, act == "relu", bool(pool), backend, bool(keep))
+    return autograd.activate_noise(x, sigma, at, scale, shift, act == "relu", bool(pool), backend, bool(clean_output))
 
 
 def add_noise_u8(
-    x, sigma, step, zero_point, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, scale=None,
-    shift=None, act=None, pool=False, backend="auto",
-) -> torch.Tensor:  # fmt: skip
+    x: Tensor, sigma: PerChannel, step: float, zero_point: int, *, seed: Seed, stream: int = 0, images: int | None = None,
+    draws: int = 1, image_offset: int = 0, draw_offset: int = 0, sample_ids: Tensor | None = None,
+    scale: PerChannel | None = None, shift: PerChannel | None = None, act: str | None = None, pool: bool = False,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """``saturate(zero_point + rint((act(x * scale + shift) + sigma * eps) / step))`` as uint8: the noise is the quantiser's dither.
 
     x [images or draws * images, C, *spatial]: uint8 or int32, which ``scale`` and ``shift`` give their units, or float. step > 0: units of
@@ -148,16 +163,17 @@ def add_noise_u8(
 
 
 def noisy_conv2d(
-    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None,
-    stride=1, padding=0, dilation=1, groups=1, backend="auto",
-) -> torch.Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: PerChannel, *, seed: Seed, stream: int = 0, images: int | None = None,
+    draws: int = 1, image_offset: int = 0, draw_offset: int = 0, sample_ids: Tensor | None = None,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """``conv2d(x + sigma * eps, weight, bias)``: zero padding stays exactly zero, noise is on real pixels only.
 
     Saves the clean ``x`` and the seed for backward, as the plain convolution would, and regenerates the noisy input when the weight's
     gradient needs it. x [images or draws * images, Cin, H, W]; weight [Cout, Cin / groups, kh, kw]; padding a number, a pair,
     "valid" or "same". Everything else as in `add_noise` and `torch.nn.functional.conv2d`.
     """
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 4:
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
         raise ValueError(f"weight must be a tensor [Cout, Cin / groups, kh, kw], got {_describe(weight)}")
     return noisy_conv(
         x, weight, bias, sigma, seed=seed, stream=stream, images=images, draws=draws, image_offset=image_offset, draw_offset=draw_offset,
@@ -166,9 +182,10 @@ def noisy_conv2d(
 
 
 def noisy_conv(
-    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None,
-    stride=1, padding=0, dilation=1, groups=1, backend="auto",
-) -> torch.Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: PerChannel, *, seed: Seed, stream: int = 0, images: int | None = None,
+    draws: int = 1, image_offset: int = 0, draw_offset: int = 0, sample_ids: Tensor | None = None,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """`noisy_conv2d` for one, two or three spatial dimensions, as many as ``weight`` [Cout, Cin / groups, *kernel] has."""
     stride, dilation, groups = _convolution(x, weight, stride, dilation, groups)
     spatial = len(stride)
@@ -177,20 +194,23 @@ def noisy_conv(
     sigma, at = _address(x, x.shape[1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)
     backend = check_backend(backend, x)
     _check_operands(x, weight, bias)
-    padding = _padding(padding, weight, stride, dilation)
-    _output_sizes(x, weight, stride, [sum(p) if isinstance(p, tuple) else 2 * p for p in padding], dilation)
-    if isinstance(padding, list):
+    zeros = _padding(padding, weight, stride, dilation)
+    _output_sizes(x, weight, stride, [sum(p) if isinstance(p, tuple) else 2 * p for p in zeros], dilation)
+    if isinstance(zeros, list):
         # Zeros go around the noisy input, so noise has to come first here.
         y = autograd.add_noise(x, sigma, at, backend=backend)
-        y = torch.nn.functional.pad(y, [side for pair in reversed(padding) for side in pair])
+        y = torch.nn.functional.pad(y, [side for pair in reversed(zeros) for side in pair])
         return torch.convolution(y, weight, bias, stride, (0,) * spatial, dilation, False, (0,) * spatial, groups)
-    return autograd.noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend)
+    return autograd.noisy_conv(x, weight, bias, sigma, at, stride, zeros, dilation, groups, backend)
 
 
 def conv_activate_noise(
-    x, weight, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, scale=None, shift=None,
-    act=None, stride=1, padding=0, dilation=1, groups=1, dtype=None, backend="auto",
-) -> torch.Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, sigma: PerChannel, *, seed: Seed, stream: int = 0, images: int | None = None,
+    draws: int = 1, image_offset: int = 0, draw_offset: int = 0, sample_ids: Tensor | None = None,
+    scale: PerChannel | None = None, shift: PerChannel | None = None, act: str | None = None,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1,
+    dtype: torch.dtype | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """``act(conv(x, weight) * scale + shift) + sigma * eps``: a convolution with what follows it up to the next layer's noise.
 
     For inference: it has no gradient. The noise is that of the result [draws * images, Cout, *spatial], which is channels last in
@@ -212,27 +232,29 @@ def conv_activate_noise(
         raise ValueError(f"act must be None or 'relu', got {act!r}")
     if x.dtype not in triton.LOW_PRECISION:
         x, weight, _ = autocast(x, weight, None)
-    padding = _padding(padding, weight, stride, dilation)
-    if not isinstance(padding, tuple):
+    zeros = _padding(padding, weight, stride, dilation)
+    if not isinstance(zeros, tuple):
         raise ValueError(f"padding must be symmetric, which 'same' is not for a kernel of {tuple(weight.shape[2:])}")
     _check_operands(x, weight, None)
-    sizes = _output_sizes(x, weight, stride, [2 * p for p in padding], dilation)
+    sizes = _output_sizes(x, weight, stride, [2 * p for p in zeros], dilation)
     backend = check_backend(backend, x, (*cpu.DTYPES, *triton.LOW_PRECISION), (*triton.DTYPES, *triton.LOW_PRECISION))
     sigma, at = _address(x, weight.shape[0], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids, math.prod(sizes))
     scale, shift = _affine("scale", scale, weight.shape[0], x), _affine("shift", shift, weight.shape[0], x)
-    more = scale, shift, act == "relu", stride, padding, dilation, groups, dtype, backend
-    return ops.conv_activate_noise(x, weight, sigma, *at, *more)
+    return ops.conv_activate_noise(
+        x, weight, sigma, *at, scale, shift, act == "relu", stride, zeros, dilation, groups, dtype, backend
+    )  # fmt: skip
 
 
 def noisy_linear(
-    x, weight, bias, sigma, *, seed, stream=0, images=None, draws=1, image_offset=0, draw_offset=0, sample_ids=None, backend="auto"
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: PerChannel, *, seed: Seed, stream: int = 0, images: int | None = None,
+    draws: int = 1, image_offset: int = 0, draw_offset: int = 0, sample_ids: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """``linear(x + sigma * eps, weight, bias)``: x [images or draws * images, *, in_features], features as channels.
 
     Saves the clean ``x`` for backward. Arguments and errors as in `add_noise`; weight [out_features, in_features].
     """
     _check_input("x", x, minimum=2)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be a tensor [out_features, {x.shape[-1]}], got {_describe(weight)}")
     _check_bias(bias, weight.shape[0])
     x, weight, bias = autocast(x, weight, bias)
@@ -243,9 +265,9 @@ def noisy_linear(
 
 
 # ------------------------------------------------------------------------------------------------------------------ arguments
-def seed_tensor(seed, device) -> torch.Tensor:
+def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
     """``seed`` as the int64 tensor that ops take: an int modulo 2^64, or an int64 tensor of one value."""
-    if isinstance(seed, torch.Tensor):
+    if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed must be an int or an int64 tensor of one value, got {_describe(seed)}")
         if seed.layout != torch.strided or (seed.is_meta and torch.device(device).type != "meta"):
@@ -260,9 +282,9 @@ def seed_tensor(seed, device) -> torch.Tensor:
     return torch.full((), value, dtype=torch.int64, device=device)  # made there: a copy could not be captured in a CUDA graph
 
 
-def check_sigma(name: str, sigma) -> None:
+def check_sigma(name: str, sigma: object) -> None:
     """Raises unless ``sigma`` is a finite number >= 0 or a float tensor of such (a tensor on an accelerator is trusted)."""
-    if isinstance(sigma, torch.Tensor):
+    if isinstance(sigma, Tensor):
         if sigma.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {sigma.layout}")
         if not sigma.is_floating_point():
@@ -270,17 +292,27 @@ def check_sigma(name: str, sigma) -> None:
         if torch.compiler.is_compiling() or sigma.device.type != "cpu":
             return
         values = sigma.detach() if sigma.dim() else sigma.item()
-        if not (bool(((values >= 0) & values.float().isfinite()).all()) if sigma.dim() else 0 <= values <= _MAX):
+        if not (bool(((values >= 0) & values.float().isfinite()).all()) if isinstance(values, Tensor) else 0 <= values <= _MAX):
             raise ValueError(f"{name} must be finite and not negative, got {sigma.tolist()}")
     elif isinstance(sigma, bool) or not isinstance(sigma, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(sigma).__name__}")
-    elif not 0 <= sigma <= _MAX:
+    elif not 0 <= sigma <= _MAX:  # type: ignore[operator]  # real numbers compare
         raise ValueError(f"{name} must be finite and not negative, got {sigma}")
 
 
 def _address(
-    x, channels, sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids, positions=None
-) -> tuple[torch.Tensor, NoiseAddress]:
+    x: Tensor,
+    channels: int,
+    sigma: PerChannel,
+    seed: Seed,
+    stream: int,
+    images: int | None,
+    draws: int,
+    image_offset: int,
+    draw_offset: int,
+    sample_ids: Tensor | None,
+    positions: int | None = None,
+) -> tuple[Tensor, NoiseAddress]:
     """(sigma, the noise's address), checked and on x's device.
 
     The noise is on ``channels`` channels at ``positions`` positions a row, those of x by default.
@@ -308,9 +340,9 @@ def _address(
     return sigma, NoiseAddress(seed_tensor(seed, x.device), stream, images, draws, image_offset, draw_offset, sample_ids)
 
 
-def _sigma(sigma, channels, x):
+def _sigma(sigma: PerChannel, channels: int, x: Tensor) -> Tensor:
     check_sigma("sigma", sigma)
-    if not isinstance(sigma, torch.Tensor):
+    if not isinstance(sigma, Tensor):
         return torch.full((), float(sigma), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] not in (1, channels)):
         raise ValueError(f"sigma must be a scalar or one value for each of {channels} channels, got shape {tuple(sigma.shape)}")
@@ -321,7 +353,7 @@ def _sigma(sigma, channels, x):
     return sigma.float() if sigma.dtype == torch.float64 and x.dtype != torch.float64 else sigma
 
 
-def _check_data(name, value, x):
+def _check_data(name: str, value: Tensor, x: Tensor) -> None:
     """Raises where ``value`` has no data for a call on ``x`` that has, or is no plain dense tensor."""
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
@@ -329,10 +361,10 @@ def _check_data(name, value, x):
         raise ValueError(f"{name} must have data, got a tensor on the meta device for x on {x.device}")
 
 
-def _sample_ids(sample_ids, images, draws, device):
+def _sample_ids(sample_ids: Tensor | None, images: int, draws: int, device: torch.device) -> Tensor | None:
     if sample_ids is None:
         return None
-    if not isinstance(sample_ids, torch.Tensor) or sample_ids.dtype != torch.int64 or tuple(sample_ids.shape) != (images, 2):
+    if not isinstance(sample_ids, Tensor) or sample_ids.dtype != torch.int64 or tuple(sample_ids.shape) != (images, 2):
         raise ValueError(f"sample_ids must be an int64 tensor [{images}, 2], got {_describe(sample_ids)}")
     if sample_ids.layout != torch.strided or (sample_ids.is_meta and torch.device(device).type != "meta"):
         raise ValueError(f"sample_ids must be a dense tensor with data, got {sample_ids.layout} on {sample_ids.device}")
@@ -342,10 +374,10 @@ def _sample_ids(sample_ids, images, draws, device):
     return sample_ids.to(device).resolve_neg().contiguous()
 
 
-def _affine(name, value, channels, x):
+def _affine(name: str, value: PerChannel | None, channels: int, x: Tensor) -> Tensor | None:
     if value is None:
         return None
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be None, a number or a tensor, got {type(value).__name__}")
         value = torch.full((), float(value), dtype=torch.float64, device=x.device)
@@ -355,8 +387,8 @@ def _affine(name, value, channels, x):
     return value.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32).expand(channels)
 
 
-def _check_input(name, x, minimum, maximum=None, dtypes=FLOATS):
-    if not isinstance(x, torch.Tensor):
+def _check_input(name: str, x: Tensor, minimum: int, maximum: int | None = None, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
@@ -367,17 +399,27 @@ def _check_input(name, x, minimum, maximum=None, dtypes=FLOATS):
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(x.shape)}")
 
 
-def _check_windows(x, pool):
+def check_batch(x: Tensor) -> None:
+    """Raises unless a layer's input is a dense tensor of one dimension or more."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
+    if not x.dim():
+        raise ValueError("x must have at least 2 dimensions, got shape ()")
+
+
+def _check_windows(x: Tensor, pool: bool) -> None:
     if pool and min(x.shape[2:]) < 2:
         raise ValueError(f"x must be at least 2 pixels high and wide to be pooled, got shape {tuple(x.shape)}")
 
 
-def _check_bias(bias, channels):
-    if bias is not None and (not isinstance(bias, torch.Tensor) or tuple(bias.shape) != (channels,)):
+def _check_bias(bias: Tensor | None, channels: int) -> None:
+    if bias is not None and (not isinstance(bias, Tensor) or tuple(bias.shape) != (channels,)):
         raise ValueError(f"bias must be None or a tensor [{channels}], got {_describe(bias)}")
 
 
-def _check_operands(x, weight, bias):
+def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raises where torch's convolution or product would not take these together."""
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
@@ -389,8 +431,10 @@ def _check_operands(x, weight, bias):
             raise ValueError(f"{name} must be on {x.device} as x is, got {value.device}")
 
 
-def _output_sizes(x, weight, stride, zeros, dilation):
+def _output_sizes(x: Tensor, weight: Tensor, stride: tuple[int, ...], zeros: Sequence[int], dilation: tuple[int, ...]) -> list[int]:
     """Sizes of the convolution's output; ``zeros``: how many the padding adds to each dimension."""
+    if min(x.shape[2:]) < 1:  # torch's convolution does not take it, not even where zeros are put around it
+        raise ValueError(f"x must have at least one pixel in each dimension, got shape {tuple(x.shape)}")
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
     sizes = [(n + z - r) // s + 1 for n, z, r, s in zip(x.shape[2:], zeros, reach, stride, strict=True)]
     if min(sizes) < 1:
@@ -398,7 +442,9 @@ def _output_sizes(x, weight, stride, zeros, dilation):
     return sizes
 
 
-def check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES), triton_dtypes=triton.DTYPES) -> str:
+def check_backend(
+    backend: str, x: Tensor, cpu_dtypes: Sequence[torch.dtype] = tuple(cpu.DTYPES), triton_dtypes: Sequence[torch.dtype] = triton.DTYPES
+) -> str:
     """``backend``, if it is "auto" or takes tensors like ``x`` here; raises what says why it does not otherwise."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -421,7 +467,7 @@ def check_backend(backend, x, cpu_dtypes=tuple(cpu.DTYPES), triton_dtypes=triton
     return backend
 
 
-def autocast(x, weight, bias):
+def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """(x, weight, bias) with the casts that autocast gives a plain convolution or linear layer; it does not look inside our ops.
 
     Autocast leaves float64 alone.
@@ -430,13 +476,16 @@ def autocast(x, weight, bias):
         return x, weight, bias
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
     return x, weight, bias
 
 
-def _convolution(x, weight, stride, dilation, groups, dtypes=FLOATS):
+def _convolution(
+    x: Tensor, weight: Tensor, stride: Sizes, dilation: Sizes, groups: int, dtypes: Sequence[torch.dtype] = FLOATS
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """(stride, dilation, groups) of a convolution, checked against its operands."""
-    if not isinstance(weight, torch.Tensor) or not 3 <= weight.dim() <= 5:
+    if not isinstance(weight, Tensor) or not 3 <= weight.dim() <= 5:
         raise ValueError(f"weight must be a tensor [Cout, Cin / groups, *kernel] with 1 to 3 kernel dimensions, got {_describe(weight)}")
     spatial = weight.dim() - 2
     _check_input("x", x, minimum=2 + spatial, maximum=2 + spatial, dtypes=dtypes)
@@ -450,7 +499,9 @@ def _convolution(x, weight, stride, dilation, groups, dtypes=FLOATS):
     return _tuple("stride", stride, spatial, 1), _tuple("dilation", dilation, spatial, 1), groups
 
 
-def _padding(padding, weight, stride, dilation):
+def _padding(
+    padding: Padding, weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, ...] | list[tuple[int, int]]:
     """Zeros at either side of each dimension as a tuple; where the sides differ a list of pairs."""
     if not isinstance(padding, str):
         return _tuple("padding", padding, len(stride), 0)
@@ -458,7 +509,7 @@ def _padding(padding, weight, stride, dilation):
     return pairs if any(left != right for left, right in pairs) else tuple(left for left, _ in pairs)
 
 
-def _string_padding(padding, kernel, stride, dilation):
+def _string_padding(padding: str, kernel: Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
     if padding == "valid":
         return [(0, 0)] * len(kernel)
     if padding != "same":
@@ -469,23 +520,21 @@ def _string_padding(padding, kernel, stride, dilation):
     return [(t // 2, t - t // 2) for t in totals]
 
 
-def _tuple(name, value, n, minimum):
+def _tuple(name: str, value: Sizes, n: int, minimum: int) -> tuple[int, ...]:
     if type(value) is tuple and len(value) == n and all(type(v) is int and v >= minimum for v in value):  # a layer's, at every call
         return value
-    value = (value,) * n if not isinstance(value, (tuple, list)) else tuple(value)
-    if len(value) == 1:
-        value = value * n
-    value = tuple(integer(name, v) for v in value)
-    if len(value) != n or any(v < minimum for v in value):
-        raise ValueError(f"{name} must be an integer >= {minimum} or {n} of them, got {value}")
-    return value
+    several = tuple(integer(name, v) for v in (value if isinstance(value, (tuple, list)) else (value,)))
+    several = several * n if len(several) == 1 else several
+    if len(several) != n or any(v < minimum for v in several):
+        raise ValueError(f"{name} must be an integer >= {minimum} or {n} of them, got {several}")
+    return several
 
 
-def integer(name, value) -> int:
+def integer(name: str, value: Any) -> int:
     """``value`` as an integer, symbolic ones under torch.compile included."""
     if type(value) is int or isinstance(value, torch.SymInt):  # operator.index would make a constant of a symbolic one
-        return value
-    if isinstance(value, bool) or isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+        return value  # type: ignore[return-value]  # a symbolic integer stands for an int
+    if isinstance(value, bool) or isinstance(value, Tensor) and value.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer, got bool")
     try:
         return operator.index(value)
@@ -493,7 +542,7 @@ def integer(name, value) -> int:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
-def first_image(image_offset, images: int) -> int:
+def first_image(image_offset: int, images: int) -> int:
     """``image_offset`` as an integer from which so many images can be counted in 32 bits."""
     image_offset = integer("image_offset", image_offset)
     if image_offset < 0 or image_offset + images > 2**32:
@@ -501,10 +550,10 @@ def first_image(image_offset, images: int) -> int:
     return image_offset
 
 
-def _names(dtypes) -> str:
+def _names(dtypes: Sequence[torch.dtype]) -> str:
     *first, last = (str(dtype)[6:] for dtype in dtypes)
     return f"{', '.join(first)} or {last}"
 
 
-def _describe(value) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+def _describe(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -17,12 +17,12 @@ def packed_like(x: torch.Tensor, rows: int, pool: bool = False, dtype: torch.dty
 
     Contiguous where ``x`` is in neither layout.
     """
-    lies = layout(x)
-    if lies and rows == x.shape[0] and not pool and dtype is None:
+    memory_layout = layout(x)
+    if memory_layout and rows == x.shape[0] and not pool and dtype is None:
         return torch.empty_like(x)
     spatial = [n // 2 for n in x.shape[2:]] if pool else x.shape[2:]
     shape = (rows, x.shape[1], *spatial)
-    if lies != "flat":
+    if memory_layout != "flat":
         return x.new_empty(shape, dtype=dtype)
     strides, step = [1] * len(shape), shape[1]
     for d in range(len(shape) - 1, 1, -1):

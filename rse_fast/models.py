@@ -255,18 +255,3 @@ def search_working_directory() -> None:
     """For the commands: "module:function" may name a module in the working directory, which replaces no installed one."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-
-
-def main_output(found: object) -> Tensor:
-    """The logits in what a model returns in training, where one with auxiliary heads gives a tuple or a dict: the first of a tuple, as in
-    torchvision and timm, and "logits" or "out" of a dict. Raises TypeError for anything else."""
-    if isinstance(found, dict):
-        found = found.get("logits", found.get("out"))
-    elif isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            "model: expected logits [B, num_classes] in training, a tuple that begins with them, or a dict with 'logits' or 'out', "
-            f"got {type(found).__name__}"
-        )
-    return found

@@ -7,10 +7,13 @@ is given, and every value of the noise is a function of (seed, layer, draw, imag
 
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.fx import Proxy
 
 from rse_fast import autograd, functional
@@ -30,7 +33,10 @@ class NoiseContext:
     rows are draws ``draw_offset ..`` of images ``image_offset ..``, or of the (image, first draw) of each row of ``sample_ids``. A layer's
     stream is its index in the model, plus the number of its earlier calls within the context in the high half of the word: one context is
     one forward pass.
-    ``silent``: the stream of a layer whose first call adds no noise, because the caller has added it already.
+    ``noiseless_stream``: the stream of a layer whose first call adds no noise, because the caller has added it already.
+    ``packed``: whether the batch comes with all its rows. A layer may then get several rows an image (windows, heads, patches), those of
+    an image beside each other: each has noise of its own, keyed by its place within its image.
+    ``plain``: streams of layers that add no noise, because they get one row for all images.
     ``undefined``: bool tensors, of the images or of all rows: which had NaN where they became bytes, in which NaN is lost.
 
     Activation checkpointing goes around a context: one inside would run again in backward, where no context is left, and is refused.
@@ -43,11 +49,14 @@ class NoiseContext:
     draw_offset: int = 0
     backend: str = "auto"
     sample_ids: torch.Tensor | None = None
-    silent: int | None = None
-    calls: dict = field(default_factory=dict, repr=False)
-    undefined: list = field(default_factory=list, repr=False)
+    noiseless_stream: int | None = None
+    packed: bool = False
+    plain: frozenset[int] = frozenset()
+    calls: dict[nn.Module, int] = field(default_factory=dict, repr=False)
+    undefined: list[Tensor] = field(default_factory=list, repr=False)
+    divided: set[str] = field(default_factory=set, repr=False)  # names of layers that got several rows an image
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         seed, ids = self.seed, self.sample_ids
         if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed must be an int64 tensor of one value, got {seed!r}")
@@ -55,25 +64,29 @@ class NoiseContext:
             if ids.dtype != torch.int64 or tuple(ids.shape) != (self.images, 2):
                 raise ValueError(f"sample_ids must be int64 [{self.images}, 2], got {ids.dtype} of shape {tuple(ids.shape)}")
             self.sample_ids = ids.contiguous()
+        self.packed |= self.draws == 1
 
-    def __enter__(self):
+    def __enter__(self) -> "NoiseContext":
         self._outer = getattr(_active, "context", None)
         _active.context = self
         self._frame = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else id(sys._getframe(1))
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         _active.context = self._outer
 
     def noise(self, layer: "NoiseLayer", x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
         """What `NoiseLayer.noise` returns for a call of ``layer`` on ``x`` within this context."""
         rows = x.shape[0]
-        if rows != self.images and rows != self.images * self.draws:
-            name = layer.layer_name or type(layer).__name__
-            raise ValueError(
+        name = layer.layer_name or type(layer).__name__
+        parts, rest = divmod(rows, self.images * self.draws or 1)
+        one_each = rows in (self.images, self.images * self.draws)
+        if layer.stream not in self.plain and not one_each and (rest or not self.packed):
+            raise RowsError(
                 f"the noisy layer {name!r} got {rows} rows where {self.images} images in {self.draws} draws are under way: a noisy layer "
-                f"must have one row an image; convert(exclude={name!r}) leaves this one without noise"
-            )
+                f"must have one row an image, or as many for each; convert(exclude={name!r}) leaves this one without noise",
+                layer.stream, rows,
+            )  # fmt: skip
         if self._frame is not None and (x.requires_grad or any(p.requires_grad for p in layer.parameters(recurse=False))):
             if is_checkpointed(self._frame):
                 raise ValueError(
@@ -83,18 +96,43 @@ class NoiseContext:
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
         sigma = layer.current_sigma(x.dtype)
-        if call == 0 and layer.stream == self.silent:
+        if call == 0 and layer.stream == self.noiseless_stream:
             sigma = torch.zeros_like(sigma)
         seed, sample_ids = self.seed, self.sample_ids
         if seed.device != x.device:  # a model that is spread over devices
             seed, sample_ids = seed.to(x.device), None if sample_ids is None else sample_ids.to(x.device)
         stream = layer.stream + (call << 16)
+        if layer.stream in self.plain:
+            return torch.zeros_like(sigma), NoiseAddress(seed, stream, rows), self.backend
+        if not one_each:
+            self.divided.add(name)
+            return sigma, NoiseAddress(seed, stream, rows, sample_ids=self._divided(parts, x.device)), self.backend
         return sigma, NoiseAddress(seed, stream, self.images, self.draws, self.image_offset, self.draw_offset, sample_ids), self.backend
+
+    def _divided(self, parts: int, device: torch.device) -> torch.Tensor:
+        """The sample ids of a packed batch in which every image has ``parts`` rows: part j of image i is number i * parts + j."""
+        if self.sample_ids is None:
+            image = torch.arange(self.image_offset, self.image_offset + self.images, device=device)
+            first = torch.full_like(image, self.draw_offset)
+        else:
+            image, first = self.sample_ids.to(device).unbind(1)
+        numbers = image[:, None] * parts + torch.arange(parts, device=device)
+        draws = first + torch.arange(self.draws, device=device)[:, None]
+        shape = self.draws, self.images, parts
+        return torch.stack([numbers.expand(shape), draws[..., None].expand(shape)], -1).view(-1, 2)
+
+
+class RowsError(ValueError):
+    """A noisy layer got rows that are not those of the images. stream: its own; rows: how many it got."""
+
+    def __init__(self, message, stream, rows):
+        super().__init__(message)
+        self.stream, self.rows = stream, rows
 
 
 def is_checkpointed(outermost: int | None = None) -> bool:
     """Whether the caller runs within `torch.utils.checkpoint`, looked for up to the frame of id ``outermost``."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and id(frame) != outermost:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             return True
@@ -130,9 +168,11 @@ class NoiseLayer(nn.Module):
     layer_name = ""
     noise_enabled = True
     channel_dim = 1
-    _remembered_sigma = None  # sigma's values, while its tensor is on the meta device and has none
+    sigma: Tensor
+    sigma_raw: nn.Parameter
+    _remembered_sigma: Tensor | None = None  # sigma's values, while its tensor is on the meta device and has none
 
-    def init_noise(self, sigma, learnable: bool = False) -> None:
+    def init_noise(self, sigma: functional.PerChannel, learnable: bool = False) -> None:
         """Gives the layer its sigma (a number or a float32 tensor, 0-dim or one per channel, >= 0; > 0 if learnable)."""
         functional.check_sigma("sigma", sigma)
         device = sigma.device if isinstance(sigma, torch.Tensor) else "cpu"  # a number has its value also where the default device is meta
@@ -152,7 +192,7 @@ class NoiseLayer(nn.Module):
             self.register_buffer("sigma", value.to(device), persistent=False)
 
     @torch.no_grad()
-    def set_sigma(self, sigma) -> None:
+    def set_sigma(self, sigma: functional.PerChannel) -> None:
         """Gives the layer another sigma in place: a number or a tensor of sigma's shape, >= 0; > 0 if learnable.
 
         The tensor stays the same one, so compiled and captured graphs, ensembles and optimisers see the change.
@@ -173,7 +213,8 @@ class NoiseLayer(nn.Module):
         return sigma if sigma.dtype == torch.float32 or dtype == torch.float64 else sigma.float()
 
     def noise(self, x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
-        """(sigma, address, backend) of the noise of one call on ``x``."""
+        """(sigma, address, backend) of the noise of one call on ``x``. Raises TypeError or ValueError for what is no batch."""
+        functional.check_batch(x)
         context = getattr(_active, "context", None)
         return (self.current_sigma(x.dtype), ambient(x), "auto") if context is None else context.noise(self, x)
 
@@ -184,21 +225,25 @@ class NoiseLayer(nn.Module):
             return autograd.add_noise(x, sigma, at)
         return functional.add_noise(x, sigma, **at._asdict(), channel_dim=self.channel_dim, backend=backend)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NoiseLayer":
         # model.half() or .bfloat16() must not round sigma: noise arithmetic is float32 whatever the model's dtype. And a state dict without
         # sigma could not bring back what to("meta") and to_empty() take away.
         before = self._stored_sigma()
         kept = None if before is None else self._remembered_sigma if before.is_meta else before.detach().clone()
         super()._apply(fn, recurse)
         after = self._stored_sigma()
-        if kept is not None and (after is not before or after.dtype != torch.float32):
+        if kept is None or after is None:
+            return self
+        if after is not before or after.dtype != torch.float32:
             self._remember_sigma(kept, after.device)
             self._store_sigma(kept.to(after.device))
-        elif kept is not None and isinstance(after, nn.Parameter) and not after.is_meta:
+        elif isinstance(after, nn.Parameter) and not after.is_meta:
             after.data.copy_(kept)  # to_empty() leaves a parameter the same tensor
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], errors: list[str]
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if prefix + "sigma_raw" in missing:  # a plain model's checkpoint
             missing.remove(prefix + "sigma_raw")
@@ -210,8 +255,8 @@ class NoiseLayer(nn.Module):
         if stored.is_meta and metadata.get("assign_to_params_buffers") and not any(p.is_meta for p in weights):
             device = weights[0].device if weights else self._remembered_sigma.device
             self._store_sigma(self._remembered_sigma.to(device))
-            stored = self._stored_sigma()
-        if not stored.is_meta:
+            del self._remembered_sigma
+        elif not stored.is_meta:
             del self._remembered_sigma
 
     def _stored_sigma(self) -> torch.Tensor | None:
@@ -219,7 +264,7 @@ class NoiseLayer(nn.Module):
         raw = self._parameters.get("sigma_raw")
         return self._buffers.get("sigma") if raw is None else raw
 
-    def _store_sigma(self, value):
+    def _store_sigma(self, value: Tensor) -> None:
         if "sigma_raw" not in self._parameters:
             self.sigma = value
         elif self.sigma_raw.is_meta:  # a tensor on the meta device takes no data
@@ -227,14 +272,14 @@ class NoiseLayer(nn.Module):
         else:
             self.sigma_raw.data = value
 
-    def _remember_sigma(self, value, device):
+    def _remember_sigma(self, value: Tensor, device: torch.device | str) -> None:
         """Keeps the value while ``device`` is the meta device, where tensors have none."""
         if torch.device(device).type == "meta":
             self._remembered_sigma = value
         else:
             self.__dict__.pop("_remembered_sigma", None)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         plain = super().extra_repr()
         sigma = self.current_sigma()
         text = f"sigma={sigma.item():.4g}" if sigma.numel() == 1 else f"sigma=[{sigma.min():.4g} .. {sigma.max():.4g}]"
@@ -252,31 +297,44 @@ def _raw(sigma: torch.Tensor) -> torch.Tensor:
 class GaussianNoise(NoiseLayer):
     """``x + sigma * eps`` for x [N, ...] of any float dtype; keeps dtype and memory layout, saves nothing for backward.
 
-    sigma: number or float tensor, 0-dim or [C], >= 0. channel_dim: the dimension that addresses channels, not 0.
+    The noise is on in ``train()`` and in ``eval()``; `rse_fast.noise_off` switches it off.
+
+    Args:
+        sigma: standard deviation of the noise, >= 0, in the units of the input: a number, or a float tensor, 0-dim or [C].
+        channel_dim: the dimension that addresses channels, not 0.
+
+    Raises:
+        TypeError: sigma is neither a number nor a float tensor.
+        ValueError: sigma is negative, not finite, or of another shape; channel_dim is 0.
+
+    Examples:
+        >>> model = nn.Sequential(GaussianNoise(0.25), network)  # noise at the input alone, as for certificates
+
+    Reference: Liu, Cheng, Zhang, Hsieh, ECCV 2018.
     """
 
-    def __init__(self, sigma, channel_dim=1):
+    def __init__(self, sigma: functional.PerChannel, channel_dim: int = 1) -> None:
         super().__init__()
         if functional.integer("channel_dim", channel_dim) == 0:
             raise ValueError("channel_dim must not be 0, the dimension of the images, got 0")
         self.channel_dim = channel_dim
         self.init_noise(sigma)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return _one_node(self, x)
         if not self.noise_enabled:
             return x
         return self.add_noise(x)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, channel_dim={self.channel_dim}"
 
 
 class NoisyInput(NoiseLayer):
     """Mixin for a layer with a forward of its own: noise on its first input, then that forward. Channels are dimension 1."""
 
-    def forward(self, input, *args, **kwargs):
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, Proxy):
             return _one_node(self, input, *args, **kwargs)
         if self.noise_enabled:
@@ -284,33 +342,43 @@ class NoisyInput(NoiseLayer):
         return super().forward(input, *args, **kwargs)
 
 
-class _NoisyConv(NoisyInput):
+class NoisyConv(NoisyInput):
     """A plain ``nn.ConvNd`` whose forward is one noisy op: backward holds the clean input, as the plain convolution does."""
 
-    def __init__(self, *args, sigma=0.1, **kwargs):
+    weight: Any  # what nn.ConvNd, the second base of each layer, gives it
+    bias: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: Any
+    _conv_forward: Any
+
+    def __init__(self, *args: Any, sigma: functional.PerChannel = 0.1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_noise(sigma)
 
-    def forward(self, input):  # the name that nn.ConvNd gives it: callers may use it
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.ConvNd gives it: callers may use it
         if isinstance(input, Proxy):
             return _one_node(self, input)
         weight, bias = self.weight, self.bias
         if not self.noise_enabled:
             return self._conv_forward(input, weight, bias)
         stride, padding = self.stride, self.padding
+        functional.check_batch(input)
         dimensions = input.dim()
         if dimensions == len(stride) + 1:  # one sample without a batch dimension
             return self.forward(input.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":  # the padding repeats noisy pixels, so noise comes first
             return super().forward(input)
         sigma, at, backend = self.noise(input)
+        input, weight, bias = functional.autocast(input, weight, bias)
         if (
             type(padding) is tuple
             and dimensions == len(stride) + 2
             and input.shape[1] == self.in_channels
+            and input.dtype == weight.dtype
             and _fits(input, 1, sigma, backend)
         ):
-            input, weight, bias = functional.autocast(input, weight, bias)
             return autograd.noisy_conv(input, weight, bias, sigma, at, stride, padding, self.dilation, self.groups)
         return functional.noisy_conv(
             input, weight, bias, sigma, **at._asdict(), stride=stride, padding=padding, dilation=self.dilation, groups=self.groups,
@@ -318,43 +386,94 @@ class _NoisyConv(NoisyInput):
         )  # fmt: skip
 
 
-class NoisyConv1d(_NoisyConv, nn.Conv1d):
-    """`nn.Conv1d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
+class NoisyConv1d(NoisyConv, nn.Conv1d):
+    """`nn.Conv1d` of ``x + sigma * eps``. The noise is on in ``train()`` and in ``eval()``.
+
+    Args:
+        *args, **kwargs: those of `nn.Conv1d`.
+        sigma: standard deviation of the noise, >= 0, in the units of the input: a number, or a float tensor, 0-dim or [in_channels].
+
+    Raises:
+        TypeError: sigma is neither a number nor a float tensor.
+        ValueError: sigma is negative, not finite, or of another shape.
+
+    Examples:
+        >>> y = NoisyConv1d(3, 8, 3, sigma=0.2)(torch.rand(4, 3, 8))  # [4, 8, 6]
+    """
 
 
-class NoisyConv2d(_NoisyConv, nn.Conv2d):
-    """`nn.Conv2d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
+class NoisyConv2d(NoisyConv, nn.Conv2d):
+    """`nn.Conv2d` of ``x + sigma * eps``. The noise is on in ``train()`` and in ``eval()``.
+
+    Args:
+        *args, **kwargs: those of `nn.Conv2d`.
+        sigma: standard deviation of the noise, >= 0, in the units of the input: a number, or a float tensor, 0-dim or [in_channels].
+
+    Raises:
+        TypeError: sigma is neither a number nor a float tensor.
+        ValueError: sigma is negative, not finite, or of another shape.
+
+    Examples:
+        >>> y = NoisyConv2d(3, 8, 3, sigma=0.2)(torch.rand(4, 3, 8, 8))  # [4, 8, 6, 6]
+    """
 
 
-class NoisyConv3d(_NoisyConv, nn.Conv3d):
-    """`nn.Conv3d` of ``x + sigma * eps``. sigma: number or float tensor, 0-dim or [in_channels], >= 0. Noise is on in train and eval."""
+class NoisyConv3d(NoisyConv, nn.Conv3d):
+    """`nn.Conv3d` of ``x + sigma * eps``. The noise is on in ``train()`` and in ``eval()``.
+
+    Args:
+        *args, **kwargs: those of `nn.Conv3d`.
+        sigma: standard deviation of the noise, >= 0, in the units of the input: a number, or a float tensor, 0-dim or [in_channels].
+
+    Raises:
+        TypeError: sigma is neither a number nor a float tensor.
+        ValueError: sigma is negative, not finite, or of another shape.
+
+    Examples:
+        >>> y = NoisyConv3d(3, 8, 3, sigma=0.2)(torch.rand(4, 3, 8, 8, 8))  # [4, 8, 6, 6, 6]
+    """
 
 
 class NoisyLinear(NoisyInput, nn.Linear):
-    """`nn.Linear` of ``x + sigma * eps``, x [N, *, in_features]. sigma: number or float tensor, 0-dim or [in_features], >= 0."""
+    """`nn.Linear` of ``x + sigma * eps``, x [N, *, in_features]. The noise is on in ``train()`` and in ``eval()``.
+
+    Args:
+        *args, **kwargs: those of `nn.Linear`.
+        sigma: standard deviation of the noise, >= 0, in the units of the input: a number, or a float tensor, 0-dim or [in_features].
+
+    Raises:
+        TypeError: sigma is neither a number nor a float tensor.
+        ValueError: sigma is negative, not finite, or of another shape.
+
+    Examples:
+        >>> y = NoisyLinear(16, 4, sigma=0.1)(torch.rand(2, 16))  # [2, 4]
+    """
 
     channel_dim = -1
+    bias: Any  # a parameter or None
 
-    def __init__(self, *args, sigma=0.1, **kwargs):
+    def __init__(self, *args: Any, sigma: functional.PerChannel = 0.1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_noise(sigma)
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return _one_node(self, input)
         weight, bias = self.weight, self.bias
         if not self.noise_enabled:
             return nn.functional.linear(input, weight, bias)
+        functional.check_batch(input)
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         sigma, at, backend = self.noise(input)
-        if input.dim() >= 2 and input.shape[-1] == self.in_features and _fits(input, -1, sigma, backend):
-            input, weight, bias = functional.autocast(input, weight, bias)
+        input, weight, bias = functional.autocast(input, weight, bias)
+        same = input.shape[-1] == self.in_features and input.dtype == weight.dtype
+        if input.dim() >= 2 and same and _fits(input, -1, sigma, backend):
             return autograd.noisy_linear(input, weight, bias, sigma, at)
         return functional.noisy_linear(input, weight, bias, sigma, **at._asdict(), backend=backend)
 
 
-def _fits(x, channel_dim, sigma, backend) -> bool:
+def _fits(x: Tensor, channel_dim: int, sigma: Tensor, backend: str) -> bool:
     """Whether a layer's call on ``x`` has nothing left to check, which `functional` would do at length.
 
     What cannot change was checked when the layer was made, and its rows by the context.
@@ -368,7 +487,7 @@ def _fits(x, channel_dim, sigma, backend) -> bool:
     )
 
 
-def _one_node(layer, *args, **kwargs):
+def _one_node(layer: NoiseLayer, *args: Any, **kwargs: Any) -> Any:
     """A noisy layer as one node of a graph that torch.fx traces, as torch's own layers are: it draws noise when the graph runs, and
     branches on shapes that a tracer does not know."""
     tracer = args[0].tracer

@@ -54,14 +54,14 @@ def add_noise(x, sigma, at: NoiseAddress, scale, shift, relu, backend, out=None)
     if backend == "torch":
         return reference.add_noise(x, sigma, *at, scale, shift, relu)
     x = x.resolve_neg()  # a view such as the imaginary part of a conjugate holds the opposite of its values
-    lies = layout(x)
-    x = x if lies else x.contiguous()
+    memory_layout = layout(x)
+    x = x if memory_layout else x.contiguous()
     if out is None:
-        out = torch.empty_like(x) if lies and x.shape[0] == at.rows else packed_like(x, at.rows)
+        out = torch.empty_like(x) if memory_layout and x.shape[0] == at.rows else packed_like(x, at.rows)
     if scale is not None or shift is not None or sigma.dim():
         sigma, scale, shift = _dense(sigma, scale, shift)
     launch = cpu.add_noise if backend == "cpu" else triton.launcher("add_noise")
-    launch(x, out, lies == "flat", sigma, at, scale, shift, relu)
+    launch(x, out, memory_layout == "flat", sigma, at, scale, shift, relu)
     return out
 
 
@@ -81,21 +81,21 @@ def add_noise_(x, sigma, at: NoiseAddress, scale, shift, relu, backend) -> None:
     launch(x, x, layout(x) == "flat", sigma, at, scale, shift, relu)
 
 
-def activate_noise(x, sigma, at: NoiseAddress, scale, shift, relu, pool, backend, keep) -> tuple[torch.Tensor, torch.Tensor]:
-    """clean = maxpool2x2?(act(x * scale + shift)), one row for each row of x (none unless ``keep``); noisy = clean before its rounding
-    + sigma * eps."""
+def activate_noise(x, sigma, at: NoiseAddress, scale, shift, relu, pool, backend, clean_output) -> tuple[torch.Tensor, torch.Tensor]:
+    """clean = maxpool2x2?(act(x * scale + shift)), one row for each row of x (none unless ``clean_output``); noisy = clean before its
+    rounding + sigma * eps."""
     backend = active_backend(x) if backend == "auto" else backend
     x = x.resolve_neg()
     if layout(x) is None:
         x = x.contiguous()
-    noisy, clean = packed_like(x, at.rows, pool), packed_like(x, x.shape[0] if keep else 0, pool)
+    noisy, clean = packed_like(x, at.rows, pool), packed_like(x, x.shape[0] if clean_output else 0, pool)
     if backend == "torch":
         value = reference.activate(x, scale, shift, relu, pool)
         noisy.copy_(reference.add_noise(value, sigma, *at))
-        return noisy, clean.copy_(value) if keep else clean
+        return noisy, clean.copy_(value) if clean_output else clean
     sigma, scale, shift = _dense(sigma, scale, shift)
     launch = triton.launcher("add_noise") if backend == "triton" else cpu.add_noise
-    launch(x, noisy, layout(x) == "flat", sigma, at, scale, shift, relu, clean if keep else None, pool)
+    launch(x, noisy, layout(x) == "flat", sigma, at, scale, shift, relu, clean if clean_output else None, pool)
     return noisy, clean
 
 
@@ -147,16 +147,16 @@ def sigma_grad(g, at: NoiseAddress, per_channel, backend) -> torch.Tensor:
     if backend == "torch":
         return reference.sigma_grad(g, *at, per_channel)
     g = g.resolve_neg()
-    lies = layout(g)
+    memory_layout = layout(g)
     if backend == "triton":
-        g = g if lies else g.contiguous()
-        return triton.launcher("sigma_grad")(g, lies == "flat", at, per_channel)
+        g = g if memory_layout else g.contiguous()
+        return triton.launcher("sigma_grad")(g, memory_layout == "flat", at, per_channel)
     # One draw of all images at a time: the transient eps stays that small, and the order of summation is fixed.
     total = torch.zeros((g.shape[1],) if per_channel else (), dtype=torch.float64, device=g.device)
     # Whatever torch's default type and device are.
     real = {"dtype": torch.float32, "device": g.device}
     one, zeros = torch.ones((), **real), torch.zeros((at.images, *g.shape[1:]), **real)
-    if lies == "flat":
+    if memory_layout == "flat":
         zeros = packed_like(g, at.images).float().zero_()
     over = [d for d in range(g.dim()) if d != 1 or not per_channel]
     for d in range(at.draws if at.images else 0):

@@ -26,7 +26,7 @@ _CONV = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 for _schema in (
     f"add_noise(Tensor x, Tensor sigma, {_AT}, {_AFFINE}, str backend, Tensor? after=None) -> Tensor",
     f"add_noise_(Tensor(a!) x, Tensor sigma, {_AT}, {_AFFINE}, str backend) -> ()",
-    f"activate_noise(Tensor x, Tensor sigma, {_AT}, {_AFFINE}, bool pool, str backend, bool keep) -> (Tensor noisy, Tensor clean)",
+    f"activate_noise(Tensor x, Tensor sigma, {_AT}, {_AFFINE}, bool pool, str backend, bool clean_output) -> (Tensor noisy, Tensor clean)",
     f"add_noise_u8(Tensor x, float step, int zero_point, Tensor sigma, {_AT}, {_AFFINE}, bool pool, str backend) -> Tensor",
     f"conv_activate_noise(Tensor x, Tensor weight, Tensor sigma, {_AT}, {_AFFINE}, {_CONV}, ScalarType? dtype, str backend) -> Tensor",
     f"noisy_conv(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, {_AT}, {_CONV}, str backend) -> Tensor",
@@ -45,6 +45,12 @@ noisy_linear = torch.ops.rse_fast.noisy_linear
 sigma_grad = torch.ops.rse_fast.sigma_grad
 
 
+NO_ONNX = (
+    "noisy layers have no form of their own in ONNX, where the seed would become a constant: call "
+    "rse_fast.export(rse_fast.Ensemble(model), example, 'model.onnx'), which writes the ensemble with the seed as an input"
+)
+
+
 def _addressed(function):
     """``function`` for the op's loose arguments: those from the seed on become a `NoiseAddress`.
 
@@ -55,6 +61,8 @@ def _addressed(function):
 
     @functools.wraps(function)
     def run(*args):
+        if torch.onnx.is_in_onnx_export():
+            raise ValueError(NO_ONNX)
         at = NoiseAddress(*args[before:after])
         if args[0].shape[0] not in (at.images, at.rows):
             rows = f"images={at.images} or draws * images={at.rows}"
@@ -74,8 +82,8 @@ def _add_noise_fake(x, sigma, at, scale, shift, relu, backend, after=None):
     return packed_like(x, at.rows)
 
 
-def _activate_noise_fake(x, sigma, at, scale, shift, relu, pool, backend, keep):
-    return packed_like(x, at.rows, pool), packed_like(x, x.shape[0] if keep else 0, pool)
+def _activate_noise_fake(x, sigma, at, scale, shift, relu, pool, backend, clean_output):
+    return packed_like(x, at.rows, pool), packed_like(x, x.shape[0] if clean_output else 0, pool)
 
 
 def _add_noise_u8_fake(x, step, zero_point, sigma, at, scale, shift, relu, pool, backend):

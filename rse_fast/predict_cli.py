@@ -2,48 +2,42 @@
 
 The folder: ``predict.json`` (what predicts, and how), ``predictions-RANK.jsonl`` (a line an image with its checksum, flushed batch by
 batch), and at the end ``predictions.jsonl``, in the order of the data set. Under torchrun each process takes a contiguous share of the
-images. An image's line depends on the settings and its index alone, not on the number of processes; another order of sums may round its
-last digits otherwise. What is not finite is null.
+images. Probabilities and entropies are at the temperature that the run keeps. An image's line depends on the settings and its index
+alone, not on the number of processes; another order of sums may round its last digits otherwise. ``label`` is the prediction, ``target``
+the label of the data set. What is not finite is null.
 """
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 from torch import distributed
-from tqdm import tqdm
 
-from rse_fast import data, run_inputs
+from rse_fast import data, run_inputs, train
+from rse_fast.cli import wrapper
 from rse_fast.data import lines
 from rse_fast.ensemble import Ensemble, shard
 from rse_fast.train.distributed import ProcessLost, connect, leave
 
 _FIELDS = {
-    "index": lines.is_index, "label": lines.is_integer, "predicted": lines.is_integer, "probability": lines.is_number,
+    "index": lines.is_index, "target": lines.is_integer, "label": lines.is_integer, "probability": lines.is_number,
     "entropy": lines.is_number, "mutual_information": lines.is_number, "draws_used": lines.is_integer,
 }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
+    """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C (see `wrapper.run`)."""
     args = _parser().parse_args(argv)
-    try:
-        with connect(args.device) as ranks:
-            args.device = ranks.device
-            _run(args, ranks)
-    except (ValueError, TypeError) as error:
-        print(f"rse-fast predict: {run_inputs.named(error)}", file=sys.stderr)
-        return 2
-    except ProcessLost as error:
-        leave(f"rse-fast predict: {error}; the same command continues in {args.out}")
-    except OSError as error:
-        print(f"rse-fast predict: {run_inputs.unwritten(error, args.out, 'predictions-*.jsonl')}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command continues in {args.out}", file=sys.stderr)
-        return 130
-    return 0
+
+    def action():
+        try:
+            with connect(args.device) as ranks:
+                args.device = ranks.device
+                _run(args, ranks)
+        except ProcessLost as error:
+            leave(f"rse-fast predict: {error}; the same command continues in {args.out}")
+
+    return wrapper.run("predict", action, args.out, ("predictions-*.jsonl",))
 
 
 def _parser():
@@ -52,7 +46,7 @@ def _parser():
 
     parser = argparse.ArgumentParser(prog="rse-fast predict", description=__doc__.partition("\n\n")[0].replace("``", ""))
     run_inputs.add_arguments(parser)
-    parser.add_argument("--draws", type=int, default=10, help="noisy passes an image (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=10, metavar="N", help="noisy passes an image (default: %(default)s)")
     parser.add_argument("--early-exit", type=early_exit, metavar="HOW", help="exact, or a confidence such as 0.999 (default: all draws)")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="new, or to continue (default: %(default)s)")
     return parser
@@ -60,8 +54,13 @@ def _parser():
 
 def _run(args, ranks):
     model, part, rows, facts = run_inputs.load(args)
-    ensemble = Ensemble(model, args.draws, dtype=args.dtype, max_rows=args.max_rows, early_exit=args.early_exit)
-    settings = facts | {"draws": args.draws, "early_exit": args.early_exit, "dtype": args.dtype}
+    temperature = 1.0 if args.run is None else train.load_temperature(args.run)
+    ensemble = Ensemble(
+        model, args.draws, dtype=args.dtype, max_rows=args.max_rows, early_exit=args.early_exit, logits=args.logits, temperature=temperature
+    )
+    if ensemble.prepared(run_inputs.images(part, rows[:1], args.device)).runner.pixels:
+        raise ValueError("--model: expected one that gives an image one label, got logits [N, K, H, W] of pixels")
+    settings = facts | {"draws": args.draws, "early_exit": args.early_exit, "dtype": args.dtype, "temperature": temperature}
     opened = [None, None]
     if ranks.main:  # one process makes the folder, and all take its seed
         try:
@@ -77,7 +76,7 @@ def _run(args, ranks):
     mine = [i for i in rows[shard(len(rows), ranks.rank, ranks.size)] if i not in done]
     with (
         data.append(args.out / f"predictions-{ranks.rank}.jsonl") as file,
-        tqdm(total=len(mine), unit="image", disable=None if ranks.main else True) as bar,
+        wrapper.progress(len(mine), shown=ranks.main) as bar,
     ):
         for group in run_inputs.neighbours(mine, max(1, 4 * ensemble.rows(run_inputs.images(part, rows[:1], args.device)) // args.draws)):
             out = ensemble.predict(run_inputs.images(part, group, args.device), seed=settings["seed"], image_offset=group[0])
@@ -90,17 +89,17 @@ def _run(args, ranks):
         done = read(args.out)
         whole = b"".join(lines.json_line(done[i]) for i in rows)
         data.write_atomically(args.out / "predictions.jsonl", lambda file: file.write(whole))
-        right = sum(done[i]["label"] == done[i]["predicted"] for i in rows) / len(rows)
+        right = sum(done[i]["target"] == done[i]["label"] for i in rows) / len(rows)
         draws = sum(done[i]["draws_used"] for i in rows) / len(rows)
         print(f"{len(rows)} images, accuracy {right:.2%}, {draws:.1f} draws an image; {args.out / 'predictions.jsonl'}")
 
 
-def _row(index, label, out, k):
+def _row(index, target, out, k):
     def number(value):
         return round(float(value), 6) if math.isfinite(value) else None
 
     return {
-        "index": index, "label": int(label), "predicted": int(out.labels[k]), "probability": number(out.probs[k].max()),
+        "index": index, "target": int(target), "label": int(out.labels[k]), "probability": number(out.probs[k].max()),
         "entropy": number(out.entropy[k]), "mutual_information": number(out.mutual_information[k]), "draws_used": int(out.draws_used[k]),
     }  # fmt: skip
 

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import re
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,17 +15,29 @@ from rse_fast import data, models, train
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `load` reads."""
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder of rse-fast train")
-    parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="in place of RUN: returns a converted model with its weights")
+    add_model(parser)
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th image (default: %(default)s)")
+    parser.add_argument("--images", type=int, metavar="N", help="at most N images")
+    parser.add_argument("--max-rows", type=int, metavar="ROWS", help="most rows of a packed batch")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that works on a network: which one, which part of which data set, and how it computes."""
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder of rse-fast train, such as runs/small-rse")
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="in place of RUN: returns the converted network")
     add_trust(parser)
     add_data(parser)
     parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
-    parser.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th image (default: %(default)s)")
-    parser.add_argument("--images", type=int, metavar="N", help="at most N images")
-    parser.add_argument("--seed", type=int, help="of the noise (default: fresh, kept in the folder)")
-    parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
-    parser.add_argument("--max-rows", type=int, metavar="ROWS", help="most rows of a packed batch")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+    parser.add_argument("--seed", type=int, metavar="SEED", help="of the noise (default: fresh, kept in the folder)")
+    parser.add_argument("--dtype", default="auto", metavar="DTYPE", help="auto, float32 or bfloat16 (default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, metavar="DEVICE", help="cpu, cuda or cuda:N (default here: %(default)s)")
+    add_logits(parser)
+
+
+def add_logits(parser: argparse.ArgumentParser) -> None:
+    text = "where the model's output has its logits: a name or an index (default: found by itself)"
+    parser.add_argument("--logits", type=lambda word: int(word) if word.lstrip("-").isdigit() else word, metavar="NAME|INDEX", help=text)
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +54,19 @@ def splits(args: argparse.Namespace) -> data.Splits:
     """The data set that the options name."""
     if args.run is None:
         return data.load(args.data or "digits", resize=args.resize, progress=True)
+    check_run(args.run)
     return train.load_data(train.Config.load(args.run / "config.json"), args.data, args.resize)
+
+
+def check_run(run: Path, option: str = "RUN") -> None:
+    """Raises ValueError where there is no run folder."""
+    if not (run / "config.json").exists():
+        raise ValueError(f"{option}: no run at {str(run)!r}, expected a folder that rse-fast train made, with config.json")
 
 
 def model_of(run: Path, trust: bool, device: str = "cpu") -> nn.Module:
     """The model of a run folder. A module that it names may lie in the working directory, if it is trusted."""
+    check_run(run)
     if trust and ":" in train.Config.load(run / "config.json").model:
         models.search_working_directory()
     return train.load_model(run, device=device, trust=trust)
@@ -79,7 +98,12 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
     if not len(rows):
         raise ValueError(f"--part: {args.part} of the data set has no images")
     facts = {"model": args.model or str(args.run), "weights": digest(model.state_dict()), "data": found.name}
-    facts |= {"labels": digest({"labels": part.labels}), "part": args.part, "resize": args.resize and repr(args.resize)}
+    facts |= {
+        "labels": digest({"labels": part.labels}),
+        "part": args.part,
+        "resize": args.resize and repr(args.resize),
+        "logits": args.logits,
+    }
     return model, part, rows, facts
 
 
@@ -107,6 +131,7 @@ def open_folder(out: Path, name: str, settings: dict, seed: int | None) -> dict:
     if not path.exists():
         data.check_writable(out)
         out.mkdir(parents=True, exist_ok=True)
+        data.remove_leftovers(out)
         settings = settings | {"seed": secrets.randbits(63) if seed is None else seed}
         data.write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         return settings
@@ -120,19 +145,8 @@ def open_folder(out: Path, name: str, settings: dict, seed: int | None) -> dict:
     differing = [f"{name} {found.get(name)!r} there, {value!r} here" for name, value in wanted.items() if found.get(name) != value]
     if differing:
         raise ValueError(f"--out: {str(out)!r} holds results of something else ({'; '.join(differing)}); name another folder")
+    data.remove_leftovers(out)
     return found
-
-
-def named(error: Exception) -> str:
-    """The message of an error, a data set named as on the command line."""
-    return re.sub(r"^(path|out): ", lambda found: {"path": "--data", "out": "--out"}[found[1]] + ": ", str(error))
-
-
-def unwritten(error: OSError, out: Path, *results: str) -> str:
-    """What to say where a folder cannot be written, and of what is there: files that are not empty, of names like ``results``."""
-    if any(file.stat().st_size for pattern in results for file in out.glob(pattern)):
-        return f"{error}; what was saved before is in {out}"
-    return f"cannot write in {str(out)!r} ({error.strerror or error}); name another folder with --out"
 
 
 def digest(tensors) -> str:

@@ -11,13 +11,12 @@ the certificate needs: Phi^-1(G_c) is Lipschitz with constant 1 / sigma (Salman 
 break certificates (Voracek & Hein, ICLR 2023). Their remedy is taken: image and noise are rounded to multiples of one fixed step, each by
 itself, and added exactly. The sum is then the Gaussian around the rounded image, rounded; whatever follows, a cast to bfloat16 included, is
 part of the network. Rounding moves two images apart by at most sqrt(d) steps of 2^-20 sigma or less, and the radius is that much shorter.
-So the input's noise is added here, with the very eps of the layer, which is silent meanwhile.
+So the input's noise is added here, with the very eps of the layer, which adds no noise meanwhile.
 
 *Early stop.* The bounds of a confidence sequence hold all together with probability 1 - alpha, so the best of them holds whenever one stops
 (see `confidence`, which has all the statistics; adaptive sampling for certificates: Horvath et al., ICLR 2022; Voracek, NeurIPS 2024).
 """
 
-import copy
 import math
 import numbers
 import warnings
@@ -26,13 +25,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
-from rse_fast import confidence, functional, ops
-from rse_fast.convert import tensor_attributes
+from rse_fast import confidence, functional
+from rse_fast.certifiable import check_rows, input_noise
 from rse_fast.ensemble import Ensemble, plan, softmax
-from rse_fast.nn import NoiseContext, NoiseLayer, noise_layers
+from rse_fast.nn import NoiseLayer
 
 COVERS = """\
 An image with label c and radius R is certified in this sense: the classifier that returns the class with the most votes of infinitely many
@@ -48,27 +46,22 @@ noise comes, which moves the image: there the certified label is this procedure'
 BOUNDS = ("clopper-pearson", "randomised")
 GRID = 20  # the step of the grid is the power of two below sigma, times 2^-GRID
 
-_aten = torch.ops.aten
-_REARRANGE = {  # what may stand between the image and its noise: the same numbers, in another shape or order of memory
-    _aten.view, _aten._unsafe_view, _aten._reshape_alias, _aten.permute, _aten.transpose, _aten.t, _aten.unsqueeze, _aten.squeeze,
-    _aten.clone, _aten.detach, _aten.alias, _aten._to_copy,
-}  # fmt: skip
-_NOISE = {ops.add_noise}
-_EXITS = {"tolist", "numpy", "item", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
-
 
 @dataclass(frozen=True)
 class Certificate:
-    """What `certify` says of B images and K classes; tensors on the CPU.
+    """What `certify` says of B images and K classes; tensors on the device of the images that were given.
 
-    labels: int64 [B], the class of the majority of draws, or -1: abstains.
-    radius: float64 [B], L2 radius in the units of the image, 0 where it abstains.
-    p_lower: float64 [B], lower bound of the class's share of votes, at confidence 1 - alpha.
-    votes: int64 [B, K], of the estimation draws; a draw that is NaN votes for no class, and counts against every one. selected: int64 [B],
-        the class that the first n0 draws chose, abstained or not; -1 where they all were NaN.
-    draws: int64 [B], estimation draws taken, n or fewer; the n0 for the selection come on top.
-    sigma: standard deviation of the noise at the input. alpha: probability that one image's statement is wrong.
-    seed: the seed that reproduces this certificate, in [0, 2^64). bound: which lower bound it is.
+    Attributes:
+        labels: int64 [B], the class of the majority of draws, or -1: abstains.
+        radius: float64 [B], L2 radius in the units of the image, 0 where it abstains.
+        p_lower: float64 [B], lower bound of the class's share of votes, at confidence 1 - alpha.
+        votes: int64 [B, K], of the estimation draws; a draw that is NaN votes for no class, and counts against every one.
+        selected: int64 [B], the class that the first n0 draws chose, abstained or not; -1 where they all were NaN.
+        draws: int64 [B], estimation draws taken, n or fewer; the n0 for the selection come on top.
+        sigma: standard deviation of the noise at the input.
+        alpha: probability that one image's statement is wrong.
+        seed: the seed that reproduces this certificate, in [0, 2^64).
+        bound: which lower bound it is.
     """
 
     labels: torch.Tensor
@@ -105,7 +98,10 @@ def certify(
     Args:
         ensemble: of a model whose first noise stands at the input: the image reaches one noisy layer unchanged (reshaped at most) and is
             read by nothing else. Its number format and backend are used, its ``draws`` and ``early_exit`` are not.
-        n0, n: draws for selection and estimation, >= 1. alpha: in (0, 1).
+        x: images, float [B, ...], finite, in the units that the model was trained with.
+        n0: draws that select the class, >= 1.
+        n: draws that estimate its share, >= 1.
+        alpha: probability that the statement about an image is wrong, in (0, 1).
         seed: None takes the ensemble's, or fresh entropy if it has none.
         radii: one or several radii >= 0: an image stops as soon as "radius >= r" is proven for each of them, or given up: all n draws
             are very unlikely to prove it. The guarantee is the same; radius and p_lower are what was proven by then.
@@ -115,9 +111,22 @@ def certify(
             random number for each image, made from the seed. The seed must be chosen before any vote is seen, as always.
         image_offset: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
 
-    Warns (RuntimeWarning) where n and alpha can never decide. Raises ValueError or TypeError naming the argument, also if the noise is not
-    at the input, switched off, zero, per channel, or learnable (``requires_grad_(False)`` on ``sigma_raw`` freezes it), and if the logits
-    of an image depend on what is beside it in a batch.
+    Returns:
+        A `Certificate` on the device of x.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: an argument is out of range; the noise is not at the input, switched off, zero, per channel, or learnable
+            (``requires_grad_(False)`` on ``sigma_raw`` freezes it); the logits of an image depend on the other images in the batch.
+
+    Warns:
+        RuntimeWarning: n and alpha can never decide, or never reach one of the radii.
+
+    Examples:
+        >>> certificate = rse_fast.certify(rse_fast.Ensemble(model), images, n=1000)
+        >>> certificate.labels, certificate.radius  # int64 [B], -1 abstains; float64 [B]
+
+    Reference: Cohen, Rosenfeld, Kolter, ICML 2019; Salman et al., NeurIPS 2019; Voracek & Hein, ICLR 2023.
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an rse_fast.Ensemble, got {type(ensemble).__name__}")
@@ -135,6 +144,7 @@ def certify(
     radii = [float(r) for r in radii]
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and not negative, got {radii}")
+    device = x.device if isinstance(x, Tensor) else None
     if tolerance is not None:
         if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
             raise TypeError(f"tolerance must be None or a number, got {tolerance!r}")
@@ -154,7 +164,9 @@ def certify(
     layer = input_noise(ensemble.model, x)
     sigma = float(layer.current_sigma())
     width = math.sqrt(x[0].numel() if len(x) else 0) * grid_step(sigma)
-    _check_rows(ensemble, x)
+    if len(x) and ensemble.prepared(x).runner.pixels:
+        raise ValueError("model must give an image one label to be certified, got logits [N, K, H, W] of pixels")
+    check_rows(ensemble, x)
     early_stop, randomised = bool(radii) or tolerance is not None, bound == "randomised"
     reach = sigma * float(ndtri(confidence.largest_bound(n, alpha, early_stop, randomised))) - width
     if reach <= 0:
@@ -168,11 +180,11 @@ def certify(
     voted = selected.any(-1)  # where every draw is NaN, none has
     top, votes = selected.argmax(-1) if len(x) else index, torch.zeros_like(selected)
 
-    def successes(active, start, stop):
+    def successes(active: np.ndarray, start: int, stop: int) -> np.ndarray:
         active = torch.as_tensor(active, device=x.device)
-        more = _votes(ensemble, layer, x[active], index[active], n0 + start, n0 + stop, seed)
-        votes[active] += more
-        return more.gather(1, top[active, None])[:, 0].cpu().numpy()
+        counted = _votes(ensemble, layer, x[active], index[active], n0 + start, n0 + stop, seed)
+        votes[active] += counted
+        return counted.gather(1, top[active, None])[:, 0].cpu().numpy()
 
     enough = None
     if radii:
@@ -184,12 +196,12 @@ def certify(
     abstains = torch.from_numpy(p_lower < 0.5)
     radius = torch.from_numpy(sigma * ndtri(np.maximum(p_lower, 0.5)) - width).clamp_min(0)
     return Certificate(
-        labels=top.cpu().masked_fill(abstains, -1),
-        radius=radius.masked_fill(abstains, 0),
-        p_lower=torch.from_numpy(p_lower),
-        votes=votes.cpu(),
-        selected=top.masked_fill(~voted, -1).cpu(),
-        draws=torch.from_numpy(draws),
+        labels=top.cpu().masked_fill(abstains, -1).to(device),
+        radius=radius.masked_fill(abstains, 0).to(device),
+        p_lower=torch.from_numpy(p_lower).to(device),
+        votes=votes.to(device),
+        selected=top.masked_fill(~voted, -1).to(device),
+        draws=torch.from_numpy(draws).to(device),
         sigma=sigma,
         alpha=float(alpha),
         seed=seed,
@@ -213,10 +225,10 @@ def on_grid(t: torch.Tensor, step: float) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _votes(ensemble, layer, x, index, start, stop, seed):
+def _votes(ensemble: Ensemble, layer: NoiseLayer, x: Tensor, index: Tensor, start: int, stop: int, seed: int) -> Tensor:
     """Votes int64 [A, K] of draws start .. stop - 1 of images x [A, ...], whose indices are ``index`` int64 [A]."""
     votes = torch.zeros(len(x), ensemble.prepared(x).classes, dtype=torch.int64, device=x.device)
-    seed, sigma = functional.seed_tensor(seed, x.device), layer.current_sigma()
+    key, sigma = functional.seed_tensor(seed, x.device), layer.current_sigma()
     step = grid_step(float(sigma))
     for image, draw in plan.chunks(len(x), stop - start, ensemble.rows(x)):
         first = torch.tensor(start + draw.start, device=x.device)
@@ -224,128 +236,13 @@ def _votes(ensemble, layer, x, index, start, stop, seed):
         sample_ids = torch.stack([index[image], first.expand(images)], 1)
         noise = functional.add_noise(
             torch.zeros(x[image].shape, dtype=torch.float32, device=x.device),
-            sigma, seed=seed, stream=layer.stream, draws=draws, sample_ids=sample_ids,
+            sigma, seed=key, stream=layer.stream, draws=draws, sample_ids=sample_ids,
             channel_dim=getattr(layer, "channel_dim", 1), backend=ensemble.backend,
         )  # fmt: skip
         noisy = on_grid(noise, step).unflatten(0, (draws, images)).add_(on_grid(x[image], step)).mul_(step).float().flatten(0, 1)
         # Every row is an image of its own here, with one draw: that of the inner noise.
         sample_ids = sample_ids.repeat(draws, 1)
         sample_ids[:, 1] += torch.arange(draws, device=x.device).repeat_interleave(images)
-        logits = ensemble.logits_at(noisy, sample_ids, 1, seed, silent=layer.stream)
+        logits = ensemble.logits_at(noisy, sample_ids, 1, key, noiseless_stream=layer.stream)
         votes[image] += softmax.votes(logits).view(draws, images, -1).sum(0)
     return votes
-
-
-# ------------------------------------------------------------------------------------------------------------- where the noise is
-class _Readers(TorchDispatchMode):
-    """Follows an image through a forward pass. ``noisy``: the streams of the noise that reads it; ``others``: other ops that do.
-    ``random``: whether numbers of torch's generators were drawn."""
-
-    def __init__(self, x):
-        super().__init__()
-        self.image, self.noisy, self.others, self.random = [x], [], [], False
-
-    def _is_image(self, value):
-        return any(value is t for t in self.image)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.random |= torch.Tag.nondeterministic_seeded in func.tags
-        result = func(*args, **(kwargs or {}))
-        tensors = torch.utils._pytree.tree_leaves((args, kwargs))
-        if not any(map(self._is_image, tensors)):
-            return result
-        packet = func.overloadpacket
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-        if packet in _NOISE and named.get("scale") is None and named.get("shift") is None and not named.get("relu"):
-            self.noisy.append(named["stream"])
-        elif packet in _REARRANGE and result.dtype in (args[0].dtype, torch.float32, torch.float64):
-            self.image.append(result)
-        else:
-            self.others.append(str(packet))
-        return result
-
-
-class _Leaves(TorchFunctionMode):
-    """Tells `_Readers` of calls that take an image's numbers out of torch, which no dispatch mode sees."""
-
-    def __init__(self, readers: _Readers):
-        super().__init__()
-        self.readers = readers
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", None) in _EXITS and any(map(self.readers._is_image, args)):
-            self.readers.others.append(f"Tensor.{func.__name__}")
-        return func(*args, **(kwargs or {}))
-
-
-def input_noise(model: torch.nn.Module, x: torch.Tensor) -> NoiseLayer:
-    """The noisy layer at the input of ``model``, found by a run on the first of images x [B, ...] that watches every op which reads it.
-
-    Raises ValueError where a certificate would not hold: the image is changed before the noise or read beside it, or the noise is
-    switched off, zero, per channel, or learnable. No image: the first noisy layer, unchecked but for its sigma.
-    """
-    layers = noise_layers(model)
-    name, layer = next(iter(layers.items()))
-    if len(x):
-        name, layer = _first_noise(model, layers, x)
-    where = f"the noise at the input ({name or 'the model itself'})"
-    if not layer.noise_enabled:
-        raise ValueError(f"model must have its input noise on to be certified, got {where} switched off")
-    raw = layer._parameters.get("sigma_raw")
-    sigma = layer.current_sigma()
-    if sigma.numel() != 1:
-        raise ValueError(f"model must have one sigma at its input to be certified, got {where} with {sigma.numel()}, one a channel")
-    if raw is not None and raw.requires_grad:
-        raise ValueError(
-            f"model must have a fixed sigma at its input to be certified, got {where} with a learnable one, which nothing bounds; "
-            "sigma_raw.requires_grad_(False) fixes it"
-        )
-    if not float(sigma) > 0:
-        raise ValueError(f"model must have noise at its input to be certified, got {where} with sigma 0")
-    return layer
-
-
-@torch.inference_mode()
-def _check_rows(ensemble, x):
-    """Votes are independent, and those of a function of the noisy image, only if a row of logits depends on no other row and on no random
-    number but the seed's. Raises ValueError where two images show that it does; no image: unchecked."""
-    if not len(x):
-        return
-    images = torch.cat([x[:1], 1 - x[:1]])
-    sample_ids, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
-
-    runner = ensemble.prepared(x).runner
-
-    def logits(rows):
-        return ensemble.logits_at(images[:rows], sample_ids[:rows], 1, seed)[0, :1].float()
-
-    expected = logits(2)
-    compute = torch.bfloat16 if ensemble.dtype == "int8" else runner.compute
-    limit = torch.finfo(compute).eps ** 0.5 * expected.norm()
-    rule = "model must treat each row of a batch by itself to be certified; it"
-    if runner.random or (logits(2) - expected).norm() > limit:
-        raise ValueError(f"{rule} draws random numbers of its own, which the rows of a batch may share")
-    if (logits(1) - expected).norm() > limit:
-        raise ValueError(f"{rule} gives an image other logits beside another image, as BatchNorm without running statistics does")
-
-
-def _first_noise(model, layers, x):
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
-    copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
-    for layer in noise_layers(copied).values():
-        layer.noise_enabled = True
-    numbers = torch.get_rng_state()
-    with torch.inference_mode(False), torch.no_grad():
-        image = x[:1].to(next(model.parameters(), x).dtype, copy=True)
-        with NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 1), _Readers(image) as readers, _Leaves(readers):
-            copied(image)
-    if readers.random:
-        torch.set_rng_state(numbers)
-    rule = "model must pass the image unchanged to the noise of one layer, and to nothing else, to be certified"
-    if readers.others:
-        raise ValueError(f"{rule}; got {', '.join(dict.fromkeys(readers.others))} reading it")
-    found = [(name, layer) for name, layer in layers.items() if layer.stream in {stream & 0xFFFF for stream in readers.noisy}]
-    if len(readers.noisy) != 1 or len(found) != 1:
-        names = ", ".join(name or "the model itself" for name, _ in found) or "none"
-        raise ValueError(f"{rule}; got {len(readers.noisy)} noisy calls reading it ({names})")
-    return found[0]

@@ -17,7 +17,10 @@ class Tracer(torch.fx.Tracer):
     def trace(self, root, concrete_args=None):
         with _one_at_a_time:
             self._thread = threading.get_ident()
-            return super().trace(root, concrete_args)
+            try:
+                return super().trace(root, concrete_args)
+            finally:
+                self.root, self.tensor_attrs = None, {}  # torch.fx leaves the tracer in cycles, and they would hold the model
 
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self._thread:

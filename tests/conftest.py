@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import secrets
 import subprocess
 import sys
@@ -12,6 +13,19 @@ import torch
 
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import build
+
+
+def pytest_addoption(parser):
+    parser.addoption("--random-order", type=int, metavar="SEED", help="files, and the tests within each, in an order that SEED gives")
+
+
+def pytest_collection_modifyitems(config, items):
+    if (seed := config.getoption("--random-order")) is None:
+        return
+    shuffled, place = random.Random(seed), {}
+    for item in sorted(items, key=lambda item: item.nodeid):  # the same for every process of a run
+        place[item] = place.setdefault(item.path, shuffled.random()), shuffled.random()
+    items.sort(key=place.get)
 
 
 @pytest.fixture(scope="session")

@@ -381,8 +381,8 @@ def read_table(text: str) -> list[Result]:
             found.append(Result(case, target, registers.removeprefix(_NOT_THERE)))
             continue
         classes = {kind: float(number) for kind, number in zip(_KINDS, numbers, strict=True) if number}
-        more = dict(tensor=tensor, wide_accesses=wide == "yes")
-        found.append(Result(case, target, "", int(registers), int(spills), int(shared), float(instructions), classes, **more))
+        rest = dict(tensor=tensor, wide_accesses=wide == "yes")
+        found.append(Result(case, target, "", int(registers), int(spills), int(shared), float(instructions), classes, **rest))
     return found
 
 

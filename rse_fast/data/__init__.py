@@ -12,6 +12,7 @@ from rse_fast.data.files import (
     open_regular,
     read_bytes,
     read_json,
+    remove_leftovers,
     sync_folder,
     write_atomically,
     write_through,
@@ -22,6 +23,6 @@ from rse_fast.data.releases import arrays, cifar10, digits, load, stl10
 
 __all__ = [
     "FilePart", "Part", "Splits", "append", "arrays", "augment", "batches", "check_writable", "cifar10", "claim", "derived_seed", "digits",
-    "image_folder", "load", "open_regular", "read_bytes", "read_json", "shuffled", "stl10", "sync_folder", "write_atomically",
-    "write_through",
+    "image_folder", "load", "open_regular", "read_bytes", "read_json", "remove_leftovers", "shuffled", "stl10", "sync_folder",
+    "write_atomically", "write_through",
 ]  # fmt: skip

@@ -1,7 +1,9 @@
 """Files that a reader never sees half written, that no two processes or threads write, and that are read in bounded time and memory."""
 
+import contextlib
 import io
 import json
+import math
 import os
 import secrets
 import stat
@@ -29,11 +31,28 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
 
 
 def write_through(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Calls ``write(file)`` on a new file and flushes it to disk."""
+    """Calls ``write(file)`` on a new file and flushes it to disk. It is locked meanwhile: see `remove_leftovers`."""
     with open(path, "xb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            _lock(file)
         write(file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Removes the temporary files of `write_atomically` whose process was killed; those that another process is writing stay."""
+    for path in filter(Path.is_file, Path(folder).glob(f".*.{'[0-9a-f]' * 8}.tmp")):
+        with contextlib.suppress(OSError):  # of another process, or one that has been renamed since
+            with open(path, "r+b") as file:
+                _lock(file)
+            path.unlink()
+
+
+def _lock(file: BinaryIO) -> None:
+    """Takes the lock of POSIX, which is not left with the worker processes of one that was killed. OSError where it cannot be had."""
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -84,8 +103,7 @@ def claim(path: str | os.PathLike[str]) -> BinaryIO:
         raise
     file.key = key
     try:
-        if fcntl is not None:  # this kind of lock is not left with the worker processes of one that was killed
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except (BlockingIOError, PermissionError):
         file.close()
         raise ValueError(f"out: another process is writing {os.fspath(path)!r}; wait for it, or name another folder") from None
@@ -103,22 +121,25 @@ def append(path: str | os.PathLike[str]) -> BinaryIO:
     return file
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a file to be read. Raises ValueError for what is none: a pipe would be waited for, a device may never end."""
+def open_regular(path: str | os.PathLike[str], most: float = math.inf) -> BinaryIO:
+    """Opens a file to be read. Raises ValueError for what is none (a pipe would be waited for, a device may never end) and where it has
+    more than ``most`` bytes."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{os.fspath(path)!r} is no regular file, but a pipe or a device")
+    if (size := os.fstat(file.fileno()).st_size) > most:
+        file.close()
+        raise ValueError(f"{os.fspath(path)!r} has {size} bytes, more than the {most} that such a file may have")
     return file
 
 
 def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     """The content of a regular file. Raises ValueError where it has more than ``most`` bytes."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+    with open_regular(path, most) as file:
         content = file.read(most + 1)
-    if max(size, len(content)) > most:
-        raise ValueError(f"{os.fspath(path)!r} has {size} bytes, more than the {most} that such a file may have")
+    if len(content) > most:  # it has grown
+        raise ValueError(f"{os.fspath(path)!r} has more than the {most} bytes that such a file may have")
     return content
 
 

@@ -21,6 +21,7 @@ from rse_fast.data.parts import Part, Splits, split
 _IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow would hand others to programs: PostScript to Ghostscript
 _DECODABLE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa"})
+_LARGEST = 2**30  # bytes of a file: the decoders of some formats read all of it before they look
 _FILES_PER_TASK = 64
 _PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 _LAYOUTS = "understood are train/CLASS/* with test/CLASS/* and, where there is one, val/CLASS/* (or training, valid, validation, testing, \
@@ -354,7 +355,7 @@ def _decode(file: Path, resize: tuple[int, int] | None, channels: int) -> np.nda
     from PIL import Image, ImageOps
 
     try:
-        with open_regular(file) as opened, Image.open(opened, formats=_FORMATS) as image:
+        with open_regular(file, _LARGEST) as opened, Image.open(opened, formats=_FORMATS) as image:
             if image.mode not in _DECODABLE_MODES:
                 raise ValueError(f"pixels of mode {image.mode!r} (more than 8 bits) are not supported; convert it to 8-bit grey or RGB")
             upright = image.convert("RGB" if channels == 3 else "L")

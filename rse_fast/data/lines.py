@@ -23,6 +23,17 @@ def json_line(row: dict) -> bytes:
     return text[:-1] + f', "crc32": "{checksum(text)}"}}\n'.encode()
 
 
+def whole_lines(path: Path, argument: str) -> Iterator[tuple[int, bytes]]:
+    """(number, line without its newline) of a file. A last line that was cut off is not there. Raises ValueError, which begins with
+    ``argument``, for a line of more than 16 MiB."""
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
+            if line.endswith(b"\n"):
+                yield number, line[:-1]
+            elif len(line) == _LONGEST:
+                raise ValueError(f"{argument}: line {number} of {str(path)!r} is damaged (it has more than {_LONGEST} bytes)")
+
+
 def json_lines(path: Path, fields: Mapping[str, Callable[[object], bool]], optional: Mapping = {}) -> Iterator[dict]:  # noqa: B006
     """The rows that `json_line` wrote to a file, without their checksums. A last line that was cut off is not there.
 
@@ -30,30 +41,27 @@ def json_lines(path: Path, fields: Mapping[str, Callable[[object], bool]], optio
     for a line that is not so, or whose checksum differs or is missing.
     """
     kinds = {**fields, **optional}
-    with open_regular(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
-            if not line.endswith(b"\n") and len(line) < _LONGEST:  # the last
-                break
-            text, found = line[:-1], _SEALED.search(line[:-1])
-            text = text[: found.start()] + b"}" if found else text
-            row, problem = {}, None
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                problem = f"it is no JSON: {str(error)[:100]}"
-            if found and checksum(text) != found[1].decode():
-                problem = "its checksum differs"
-            elif problem is None and not isinstance(row, dict):
-                problem = "it is no row"
-            elif problem is None and not found:
-                problem = "it has no checksum"
-            elif problem is None:
-                wrong = [name for name in fields if name not in row] + [n for n in row if n in kinds and not kinds[n](row[n])]
-                if wrong:
-                    problem = f"{wrong[0]} is {str(row[wrong[0]])[:50] if wrong[0] in row else 'missing'}"
-            if problem is not None:
-                raise ValueError(f"out: line {number} of {str(path)!r} is damaged ({problem})")
-            yield row
+    for number, line in whole_lines(path, "out"):
+        found = _SEALED.search(line)
+        text = line[: found.start()] + b"}" if found else line
+        row, problem = {}, None
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            problem = f"it is no JSON: {str(error)[:100]}"
+        if found and checksum(text) != found[1].decode():
+            problem = "its checksum differs"
+        elif problem is None and not isinstance(row, dict):
+            problem = "it is no row"
+        elif problem is None and not found:
+            problem = "it has no checksum"
+        elif problem is None:
+            wrong = [name for name in fields if name not in row] + [n for n in row if n in kinds and not kinds[n](row[n])]
+            if wrong:
+                problem = f"{wrong[0]} is {str(row[wrong[0]])[:50] if wrong[0] in row else 'missing'}"
+        if problem is not None:
+            raise ValueError(f"out: line {number} of {str(path)!r} is damaged ({problem})")
+        yield row
 
 
 def is_text(value: object) -> bool:

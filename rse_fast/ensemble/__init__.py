@@ -2,5 +2,6 @@
 
 from rse_fast.ensemble.engine import Ensemble, Prediction
 from rse_fast.ensemble.plan import shard
+from rse_fast.ensemble.temperature import fit_temperature
 
-__all__ = ["Ensemble", "Prediction", "shard"]
+__all__ = ["Ensemble", "Prediction", "fit_temperature", "shard"]

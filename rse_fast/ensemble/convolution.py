@@ -23,8 +23,7 @@ from rse_fast.nn import NoiseContext
 
 ALGORITHMS = ("auto", "direct", "winograd")
 CLEARLY = 0.97  # Winograd replaces the direct convolution where it takes less than this share of its time
-_FAR = 1.3  # what took so many times the best in a first run is not run again
-_ROUNDS = 3
+_ROUNDS = 4
 _MOST_WORK = 1.5e9  # multiplications (of the direct algorithm) of one run that is timed: 40 rows of VGG16
 
 
@@ -106,7 +105,7 @@ class Winograd:
 
     def __init__(self, fused: FusedConv, form: Form, weight: torch.Tensor | None = None):
         """weight: as the kernel reads it, None to make it of the layer's."""
-        self.fused, self.form = fused, form
+        self.layer, self.activation, self.form = fused.layer, fused.activation, form  # not fused, which holds this
         self.padding, bias = fused.layer.padding[0], fused.layer.bias
         self.weight = winograd.transform_weight(fused.layer.weight, *form) if weight is None else weight
         self.bias = None if bias is None else bias.float()
@@ -114,15 +113,15 @@ class Winograd:
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether x can be run: what watches torch's ops, or transforms them, does not know the kernel."""
-        if x.dim() != 4 or x.shape[1] != self.fused.layer.in_channels or x.device.type != "cpu" or x.dtype not in winograd.DTYPES:
+        if x.dim() != 4 or x.shape[1] != self.layer.in_channels or x.device.type != "cpu" or x.dtype not in winograd.DTYPES:
             return False
-        pool = self.fused.activation is not None and self.fused.activation.pool
+        pool = self.activation is not None and self.activation.pool
         least = 3 - 2 * self.padding
         fits = x.numel() and min(x.shape[2:]) // (1 + pool) >= least
         return bool(fits) and autograd.is_direct(x) and not autograd.is_transformed()
 
     def __call__(self, x, residual=None):
-        layer, sigma, at = self.fused.layer, None, None
+        layer, sigma, at = self.layer, None, None
         if getattr(layer, "noise_enabled", False):
             sigma, at, _ = layer.noise(x)
             sigma = sigma.contiguous()  # its memory is read
@@ -137,18 +136,18 @@ class Winograd:
         return y if added is residual else y + residual
 
     def _shape(self, x, at) -> tuple[int, int, int, int]:
-        pool = 2 if self.fused.activation is not None and self.fused.activation.pool else 1
+        pool = 2 if self.activation is not None and self.activation.pool else 1
         height, width = (side // pool + 2 * self.padding - 2 for side in x.shape[2:])
-        return len(x) if at is None else at.rows, self.fused.layer.out_channels, height, width
+        return len(x) if at is None else at.rows, self.layer.out_channels, height, width
 
     def convolve(self, x, residual, sigma, at):
         x = x.contiguous(memory_format=torch.channels_last)
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-        before, activation, out = {}, self.fused.activation, _map(x, *self._shape(x, at))
+        before, activation, out = {}, self.activation, _map(x, *self._shape(x, at))
         if activation is not None:
             before = {"scale": activation.scale, "shift": activation.shift, "relu_in": True, "pool": activation.pool}
         clean = None
-        if self.fused.keep:
+        if self.activation is not None and self.activation.clean_output:
             clean = _map(x, *x.shape[:2], *(side // (2 if activation.pool else 1) for side in x.shape[2:]))
         winograd.convolution(
             x, self.weight, out, self.padding, bias=self.bias, residual=residual, at=at, sigma=sigma, clean=clean, **before
@@ -158,7 +157,7 @@ class Winograd:
     def gradient(self, g, g_clean, x, shape):
         """The gradient of x [shape] of those of the result and of the clean values; x is None where there is no activation."""
         differentiable = torch.is_grad_enabled()  # its gradient will be wanted as well
-        layer, activation = self.fused.layer, self.fused.activation
+        layer, activation = self.layer, self.activation
         if differentiable or not autograd.is_direct(g) or autograd.is_transformed():
             g = nn.functional.conv_transpose2d(g, layer.weight, None, 1, self.padding)
         else:
@@ -188,7 +187,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, algorithm, sigma, at):
-        ctx.save_for_backward(x if algorithm.fused.activation is not None else None)
+        ctx.save_for_backward(x if algorithm.activation is not None else None)
         ctx.algorithm, ctx.shape = algorithm, x.shape
         return algorithm.convolve(x, residual, sigma, at)
 
@@ -262,7 +261,7 @@ def _measured(fused: FusedConv, shape, rows: int, candidates) -> tuple[int, dict
     layer, activation = fused.layer, fused.activation
     work = 9 * math.prod(shape) * layer.out_channels // (4 if activation is not None and activation.pool else 1)
     rows = max(1, min(rows, int(_MOST_WORK / work)))
-    before = None if activation is None else (activation.pool, activation.scale is not None, activation.alone, activation.keep)
+    before = None if activation is None else (activation.pool, activation.scale is not None, activation.alone, activation.clean_output)
     noisy = getattr(layer, "noise_enabled", False)
     key = cpu.load().unit, layer.weight.dtype, tuple(shape), layer.out_channels, layer.padding, before, noisy, rows
     with _lock:
@@ -274,9 +273,11 @@ def _measured(fused: FusedConv, shape, rows: int, candidates) -> tuple[int, dict
 
 @torch.no_grad()
 def _time(fused, shape, rows, candidates) -> dict[Form | None, float]:
-    """Least seconds of a few runs in turns. The values of the weights do not matter."""
+    """Least seconds of processor time of a few runs in turns: what other processes take of a core is not counted. The values of the weights
+    do not matter."""
     layer, seconds, kept = fused.layer, {}, fused.winograd
-    x = _map(layer.weight, rows, *shape).normal_()
+    x = _map(layer.weight, rows, *shape)
+    x.normal_(generator=torch.Generator(x.device).manual_seed(0))  # torch's own is the caller's, and stays where it is
     algorithms = {}
     for form in candidates:
         like = form and winograd.transform_weight(layer.weight[:1], *form)
@@ -285,13 +286,13 @@ def _time(fused, shape, rows, candidates) -> dict[Form | None, float]:
     try:
         for number in range(_ROUNDS):
             for form, algorithm in algorithms.items():
-                if number and seconds[form] > _FAR * min(seconds.values()):
-                    continue
                 fused.winograd = algorithm
                 with NoiseContext(torch.zeros((), dtype=torch.int64, device="cpu"), rows):
-                    begin = time.perf_counter()
+                    if not number:  # makes primitives, maps memory, reads weights for the first time
+                        fused.forward(x)
+                    begin = time.process_time()
                     fused.forward(x)
-                    seconds[form] = min(seconds.get(form, math.inf), time.perf_counter() - begin)
+                    seconds[form] = min(seconds.get(form, math.inf), time.process_time() - begin)
     finally:
         fused.winograd = kept
     return seconds

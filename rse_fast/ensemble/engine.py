@@ -4,16 +4,18 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from rse_fast import autograd, functional
+from rse_fast import autograd, functional, inputs, ops, outputs
 from rse_fast.ensemble import convolution, gradient, quantize
+from rse_fast.ensemble import temperature as calibrated
 from rse_fast.ensemble.early_exit import make as make_criterion
 from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers, warn_caller
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
@@ -26,36 +28,44 @@ DTYPES = {
 }  # fmt: skip
 
 
-def _left_by_compilers(function):
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _left_by_compilers(function: Function) -> Function:
     """`torch.compiler.disable` for calls that take fresh numbers of the operating system and run a snapshot, which is optimised already.
 
     It is done by what `torch.compiler.disable` does, without its import of the compiler, which would take as long as all of torch's.
     """
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args, **kwargs):  # type: ignore[no-untyped-def]  # the signature is that of function
         return function(*args, **kwargs)
 
-    run._torchdynamo_disable = True
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
     skip = eval_frame._FrameAction.SKIP
-    eval_frame.set_code_exec_strategy(run.__code__, eval_frame._FrameExecStrategy(skip, skip))  # and what it calls
-    return run
+    eval_frame.set_code_exec_strategy(run.__code__, eval_frame._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]  # and what it calls
+    return cast(Function, run)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `Ensemble.predict` returns for B images and K classes, all on the device of the model.
+    """What `Ensemble.predict` returns for B images and K classes, all on the device of the images that were given.
+
+    A model that classifies pixels, by logits [N, K, H, W], gives labels, entropy and mutual_information [B, H, W], and probs and votes
+    [B, K, H, W].
 
     An image for which the model gives NaN in any draw has label -1 and NaN probs, and a RuntimeWarning says so at each call
     (``warnings.simplefilter("error", RuntimeWarning)`` makes it an error). Infinite logits count as numbers without bound.
 
-    labels: int64 [B], argmax of probs; -1 where they are NaN.
-    probs: float32 [B, K], mean softmax over the draws.
-    entropy: float32 [B], of probs, in nats: total uncertainty.
-    mutual_information: float32 [B], entropy minus the mean entropy of the draws, in nats, >= 0: how much the draws disagree.
-    votes: int64 [B, K], how many draws had each class on top; a draw that is NaN has none.
-    draws_used: int64 [B].
-    seed: the seed that reproduces this prediction, in [0, 2^64).
+    Attributes:
+        labels: int64 [B], argmax of probs; -1 where they are NaN.
+        probs: float32 [B, K], mean softmax over the draws, at the ensemble's temperature.
+        entropy: float32 [B], of probs, in nats: total uncertainty.
+        mutual_information: float32 [B], entropy of the mean softmax minus the mean entropy of the draws, in nats, >= 0: how much the draws
+            disagree. The same at every temperature.
+        votes: int64 [B, K], how many draws had each class on top; a draw that is NaN has none.
+        draws_used: int64 [B].
+        seed: the seed that reproduces this prediction, in [0, 2^64).
     """
 
     labels: torch.Tensor
@@ -71,7 +81,8 @@ class Ensemble(nn.Module):
     """Averages the softmax of ``draws`` noisy passes of a model that has noisy layers (see `rse_fast.convert`).
 
     Args:
-        model: maps [N, ...] to logits [N, K]; runs in eval mode with its noise on. Its own mode is left as it is.
+        model: maps [N, ...] to logits [N, K], or [N, K, H, W] of pixels; runs in eval mode with its noise on. Its own mode is left as it
+            is.
         draws: passes an image, >= 1.
         seed: None takes fresh entropy from the operating system at every call, which is what a defence needs. A number makes every
             call repeat the same noise, hence the model deterministic and attackable: for audits and tests only.
@@ -92,18 +103,45 @@ class Ensemble(nn.Module):
             "winograd" takes it for all such layers. `algorithms` tells which runs what. They differ by rounding alone: what a machine
             has measured moves float32 logits by less than 1e-5 of the largest one for every layer, and bfloat16 ones by no more than
             bfloat16 itself does. Within a process the choice for a layer is made once and stays, whatever the calls.
+        temperature: of `probs` and of what `forward` returns, in [0.1, 10]: the mean softmax to the power of 1 / temperature, normalised
+            again. It changes no label, vote or certificate. `rse_fast.fit_temperature` finds the one for validation images.
         cuda_graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, and if no module has a hook,
             which a replay does not call; True always; False never. Every replay has fresh noise. A model that cannot be captured runs
             without, after one warning.
+        logits: where the logits are in what the model returns: a name ("logits"), an index, or a function of it. None finds them in a
+            tensor, in a mapping, dataclass or named tuple with "logits" or "out", and first in a tuple.
 
     The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
-    fewer draws are a prefix of more. One ensemble may be called from many threads. Raises ValueError or TypeError naming the argument.
+    fewer draws are a prefix of more. One ensemble may be called from many threads.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: an argument is out of range, or the model has no noisy layers.
+
+    Examples:
+        >>> ensemble = rse_fast.Ensemble(rse_fast.convert(model), draws=10)
+        >>> ensemble.predict(images).labels  # int64 [B]; ensemble(images) is the log of the mean softmax, with a gradient
+
+    Reference: Liu, Cheng, Zhang, Hsieh, ECCV 2018.
     """
 
     def __init__(
-        self, model, draws=10, *, seed=None, max_rows=None, dtype="auto", fuse=True, early_exit=None, calibration=None,
-        backend="auto", algorithm="auto", cuda_graphs=None,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        draws: int = 10,
+        *,
+        seed: int | None = None,
+        max_rows: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        fuse: bool = True,
+        early_exit: str | float | None = None,
+        calibration: Iterable[Tensor] | None = None,
+        backend: str = "auto",
+        algorithm: str = "auto",
+        cuda_graphs: bool | None = None,
+        logits: str | int | Callable | None = None,
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -119,9 +157,11 @@ class Ensemble(nn.Module):
             raise ValueError(f"backend must be one of {', '.join(map(repr, functional.BACKENDS))}, got {backend!r}")
         if cuda_graphs not in (None, True, False):
             raise ValueError(f"cuda_graphs must be None, True or False, got {cuda_graphs!r}")
+        outputs.check(model, logits)
         self.draws = _count("draws", draws)
         self.seed = None if seed is None else _seed(seed)
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
+        self.logits, self.temperature = logits, calibrated.check(temperature)
         make_criterion(early_exit, self.draws, 1)  # raises if it names none
         self.dtype, self.fuse, self.early_exit, self.backend, self.cuda_graphs = dtype, bool(fuse), early_exit, backend, cuda_graphs
         convolution.check(model, algorithm, DTYPES.get(dtype), self.fuse, dtype == "int8", backend)
@@ -130,16 +170,18 @@ class Ensemble(nn.Module):
         number_layers(model)
         self.model = model
         compute = DTYPES.get(dtype)  # None: the best of the device
-        self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration, algorithm)
-        self._live = Preparation(model, compute, False, backend, False, None)  # for the gradient of its weights
+        self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration, algorithm, logits)
+        self._live = Preparation(model, compute, False, backend, False, None, logits=logits)  # for the gradient of its weights
         self._live.said = self._preparation.said
 
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Log of the mean softmax, float32 [B, K]; differentiable in ``x``, so a gradient is the gradient of the whole ensemble,
-        exact to rounding, in memory that does not grow with draws (see `rse_fast.ensemble.gradient`). Differentiable in the parameters
-        of the model, too: where backward asks for their gradient, the model itself runs again beside its fused snapshot."""
+        """Log of the mean softmax at the temperature, float32 [B, K], of pixels [B, K, H, W].
+
+        Differentiable in ``x``, so a gradient is that of the whole ensemble, exact to rounding, in memory that does not grow with draws
+        (see `rse_fast.ensemble.gradient`). Differentiable in the parameters of the model, too: where backward asks for their gradient, the
+        model itself runs again beside its fused snapshot."""
         x = self.images(x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)
@@ -155,7 +197,7 @@ class Ensemble(nn.Module):
         if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
             weights = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.requires_grad]
 
-        def live(x, seed, draws=self.draws):
+        def live(x: Tensor, seed: Tensor, draws: int = self.draws) -> Tensor:
             with self._live.ready(x) as model:
                 return self._log_mean(self._live, model, x, seed, draws)
 
@@ -171,8 +213,8 @@ class Ensemble(nn.Module):
                 return result + gradient.OfWeights.apply(live, model.watch, result.detach(), x.detach(), seed, *weights)
         return live(x, seed)
 
-    def _log_mean(self, preparation, model, x, seed, draws):
-        """Log of the mean softmax of ``draws`` draws, float32 [B, K]."""
+    def _log_mean(self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, draws: int) -> Tensor:
+        """Log of the mean softmax of ``draws`` draws, float32 [B, K, ...]."""
         rows = []
         for _, draw, logits in self._passes(preparation, model, x, seed, 0, draws):
             if draw.start == 0:
@@ -180,33 +222,53 @@ class Ensemble(nn.Module):
             else:
                 rows[-1].add(logits)
         if not rows:  # no images: for the sake of their gradient
-            return x.new_zeros((0, model.classes), dtype=torch.float32) + x.sum()
-        return torch.cat([part.value() for part in rows]) - math.log(draws)
+            return x.new_zeros((0, model.classes, *model.runner.pixels), dtype=torch.float32) + x.sum()
+        mean = calibrated.rescale(torch.cat([part.value() for part in rows]) - math.log(draws), self.temperature)
+        return mean.movedim(-1, 1).contiguous()
 
     @_left_by_compilers
     @torch.no_grad()
     def predict(self, x: torch.Tensor, seed: int | None = None, image_offset: int = 0) -> Prediction:
-        """Predicts [B, ...] images. ``seed`` (default: the ensemble's) and ``image_offset``, the index of the first image, address the
-        noise: a data set predicted in parts, each with its own image_offset, gets the noise it would get as one batch."""
-        x, seed = self.images(x), self.draw_seed(seed)
+        """Predicts a batch of images.
+
+        Args:
+            x: float [B, ...], as the model takes them.
+            seed: of the noise; None takes the ensemble's, or fresh entropy if it has none.
+            image_offset: index of the first image, which addresses its noise: a data set predicted in parts, each with its own
+                image_offset, gets the noise it would get as one batch.
+
+        Returns:
+            A `Prediction` on the device of x.
+
+        Raises:
+            TypeError: x is no dense float tensor.
+            ValueError: x is no batch, image_offset is out of range, or the model does not return logits [N, K].
+        """
+        if autograd.is_transformed():
+            raise ValueError(
+                "x must not be inside a transform of torch.func or forward-mode differentiation, which Ensemble.predict has no rule for; "
+                "predict the whole batch [B, ...] at once, or call the ensemble itself, which has gradients"
+            )
+        given, x, seed = x, self.images(x), self.draw_seed(seed)
         image_offset = functional.first_image(image_offset, len(x))
         if self.early_exit is None:
-            return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed)
+            return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed, given.device)
         scheduler = self._scheduler(x, seed, self.draws)
         scheduler.put(x, image_offset)
         finished = [scheduler.nothing()]
         while scheduler.busy:
             finished.append(scheduler.step())
         statistics = DrawStatistics.cat(finished)
-        return self._prediction(statistics.select(statistics.index.argsort()), seed)
+        return self._prediction(statistics.select(statistics.index.argsort()), seed, given.device)
 
     def stream(self, batches: Iterable[torch.Tensor], draws: int | None = None) -> "Stream":
-        """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order.
+        """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order, on the device of the
+        first batch.
 
         With early exit, decided images free their slots for waiting ones, so the packed batch stays full (`Stream.occupancy`). Image i of
         the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image_offset=i``. At most two
         packed batches of images, or two of the source's, are held at a time, and a bounded number of results. ``draws`` defaults to the
-        ensemble's.
+        ensemble's. As the call for serving it warns, once a process, of an ensemble with a seed.
         """
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
@@ -237,22 +299,25 @@ class Ensemble(nn.Module):
         Winograd's. Empty before the first call, and for a model that runs unfused."""
         return self._preparation.algorithms
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         seed = "fresh at every call" if self.seed is None else self.seed
         text = f"draws={self.draws}, seed={seed}, dtype={self.dtype}, fuse={self.fuse}, backend={self.backend!r}"
+        text += "" if self.temperature == 1 else f", temperature={self.temperature:.4g}"
         layers = [f"({name}): {choice.algorithm}, {choice.why}" for name, choice in self.algorithms.items()]
         return "\n".join([f"{text}, algorithm={self.algorithm!r}", *layers])
 
     def images(self, x: torch.Tensor) -> torch.Tensor:
-        """``x``, checked to be a batch [B, ...] of images, on the device of the model. Raises TypeError or ValueError."""
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        """``x``, checked to be a batch [B, ...] of images, on the device of the model; NumPy arrays and PIL images as
+        `rse_fast.inputs.batch` takes them. Raises TypeError or ValueError."""
+        x = inputs.batch(x, self.model)
         if x.layout != torch.strided:
             raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
         if x.dim() < 2:
             raise ValueError(f"x must be a batch [B, ...], got shape {tuple(x.shape)}")
+        if 0 in x.shape[1:]:
+            raise ValueError(f"x must be a batch [B, ...] of images that have pixels, got shape {tuple(x.shape)}")
         parameter = next(self.model.parameters(), None)
         if x.is_meta and (parameter is None or not parameter.is_meta):
             raise ValueError("x must have data, got a tensor on the meta device")
@@ -260,6 +325,8 @@ class Ensemble(nn.Module):
 
     def draw_seed(self, seed: int | None) -> int:
         """The seed of one call, in [0, 2^64): ``seed``, else the ensemble's own, else 64 fresh bits of the operating system."""
+        if torch.onnx.is_in_onnx_export():
+            raise ValueError(ops.NO_ONNX)
         if seed is not None:
             return _seed(seed)
         if self.seed is not None:
@@ -267,7 +334,8 @@ class Ensemble(nn.Module):
         if torch.jit.is_tracing() or get_proxy_mode() is not None or torch.compiler.is_exporting():
             raise ValueError(
                 "seed must be a number for an Ensemble to be traced or exported, got None: fresh noise at every call would become one "
-                "constant of the graph; give Ensemble(seed=...) for a graph with that noise"
+                "constant of the graph; rse_fast.export writes a program whose seed is an input; give Ensemble(seed=...) for a graph with "
+                "that one noise"
             )
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -276,84 +344,81 @@ class Ensemble(nn.Module):
         return int.from_bytes(os.urandom(8), "little")
 
     # ----------------------------------------------------------------------------------------------------------------- one call
-    def _all_draws(self, x, seed, image_offset):
+    def _all_draws(self, x: Tensor, seed: Tensor, image_offset: int) -> DrawStatistics:
         """The `DrawStatistics` of every draw of every image."""
         with self._preparation.ready(x) as model:
-            statistics = [DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.classes)]
+            statistics = [DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=x.device), model.row)]
             for image, draw, logits in self._passes(self._preparation, model, x, seed, image_offset, self.draws):
                 if draw.start == 0:
                     index = torch.arange(image_offset + image.start, image_offset + image.stop, device=x.device)
-                    statistics.append(DrawStatistics.empty(index, logits.shape[-1]))
+                    statistics.append(DrawStatistics.empty(index, logits.shape[2:]))
                 statistics[-1].add(log_softmax(logits))
         return DrawStatistics.cat([t for t in statistics if len(t.index)] or statistics)
 
-    def _scheduler(self, x, seed, draws):
+    def _scheduler(self, x: Tensor, seed: int, draws: int) -> Scheduler:
         """A `Scheduler` for images like ``x``, which runs them through the model."""
-        seed, classes = functional.seed_tensor(seed, x.device), self.prepared(x).classes
+        key, model = functional.seed_tensor(seed, x.device), self.prepared(x)
+        if model.runner.pixels and self.early_exit is not None:
+            raise ValueError(
+                f"early_exit must be None for a model that classifies pixels, got {self.early_exit!r}: an image has one number of draws, "
+                "and would stop when its last pixel is decided"
+            )
 
-        def run(x, sample_ids, draws):
-            return self.logits_at(x, sample_ids, draws, seed)
+        def run(x: Tensor, sample_ids: Tensor, draws: int) -> Tensor:
+            return self.logits_at(x, sample_ids, draws, key)
 
-        criterion = make_criterion(self.early_exit, draws, max(classes, 1))
-        return Scheduler(run, classes, draws, self.rows(x), criterion, x.device)
+        criterion = make_criterion(self.early_exit, draws, max(model.classes, 1))
+        return Scheduler(run, model.row, draws, self.rows(x), criterion, x.device)
 
     def logits_at(
-        self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, silent: int | None = None
+        self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, noiseless_stream: int | None = None
     ) -> torch.Tensor:
-        """One packed batch: float32 logits [draws, A, K] of images x [A, ...], draws ``sample_ids[i, 1] ..`` of image ``sample_ids[i, 0]``
-        (sample_ids int64 [A, 2], seed an int64 tensor, both on x's device). ``silent``: see `rse_fast.nn.NoiseContext`."""
+        """One packed batch: float32 logits [draws, A, ..., K] of images x [A, ...]: draws ``sample_ids[i, 1] ..`` of image
+        ``sample_ids[i, 0]``. sample_ids int64 [A, 2] and seed, an int64 tensor, are on x's device. ``noiseless_stream``: see
+        `rse_fast.nn.NoiseContext`."""
         with self._preparation.ready(x) as model:
 
-            def step(image, draw):
+            def step(image: slice, draw: slice) -> Tensor:
                 at = sample_ids[image].clone()
                 at[:, 1] += draw.start
                 images, draws = image.stop - image.start, draw.stop - draw.start
-                context = NoiseContext(seed, images, draws, backend=self.backend, sample_ids=at, silent=silent)
+                context = NoiseContext(seed, images, draws, backend=self.backend, sample_ids=at, noiseless_stream=noiseless_stream)
                 return self._logits(model, x[image], context)
 
             parts = list(model.planner.attempt(slice(0, len(x)), slice(0, draws), step))
         if len(parts) == 1:
             return parts[0][-1]
-        logits = parts[0][-1].new_empty((draws, len(x), parts[0][-1].shape[-1]))
+        logits = parts[0][-1].new_empty((draws, len(x), *parts[0][-1].shape[2:]))
         for image, draw, part in parts:  # memory did not suffice for the whole
             logits[draw, image] = part
         return logits
 
-    @staticmethod
-    def _prediction(statistics, seed):
-        used = statistics.used.clamp_min(1)
-        mean = statistics.sums / used[:, None]
-        total = -torch.special.xlogy(mean, mean).sum(-1)
-        # No image may be there to tell the number of classes.
-        undefined = mean.isnan().any(-1)
-        labels = mean.argmax(-1).masked_fill(undefined, -1) if mean.shape[1] else statistics.index
+    def _prediction(self, statistics: DrawStatistics, seed: int, device: torch.device) -> Prediction:
+        summary = statistics.summary(self.temperature)
+        labels = summary["labels"]
+        undefined = labels < 0
         if not (labels.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(undefined.any()):
             warn_caller(
-                f"rse-fast: the model gave NaN for {int(undefined.sum())} of {len(labels)} images; "
+                f"rse-fast: the model gave NaN for {int(undefined.view(len(labels), -1).any(1).sum())} of {len(labels)} images; "
                 "their label is -1 and their probs are NaN"
             )
-        return Prediction(
-            labels=labels,
-            probs=mean.float(),
-            entropy=total.float(),
-            mutual_information=(total - statistics.entropies / used).clamp_min(0).float(),
-            votes=statistics.votes,
-            draws_used=statistics.used,
-            seed=seed,
-        )
+        return Prediction(**{name: value.to(device) for name, value in summary.items()}, seed=seed)
 
-    def _passes(self, preparation, model, x, seed, image_offset, draws):
-        """Yields (image slice, draw slice, float32 logits [draws, images, K]) for each packed batch, images outermost."""
+    def _passes(
+        self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, image_offset: int, draws: int
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yields (image slice, draw slice, float32 logits [draws, images, ..., K]) for each packed batch, images outermost."""
         number = itertools.count()
+        live = model.watch if not preparation.fuse else None  # a snapshot is as it was
 
-        def step(image, draw):
+        def step(image: slice, draw: slice) -> Tensor:
             batch = functools.partial(self._chunk, preparation, model, seed, image_offset + image.start, draw)
-            return gradient.run(batch, x[image], next(number))
+            return gradient.run(batch, x[image], next(number), live)
 
         wanted = torch.is_grad_enabled() and (x.requires_grad or not preparation.fuse)
         return model.planner.run(x.shape[0], draws, step, self.max_rows, wanted)
 
-    def _chunk(self, preparation, model, seed, image_offset, draw, x):
+    def _chunk(self, preparation: Preparation, model: Prepared, seed: Tensor, image_offset: int, draw: slice, x: Tensor) -> Tensor:
         """`_logits` with the noise of given images and draws; backward may call it again, outside the context of `Preparation.ready`."""
         context = NoiseContext(seed, len(x), draw.stop - draw.start, image_offset, draw.start, self.backend)
         preparation.number()
@@ -361,24 +426,22 @@ class Ensemble(nn.Module):
             return self._logits(model, x, context)
 
     @staticmethod
-    def _logits(model, x, context):
-        """One packed batch: float32 logits [draws, images, K] of images ``x``."""
+    def _logits(model: Prepared, x: Tensor, context: NoiseContext) -> Tensor:
+        """One packed batch: float32 logits [draws, images, K] of images ``x``, or [draws, images, H, W, K] of their pixels."""
         images, draws = context.images, context.draws
         logits = model.run(x, context)
         if not context.calls and model.runner.noisy:
             raise ValueError("model must call a noisy layer in its forward pass, got a pass without any")
-        if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] not in (images, images * draws):
-            got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise ValueError(f"model must return logits [N, K] for N = {images * draws} rows, got {got}")
-        if logits.shape[1] == 1:
-            raise ValueError("model must return logits of two classes or more, got one logit, whose softmax is 1 whatever it is")
+        outputs.check_rows(logits, (images, images * draws))
+        logits = logits.movedim(1, -1)
+        row = logits.shape[1:]
         if logits.shape[0] == images:  # one draw, or all noise is switched off
             logits = logits.expand(draws, *logits.shape)
-        logits = logits.reshape(draws, images, -1).float()
+        logits = logits.reshape(draws, images, *row).float()
         if model.report is not None:  # bytes know no NaN, and make a bright pixel of an infinite one
             for rows in (~x.flatten(1).isfinite().all(-1), *context.undefined):
                 rows = rows.expand(draws, images) if len(rows) == images else rows.view(draws, images)
-                logits = logits.masked_fill(rows[..., None], math.nan)
+                logits = logits.masked_fill(rows.view(draws, images, *[1] * len(row)), math.nan)
         return logits
 
 
@@ -396,10 +459,13 @@ class Stream:
         if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
             raise TypeError(f"batches must be an iterable of tensors [B, ...], got {type(batches).__name__}")
         self.seed = ensemble.draw_seed(None)
-        self._ensemble, self._draws, self._scheduler = ensemble, draws, None
+        if ensemble.seed is not None:
+            _warn_of_seed()
+        self._ensemble, self._draws = ensemble, draws
+        self._scheduler: Scheduler | None = None
         self._predictions = self._run(iter(batches))
 
-    def __iter__(self):
+    def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Prediction:
@@ -414,33 +480,43 @@ class Stream:
         """Share of the rows of the packed batches so far that counted as a draw of an image, in [0, 1]; nan before the first."""
         return self._scheduler.occupancy if self._scheduler else math.nan
 
-    def _checked(self, x, first):
+    def _checked(self, x: Tensor, first: Tensor) -> Tensor:
         x = self._ensemble.images(x)
         if x.shape[1:] != first.shape[1:]:
             raise ValueError(f"batches must have images of one shape, got {tuple(x.shape[1:])} after {tuple(first.shape[1:])}")
         return x
 
-    def _run(self, batches):
-        first = next(batches, None)
-        if first is None:
+    def _run(self, batches: Iterator[Tensor]) -> Generator[Prediction, None, None]:
+        try:
+            first = next(batches)
+        except StopIteration:
             return
+        first = self._ensemble.images(first)
         inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
-        self._scheduler = self._ensemble._scheduler(self._ensemble.images(first), self.seed, self._draws)
-        results = in_order(inputs, self._scheduler, self.BACKLOG * self._scheduler.slots)
+        scheduler = self._scheduler = self._ensemble._scheduler(first, self.seed, self._draws)
+        results = in_order(inputs, scheduler, self.BACKLOG * scheduler.slots)
         while True:
             with torch.no_grad():  # not around the yield: it would reach into the consumer's code
                 statistics = next(results, None)
             if statistics is None:
                 return
-            yield self._ensemble._prediction(statistics, self.seed)
+            yield self._ensemble._prediction(statistics, self.seed, first.device)
 
 
-def _count(name, value):
+@functools.cache  # once a process
+def _warn_of_seed() -> None:
+    warn_caller(
+        "rse-fast: this stream is of an ensemble with a fixed seed, which makes the defence deterministic and attackable; leave the seed "
+        "out to serve, and give one for audits and tests only"
+    )
+
+
+def _count(name: str, value: int) -> int:
     value = functional.integer(name, value)
     if not 1 <= value <= 2**32:  # draws are counted in 32 bits
         raise ValueError(f"{name} must be at least 1{' and at most 2^32' if value > 1 else ''}, got {value}")
     return value
 
 
-def _seed(seed):
+def _seed(seed: int) -> int:
     return functional.integer("seed", seed) % 2**64

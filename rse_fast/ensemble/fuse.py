@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from rse_fast import autograd, functional
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import hooks
+from rse_fast.ensemble.shapes import ShapeTracer
 from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
 from rse_fast.trace import RandomOpDetector, Tracer
 
@@ -28,42 +30,64 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, NoisyConv1d, NoisyConv2d, Nois
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _INPLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+_MOST_LEAVES = 8  # classes whose forward is left untraced
 _FRESH = (operator.add, operator.sub, operator.mul, torch.add, torch.cat)  # calls whose result is new memory
 
 
 def snapshot(
-    model: nn.Module, dtype: torch.dtype, rewrite: Callable[[torch.fx.GraphModule], None] | None = None
+    model: nn.Module,
+    dtype: torch.dtype,
+    rewrite: Callable[[torch.fx.GraphModule], None] | None = None,
+    shape: torch.Size | None = None,
+    merge: bool = True,
 ) -> tuple[nn.Module, str | None]:
     """A `copy` of ``model``, fused.
 
     Returns (copy, None), or (unfused copy, why) when the model cannot be traced. ``rewrite`` may change the traced model, in float32,
-    once its BatchNorms are folded and before anything else is done.
+    once its BatchNorms are folded and before anything else is done. ``shape``: of an image. A model that branches on it is traced for it,
+    and the copy is for such images alone. ``merge=False`` folds BatchNorms alone: what is left are torch's own layers and the noisy ones,
+    for compilers.
     """
     wide = torch.promote_types(dtype, torch.float32)  # folding is done in float32 at least
-    copied, problem = copy(model, wide), None
-    try:
-        for _ in range(2):  # once more, as it may have been another thread that drew one of Python's or numpy's
-            before = _host_numbers()
-            with RandomOpDetector() as detector:
-                graph = _Tracer().trace(copied)
-            if not detector.any and _host_numbers() == before:
-                break
-        else:
-            raise RuntimeError("its forward draws random numbers, which the graph would repeat")
-    except Exception as error:  # whatever a user's forward raises when it meets a proxy
-        problem = f"it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
-    else:
-        copied = Graph(copied, graph)
+    copied, graph, problem, tracer = copy(model, wide), None, None, _Tracer()
+    while graph is None and tracer is not None:
+        try:
+            graph = _trace(copied, tracer)
+        except Exception as error:  # whatever a user's forward raises when it meets a proxy
+            problem = f"it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+            tracer = None if shape is None else tracer.next(shape, type(model))
+            if tracer is not None:
+                copied = copy(model, wide)  # a forward may have kept what it saw
+    if graph is not None:
+        copied, problem = Graph(copied, graph), None
+        copied.untraced = tracer.leaves
         _free_views(copied)
         fold_batch_norm(copied)
         if rewrite is not None:
             rewrite(copied)
-        merge_activations(copied)
+        if merge:
+            merge_activations(copied)
+        copied.release()
     return _lay_out(copied, dtype), problem
 
 
+def _trace(model, tracer):
+    for _ in range(2):  # once more, as it may have been another thread that drew one of Python's or numpy's
+        before = _host_numbers()
+        with RandomOpDetector() as detector:
+            graph = tracer.trace(model)
+        if not detector.any and _host_numbers() == before:
+            return graph
+    raise RuntimeError("its forward draws random numbers, which the graph would repeat")
+
+
 class Graph(torch.fx.GraphModule):
-    """A traced model whose source is not kept: torch.fx would keep that of every one ever made, 20 to 40 KB each."""
+    """A traced model whose source is not kept: torch.fx would keep that of every one ever made, 20 to 40 KB each.
+
+    untraced: classes of modules that it calls as they are, since their forward could not be traced.
+    """
+
+    untraced = frozenset()
 
     def recompile(self):
         code = super().recompile()
@@ -71,6 +95,15 @@ class Graph(torch.fx.GraphModule):
         linecache.cache.pop(name, None)
         torch.fx.graph_module._loader.eval_cache.pop(name, None)
         return code
+
+    def release(self):
+        """Lets the graph, once it is done, not hold its module: the memory of a dropped one would wait for the garbage collector."""
+        self.graph.owning_module = None
+
+    def __deepcopy__(self, memo):
+        copied = super().__deepcopy__(memo)
+        copied.release()
+        return copied
 
 
 def _host_numbers():
@@ -109,9 +142,35 @@ def _lay_out(model, dtype):
 
 
 class _Tracer(Tracer):
+    """leaves: classes of modules that are called as they are, because their forward cannot be traced."""
+
+    leaves, failed = frozenset(), None
+
     def is_leaf_module(self, module, name):
         # A hook traced through would be called once, with a proxy, and never again.
-        return isinstance(module, NoiseLayer) or _has_hooks(module) or super().is_leaf_module(module, name)
+        leaf = isinstance(module, NoiseLayer) or _has_hooks(module) or type(module) in self.leaves
+        return leaf or super().is_leaf_module(module, name)
+
+    def call_module(self, m, forward, args, kwargs):
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or type(m)  # the innermost
+            raise
+
+    def next(self, shape: torch.Size, whole: type) -> "_Tracer | None":
+        """What to try where this one has failed: with sizes known, then with more and more leaves, but not the ``whole`` model as one."""
+        if not isinstance(self, ShapeTracer):
+            return _OfShape(shape)
+        if self.failed in (None, whole, nn.Sequential) or len(self.leaves) == _MOST_LEAVES:
+            return None
+        tracer = _OfShape(shape)
+        tracer.leaves = self.leaves | {self.failed}
+        return tracer
+
+
+class _OfShape(_Tracer, ShapeTracer):
+    """For a forward that branches on sizes."""
 
 
 def fold_batch_norm(model: torch.fx.GraphModule) -> None:
@@ -150,7 +209,7 @@ def fold_batch_norm(model: torch.fx.GraphModule) -> None:
 class Activation(nn.Module):
     """``[x * scale + shift] -> ReLU -> [2x2 max-pool] -> noise of a layer``, one pass over memory for all of it.
 
-    affine: scale and shift [C], or None. Returns (noisy, clean) of x; clean, to which the noise was added, is complete if ``keep``.
+    affine: scale and shift [C], or None. Returns (noisy, clean) of x; clean, to which the noise was added, is complete if ``clean_output``.
     alone: whether x is memory that nobody else reads, so that the result may take its place.
     """
 
@@ -159,11 +218,11 @@ class Activation(nn.Module):
         layer: nn.Module,
         pool: bool = False,
         affine: tuple[torch.Tensor, torch.Tensor] | None = None,
-        keep: bool = False,
+        clean_output: bool = False,
         alone: bool = False,
     ):
         super().__init__()
-        self.layer, self.pool, self.keep, self.alone = layer, pool, keep, alone
+        self.layer, self.pool, self.clean_output, self.alone = layer, pool, clean_output, alone
         self.scale, self.shift = affine or (None, None)  # no buffers: they stay in float32, as the noise arithmetic is
 
     def forward(self, x):
@@ -177,8 +236,8 @@ class Activation(nn.Module):
         if backend != "auto":
             functional.check_backend(backend, x)
         options = at, self.scale, self.shift, True
-        if self.pool or self.keep:
-            return autograd.activate_noise(x, sigma, *options, self.pool, backend, self.keep)
+        if self.pool or self.clean_output:
+            return autograd.activate_noise(x, sigma, *options, self.pool, backend, self.clean_output)
         if self.alone and len(x) == at.rows and x.is_contiguous(memory_format=torch.channels_last):
             autograd.add_noise_(x, sigma, *options, backend)  # no fresh memory, and the convolution that reads it finds it in the cache
             return x, x
@@ -209,8 +268,8 @@ class FusedConv(nn.Module):
         return self.activation is not None
 
     @property
-    def keep(self) -> bool:
-        return self.relu and self.activation.keep
+    def clean_output(self) -> bool:
+        return self.relu and self.activation.clean_output
 
     def forward(self, input, residual=None):  # the name that nn.Conv2d gives it
         layer = self.layer
@@ -221,7 +280,7 @@ class FusedConv(nn.Module):
             return self.forward(x) + residual
         if self.activation is not None:
             x, clean = self.activation.forward(x)  # nobody hangs a hook there
-            return (self._convolve(x), clean) if self.keep else self._convolve(x)
+            return (self._convolve(x), clean) if self.clean_output else self._convolve(x)
         return self._convolve(layer.add_noise(x) if getattr(layer, "noise_enabled", False) else x)
 
     def _convolve(self, x):
@@ -245,111 +304,169 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
     Where only noisy convolutions read it, directly or through a max-pool (which commutes with it), each takes the source's values itself.
     Where something else reads it as well, as in residual networks, one convolution gives the clean values to all others.
     """
-    graph = model.graph
-    calls = Counter(model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module")
+    nodes = _Nodes(model)
+    for node in list(model.graph.nodes):
+        found = _Rectified.find(nodes, node)
+        if found is None:
+            continue
+        if found.only_noisy:
+            found.give_each_reader_its_own(nodes)
+        elif found.can_be_shared(nodes):
+            found.share(nodes)
+        else:
+            continue
+        found.erase(nodes)
+    pack_weights(model)
+    merge_additions(model, nodes.is_steady)
+    model.delete_all_unused_submodules()
+    model.recompile()
 
-    def module_of(node, kinds):
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
+
+class _Nodes:
+    """What `merge_activations` asks of the nodes of a traced model."""
+
+    def __init__(self, model: torch.fx.GraphModule):
+        self.model, self.graph = model, model.graph
+        self.calls = Counter(model.get_submodule(node.target) for node in model.graph.nodes if node.op == "call_module")
+
+    def module_of(self, node, kinds):
+        """The module that a node calls, if it is exactly of one of the kinds and has no hooks."""
+        module = self.model.get_submodule(node.target) if node.op == "call_module" else None
         return module if type(module) in kinds and not _has_hooks(module) else None
 
-    def is_relu(node):
+    def is_relu(self, node) -> bool:
         if node.op == "call_module":
-            return module_of(node, (nn.ReLU,)) is not None
+            return self.module_of(node, (nn.ReLU,)) is not None
         return (
             node.op == "call_function"
             and node.target in (torch.relu, nn.functional.relu)
             or (node.op == "call_method" and node.target in ("relu", "relu_"))
         )
 
-    def is_pool(node):
-        pool = module_of(node, _POOLS)
+    def is_pool(self, node) -> bool:
+        pool = self.module_of(node, _POOLS)
         return pool is not None and not pool.return_indices
 
-    def is_noisy(node):
-        layer = module_of(node, (NoisyConv2d,))
+    def is_noisy(self, node) -> bool:
+        layer = self.module_of(node, (NoisyConv2d,))
         return layer is not None and _is_simple(layer)
 
-    def is_fresh(node):
+    def is_fresh(self, node) -> bool:
         """Whether what it computes is new memory, which no hook has seen."""
         if node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
-            return module_of(node.args[0], (FusedConv,)) is not None
-        return node.target in _FRESH or module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
+            return self.module_of(node.args[0], (FusedConv,)) is not None
+        return node.target in _FRESH or self.module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
 
-    def is_private(node):
+    def is_private(self, node) -> bool:
         """Whether its one reader alone sees what it computes: whoever reads the memory of an in-place ReLU's source reads the ReLU's."""
         if len(node.users) != 1:
             return False
-        if is_fresh(node):
+        if self.is_fresh(node):
             return True
         views = node.args[:1] if node.target is operator.iadd else node.all_input_nodes  # what its result may be a view of
-        return node.op.startswith("call_") and all(map(is_private, views))
+        return node.op.startswith("call_") and all(map(self.is_private, views))
 
-    def is_steady(node):
+    def is_steady(self, node) -> bool:
         """Whether what it computes is new memory that nobody writes to later, so that it may be read later than the graph says."""
-        return is_fresh(node) and not any(writes(user, node) for user in node.users)
+        return self.is_fresh(node) and not any(self.writes(user, node) for user in node.users)
 
-    def writes(node, source):
+    def writes(self, node, source) -> bool:
         """Whether a node may write over what ``source``, which it reads, computes."""
         if node.target in _INPLACE:
             return node.args[0] is source
         if node.op == "call_module":
-            return getattr(model.get_submodule(node.target), "inplace", False)
+            module = self.model.get_submodule(node.target)
+            return getattr(module, "inplace", False) or type(module) in self.model.untraced  # which may do anything
         name = node.target if isinstance(node.target, str) else node.target.__name__
         return name.rstrip("_") != name or node.kwargs.get("inplace")
 
-    def add(prefix, node, module):
+    def fuse(self, prefix: str, node, **options) -> str:
+        """Adds the `FusedConv` of the convolution that ``node`` calls behind an `Activation`; returns its name."""
+        layer = self.model.get_submodule(node.target)
         name = f"rse_fast_{prefix}_{node.name}"  # a name of its own: "relu_conv" may be one of the model's
-        model.add_submodule(name, module)
+        self.model.add_submodule(name, FusedConv(layer, node.target, Activation(layer, **options)))
         return name
 
-    for node in list(graph.nodes):
-        if not is_relu(node) or not node.users or not node.args or not is_private(node.args[0]):
-            continue
-        source, affine = node.args[0], None
-        users = list(node.users)
-        pools = [user for user in users if is_pool(user)]
-        only = users[0] if len(users) == 1 and pools else None  # the pool, where it alone reads the ReLU
-        pool = only if only is not None and pools_2x2(model, only) else None  # goes into the noise op
-        norm = module_of(source, (nn.BatchNorm2d,))
-        if norm is not None and norm.running_mean is not None and source.args and (pool or not pools) and is_steady(source.args[0]):
+
+@dataclass
+class _Rectified:
+    """A ReLU that may be merged: ``relu`` reads ``source``, the output of ``norm`` if that can be merged as well.
+
+    pool: the max-pool that alone reads the ReLU. merged_pool: the same if noise ops can do it. readers: (who reads the values, through
+    which node), the pools left out.
+    """
+
+    relu: torch.fx.Node
+    source: torch.fx.Node
+    affine: tuple[torch.Tensor, torch.Tensor] | None
+    pool: torch.fx.Node | None
+    merged_pool: torch.fx.Node | None
+    pooled: bool
+    readers: list[tuple[torch.fx.Node, torch.fx.Node]]
+    noisy: list[torch.fx.Node]
+
+    @classmethod
+    def find(cls, nodes: _Nodes, relu: torch.fx.Node) -> "_Rectified | None":
+        if not nodes.is_relu(relu) or not relu.users or not relu.args or not nodes.is_private(relu.args[0]):
+            return None
+        source, affine, users = relu.args[0], None, list(relu.users)
+        pools = [user for user in users if nodes.is_pool(user)]
+        pool = users[0] if len(users) == 1 and pools else None
+        merged_pool = pool if pool is not None and pools_2x2(nodes.model, pool) else None
+        norm = nodes.module_of(source, (nn.BatchNorm2d,))
+        reachable = norm is not None and norm.running_mean is not None and source.args and (merged_pool or not pools)
+        if reachable and nodes.is_steady(source.args[0]):
             affine = _affine(norm)
-        read = [(user, node) for user in users if user not in pools] + [(user, p) for p in pools for user in p.users]
-        readers = [reader for reader, _ in read]
-        noisy = [user for user in readers if is_noisy(user)]
-        once = [user for user in noisy if calls[model.get_submodule(user.target)] == 1]  # the calls of a layer stay in order
-        if readers and len(noisy) == len(readers):
-            if pool is not None and affine is None and len(readers) > 1:
-                pool = None  # once, and not again for every reader
-            memory = source if affine is None else source.args[0]
-            alone = len(readers) == 1 and len(memory.users) == 1 and is_fresh(memory)
-            for reader in readers:
-                layer = model.get_submodule(reader.target)
-                activation = Activation(layer, pool is not None, affine, alone=alone)
-                reader.target = add("fused", reader, FusedConv(layer, reader.target, activation))
-        elif once and (only is not None or not pools) and not any(writes(*pair) for pair in read):
-            shared, value = once[0], node if only is None else only
-            layer = model.get_submodule(shared.target)
-            activation = Activation(layer, pool is not None, affine, keep=True)
-            with graph.inserting_after(value):
-                both = graph.call_module(add("shared", shared, FusedConv(layer, shared.target, activation)), (value,))
-            with graph.inserting_after(both):
-                values = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
-            value.replace_all_uses_with(values[1], delete_user_cb=lambda user, both=both: user is not both)
-            shared.replace_all_uses_with(values[0])
-            graph.erase_node(shared)
-        else:
-            continue
-        if pool is not None:
-            pool.replace_all_uses_with(node)
-            graph.erase_node(pool)
-        node.replace_all_uses_with(source if affine is None else source.args[0])
-        graph.erase_node(node)
-        if affine is not None:
-            graph.erase_node(source)
-    pack_weights(model)
-    merge_additions(model, is_steady)
-    model.delete_all_unused_submodules()
-    model.recompile()
+        readers = [(user, relu) for user in users if user not in pools] + [(user, p) for p in pools for user in p.users]
+        noisy = [reader for reader, _ in readers if nodes.is_noisy(reader)]
+        return cls(relu, source, affine, pool, merged_pool, bool(pools), readers, noisy)
+
+    @property
+    def only_noisy(self) -> bool:
+        return bool(self.readers) and len(self.noisy) == len(self.readers)
+
+    @property
+    def memory(self) -> torch.fx.Node:
+        """What the noise ops read in place of the ReLU."""
+        return self.source if self.affine is None else self.source.args[0]
+
+    def once(self, nodes: _Nodes) -> list[torch.fx.Node]:
+        """The noisy readers whose layer is called once: the calls of a layer stay in order."""
+        return [user for user in self.noisy if nodes.calls[nodes.model.get_submodule(user.target)] == 1]
+
+    def can_be_shared(self, nodes: _Nodes) -> bool:
+        whole = self.pool is not None or not self.pooled
+        return bool(self.once(nodes)) and whole and not any(nodes.writes(*pair) for pair in self.readers)
+
+    def give_each_reader_its_own(self, nodes: _Nodes) -> None:
+        if self.affine is None and len(self.readers) > 1:
+            self.merged_pool = None  # once, and not again for every reader
+        alone = len(self.readers) == 1 and len(self.memory.users) == 1 and nodes.is_fresh(self.memory)
+        for reader, _ in self.readers:
+            reader.target = nodes.fuse("fused", reader, pool=self.merged_pool is not None, affine=self.affine, alone=alone)
+
+    def share(self, nodes: _Nodes) -> None:
+        """One noisy convolution gives the clean values to all others."""
+        graph, shared, value = nodes.graph, self.once(nodes)[0], self.relu if self.pool is None else self.pool
+        name = nodes.fuse("shared", shared, pool=self.merged_pool is not None, affine=self.affine, clean_output=True)
+        with graph.inserting_after(value):
+            both = graph.call_module(name, (value,))
+        with graph.inserting_after(both):
+            values = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
+        value.replace_all_uses_with(values[1], delete_user_cb=lambda user: user is not both)
+        shared.replace_all_uses_with(values[0])
+        graph.erase_node(shared)
+
+    def erase(self, nodes: _Nodes) -> None:
+        """Takes out of the graph what the noise ops do now."""
+        memory = self.memory
+        if self.merged_pool is not None:
+            self.merged_pool.replace_all_uses_with(self.relu)
+            nodes.graph.erase_node(self.merged_pool)
+        self.relu.replace_all_uses_with(memory)
+        nodes.graph.erase_node(self.relu)
+        if self.affine is not None:
+            nodes.graph.erase_node(self.source)
 
 
 def merge_additions(model: torch.fx.GraphModule, is_steady: Callable[[torch.fx.Node], bool]) -> None:
@@ -364,7 +481,7 @@ def merge_additions(model: torch.fx.GraphModule, is_steady: Callable[[torch.fx.N
             if not (isinstance(result, torch.fx.Node) and isinstance(other, torch.fx.Node) and result.op == "call_module"):
                 continue
             conv = model.get_submodule(result.target)
-            if type(conv) is not FusedConv or conv.keep or len(result.users) != 1 or len(result.args) != 1:
+            if type(conv) is not FusedConv or conv.clean_output or len(result.users) != 1 or len(result.args) != 1:
                 continue
             if order[other] < order[result] and is_steady(other):
                 result.args = (*result.args, other)

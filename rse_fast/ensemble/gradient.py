@@ -6,20 +6,33 @@ noise, when its turn comes. So memory does not grow with draws or images, and a 
 kept (two forward passes and one backward, each about the price of the others: no gradient of the weights is needed).
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from rse_fast.ensemble.watch import Watch
+
 # Packed batches of `plan.SWEET_SPOT` rows. In float32, 4 x 80 rows of VGG16 at 32x32 are 0.8 GB.
 KEEP = 4
 
 
-def run(batch: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, number: int) -> torch.Tensor:
-    """``batch(x)``, for packed batch ``number`` (from 0) of a call; it must give the same result whenever it is called again."""
+def run(batch: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, number: int, watch: Watch | None = None) -> torch.Tensor:
+    """``batch(x)``, for packed batch ``number`` (from 0) of a call; it must give the same result whenever it is called again.
+
+    watch: of the model, where it may have changed by then: backward raises instead.
+    """
     if number < KEEP or not torch.is_grad_enabled():
         return batch(x)
-    return checkpoint(batch, x, use_reentrant=False)
+    calls = itertools.count()
+
+    def again(x):
+        if next(calls) and watch is not None:
+            watch.require()
+        return batch(x)
+
+    return checkpoint(again, x, use_reentrant=False)
 
 
 class FirstDerivative(torch.autograd.Function):

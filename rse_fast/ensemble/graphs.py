@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from rse_fast.ensemble.plan import out_of_memory
+from rse_fast.ensemble.memory import out_of_memory
 from rse_fast.nn import NoiseContext
 
 # Rows up to which launches may take longer than the arithmetic. On an H100 a noise layer and its convolution cost the host about 0.15 ms,
@@ -63,7 +63,7 @@ class Graphs:
         self._pool = self._side = self._done = None
 
     def __call__(self, x: torch.Tensor, context: NoiseContext) -> torch.Tensor:
-        key = x.shape, x.dtype, x.stride(), context.images, context.draws, context.backend, context.silent
+        key = x.shape, x.dtype, x.stride(), context.images, context.draws, context.backend, context.noiseless_stream
         wanted = self.always or context.images * context.draws <= MOST_ROWS
         if not wanted or self.problem or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
             return self.run(x, context)

@@ -13,7 +13,7 @@ _probing = threading.local()
 
 
 @contextlib.contextmanager
-def silent():
+def without_hooks():
     """Within, this thread's calls of copies call no hook: a tool shall not take a probe for an image."""
     before, _probing.on = getattr(_probing, "on", False), True
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from rse_fast import autograd
+from rse_fast import autograd, outputs
 from rse_fast.convert import listing, vanished
 from rse_fast.ensemble import convolution, fuse, gradient, hooks, plan, quantize
 from rse_fast.ensemble.graphs import Graphs
@@ -27,6 +27,9 @@ from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
 FAR = (-1.0, 2.0)  # pixels scaled to [0, 1] stay within, changed by an attack or by noise of their own; bytes and normalised ones do not
+
+# A snapshot is taken so many times at most where another thread changes the model meanwhile: it would be half of one and half of the other.
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class Prepared:
     def classes(self) -> int:
         return self.runner.classes
 
+    @property
+    def row(self) -> tuple[int, ...]:
+        """Shape of an image's logits, the classes last."""
+        return *self.runner.pixels, self.runner.classes
+
 
 class Preparation:
     """A model, and what an ensemble needs of it, made when it is asked for. May be used from any thread.
@@ -69,14 +77,15 @@ class Preparation:
         cuda_graphs: True, False, or None to decide.
         calibration: batches of images for an int8 snapshot, or None for no such.
         algorithm: of the convolutions of a fused snapshot, see `rse_fast.ensemble.convolution`.
+        logits: where they are in what the model returns, see `rse_fast.outputs.take`.
     """
 
     def __init__(
         self, model: nn.Module, dtype: torch.dtype | None, fuse: bool, backend: str, cuda_graphs: bool | None, calibration,
-        algorithm: str = "direct",
+        algorithm: str = "direct", logits: outputs.Choice = None,
     ):  # fmt: skip
         self.model, self.dtype, self.fuse, self.backend = model, dtype, fuse, backend
-        self.cuda_graphs, self.calibration, self.algorithm = cuda_graphs, calibration, algorithm
+        self.cuda_graphs, self.calibration, self.algorithm, self.logits = cuda_graphs, calibration, algorithm, logits
         self._gradients = False
         self.said: set[str] = set()  # what a user was warned of
         self._lock, self._current, self._layers = threading.Lock(), None, []
@@ -89,7 +98,7 @@ class Preparation:
             # torch.func.functional_call has put other tensors in place, for this call only.
             with eval_mode(self.model):
                 dtype = tensors[0].dtype
-                runner = Runner(self.model, dtype, self.dtype or dtype, True, None)
+                runner = Runner(self.model, dtype, self.dtype or dtype, True, None, logits=self.logits)
                 yield Prepared(runner, runner, plan.Planner(x.device))
             return
         with self._lock:
@@ -99,15 +108,20 @@ class Preparation:
                 self._layers = list(number_layers(self.model).values())
                 if not self._layers:
                     raise ValueError(no_layers(self.model))
-                watch = Watch(self.model)
                 shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
-                prepared = _on_a_thread_of_its_own(lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device)
+                for _ in range(TRIES if self.fuse else 1):
+                    watch = Watch(self.model)
+                    prepared = _on_a_thread_of_its_own(
+                        lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device
+                    )
+                    if not watch.changed():
+                        break
                 once = prepared.runner.random or hooks.watched(self.model)
                 prepared = dataclasses.replace(prepared, watch=watch, once=once)
                 self._current = state, prepared
                 if prepared.problem is not None:
                     warn_caller(f"rse-fast: the model runs unfused: {prepared.problem}")
-                for kind, text in _remarks(self.model, prepared.runner, x):
+                for kind, text in (*_remarks(self.model, prepared.runner, x), *self._unnoticed(watch)):
                     if kind not in self.said:
                         self.said.add(kind)
                         warn_caller(f"rse-fast: {text}")
@@ -115,6 +129,14 @@ class Preparation:
             prepared = self._current[1]
         with self.mode():
             yield prepared
+
+    def _unnoticed(self, watch):
+        if self.fuse and watch.unversioned:
+            yield (
+                "inference tensors",
+                "the model has tensors that were made in torch.inference_mode, and what is written into those goes unnoticed; "
+                "call refresh() after a change, or make the model outside of it",
+            )
 
     def mode(self):
         """A snapshot is in eval mode for good, a live model within this context."""
@@ -147,7 +169,7 @@ class Preparation:
         self.__dict__ = {**state, "_lock": threading.Lock()}
 
     # ------------------------------------------------------------------------------------------------------------------ anew
-    @hooks.silent()
+    @hooks.without_hooks()
     def _prepare(self, x) -> Prepared:
         numbers = torch.get_rng_state()
         compute = self.dtype or best_dtype(x.device)
@@ -166,7 +188,7 @@ class Preparation:
             except Exception:  # a module that cannot be copied
                 tried = self.model
             with eval_mode(self.model):
-                runner = Runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
+                runner = Runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, False, self.logits)
             runner.model = self.model
         if runner.random:  # a forward that draws numbers of its own did so in dry runs, too
             torch.set_rng_state(numbers)
@@ -186,9 +208,9 @@ class Preparation:
         """(runner of a fused snapshot, None, its algorithms), or (of an unfused one, why, none) where that cannot be had."""
         if any(GLOBAL_HOOKS):
             problem = "hooks of all modules are registered, which a fused model would not call for each"
-            return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
-        fused, problem = fuse.snapshot(self.model, dtype)
-        runner = Runner(fused, dtype, dtype, noisy, x)
+            return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, logits=self.logits), problem, {}
+        fused, problem = fuse.snapshot(self.model, dtype, shape=x.shape[1:])
+        runner = Runner(fused, dtype, dtype, noisy, x, logits=self.logits)
         if problem is None:
             direct = self._why_direct(runner, x.device)
             # Forms of Winograd's algorithm: where the probe refuses them, those with products in float32, then none.
@@ -199,7 +221,7 @@ class Preparation:
                 problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
                 if problem is None:
                     return runner, None, algorithms
-        return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
+        return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, logits=self.logits), problem, {}
 
     def _why_direct(self, runner, device) -> str | None:
         if self.algorithm == "direct":
@@ -240,7 +262,7 @@ class Preparation:
             with torch.no_grad():
                 report = quantize.quantize(graph, names, run, dtype)
 
-        runner.model, _ = fuse.snapshot(self.model, dtype, rewrite)
+        runner.model, _ = fuse.snapshot(self.model, dtype, rewrite, x.shape[1:])
         return report
 
 
@@ -258,8 +280,12 @@ def _remarks(model, runner, x):
         yield "vanished", f"{listing(gone)} had noise when the model was converted and have none now, after a reparameterisation perhaps"
     if runner.called is not None and runner.noisy:
         called = {stream & 0xFFFF for stream in runner.called}
-        if silent := [name for name, layer in layers.items() if layer.noise_enabled and layer.stream not in called]:
-            yield "uncalled", f"the model never calls the noisy layers {listing(silent, 5)}, so their noise is not there"
+        if uncalled := [name for name, layer in layers.items() if layer.noise_enabled and layer.stream not in called]:
+            yield "uncalled", f"the model never calls the noisy layers {listing(uncalled, 5)}, so their noise is not there"
+    if runner.plain:
+        names = [name for name, layer in layers.items() if layer.stream in runner.plain]
+        text = "get one row for all images, a table of positions perhaps, and add no noise in an ensemble"
+        yield "one row", f"the noisy layers {listing(names, 5)} {text}; convert(..., exclude={tuple(names)!r}) says so"
     if runner.probabilities:
         yield "softmax", "the model gives probabilities; an ensemble takes logits, so leave out the softmax at the model's end"
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]

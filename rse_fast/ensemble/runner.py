@@ -5,10 +5,10 @@ import contextlib
 import torch
 from torch import nn
 
-from rse_fast import autograd
+from rse_fast import autograd, outputs
 from rse_fast.convert import meta_copy
-from rse_fast.ensemble.plan import PeakBytes, SavedBytes
-from rse_fast.nn import NoiseContext
+from rse_fast.ensemble.memory import PeakBytes, SavedBytes
+from rse_fast.nn import NoiseContext, RowsError
 from rse_fast.trace import RandomOpDetector
 
 # A fused model in low precision may be so many times as far from float32 as the unfused one: both errors are sums of the same kind of
@@ -23,28 +23,40 @@ class Runner:
 
     noisy: whether any noise is switched on. own: whether the model may be laid out in memory as it runs best.
 
-    classes: length of the logits, 0 if unknown. packs_input: whether the batch is packed at the input, since something bypasses the first
-    noise, or takes the rows for images behind it. layout: of images of 4 dimensions. row_bytes: of all tensors that are alive at once, a
-    row; saved_bytes: of those that are kept for the gradient of the images, a row; None if unknown. random: whether the forward draws
-    numbers of torch's generators by itself. called: streams of the layers that a probe of real images called, in order; None if it failed.
-    probabilities: whether it gave probabilities rather than logits.
+    logits: where the logits are in what the model returns, see `rse_fast.outputs.take`.
+
+    classes: length of the logits, 0 if unknown. pixels: shape of what each class has a map of, () for logits [N, K]. packs_input: whether
+    the batch is packed at the input, since something bypasses the first noise, or takes the rows for images behind it. layout: of images
+    of 4 dimensions. row_bytes: of all tensors that are alive at once, a row; saved_bytes: of those that are kept for the gradient of the
+    images, a row; None if unknown. random: whether the forward draws numbers of torch's generators by itself. called: streams of the
+    layers that a probe of real images called, in order; None if it failed. plain: streams of layers that get one row for all images, and
+    no noise. probabilities: whether it gave probabilities rather than logits.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor | None, own: bool = True):
-        self.model, self.dtype, self.compute, self.noisy = model, dtype, compute, noisy
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, noisy: bool, x: torch.Tensor | None, own: bool = True,
+        logits: outputs.Choice = None,
+    ):  # fmt: skip
+        self.model, self.dtype, self.compute, self.noisy, self.logits = model, dtype, compute, noisy, logits
         self.row_bytes = self.saved_bytes = None
-        self.layout, self.packs_input, self.random, self.classes = torch.channels_last, True, False, 0
-        self.called, self.probabilities = None, False
+        self.layout, self.packs_input, self.random, self.classes, self.pixels = torch.channels_last, True, False, 0, ()
+        self.called, self.probabilities, self.plain, self.divided = None, False, frozenset(), set()
         if x is not None:
             self._try(x, own)
 
     def _try(self, x, own):
         """Finds out what the model needs."""
+        images = probe_images(x, 2)
+        with RandomOpDetector() as detector, outputs.SigmoidDetector() as sigmoids:
+            packed = self._probe(images)
+            while isinstance(packed, RowsError) and packed.rows == 1:  # of a table of positions, say
+                self.plain |= {packed.stream}
+                packed = self._probe(images)
         lazy = self._dry_run(x, packed=False)
         shape = lazy or self._dry_run(x, packed=True)
-        images = probe_images(x, 2)
-        with RandomOpDetector() as detector:
-            packed = self._probe(images)
+        if isinstance(packed, outputs.Unclear):
+            raise packed
+        sigmoids.check(packed)
         self.random = detector.any
         if _wants_contiguous(packed):
             self.layout = torch.contiguous_format
@@ -56,28 +68,41 @@ class Runner:
             packed = self._probe(images) if self.random else packed
             self.packs_input = False
             self.packs_input = isinstance(packed, torch.Tensor) and not self._agree(packed, self._probe(images))
-        if shape is None and isinstance(packed, torch.Tensor) and packed.dim() == 2:
+        elif self.divided and not self.random:
+            self._check_order(packed, self._probe(images[:1]))
+        if shape is None and outputs.is_logits(packed):
             shape = packed.shape
-        self.classes = shape[1] if shape else 0
+        self.classes, self.pixels = (shape[1], tuple(shape[2:])) if shape else (0, ())
         self.probabilities = isinstance(packed, torch.Tensor) and _are_probabilities(packed)
 
     def __call__(self, x: torch.Tensor, context: NoiseContext) -> torch.Tensor:
-        """Whatever the model returns for the packed batch that ``context`` makes of images ``x``."""
+        """The logits that the model returns for the packed batch that ``context`` makes of images ``x``."""
+        context.packed, context.plain = context.packed or self.packs_input, self.plain
         if self.packs_input and self.noisy:
             x = x.repeat(context.draws, *[1] * (x.dim() - 1))
-        return run(self.model, x, context, self.dtype, self.compute, self.layout)
+        return run(self.model, x, context, self.dtype, self.compute, self.layout, self.logits)
 
     @torch.no_grad()
     def _probe(self, images):
-        """What the model returns for 2 images in 2 draws, or the exception that it raises."""
+        """The logits of ``images`` in 2 draws, or the exception that the model raises."""
         try:
             with seeded(0, images.device) if self.random else contextlib.nullcontext():
-                context = NoiseContext(torch.zeros((), dtype=torch.int64, device=images.device), 2, 2)
+                context = NoiseContext(torch.zeros((), dtype=torch.int64, device=images.device), len(images), 2)
                 result = self(images, context)
-                self.called = [layer.stream for layer in context.calls]
+                self.called, self.divided = [layer.stream for layer in context.calls], context.divided
                 return result
         except Exception as error:
             return error.with_traceback(None)
+
+    def _check_order(self, both, first):
+        """Raises ValueError unless an image's rows are beside each other wherever it has several: alone, it then has the same noise."""
+        alike = outputs.is_logits(both) and outputs.is_logits(first) and both[::2].shape == first.shape and len(both) == 4
+        if alike and not self._agree(both[::2], first):
+            name = min(self.divided)
+            raise ValueError(
+                f"the noisy layer {name!r} gets several rows an image, those of one image not beside each other: its noise would depend on "
+                f"the images beside it; convert(exclude={name!r}) leaves this one without noise"
+            )
 
     def _agree(self, packed, lazy):
         """Whether packing at the first noise is packing: rows behind it that are taken for images come out in another order."""
@@ -96,16 +121,17 @@ class Runner:
             model, x = meta_copy(self.model).float(), torch.empty(shape, device="meta")
             seed = torch.zeros((), dtype=torch.int64, device="cpu")
             scale = self.compute.itemsize / torch.float32.itemsize / (images * draws)
-            with torch.no_grad(), NoiseContext(seed, images, draws), PeakBytes() as memory:
-                out = model(x)
+            options = dict(packed=packed, plain=self.plain)
+            with torch.no_grad(), NoiseContext(seed, images, draws, **options), PeakBytes() as memory:
+                out = outputs.take(model(x), self.logits)
             self.row_bytes = memory.peak * scale
             try:
-                with torch.enable_grad(), NoiseContext(seed, images, draws), SavedBytes(model) as saved:
+                with torch.enable_grad(), NoiseContext(seed, images, draws, **options), SavedBytes(model) as saved:
                     model(x.requires_grad_())
                 self.saved_bytes = saved.total * scale
             except Exception:  # a model without a gradient
                 self.saved_bytes = None
-            return tuple(out.shape) if out.dim() == 2 and out.shape[0] == (images * draws if self.noisy else images) else None
+            return tuple(out.shape) if outputs.is_logits(out) and out.shape[0] == (images * draws if self.noisy else images) else None
         except Exception:
             return None
 
@@ -128,8 +154,11 @@ def probe_images(x: torch.Tensor, count: int) -> torch.Tensor:
     return torch.rand((count, *x.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(x.device)
 
 
-def run(model: nn.Module, x: torch.Tensor, context: NoiseContext, dtype: torch.dtype, compute: torch.dtype, layout=torch.channels_last):
-    """``model``, whose parameters are in ``dtype``, computing in ``compute`` on x (packed, or to be packed by the first noise)."""
+def run(
+    model: nn.Module, x: torch.Tensor, context: NoiseContext, dtype: torch.dtype, compute: torch.dtype, layout=torch.channels_last,
+    logits: outputs.Choice = None,
+) -> torch.Tensor:  # fmt: skip
+    """Logits of ``model``, whose parameters are in ``dtype``, computed in ``compute`` on x (packed, or to be packed by the first noise)."""
     # Never the caller's tensor: a forward that works in place would change it, and see its own work at the next chunk of draws.
     # A transform of torch.func may see fewer dimensions than there are, and then knows no layout of four.
     laid = layout if x.dim() == 4 and not autograd.is_transformed() else torch.preserve_format
@@ -138,7 +167,7 @@ def run(model: nn.Module, x: torch.Tensor, context: NoiseContext, dtype: torch.d
     # cache, which inside an autocast of the caller's would free, at the end of that, weights that a CUDA graph reads.
     low = compute != torch.float32
     with context, torch.autocast(x.device.type, compute if low else None, enabled=low, cache_enabled=False):
-        return model(x)
+        return outputs.take(model(x), logits)
 
 
 @contextlib.contextmanager
@@ -167,11 +196,11 @@ def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: boo
 
     def results(model, compute, layout):
         values = probe_images(x, 4).requires_grad_(gradients)
-        context = NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2)
+        context = NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 2, 2, packed=True, plain=runner.plain)
         # A layer that draws numbers of its own shall draw the same.
         with torch.set_grad_enabled(gradients), seeded(0, x.device) if runner.random else contextlib.nullcontext():
-            logits = run(model, values, context, compute, compute, layout)
-            if not gradients or not isinstance(logits, torch.Tensor):
+            logits = run(model, values, context, compute, compute, layout, runner.logits)
+            if not gradients:
                 return (logits,)
             weights = torch.linspace(1, 2, logits.numel(), device=x.device).view(logits.shape)  # that no symmetry takes away
             return logits.detach(), torch.autograd.grad((logits.float() * weights).sum(), values, materialize_grads=True)[0]
@@ -189,8 +218,6 @@ def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: boo
         found = results(runner.model, dtype, torch.channels_last)
     except Exception as error:
         return f"a probe batch to check the fused model with failed ({type(error).__name__}: {error})"
-    if not isinstance(expected[0], torch.Tensor):
-        return None  # no logits: the ensemble says so
     for what, wanted, low, got in zip(("results", "gradients"), expected, own, found, strict=False):
         if not isinstance(got, torch.Tensor) or got.shape != wanted.shape:
             return "fused, it gives results of another shape"

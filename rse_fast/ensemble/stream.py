@@ -12,6 +12,7 @@ import torch
 
 from rse_fast.ensemble import early_exit
 from rse_fast.ensemble.softmax import log_softmax, votes
+from rse_fast.ensemble.temperature import rescale
 
 # A round may take as many draws more as makes the draws of an image grow by this factor. The surplus of an image that is decided within
 # a round is not counted; without it, the last hard images of a batch would run a row or two at a time.
@@ -23,7 +24,7 @@ class DrawStatistics:
     """What the draws of some images add up to, one row an image.
 
     index int64 [A]; used int64 [A], the draws counted; sums float64 [A, K] of softmax; votes int64 [A, K] of argmax; entropies float64
-    [A], the sum of the draws' entropies in nats.
+    [A], the sum of the draws' entropies in nats. Of pixels: sums and votes [A, H, W, K], entropies [A, H, W].
     """
 
     index: torch.Tensor
@@ -33,25 +34,47 @@ class DrawStatistics:
     entropies: torch.Tensor
 
     @classmethod
-    def empty(cls, index: torch.Tensor, classes: int) -> "DrawStatistics":
+    def empty(cls, index: torch.Tensor, row: tuple[int, ...]) -> "DrawStatistics":
+        """Of images without draws; ``row``: shape of an image's logits, the classes last."""
+
         def zeros(*shape, dtype):
-            return torch.zeros(len(index), *shape, dtype=dtype, device=index.device)
+            return torch.zeros(index.shape[0], *shape, dtype=dtype, device=index.device)
 
         counts, real = torch.int64, torch.float64
-        return cls(index, zeros(dtype=counts), zeros(classes, dtype=real), zeros(classes, dtype=counts), zeros(dtype=real))
+        return cls(index, zeros(dtype=counts), zeros(*row, dtype=real), zeros(*row, dtype=counts), zeros(*row[:-1], dtype=real))
 
     def add(self, log_p: torch.Tensor, counts: torch.Tensor | None = None) -> None:
-        """Counts draws given as float32 log-softmax [m, A, K]: all of them, or those where ``counts`` (bool [m, A])."""
+        """Counts draws given as float32 log-softmax [m, A, ..., K]: all of them, or those where ``counts`` (bool [m, A])."""
         p = log_p.exp()
         entropy = -(p * log_p.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
         vote = votes(log_p)
         if counts is not None:  # a draw that does not count may be NaN
-            p, entropy = p.masked_fill(~counts[..., None], 0), entropy.masked_fill(~counts, 0)
-            vote = vote * counts[..., None]
+            each = counts.view(*counts.shape, *[1] * (p.dim() - 2))
+            p, entropy, vote = p.masked_fill(~each, 0), entropy.masked_fill(~each[..., 0], 0), vote * each
         self.used += len(log_p) if counts is None else counts.sum(0)
         self.sums += p.sum(0, dtype=torch.float64)
         self.votes += vote.sum(0)
         self.entropies += entropy.sum(0, dtype=torch.float64)
+
+    def summary(self, temperature: float = 1.0) -> dict[str, torch.Tensor]:
+        """What `Prediction` holds of them, by its names. An image, or a pixel, of NaN has label -1."""
+        used = self.used.clamp_min(1)
+        mean = self.sums / used.view(-1, *[1] * (self.sums.dim() - 1))
+        total = -torch.special.xlogy(mean, mean).sum(-1)
+        # No image may be there to tell the number of classes.
+        labels = mean.argmax(-1).masked_fill(mean.isnan().any(-1), -1) if mean.shape[-1] else self.index
+        probs, entropy = mean, total
+        if temperature != 1:  # a softmax that is 0 in float32 counts as the least number that is not
+            probs = rescale(mean.clamp_min(2.0**-149).log(), temperature).exp()
+            entropy = -torch.special.xlogy(probs, probs).sum(-1)
+        return {
+            "labels": labels,
+            "probs": probs.float().movedim(-1, 1).contiguous(),
+            "entropy": entropy.float(),
+            "mutual_information": (total - self.entropies / used.view(-1, *[1] * (total.dim() - 1))).clamp_min(0).float(),
+            "votes": self.votes.movedim(-1, 1).contiguous(),
+            "draws_used": self.used,
+        }
 
     def select(self, rows) -> "DrawStatistics":
         """The statistics of some images: ``rows`` is an index or a mask over A, or a slice."""
@@ -65,13 +88,14 @@ class DrawStatistics:
 class Scheduler:
     """The images under way and those that wait.
 
-    run: (x [A, ...], sample_ids int64 [A, 2], draws m) -> float32 logits [m, A, K], draws ``sample_ids[i, 1] ..`` of image
+    run: (x [A, ...], sample_ids int64 [A, 2], draws m) -> float32 logits [m, A, ..., K], draws ``sample_ids[i, 1] ..`` of image
     ``sample_ids[i, 0]``.
+    row: shape of an image's logits, the classes last.
     draws: most draws an image; rows: rows of a full packed batch; criterion: of `early_exit`.
     """
 
-    def __init__(self, run: Callable, classes: int, draws: int, rows: int, criterion, device: torch.device):
-        self.run, self.classes, self.draws, self.rows, self.criterion, self.device = run, classes, draws, rows, criterion, device
+    def __init__(self, run: Callable, row: tuple[int, ...], draws: int, rows: int, criterion, device: torch.device):
+        self.run, self.row, self.draws, self.rows, self.criterion, self.device = run, row, draws, rows, criterion, device
         # With early exit, one draw each of many images: every image stops at the very draw that decides it, and no row is for nothing.
         # Without, all images take the same draws, and an image's draws go together.
         self.slots = max(1, rows // draws) if criterion is None else rows
@@ -90,7 +114,7 @@ class Scheduler:
 
     def nothing(self) -> DrawStatistics:
         """The statistics of no images."""
-        return DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=self.device), self.classes)
+        return DrawStatistics.empty(torch.zeros(0, dtype=torch.int64, device=self.device), self.row)
 
     def put(self, x: torch.Tensor, index0: int) -> None:
         """Queues images x [B, ...] as number index0, index0 + 1, ..."""
@@ -138,7 +162,7 @@ class Scheduler:
         x = torch.stack([image for _, image in arrived])
         index = torch.tensor([number for number, _ in arrived], device=self.device)
         self.x = x if self.x is None else torch.cat([self.x, x])
-        self.statistics = DrawStatistics.cat([self.statistics, DrawStatistics.empty(index, self.classes)])
+        self.statistics = DrawStatistics.cat([self.statistics, DrawStatistics.empty(index, self.row)])
         if self.criterion is not None:
             state = self.criterion.start(free, self.device)
             self.state = state if self.state is None else early_exit.cat([self.state, state])
@@ -152,15 +176,15 @@ def in_order(batches: Iterator[torch.Tensor], scheduler: Scheduler, backlog: int
     """
     pending: deque[range] = deque()  # the images of each batch that is not yielded yet
     finished: dict[int, DrawStatistics] = {}
-    failure, more, total, held = None, True, 0, 0
-    while more or pending:
-        while more and held < backlog and len(scheduler.waiting) < scheduler.slots:
+    failure, source_open, total, held = None, True, 0, 0
+    while source_open or pending:
+        while source_open and held < backlog and len(scheduler.waiting) < scheduler.slots:
             try:
                 x = next(batches)
             except StopIteration:
-                more = False
+                source_open = False
             except Exception as error:
-                failure, more = error, False
+                failure, source_open = error, False
             else:
                 scheduler.put(x, total)
                 pending.append(range(total, total + len(x)))

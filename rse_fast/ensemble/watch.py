@@ -1,12 +1,12 @@
 """Notices that a model is no longer what a snapshot of it was taken of, at the price of a look per module and tensor at every call.
 
-On a ResNet-50 (149 modules, 373 tensors) half of that price is the tensors' versions and addresses, which nothing in Python tells of all at
-once.
+On a ResNet-50 (149 modules, 320 tensors that count) half of that price is the tensors' versions and addresses, which nothing in Python
+tells of all at once; what the registries hold is compared dict by dict, in one call.
 """
 
 import weakref
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_COUNTER = "num_batches_tracked"  # of BatchNorm, which no module in eval mode reads
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What torch keeps in a module is looked at by name. The rest changes no result of a snapshot: its modules are in eval mode, and have
 # the streams of their own time.
@@ -54,15 +55,24 @@ class Watch:
         self._sizes = list(map(len, fields))
         registries = [field[name] for field in fields for name in _REGISTRIES]
         self._empty, self._filled = [r for r in registries if not r], [r for r in registries if r]
-        self._kept = list(map(dict, self._filled))  # and thereby not replaced at their address
-        self._entries = self._held()
+        self._kept = list(map(dict, self._filled))
+        # Dicts are compared by identity first, and by value where that differs, which for large tensors raises. So there are three looks:
+        # at all dicts; at the tensors of one number or none in them, whose values may be equal; at modules in their order.
+        small = [(r, k) for r in self._filled for k, v in r.items() if isinstance(v, torch.Tensor) and v.numel() < 2 and k != _COUNTER]
+        self._small_in, self._small_names = [r for r, _ in small], [name for _, name in small]
+        self._small = [registry[name] for registry, name in small]
+        self._children = [field["_modules"] for field in fields if field["_modules"]]
+        self._order = self._in_order()
         # One look-up for all attributes of a module.
         names = [[name for name in field if name not in _FREE] for field in fields]
         self._attributes = [(itemgetter(*wanted), field) for wanted, field in zip(names, fields, strict=True) if wanted]
         self._values = [_frozen(value) for value in self._look()]
-        tensors = [*chain.from_iterable(map(dict.values, self._kept)), *chain.from_iterable(map(_tensors, self._values))]
-        # Those made in inference mode have no version.
-        self._tensors = list({id(t): t for t in tensors if isinstance(t, torch.Tensor) and not t.is_inference()}.values())
+        tensors = [v for kept in self._kept for name, v in kept.items() if name != _COUNTER]
+        tensors = [*tensors, *chain.from_iterable(map(_tensors, self._values))]
+        self._tensors = list({id(t): t for t in tensors if isinstance(t, torch.Tensor)}.values())
+        self._versioned = list(filter(_has_version, self._tensors))
+        # Memory that a tensor has left stays taken: what came to lie at its old address would look like it.
+        self._memory = [t.untyped_storage() for t in self._tensors]
         self._versions, self._places = self._states()
         self._all_hooks = [field[name] for field in fields for name in HOOKS] + GLOBAL_HOOKS
         self._handles, self._hooks = RemovableHandle.next_id, self._hooked()
@@ -87,7 +97,9 @@ class Watch:
         try:
             return self._stepped or not (
                 not any(self._empty)
-                and self._held() == self._entries
+                and self._filled == self._kept
+                and all(map(is_, map(dict.__getitem__, self._small_in, self._small_names), self._small))
+                and self._in_order() == self._order
                 and list(map(type, self._modules)) == self._types
                 and self._class_forwards() == self._forwards
                 and list(map(len, self._fields)) == self._sizes
@@ -99,13 +111,17 @@ class Watch:
         except Exception:  # two tensors or arrays that are not the same one: their comparison is no bool
             return True
 
-    def _held(self):
-        """Which objects the registries hold; two tensors of one value are not one tensor."""
-        return list(map(id, chain.from_iterable(map(dict.values, self._filled))))
+    @property
+    def unversioned(self) -> bool:
+        """Whether tensors were made in `torch.inference_mode`: what is written into them goes unnoticed."""
+        return len(self._versioned) < len(self._tensors)
+
+    def _in_order(self):
+        return list(chain.from_iterable(map(dict.values, self._children)))
 
     def _states(self):
         """The sum of the versions, each of which only grows, and where the tensors are."""
-        return sum(map(attrgetter("_version"), self._tensors)), list(map(torch.Tensor.data_ptr, self._tensors))
+        return sum(map(attrgetter("_version"), self._versioned)), list(map(torch.Tensor.data_ptr, self._tensors))
 
     def _look(self):
         return [look(field) for look, field in self._attributes]
@@ -122,6 +138,14 @@ class Watch:
         if same:
             self._handles = handles
         return same
+
+
+def _has_version(tensor):
+    """Whether it counts what is written into it, which those that were made in inference mode do not."""
+    try:
+        return tensor._version >= 0
+    except RuntimeError:
+        return False
 
 
 def _frozen(value):

@@ -2,7 +2,8 @@
 
 The folder: ``evaluation.json`` (what is evaluated, and how), ``rows-RANK.jsonl`` (a line an image and attack, flushed batch by batch), and
 at the end ``report.md``, ``results.json`` and pictures. With more ``--images`` the same folder goes on to those; with fewer the report is
-of those alone, and no row is lost. Under torchrun the batches are shared out among the processes.
+of those alone, and no row is lost. How far probabilities can be trusted is measured anew whenever the report is written, on images that
+are not attacked. Under torchrun the batches are shared out among the processes.
 """
 
 import argparse
@@ -19,11 +20,12 @@ import torch
 from torch import nn
 
 from rse_fast import models
-from rse_fast.evaluate import attacks, report, rows
+from rse_fast.cli import wrapper
+from rse_fast.evaluate import attacks, calibration, report, rows
 from rse_fast.evaluate.protocols import PROTOCOLS
 from rse_fast.evaluate.run import evaluate
 from rse_fast.evaluate.summary import summarise
-from rse_fast.evaluate.target import Target
+from rse_fast.evaluate.target import Target, derive
 from rse_fast.nn import noise_layers
 
 _PACKAGES = ("torch", "numpy", "rse-fast", "foolbox", "pyautoattack")
@@ -33,21 +35,9 @@ _ORDER_SEED = 0  # of the order of a test part that is sorted by class
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, also if a check failed; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
-    from rse_fast import run_inputs
-
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(argv)
-    except (ValueError, TypeError) as error:
-        print(f"rse-fast evaluate: {run_inputs.named(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"rse-fast evaluate: {run_inputs.unwritten(error, _parser().parse_args(argv).out, 'rows-*.jsonl')}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues in the same folder", file=sys.stderr)
-        return 130
-    return 0
+    out = _parser().parse_args(argv).out
+    return wrapper.run("evaluate", lambda: run(argv) and 0, out, ("rows-*.jsonl",))
 
 
 def _parser():
@@ -71,51 +61,58 @@ def _parser():
         + ". On several GPUs: torchrun --nproc-per-node N -m rse_fast.cli evaluate ...",
     )  # fmt: skip
     model = "run folder of rse-fast train, or package.module:function that returns a network"
-    parser.add_argument("--run", type=Path, metavar="RUN", help="run folder of rse-fast train")
-    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="in place of --run: returns the network, converted if it has noise")
+    run_inputs.add_model(parser)
     parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file for --model")
-    parser.add_argument("--plain", metavar="RUN|MODULE:FUNCTION", help=f"undefended network to transfer attacks from: {model}")
-    parser.add_argument("--plain-weights", type=Path, metavar="FILE", help="safetensors file for --plain MODULE:FUNCTION")
-    run_inputs.add_trust(parser)
-    run_inputs.add_data(parser)
-    parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
+    parser.add_argument("--plain", metavar="RUN|PACKAGE.MODULE:FUNCTION", help=f"undefended network to transfer attacks from: {model}")
+    parser.add_argument("--plain-weights", type=Path, metavar="FILE", help="safetensors file for --plain PACKAGE.MODULE:FUNCTION")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="quick", help="default: %(default)s")
     parser.add_argument("--draws", type=count, default=10, metavar="N", help="of the deployed ensemble (default: %(default)s)")
-    parser.add_argument("--eps", type=eps, nargs="+", default=[2 / 255, 4 / 255, 8 / 255], help="Linf radii; the largest is the main one")
-    parser.add_argument("--l2", type=eps, default=0.5, help="L2 radius (default: %(default)s)")
+    radii = [2 / 255, 4 / 255, 8 / 255]
+    parser.add_argument("--eps", type=eps, nargs="+", metavar="EPS", default=radii, help="Linf radii; the largest is the main one")
+    parser.add_argument("--l2", type=eps, default=0.5, metavar="RADIUS", help="L2 radius (default: %(default)s)")
     parser.add_argument("--images", type=count, metavar="N", help="test images (default: by protocol)")
     parser.add_argument("--repeats", type=count, default=5, metavar="R", help="scorings with fresh noise (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases of the protocol, by their names in the report")
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="images, not attacked, of the section on calibration; 0: none (%(default)s)",
+    )
+    parser.add_argument("--ood", metavar="DATA", help="images of another kind, which uncertainty should tell from those of the data set")
     parser.add_argument("--certified", type=Path, metavar="DIR", help="folder of rse-fast certify for the report (default: RUN/certified)")
-    parser.add_argument("--dtype", default="auto", help="of the network: auto, float32, bfloat16 (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="of all noise (default: fresh, kept in the folder)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="new, or to continue (default: %(default)s)")
     return parser
 
 
 def run(argv: list[str]) -> dict | None:
-    """What the command does. Returns the results, as in ``results.json`` but for the rows; None where other processes are not done.
+    """What the command does. Returns the results, as in ``results.json``; None where other processes are not done.
 
     Raises ValueError or TypeError naming the option, OSError for a folder that cannot be written.
     """
-    from rse_fast import run_inputs
+    from rse_fast import run_inputs, train
 
     args, command = _parser().parse_args(argv), shlex.join(["rse-fast", "evaluate", *argv])
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     if (args.run is None) == (args.model is None):
-        raise ValueError("--run, --model: expected one of the two")
+        raise ValueError("RUN, --model: expected one of the two")
     model = load(str(args.run or args.model), args.weights, args.device, args.trust)
     plain = load(args.plain, args.plain_weights, args.device, args.trust) if args.plain else None
     if plain is not None and noise_layers(plain):
         raise ValueError("--plain: expected a network without noise to transfer from, got one with noisy layers")
     splits = run_inputs.splits(args)
     protocol, args.eps = PROTOCOLS[args.protocol], sorted(set(args.eps))
-    target = Target(model, args.draws, plain=plain, dtype=args.dtype)
+    target = Target(model, args.draws, plain=plain, dtype=args.dtype, logits=args.logits)
     part = getattr(splits, args.part)
-    images, labels, order = _images(part, args.images or protocol.images)
+    if args.calibration < 0:
+        raise ValueError(f"--calibration: expected at least 0, got {args.calibration}")
+    indices, order = _order(part)
+    images, labels = _images(part, indices[: args.images or protocol.images])
+    temperature = 1.0 if args.run is None else train.load_temperature(args.run)
+    others = _others(args.ood, args.calibration, images) if args.ood else None
     cases = protocol.cases(args.eps, args.l2, target.draws, plain is not None)
     cases = [case for case in cases if len(splits.classes) >= attacks.CLASSES.get(case.method, 2)]
     settings = {
@@ -125,7 +122,7 @@ def run(argv: list[str]) -> dict | None:
         "draws": target.draws, "sigmas": sorted({float(f"{s:.6g}") for layer in noise_layers(model).values()
                                                  for s in layer.current_sigma().detach().flatten().tolist()}),
         "eps": args.eps, "l2": args.l2, "repeats": args.repeats, "dtype": args.dtype, "device": torch.device(args.device).type,
-        "resize": args.resize and repr(args.resize),
+        "resize": args.resize and repr(args.resize), "logits": args.logits,
     }  # fmt: skip
     if rank:
         _await(args.out / _SETTINGS)
@@ -152,6 +149,7 @@ def run(argv: list[str]) -> dict | None:
         "seconds": time.perf_counter() - begin, "attack_seconds": sum(row["seconds"] for row in found.values()),
         **summarise(cases, found, len(labels)),
     }  # fmt: skip
+    results["calibration"] = _calibration(args, target, part, indices, settings["seed"], temperature, others)
     for name, entry in results["cases"].items():
         entry["command"] = shlex.join(["rse-fast", "evaluate", *argv, "--seed", str(settings["seed"]), "--only", name])
     certified = args.certified or (args.run / "certified" if args.run else None)
@@ -189,14 +187,48 @@ def load(source: str, weights: Path | None, device: str, trust: bool = False) ->
     return model.to(device).eval()
 
 
-def _images(part, count):
-    """The first images of a part, labels, and the order they were taken in: a part sorted by class is shuffled, always alike."""
+def _order(part):
+    """The indices of a part's images, and in words how they are ordered: a part sorted by class is shuffled, always alike."""
     labels = torch.as_tensor(part.labels)
     sorted_by_class = bool((labels[1:] >= labels[:-1]).all())
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_ORDER_SEED))
-    order = (shuffled if sorted_by_class else torch.arange(len(labels)))[:count]
-    (images,) = part.fetch([order])
-    return images, labels[order], f"first of a fixed shuffle (seed {_ORDER_SEED})" if sorted_by_class else "first"
+    if sorted_by_class:
+        return shuffled, f"first of a fixed shuffle (seed {_ORDER_SEED})"
+    return torch.arange(len(labels)), "first"
+
+
+def _images(part, indices):
+    """uint8 images [N, C, H, W] of a part, and their labels."""
+    (images,) = part.fetch([indices])
+    return images, torch.as_tensor(part.labels)[indices]
+
+
+def _others(source, count, images):
+    """(name, images) of another data set's test part, at most ``count``, scaled to the size of ``images``."""
+    from rse_fast import data
+
+    try:
+        splits = data.load(source, progress=True)
+    except ValueError as error:
+        raise ValueError(f"--ood: {error}") from error
+    found, _ = _images(splits.test, _order(splits.test)[0][: max(count, 1)])
+    if found.shape[1] != images.shape[1]:
+        raise ValueError(f"--ood: expected images of {images.shape[1]} channels, as those of the data set, got {found.shape[1]}")
+    if found.shape[2:] != images.shape[2:]:
+        size = tuple(images.shape[2:])
+        found = torch.nn.functional.interpolate(found.float(), size, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+    return splits.name, found
+
+
+def _calibration(args, target, part, indices, seed, temperature, others):
+    """The figures of the section on calibration, or None where none is wanted."""
+    if not args.calibration:
+        return None
+    images, labels = _images(part, indices[: args.calibration])
+    inside = calibration.answers(target, images, derive(seed, "calibration"))
+    outside = others and calibration.answers(target, others[1], derive(seed, "ood"))
+    found = calibration.measure(inside, labels, temperature, outside)
+    return found | {"ood": found["ood"] and {"data": others[0]} | found["ood"]}
 
 
 def _await(path: Path) -> None:
@@ -221,9 +253,7 @@ class _Progress:
     ranks: int
 
     def __enter__(self):
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=len(self.cases) * self.images // self.ranks, unit="image", disable=None)
+        self.bar = wrapper.progress(len(self.cases) * self.images // self.ranks)
         return self
 
     def __exit__(self, *error):

@@ -5,6 +5,8 @@ from torch import Tensor
 # Okabe & Ito's palette, distinct for colour-blind readers; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "so^vDPX"
+# One network has one colour in every picture; what is done to it has its own marker or line.
+NETWORKS = {"rse": COLOURS[0], "plain": COLOURS[1], "adversarial": COLOURS[2]}
 
 
 def percent(estimate: dict) -> str:

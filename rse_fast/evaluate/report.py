@@ -30,6 +30,10 @@ _PICTURES = {
     "examples.png": "Images and their adversarial versions",
     "cost.png": "Cost per image",
 }
+_CALIBRATION = {  # pictures of a section of their own
+    "reliability.png": "Accuracy against confidence",
+    "risk-coverage.png": "Error rate against the share of images that are answered",
+}
 _METHODS = {
     "clean": "no attack", "noise": "uniform random noise (foolbox)", "fgsm": "FGSM (foolbox)", "pgd": "PGD (foolbox)",
     "cw": "C&W L2, binary search (foolbox)", "cw-c": "C&W L2, fixed c (foolbox)", "apgd-ce": "APGD-CE (pyautoattack)",
@@ -57,7 +61,8 @@ def write(out: Path, results: dict, images: Tensor, rows: list[dict], certified:
     figures = {
         "accuracy-eps.png": _eps_figure(results), "accuracy-c.png": _c_figure(results), "eot.png": _eot_figure(results),
         "accuracy-draws.png": _draws_figure(results), "examples.png": _examples(results, images, rows),
-        "cost.png": _cost_figure(results),
+        "cost.png": _cost_figure(results), "reliability.png": _reliability_figure(results.get("calibration")),
+        "risk-coverage.png": _risk_figure(results.get("calibration")),
     }  # fmt: skip
     for name, figure in figures.items():
         if figure is None:
@@ -67,8 +72,7 @@ def write(out: Path, results: dict, images: Tensor, rows: list[dict], certified:
     section = _certified(out, certified, results["settings"])
     text = markdown(results, [name for name, figure in figures.items() if figure is not None], section)
     write_atomically(out / "report.md", lambda file: file.write(text.encode()))
-    everything = results | {"rows": [{key: value for key, value in row.items() if key != "example"} for row in rows]}
-    write_atomically(out / "results.json", lambda file: file.write(json.dumps(everything, allow_nan=False).encode()))
+    write_atomically(out / "results.json", lambda file: file.write(json.dumps(results, allow_nan=False).encode()))
 
 
 def _certified(out, folder, settings):
@@ -106,7 +110,9 @@ def markdown(results: dict, pictures: list[str], certified: str | None = None) -
     parts += ["## Checks", _bullets(passed) if passed else "None passed." if failed else "This selection of cases allows none."]
     if results["replication"]:
         parts += _replication(results["replication"])
-    for name in pictures:
+    if results.get("calibration"):
+        parts += _calibration(results["calibration"], [name for name in pictures if name in _CALIBRATION])
+    for name in (name for name in pictures if name in _PICTURES):
         parts += [f"## {_PICTURES[name]}", f"![{_PICTURES[name]}]({name})"]
     if certified:
         parts.append(certified)
@@ -147,8 +153,8 @@ def _tables(results):
             tables += [title, markdown_table([header] + [_row(e) for e in chosen])]
     medians = [e for e in entries if e["method"] == "cw"]
     for e in medians:
-        where = "is not known: the attack failed on half of the images or more" if e["median_l2"] is None else f"is {e['median_l2']:.3f}"
-        tables.append(f"{e['name']}: the median L2 distance {where} ({100 * e['won']:.1f} % won, in most of the scorings).")
+        distance = "is not known: the attack failed on half of the images or more" if e["median_l2"] is None else f"is {e['median_l2']:.3f}"
+        tables.append(f"{e['name']}: the median L2 distance {distance} ({100 * e['won']:.1f} % won, in most of the scorings).")
     return tables
 
 
@@ -208,6 +214,74 @@ def _replication(replication):
         "closest image found and the last one, the worse for the network counts, not the last. A weak attack by today's standards: a "
         "replication, not a claim.",
     ]
+
+
+def _calibration(calibration, pictures):
+    """The section on probabilities and uncertainties of images that were not attacked."""
+    images, undefined, ood = calibration["images"], calibration["undefined"], calibration["ood"]
+    yield "## Calibration and uncertainty"
+    if undefined:
+        yield (
+            f"**{undefined} of {images} images gave NaN. They are left out of NLL, Brier score, calibration error, disagreement and AUROC, "
+            "and count as wrong and least sure elsewhere.**"
+        )
+    yield f"{images} images, not attacked; accuracy {100 * calibration['accuracy']:.1f} %."
+    rows = [
+        ("as it is" if e["temperature"] == 1 else f"at temperature {e['temperature']:.3f}",
+         f"{e['nll']:.4f}", f"{e['brier']:.4f}", f"{100 * e['ece']:.2f}") for e in calibration["by_temperature"]
+    ]  # fmt: skip
+    yield markdown_table([("probabilities", "NLL (nats)", "Brier score", "calibration error % (15 bins)"), *rows])
+    if calibration["temperature"] == 1:
+        yield "No temperature is kept with this network."
+    else:
+        yield "The temperature was fitted on the run's validation images; `rse-fast predict` uses it. It changes no label."
+    if calibration["disagreement"] is not None:
+        yield f"Disagreement: two draws of an image differ in their label with probability {calibration['disagreement']:.4f}."
+    if ood:
+        found = [(word, ood[word.replace(" ", "_")]) for word in ("entropy", "mutual information")]
+        told = ", ".join(f"{value:.3f} by {word}" for word, value in found if value is not None) or "no number"
+        left = f" ({ood['undefined']} of them gave NaN and are left out)" if ood["undefined"] else ""
+        yield f"Told from {ood['images']} images of {ood['data']}{left}: AUROC {told}. 0.5 is chance, 1 is always."
+    yield markdown_table([("answered", "images", "accuracy %")] + [
+        (f"{100 * e['coverage']:.0f} %", str(e["images"]), f"{100 * e['accuracy']:.1f}") for e in calibration["selective"]
+    ])  # fmt: skip
+    yield f"Answered are the images with the largest probabilities. Area under the risk-coverage curve: {calibration['aurc']:.4f}."
+    for name in pictures:
+        yield f"![{_CALIBRATION[name]}]({name})"
+
+
+def _reliability_figure(calibration):
+    """Accuracy against mean confidence, a point a bin, as large as the bin has images."""
+    if not calibration or not calibration["by_temperature"]:
+        return None
+    figure = new_figure(5.2, 4.8)
+    axes = figure.add_subplot()
+    prepare(axes, "confidence: the largest probability (%)")
+    axes.plot([0, 100], [0, 100], color="0.4", linestyle=":", linewidth=1, label="calibrated")
+    for e, style in zip(calibration["by_temperature"], _styles(), strict=False):
+        name = "as it is" if e["temperature"] == 1 else f"temperature {e['temperature']:.3f}"
+        x, y, images = zip(*((100 * b["confidence"], 100 * b["accuracy"], b["images"]) for b in e["diagram"]), strict=True)
+        axes.plot(x, y, color=style["color"], label=f"{name}: error {100 * e['ece']:.1f} %")
+        areas = [12 + 200 * n / sum(images) for n in images]
+        axes.scatter(x, y, areas, color=style["color"], marker=style["marker"], alpha=0.7)
+    axes.set(xlim=(-3, 103), ylim=(-3, 103))
+    axes.set_title(f"{calibration['images'] - calibration['undefined']} images; larger marks: more of them", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _risk_figure(calibration):
+    if not calibration:
+        return None
+    figure = new_figure(5.8, 4.0)
+    axes = figure.add_subplot()
+    prepare(axes, "answered (%), the surest first")
+    axes.set_ylabel("error rate among these (%)")
+    risk = calibration["risk"]
+    axes.plot([100 * (k + 1) / len(risk) for k in range(len(risk))], [100 * r for r in risk], color=COLOURS[0])
+    axes.set(xlim=(0, 100), ylim=(0, None))
+    axes.set_title(f"{calibration['images']} images, area {calibration['aurc']:.4f}", fontsize=10)
+    return figure
 
 
 def _styles():
@@ -327,7 +401,7 @@ def _examples(results, images, rows):
     if not chosen:
         return None
     count = min(len(kept[chosen[0]["name"]]), len(images))
-    labels = [kept[chosen[0]["name"]][i]["label"] for i in range(count)]
+    labels = [kept[chosen[0]["name"]][i]["target"] for i in range(count)]
     figure = new_figure(1.3 * count + 1.4, 1.6 * (1 + len(chosen)) + 0.4)
     grid = figure.subplots(1 + len(chosen), count, squeeze=False)
     example_row(grid[0], "original", images[:count].float() / 255, labels, labels, results["classes"])

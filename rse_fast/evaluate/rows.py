@@ -9,7 +9,7 @@ from pathlib import Path
 from rse_fast.data import append, lines
 
 _FIELDS = {
-    "case": lines.is_text, "index": lines.is_index, "label": lines.is_integer, "answers": lines.are_integers, "l2": lines.is_number,
+    "case": lines.is_text, "index": lines.is_index, "target": lines.is_integer, "answers": lines.are_integers, "l2": lines.is_number,
     "linf": lines.is_number, "verdict": lambda value: isinstance(value, bool), "queries": lines.is_number, "seconds": lines.is_number,
     "seeds": lines.are_integers,
 }  # fmt: skip

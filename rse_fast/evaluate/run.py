@@ -93,7 +93,7 @@ def _batch(target: Target, case: Case, x: Tensor, y: Tensor, batch: range, seed:
     verdict, labels = found.verdict.tolist(), y.tolist()
     return [
         {
-            "case": case.name, "index": index, "label": labels[i], "answers": answers[i], "l2": l2[i], "linf": linf[i],
+            "case": case.name, "index": index, "target": labels[i], "answers": answers[i], "l2": l2[i], "linf": linf[i],
             "verdict": verdict[i], "queries": found.queries / len(batch), "seconds": seconds / len(batch), "seeds": seeds,
             "gradients": queries.gradients,
         }

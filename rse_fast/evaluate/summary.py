@@ -34,14 +34,14 @@ def summarise(cases: list[Case], rows: dict[tuple[str, int], dict], images: int)
 
 def _share(row):
     """Of the scorings of an image, how many were right, in [0, 1]."""
-    return sum(answer == row["label"] for answer in row["answers"]) / len(row["answers"])
+    return sum(answer == row["target"] for answer in row["answers"]) / len(row["answers"])
 
 
 def _figures(case, rows):
     """accuracy: estimate over repeats. worst: share of images that were right in each of the repeats, "worst of k queries"."""
     count, repeats = len(rows), len(rows[0]["answers"])
-    accuracies = [sum(row["answers"][r] == row["label"] for row in rows) / count for r in range(repeats)]
-    worst = sum(all(answer == row["label"] for answer in row["answers"]) for row in rows) / count
+    accuracies = [sum(row["answers"][r] == row["target"] for row in rows) / count for r in range(repeats)]
+    worst = sum(all(answer == row["target"] for answer in row["answers"]) for row in rows) / count
     figures = {
         "images": count,
         "accuracy": estimate(accuracies, count),
@@ -98,7 +98,7 @@ def _by_draws(table, rows):
         if own:
             sizes = sorted(map(int, own[0]["by_draws"]))
             curves[name] = [
-                {"draws": n} | estimate([sum(row["by_draws"][str(n)] == row["label"] for row in own) / len(own)], len(own)) for n in sizes
+                {"draws": n} | estimate([sum(row["by_draws"][str(n)] == row["target"] for row in own) / len(own)], len(own)) for n in sizes
             ]
     return curves
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rse_fast.ensemble import Ensemble
 from rse_fast.nn import noise_layers
+from rse_fast.outputs import Choice, take
 
 
 def derive(master: int, *path) -> int:
@@ -24,25 +25,28 @@ def derive(master: int, *path) -> int:
 class Plain(nn.Module):
     """A deterministic network as a classifier: the log of its softmax, always in eval mode."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, logits: Choice = None):
         super().__init__()
-        self.model = model.eval()
+        self.model, self.logits = model.eval(), logits
 
     def train(self, mode: bool = True):
         return self  # whatever an attack calls
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).float().log_softmax(-1)
+        return take(self.model(x), self.logits).float().log_softmax(-1)
 
 
 class Target:
     """A network and the classifier that is made of it.
 
     model: with noisy layers it is deployed as an `Ensemble` of ``draws``, without as it is. plain: another network, to transfer from.
+    logits: where they are in what the model returns; in the plain network's output they are found by themselves.
     """
 
-    def __init__(self, model: nn.Module, draws: int, *, plain: nn.Module | None = None, dtype: str = "auto"):
-        self.model, self.dtype, self.plain = model.eval().requires_grad_(False), dtype, plain
+    def __init__(
+        self, model: nn.Module, draws: int, *, plain: nn.Module | None = None, dtype: str = "auto", logits: Choice = None
+    ):  # fmt: skip
+        self.model, self.dtype, self.plain, self.logits = model.eval().requires_grad_(False), dtype, plain, logits
         self.draws = draws if noise_layers(model) else 0
         self._made = {}
 
@@ -63,13 +67,14 @@ class Target:
                 raise ValueError("plain: this evaluation has no plain network to transfer from")
             return Plain(self.plain.requires_grad_(False))
         if not self.draws:
-            return Plain(self.model)
+            return Plain(self.model, self.logits)
         model = self.model
         if kind == "noise-off":
             model = copy.deepcopy(model)
             for layer in noise_layers(model).values():
                 layer.noise_enabled = False
-        return Ensemble(model, draws, dtype=self.dtype)
+        # One algorithm, whatever is the fastest here and now: attacks amplify rounding, and a run that continues shall find what it did.
+        return Ensemble(model, draws, dtype=self.dtype, algorithm="direct", logits=self.logits)
 
     def queries(self, case, seed: int) -> "Queries":
         """What the attack of a case may ask."""

@@ -42,11 +42,15 @@ def digest(tensors: dict[str, Tensor], facts: dict[str, str]) -> str:
 
 
 def save_best(path: Path, tensors: dict[str, Tensor], score: float, epoch: int) -> None:
-    """Writes the weights of a run's best epoch, and its score."""
+    """Writes the weights of a run's best epoch, and its score; the same bytes for the same of these."""
     from safetensors.torch import save as to_bytes
 
     facts = {"best_score": str(score), "best_epoch": str(epoch)}
     content = to_bytes(tensors, facts | {"sha256": digest(tensors, facts)})
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes them in an order that chance decides
+    content = content[:8] + json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size) + content[8 + size :]
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -159,12 +163,12 @@ def load(path: Path, run: str) -> tuple[dict[str, dict[str, Tensor]], dict]:
     from safetensors.torch import load_file
 
     if problem := _problem(path, run):
-        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {problem}")
+        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {problem[:500]}")
     try:
         parts = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
         return parts, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # what was written is no checkpoint; safetensors and pickle have errors of their own
-        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"the checkpoint {str(path)!r} is refused: {str(error)[:500] or type(error).__name__}") from error
 
 
 def _problem(path, run):

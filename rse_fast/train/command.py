@@ -8,49 +8,53 @@ import sys
 from pathlib import Path
 
 from rse_fast import models, run_inputs
+from rse_fast.cli import wrapper
 from rse_fast.train.checkpoint import CheckpointError
 from rse_fast.train.config import Config, size
 from rse_fast.train.distributed import ProcessLost, leave
 from rse_fast.train.run import train
 
+_METAVARS = {"data": "DATA", "model": "MODEL", "resize": "N|HxW", "device": "DEVICE", "seed": "SEED"}
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 at the end and after SIGTERM; 130 after Ctrl-C, saved as well; 1 when training diverges or the disk is
-    full; 2 for bad input. Ends the process with 1 where another one of the run is gone."""
+    """Returns the exit status: 0 at the end and after SIGTERM in the loop; 130 after Ctrl-C, saved as well; 1 when training diverges or the
+    disk is full; 2 for bad input. Ends the process with 1 where another one of the run is gone."""
     args = _parser().parse_args(argv)
+    return wrapper.run("train", lambda: _run(args))
+
+
+def _run(args) -> int:
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    if args.resume is not None and (args.out or args.config):
+        raise ValueError("--resume: names the run, its folder and its configuration; leave --out and --config out")
+    if args.from_step is not None and args.resume is None:
+        raise ValueError("--from-step: needs --resume")
+    if args.resume is not None:
+        run_inputs.check_run(args.resume, "--resume")
+    source = args.resume / "config.json" if args.resume else args.config
+    config = Config.load(source) if source else Config()
+    config = dataclasses.replace(config, **_implied(config, given), **given)
+    out = args.resume or args.out or Path("runs") / f"{config.model.replace(':', '.')}-{config.defence}"
+    if ":" in config.model:
+        if "model" not in given and not args.trust:
+            raise ValueError(
+                f"--trust: {str(source)!r} names the model {config.model!r}, code that would be imported and run; add --trust if you "
+                "trust who wrote that file"
+            )
+        models.search_working_directory()
     try:
-        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-        if args.resume is not None and (args.out or args.config):
-            raise ValueError("--resume: names the run, its folder and its configuration; leave --out and --config out")
-        if args.from_step is not None and args.resume is None:
-            raise ValueError("--from-step: needs --resume")
-        source = args.resume / "config.json" if args.resume else args.config
-        config = Config.load(source) if source else Config()
-        config = dataclasses.replace(config, **_implied(config, given), **given)
-        out = args.resume or args.out or Path("runs") / f"{config.model.replace(':', '.')}-{config.defence}"
-        if ":" in config.model:
-            if "model" not in given and not args.trust:
-                raise ValueError(
-                    f"--trust: {str(source)!r} names the model {config.model!r}, code that would be imported and run; add --trust if you "
-                    "trust who wrote that file"
-                )
-            models.search_working_directory()
         row = train(config, out, resume=args.resume is not None, from_step=args.from_step)
     except CheckpointError as error:
-        print(f"rse-fast train: {error}", file=sys.stderr)
-        if "is whole" in str(error):
-            print(f"To continue from that: {_continued(config, out)} --from-step STEP", file=sys.stderr)
-        return 2
-    except (ValueError, TypeError) as error:
-        print(f"rse-fast train: {run_inputs.named(error)}", file=sys.stderr)
-        return 2
+        hint = f"\nTo continue from that: {_continued(config, out)} --from-step STEP" if "is whole" in str(error) else ""
+        raise ValueError(f"{error}{hint}") from error
     except ProcessLost as error:
         leave(f"rse-fast train: {error}; to continue from the newest checkpoint: {_continued(config, out)}")
     except FloatingPointError as error:
         print(f"rse-fast train: {error}; what was saved before is in {out}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"rse-fast train: {run_inputs.unwritten(error, out, 'checkpoints/step-*/*', '*/checkpoints/step-*/*')}", file=sys.stderr)
+        print(f"rse-fast train: {wrapper.unwritten(error, out, 'checkpoints/step-*/*', '*/checkpoints/step-*/*')}", file=sys.stderr)
         return 1
     if int(os.environ.get("RANK", 0)) == 0:
         print(_summary(row, config, out))
@@ -86,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--from-step", type=int, default=None, metavar="STEP", help="... or from the checkpoint of this step")
     for f in dataclasses.fields(Config):
         rule, flag = f.metadata, "--" + f.name.replace("_", "-")
+        flags = [flag, "--defense"] if f.name == "defence" else [flag]  # both spellings of English
         text = rule["text"] + ("" if f.default is None else f" (default: {f.default})")
         if rule["kind"] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -94,9 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         if rule["optional"]:
             text += "; none: not given, whatever the configuration says"
             kind = _or_none(kind)
+        flags = [flag, "--defense"] if flag == "--defence" else [flag]  # both spellings
         choices = rule["choices"] and [*rule["choices"], *[None] * rule["optional"]]
-        shown = f"{{{','.join(rule['choices'])}}}" if choices else "X"
-        parser.add_argument(flag, type=kind, choices=choices, help=text, metavar=shown)
+        shown = f"{{{','.join(rule['choices'])}}}" if choices else _METAVARS.get(f.name) or {int: "N", float: "X"}.get(rule["kind"], "TEXT")
+        parser.add_argument(*flags, type=kind, choices=choices, help=text, metavar=shown)
     return parser
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rse_fast.data import read_json, write_atomically
 
-DEFENCES = ("plain", "rse", "adversarial", "distillation", "brelu", "rse+adversarial")
+DEFENCES = ("plain", "rse", "gaussian", "adversarial", "distillation", "brelu", "rse+adversarial")
 
 
 _WHERE = ("data", "device", "workers", "compile", "cuda_graphs", "keep", "save_steps", "log_steps")  # fields that change no result
@@ -40,7 +40,7 @@ class Config:
     model: str = _option("small", str, "small, small-vgg, small-resnet, vgg16, resnext29, model-a, or package.module:function")
     # Defence
     defence: str = _option("rse", str, "what the network is trained to withstand attacks with", choices=DEFENCES)
-    init_sigma: float = _option(0.2, float, "noise before the first convolution, in pixel units", low=0)
+    init_sigma: float = _option(0.2, float, "noise before the first convolution (gaussian: on the image), in pixel units", low=0)
     inner_sigma: float = _option(0.1, float, "noise before the other convolutions", low=0)
     test_init_sigma: float | None = _option(None, float, "the same for validation and use, where it differs", low=0)
     test_inner_sigma: float | None = _option(None, float, "the same for validation and use, where it differs", low=0)
@@ -88,6 +88,8 @@ class Config:
             object.__setattr__(self, "temperature", 100.0 if self.defence == "distillation" else 1.0)
         if self.learnable_sigma and (self.sigma_warmup or self.test_init_sigma is not None or self.test_inner_sigma is not None):
             raise ValueError("learnable_sigma: a learned sigma has no warm-up and no other value for tests; leave those out")
+        if self.learnable_sigma and self.defence == "gaussian":
+            raise ValueError("learnable_sigma: gaussian adds fixed noise to the images; a learned one would shrink to 0")
         if self.sigma_regulariser and not self.learnable_sigma:
             raise ValueError(f"sigma_regulariser: needs learnable_sigma, got {self.sigma_regulariser} for a fixed sigma")
         if self.cuda_graphs and self.compile:
@@ -101,7 +103,7 @@ class Config:
 
     @property
     def noisy(self) -> bool:
-        return self.defence in ("rse", "rse+adversarial")
+        return self.defence in ("rse", "gaussian", "rse+adversarial")
 
     @property
     def adversarial(self) -> bool:

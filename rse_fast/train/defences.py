@@ -8,16 +8,20 @@ from torch.nn import functional as F
 
 from rse_fast.convert import convert, set_sigma
 from rse_fast.functional import add_noise
-from rse_fast.models import main_output
+from rse_fast.input_noise import with_input_noise
 from rse_fast.nn import ambient
+from rse_fast.outputs import take
 from rse_fast.train.config import Config
 
 
 def protect(model: nn.Module, config: Config) -> nn.Module:
-    """Builds the defence into a plain model, in place, and returns it.
+    """Builds the defence into a plain model, in place, and returns the model that has it.
 
-    rse, rse+adversarial: `rse_fast.convert`. brelu: every nn.ReLU is cut off at 1 (Zantedeschi, Nicolae & Rawat, AISec 2017).
+    rse, rse+adversarial: `rse_fast.convert`. gaussian: noise on the image alone, in a module around the model (`with_input_noise`;
+    Cohen, Rosenfeld & Kolter, ICML 2019). brelu: every nn.ReLU is cut off at 1 (Zantedeschi, Nicolae & Rawat, AISec 2017).
     """
+    if config.defence == "gaussian":
+        return with_input_noise(model, config.init_sigma)
     if config.noisy:
         return convert(model, config.init_sigma, config.inner_sigma, learnable=config.learnable_sigma or False)
     if config.defence == "brelu":
@@ -33,7 +37,11 @@ def use_test_sigma(model: nn.Module, config: Config) -> None:
     """Gives a noisy model with fixed sigmas those for validation and use."""
     if config.noisy and not config.learnable_sigma:
         init, inner = config.test_init_sigma, config.test_inner_sigma
-        set_sigma(model, config.init_sigma if init is None else init, config.inner_sigma if inner is None else inner)
+        init, inner = config.init_sigma if init is None else init, config.inner_sigma if inner is None else inner
+        if config.defence == "gaussian":
+            model.noise.set_sigma(init)
+        else:
+            set_sigma(model, init, inner)
 
 
 def batch_loss(config: Config, model: nn.Module, forward, images: Tensor, labels: Tensor, teacher=None) -> tuple[Tensor, Tensor]:
@@ -55,7 +63,7 @@ def batch_loss(config: Config, model: nn.Module, forward, images: Tensor, labels
     elif config.defence == "brelu":
         images = add_noise(images, config.augment_sigma, **ambient(images)._asdict())
     draws = config.draws if config.noisy else 1
-    logits = main_output(forward(images.repeat(draws, 1, 1, 1))).float()
+    logits = take(forward(images.repeat(draws, 1, 1, 1))).float()
     labels = labels.repeat(draws)
     target = labels
     if config.defence == "distillation":

@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from rse_fast.data import open_regular, write_atomically
+from rse_fast.data import write_atomically
+from rse_fast.data.lines import whole_lines
 
 # What later steps of a run read of a row.
 _NUMBERS = {
@@ -45,13 +46,11 @@ class Log:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a log. A last line that was cut off is left out; ValueError for any other that is no row of a log."""
+    """The rows of a log. A last line without its newline, which was cut off, is left out; ValueError for one that is no row of a log."""
     rows = []
     if not path.exists():
         return rows
-    with open_regular(path) as file:
-        lines = file.read().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
+    for number, line in whole_lines(path, "run"):
         try:
             row = json.loads(line)
             numbers = [row[name] for name in _NUMBERS.get(row["event"], ("step",))]
@@ -59,35 +58,41 @@ def read(path: Path) -> list[dict]:
                 raise TypeError(f"expected numbers, got {numbers}")
             rows.append(row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
             raise ValueError(f"run: line {number} of {str(path)!r} is no row of a log ({str(error)[:100]})") from error
     return rows
 
 
 def draw_curves(rows: list[dict], path: Path) -> None:
-    """Draws loss, accuracy, learning rate and sigma over the epochs as a PNG, if there are any. Needs matplotlib."""
+    """Draws loss, accuracy, learning rate and sigma over the epochs as a PNG, if there are any; what stays constant has no panel. Needs
+    matplotlib."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = {
         "loss": {"loss": "training", "val_loss": "validation"},
-        "accuracy": {"accuracy": "training", "val_accuracy": "validation", "val_attacked_accuracy": "validation, attacked"},
+        "accuracy, %": {"accuracy": "training", "val_accuracy": "validation", "val_attacked_accuracy": "validation, attacked"},
         "learning rate": {"lr": "learning rate"},
         "mean sigma": {"sigma": "sigma"},
     }
     epochs = [row for row in rows if row["event"] == "epoch"]
     steps = [row for row in rows if row["event"] == "step"]
-    panels = {title: lines for title, lines in names.items() if any(name in row for row in epochs for name in lines)}
+    panels = {}
+    for title, lines in names.items():
+        values = {row[name] for row in (*epochs, *steps) for name in lines if name in row}
+        if len(values) > (title in ("learning rate", "mean sigma")):  # one value throughout is no curve
+            panels[title] = lines
     if not panels:
         return
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, label in lines.items():
             source = steps if title in ("learning rate", "mean sigma") and steps else epochs
-            points = [(row["epoch"], row[name]) for row in source if name in row]
+            scale = 100 if title.endswith("%") else 1
+            points = [(row["epoch"], scale * row[name]) for row in source if name in row]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker="." if source is epochs else None)
         axes.set(xlabel="epoch", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(lines) > 1:
             axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

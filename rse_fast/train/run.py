@@ -1,7 +1,8 @@
 """A run and its folder: what is logged and kept, how it stops, continues and ends.
 
 The folder: ``config.json``; ``data.json`` (what was trained on); ``log.jsonl``; ``checkpoints/``; ``best.safetensors``, the weights of the
-best epoch on the validation images; ``curves.png``; with a distillation, ``teacher/``, a run of its own.
+best epoch on the validation images, and ``temperature.json``, fitted on the same; ``curves.png``; with a distillation, ``teacher/``, a run
+of its own.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import hashlib
 import json
 import signal
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from torch import nn
 
 from rse_fast import data, models
-from rse_fast.ensemble import Ensemble
+from rse_fast.ensemble import Ensemble, fit_temperature, temperature
 from rse_fast.train import checkpoint, defences
 from rse_fast.train.captured import advice
 from rse_fast.train.config import Config
@@ -25,7 +27,7 @@ from rse_fast.train.log import Log, draw_curves, read
 from rse_fast.train.trainer import Trainer
 
 _TEST_DRAWS = 10
-_TEST_STREAM = 4  # of the seeds of a run
+_TEST_STREAM, _TEMPERATURE_STREAM = 4, 5  # of the seeds of a run
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False, from_step: int | None = None) -> dict:
@@ -100,6 +102,18 @@ def load_model(run: str | Path, which: str = "best", device: str | torch.device 
     return model.to(device, memory_format=layout).eval()
 
 
+def load_temperature(run: str | Path) -> float:
+    """The temperature that was fitted at the end of a run, for ``Ensemble(..., temperature=)``; 1 for a run without one, which is not
+    complete or of an older version. Raises ValueError for a file that is damaged."""
+    path = Path(run) / "temperature.json"
+    if not path.exists():
+        return 1.0
+    try:
+        return temperature.check(data.read_json(path)["temperature"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"run: cannot read {str(path)!r}: {error}") from error
+
+
 def load_data(config: Config, moved: str | None = None, resize: int | tuple[int, int] | None = None) -> data.Splits:
     """The data set that a configuration names, or another (``moved``, ``resize``), decoded and split as it says. ValueError for what cannot
     be read."""
@@ -161,8 +175,7 @@ def _writing(out, config, resume):
     out.mkdir(parents=True, exist_ok=True)
     with data.claim(out / ".lock"):  # not the log, which may be replaced
         _check_folder(config, out, resume)
-        for leftover in out.glob(".*.tmp"):  # of a process that was killed
-            leftover.unlink()
+        data.remove_leftovers(out)
         yield
 
 
@@ -208,6 +221,7 @@ def _end(trainer, saved, out):
     except ImportError:
         print("no picture of the curves: pip install 'rse-fast[plot]'")
     model = load_model(out, device=trainer.ranks.device, trust=True)  # the configuration is the caller's
+    _keep_temperature(model, trainer, out)
     row = {"event": "end", "step": trainer.step, **saved.best_so_far, "test_images": len(trainer.splits.test)}
     seed = data.derived_seed(config.seed, _TEST_STREAM)
     torch.manual_seed(seed)
@@ -216,6 +230,23 @@ def _end(trainer, saved, out):
         ensemble = Ensemble(model, draws=_TEST_DRAWS, seed=seed)
         row |= {"draws": _TEST_DRAWS, "test_ensemble_accuracy": _accuracy(lambda x, i: ensemble.predict(x, image_offset=i).labels, trainer)}
     return row
+
+
+def _keep_temperature(model, trainer, out):
+    """Fits the temperature of the ensemble, or of a network without noise, on the validation images."""
+    config, val = trainer.config, trainer.splits.val
+    classifier = lambda x: model(x).float().log_softmax(-1)  # noqa: E731 - as an ensemble, it gives log-probabilities
+    if config.noisy:
+        classifier = Ensemble(model, draws=_TEST_DRAWS, seed=data.derived_seed(config.seed, _TEMPERATURE_STREAM))
+    try:
+        with warnings.catch_warnings():  # of few images all may be right, which says nothing of others
+            warnings.filterwarnings("error", message="rse-fast: the best temperature is not within")
+            found = fit_temperature(classifier, data.batches(val, config.batch_size, device=trainer.ranks.device))
+    except (ValueError, RuntimeWarning) as error:
+        print(f"no temperature is kept: {error}")
+        return
+    facts = {"temperature": found, "draws": _TEST_DRAWS if config.noisy else None, "images": len(val)}
+    data.write_atomically(out / "temperature.json", lambda file: file.write(json.dumps(facts).encode()))
 
 
 @torch.no_grad()
@@ -269,6 +300,7 @@ class _Saved:
         if score > self.best_so_far.get("best_score", -1.0):
             self.best_so_far = {"best_score": score, "best_epoch": trainer.epoch}
             if self.ranks.main:
+                (self.out / "temperature.json").unlink(missing_ok=True)  # of other weights
                 checkpoint.save_best(self.out / "best.safetensors", checkpoint.weights(trainer.evaluated), score, trainer.epoch)
 
     def restore(self, trainer: Trainer, step: int | None) -> bool:

@@ -30,7 +30,7 @@ def run(out, *more):
 
 
 def facts(table):
-    return [(r.index, r.label, r.predicted, r.radius, r.correct, r.p_lower, r.votes, r.draws) for r in table]
+    return [(r.index, r.target, r.label, r.radius, r.correct, r.p_lower, r.votes, r.draws) for r in table]
 
 
 def test_the_table_is_what_certify_says(tmp_path, capsys):
@@ -39,8 +39,8 @@ def test_the_table_is_what_certify_says(tmp_path, capsys):
     x, labels = digits.images[:12].float() / 255, digits.labels[:12]
     out = rse_fast.certify(rse_fast.Ensemble(certify_model.make(), dtype="float32"), x, n0=20, n=120, alpha=0.01, seed=5)
     table = read_table(tmp_path / "certified.tsv")
-    assert [r.index for r in table] == list(range(12)) and [r.label for r in table] == labels.tolist()
-    assert [r.predicted for r in table] == out.labels.tolist() and [r.radius for r in table] == out.radius.tolist()
+    assert [r.index for r in table] == list(range(12)) and [r.target for r in table] == labels.tolist()
+    assert [r.label for r in table] == out.labels.tolist() and [r.radius for r in table] == out.radius.tolist()
     assert [r.p_lower for r in table] == out.p_lower.tolist() and all(r.draws == 120 for r in table)
     assert [r.votes for r in table] == out.votes.gather(1, out.selected[:, None])[:, 0].tolist()
     assert [bool(r.correct) for r in table] == (out.labels == labels).tolist()
@@ -134,7 +134,7 @@ def test_images_of_one_class_only_are_told(tmp_path, rng):
         warnings.simplefilter("error")
         assert run(tmp_path / "b", *given, "--every", 4) == 0
         assert run(tmp_path / "c", "--data", tmp_path / "mixed.npz", "--images", 2) == 0
-    assert [row.label for row in read_table(tmp_path / "b" / "certified.tsv")] == [0, 1, 2]
+    assert [row.target for row in read_table(tmp_path / "b" / "certified.tsv")] == [0, 1, 2]
 
 
 def test_a_folder_goes_on_to_other_images(tmp_path, capsys):

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import rse_fast
+from rse_fast.certifiable import input_noise
 from rse_fast.nn import GaussianNoise, NoisyConv2d, NoisyLinear, number_layers
-from rse_fast.smoothing import input_noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

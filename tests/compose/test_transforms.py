@@ -186,6 +186,13 @@ def test_transforms_of_an_ensemble(ensemble):
     assert near(jacfwd(ensemble)(x[:1, :, :4, :4].repeat(1, 1, 2, 2)), jacrev(ensemble)(x[:1, :, :4, :4].repeat(1, 1, 2, 2)))
 
 
+def test_predict_is_refused_inside_a_transform(ensemble):
+    xs = torch.rand(2, 2, 3, 10, 10)
+    for run in (lambda: vmap(lambda x: ensemble.predict(x).probs)(xs), lambda: grad(lambda x: ensemble.predict(x).probs.sum())(xs[0])):
+        with pytest.raises(ValueError, match="x must not be inside a transform of torch.func .* predict the whole batch"):
+            run()
+
+
 def test_parameters_of_an_ensemble_have_a_gradient(ensemble):
     x = torch.rand(2, 3, 10, 10)
     torch.manual_seed(0)

@@ -366,7 +366,7 @@ def test_a_scope_silences_the_first_call_of_one_layer(rng):
     model = nn.Sequential(NoisyLinear(4, 4, sigma=0.3), NoisyLinear(4, 4, sigma=0.2))
     number_layers(model)
     x, seed = torch.randn(3, 4), torch.tensor(int(rng.integers(2**62)))
-    with NoiseContext(seed, 3, silent=0):
+    with NoiseContext(seed, 3, noiseless_stream=0):
         y = model[0](x)
         again, other = model[0](x), model[1](x)
     assert torch.equal(y, nn.functional.linear(x, model[0].weight, model[0].bias))
@@ -448,3 +448,25 @@ def test_sigma_without_data_says_so():
     noise = GaussianNoise(0.7).to("meta")
     with pytest.raises(ValueError, match="sigma must have data, got a tensor on the meta device"):
         noise(torch.rand(2, 3))
+
+
+NO_BATCHES = [
+    ([1.0], TypeError, "x must be a tensor, got list"), (None, TypeError, "x must be a tensor, got NoneType"),
+    (torch.tensor(1.0), ValueError, r"x must have at least 2 dimensions, got shape \(\)"),
+    (torch.zeros(2, 3).to_sparse(), TypeError, "x must be a dense tensor, got layout torch.sparse_coo"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value, error, message", NO_BATCHES)
+def test_a_layer_says_what_is_no_batch(value, error, message):
+    for layer in (NoisyConv2d(3, 4, 1), NoisyLinear(3, 4), GaussianNoise(0.1), GaussianNoise(0.1, channel_dim=-1)):
+        with pytest.raises(error, match=message):
+            layer(value)
+
+
+def test_a_layer_names_weights_of_another_dtype():
+    for layer, shape in ((NoisyConv2d(3, 4, 1), (2, 3, 5, 5)), (NoisyLinear(3, 4), (2, 3))):
+        with pytest.raises(TypeError, match="weight must be float64 as x is, got float32"):
+            layer(torch.zeros(shape).double())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(torch.zeros(shape)).dtype == torch.bfloat16

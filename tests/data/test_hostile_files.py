@@ -25,6 +25,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from rse_fast import certify_cli, data, predict_cli, run_inputs  # noqa: E402
+from rse_fast.cli import wrapper  # noqa: E402
 from rse_fast.data import lines  # noqa: E402
 from rse_fast.evaluate import rows  # noqa: E402
 from rse_fast.train import CheckpointError, Config, Trainer, checkpoint, load_model, train  # noqa: E402
@@ -356,11 +357,11 @@ def test_weights_without_a_digest_are_refused(run):
 
 
 PREDICTED = [
-    {"index": i, "label": i, "predicted": 3, "probability": 0.25, "entropy": None, "mutual_information": 0.0, "draws_used": 4}
+    {"index": i, "target": i, "label": 3, "probability": 0.25, "entropy": None, "mutual_information": 0.0, "draws_used": 4}
     for i in range(3)
 ]
 EVALUATED = [
-    {"case": "pgd", "index": i, "label": 1, "answers": [1, 2], "l2": 0.5, "linf": 0.1, "verdict": True, "queries": 2.0, "seconds": 0.1,
+    {"case": "pgd", "index": i, "target": 1, "answers": [1, 2], "l2": 0.5, "linf": 0.1, "verdict": True, "queries": 2.0, "seconds": 0.1,
      "seeds": [5, 2**63], "by_draws": {"2": 1}, "example": "AAAA"} for i in range(2)
 ]  # fmt: skip
 CERTIFIED = [certify_cli.Row(i, 1, 1, 0.25 * i, 1, 0.75, 90, 100, 0.5) for i in range(3)]
@@ -563,9 +564,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_done(images,
     with pytest.raises(ValueError, match="^out: cannot write in"):
         run_inputs.open_folder(Path(out), "predict.json", {}, None)
     full = OSError(28, "No space left on device")
-    assert run_inputs.unwritten(full, tmp_path, "*.jsonl").endswith("(No space left on device); name another folder with --out")
+    assert wrapper.unwritten(full, tmp_path, "*.jsonl").endswith("(No space left on device); name another folder with --out")
     (tmp_path / "rows-0.jsonl").write_text("{}\n")
-    assert run_inputs.unwritten(full, tmp_path, "*.jsonl").endswith(f"what was saved before is in {tmp_path}")
+    assert wrapper.unwritten(full, tmp_path, "*.jsonl").endswith(f"what was saved before is in {tmp_path}")
 
 
 def test_a_folder_without_permission_is_told(tmp_path, monkeypatch):

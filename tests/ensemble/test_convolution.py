@@ -111,7 +111,7 @@ def test_a_layer_and_its_gradient_against_float64(form, activation, padding, pac
 def test_clean_values_beside_the_result(activation, form, rng, seed):
     """They are those of torch, and the gradients of both come together."""
     fused, wide = layers(activation, 1, 0.0)
-    fused.activation.keep = wide.activation.keep = True
+    fused.activation.clean_output = wide.activation.clean_output = True
     fused.winograd = Winograd(fused, form)
     x = torch.randn(2, 5, 8, 6).contiguous(memory_format=torch.channels_last)
     if "affine" in activation:
@@ -388,3 +388,13 @@ def test_sigma_of_another_dtype_or_layout_is_read_as_its_values(algorithm, seed)
         assert torch.equal(found[other], found[0])
     # A scalar and a vector take other instructions, so they may differ by a rounding.
     assert (found[3] - found[4]).abs().max() < 1e-5 < (found[0] - found[3]).abs().max()
+
+
+def test_choosing_leaves_torchs_generator_alone(monkeypatch):
+    monkeypatch.setattr(convolution, "_seconds", {})  # as in a fresh process, which measures
+    ensemble = Ensemble(NETS["plain"](), 2, dtype="float32")
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        ensemble(torch.zeros(1, 3, 10, 10))
+    assert convolution._seconds or convolution.unavailable(torch.float32, torch.device("cpu"), "auto")
+    assert torch.equal(torch.get_rng_state(), before)

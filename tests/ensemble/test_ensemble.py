@@ -1,6 +1,7 @@
 """Ensemble.predict and .forward: equal to passes one by one, whatever the packing; their statistics, seeds, gradients and errors."""
 
 import copy
+import importlib.util
 import itertools
 import threading
 
@@ -426,7 +427,7 @@ def test_bad_arguments_are_named(name):
 
 
 INPUTS = {
-    "array": (lambda e: e.predict(np.zeros((2, 3, 10, 10))), TypeError, "x must be a tensor.*ndarray"),
+    "list of lists": (lambda e: e.predict([[0.0, 1.0]]), TypeError, "x must be a tensor.*list"),
     "bytes": (lambda e: e.predict(torch.zeros(2, 3, 10, 10, dtype=torch.uint8)), TypeError, "x must be a floating-point.*uint8"),
     "integers": (lambda e: e(torch.zeros(2, 3, 10, 10, dtype=torch.int64)), TypeError, "x must be a floating-point.*int64"),
     "vector": (lambda e: e.predict(torch.zeros(3)), ValueError, r"x must be a batch.*\(3,\)"),
@@ -446,15 +447,15 @@ def test_bad_inputs_are_named(name):
 
 
 MODELS = {
-    "a map": (Returns(lambda y: y), r"logits \[N, K\] for N = 6 rows, got shape \(6, 4, 8, 8\)"),
-    "one number a row": (Returns(lambda y: y.mean((1, 2, 3))), r"logits \[N, K\] for N = 6 rows, got shape \(6,\)"),
-    "one row": (Returns(lambda y: y.mean((0, 2, 3))[None]), r"logits \[N, K\] for N = 6 rows, got shape \(1, 4\)"),
+    "a sequence": (Returns(lambda y: y.flatten(2)), r"logits \[N, K\].* for N = 6 rows, got shape \(6, 4, 64\)"),
+    "one number a row": (Returns(lambda y: y.mean((1, 2, 3))), "two classes or more, got a number for each row"),
+    "one row": (Returns(lambda y: y.mean((0, 2, 3))[None]), r"logits \[N, K\].* for N = 6 rows, got shape \(1, 4\)"),
     "one logit": (Returns(lambda y: y.mean((1, 2, 3))[:, None]), "two classes or more, got one logit"),
-    "a dict": (Returns(lambda y: {"out": y}), "logits.*got dict"),
+    "a dict": (Returns(lambda y: {"a": y, "b": y}), "logits.*got dict"),
     "no noise called": (Returns(lambda y: y, noisy=False), "call a noisy layer"),
     "rows merged": (
         nn.Sequential(nn.Flatten(0, 1), nn.Unflatten(1, (1, 10)), rse_fast.nn.GaussianNoise(0.1), nn.Flatten()),
-        "'2' got .* one row an image",
+        r"logits \[N, K\].* for N = 6 rows, got shape \(18, 100\)",
     ),
 }
 
@@ -463,7 +464,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models_that_give_no_logits_are_told(name, fuse):
     model, message = MODELS[name]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         Ensemble(model, 3, fuse=fuse, dtype="float32").predict(images(2))
 
 
@@ -556,3 +557,18 @@ def test_what_cannot_be_copied_says_what_to_do():
     with pytest.raises(TypeError, match="model cannot be copied.*fuse=False"):
         Ensemble(model, 2).predict(images(1))
     assert Ensemble(model, 2, fuse=False).predict(images(1)).labels.shape == (1,)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("of_images", DEVICES)
+@pytest.mark.parametrize("of_model", DEVICES)
+def test_results_are_on_the_device_of_the_images(of_model, of_images, seed):
+    ensemble = Ensemble(NETS["plain"]().to(of_model), 4, seed=seed)
+    x = images().to(of_images)
+    results = [ensemble.predict(x), *ensemble.stream([x, x])]
+    if importlib.util.find_spec("scipy"):
+        results.append(rse_fast.certify(ensemble, x, n0=5, n=30))
+    tensors = [value for result in results for value in vars(result).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) >= 18 and {t.device.type for t in tensors} == {of_images}

@@ -177,7 +177,7 @@ def test_what_is_kept_for_the_gradient_is_known_beforehand(net, fuse):
     assert 0.99 * kept - behind <= planned <= 1.25 * kept  # BatchNorm keeps more on the meta device
     free = 6 * planned / 16 * (gradient.KEEP + 1) / MEMORY_SHARE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rse_fast.ensemble.plan.free_memory", lambda device: free)
+        patch.setattr("rse_fast.ensemble.memory.free_memory", lambda device: free)
         patch.setattr("rse_fast.ensemble.plan._ALWAYS_THERE", 0)
         assert ensemble.prepared(x).planner.rows(gradient=True) == 6
         expected, (found,) = ensemble(x).detach(), torch.autograd.grad(ensemble(x)[0, 0], x)

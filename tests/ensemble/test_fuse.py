@@ -40,8 +40,8 @@ def kinds(model):
     return {
         "norms": sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules),
         "relus": sum(isinstance(m, nn.ReLU) for m in modules) + sum("relu" in str(node.target) for node in calls),
-        "merged": sum(isinstance(m, fuse.FusedConv) and m.relu and not m.keep for m in modules),
-        "shared": sum(isinstance(m, fuse.FusedConv) and m.keep for m in modules),
+        "merged": sum(isinstance(m, fuse.FusedConv) and m.relu and not m.clean_output for m in modules),
+        "shared": sum(isinstance(m, fuse.FusedConv) and m.clean_output for m in modules),
     }
 
 

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from rse_fast.ensemble import plan
+from rse_fast.ensemble import memory, plan
 
 EDGES = [(images, draws, rows) for images in (1, 2, 7) for draws in (1, 2, 7) for rows in (1, 2, 6, 7, 8, 14, 1000)]
 
@@ -79,16 +79,16 @@ class Memory:
 
 def test_when_memory_runs_out_nothing_is_lost_and_it_is_remembered(cases):
     for images, draws, rows in cases[::7]:
-        planner, memory = plan.Planner(CPU), Memory(max(1, rows // 3))
-        pieces = list(planner.run(images, draws, memory, fixed=rows))
+        planner, attempts = plan.Planner(CPU), Memory(max(1, rows // 3))
+        pieces = list(planner.run(images, draws, attempts, fixed=rows))
         assert sorted(covered(pieces)) == complete(images, draws), (images, draws, rows)
         draws_of_0 = [d for image, draw, _ in pieces if image.start == 0 for d in range(draw.start, draw.stop)]
         assert draws_of_0 == list(range(draws))  # in order: sums of a prefix are those of fewer draws
-        failures = sum(n > memory.rows for n in memory.tried)
+        failures = sum(n > attempts.rows for n in attempts.tried)
         assert failures <= max(1, rows).bit_length()
-        memory.tried.clear()
-        assert sorted(covered(planner.run(images, draws, memory, fixed=rows))) == complete(images, draws)
-        assert not any(n > memory.rows for n in memory.tried), "the second call knows"
+        attempts.tried.clear()
+        assert sorted(covered(planner.run(images, draws, attempts, fixed=rows))) == complete(images, draws)
+        assert not any(n > attempts.rows for n in attempts.tried), "the second call knows"
 
 
 @pytest.mark.parametrize("error", [MemoryError, lambda text: RuntimeError(f"DefaultCPUAllocator: can't allocate memory: {text}")])
@@ -97,10 +97,10 @@ def test_the_cpu_runs_out_of_memory_in_its_own_words(error):
 
 
 def test_an_error_that_is_no_lack_of_memory_comes_out_at_once():
-    memory = Memory(3, lambda text: RuntimeError("shapes do not match"))
+    attempts = Memory(3, lambda text: RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        list(plan.Planner(CPU).run(5, 4, memory, fixed=20))
-    assert memory.tried == [20]
+        list(plan.Planner(CPU).run(5, 4, attempts, fixed=20))
+    assert attempts.tried == [20]
 
 
 def test_a_single_row_that_does_not_fit_is_an_error():
@@ -109,7 +109,7 @@ def test_a_single_row_that_does_not_fit_is_an_error():
 
 
 def test_rows_follow_free_memory_and_what_the_user_wants():
-    free = plan.free_memory(CPU)
+    free = memory.free_memory(CPU)
     assert 0 < free < 2**50
     assert plan.Planner(CPU, row_bytes=1).rows() == plan.Planner(CPU).rows() == plan.SWEET_SPOT["cpu"]
     assert plan.Planner(CPU, row_bytes=free * plan.MEMORY_SHARE / 10.5).rows() in range(7, 14)  # free memory changes meanwhile
@@ -126,7 +126,7 @@ def test_a_limit_of_the_address_space_counts():
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     try:
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, before[1]))
-        assert plan.free_memory(CPU) <= 2**28
+        assert memory.free_memory(CPU) <= 2**28
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
@@ -162,12 +162,12 @@ GROUPS = {
 
 @pytest.mark.parametrize(("files", "left"), GROUPS.values(), ids=GROUPS)
 def test_a_limit_of_a_control_group_counts(files, left, monkeypatch):
-    monkeypatch.setattr(plan, "_read", lambda path: files.get(os.path.normpath(path), ""))
-    plan._limited_groups.cache_clear()
+    monkeypatch.setattr(memory, "_read", lambda path: files.get(os.path.normpath(path), ""))
+    memory._limited_groups.cache_clear()
     try:
-        assert plan._cgroup() == left
+        assert memory._cgroup() == left
     finally:
-        plan._limited_groups.cache_clear()
+        memory._limited_groups.cache_clear()
 
 
 @pytest.mark.parametrize(("in_bytes", "general"), [(False, 80), (True, 160)])
@@ -213,16 +213,16 @@ def test_planners_are_shared_by_key_and_let_models_go():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_peak_bytes_counts_what_is_alive_at_once(device):
-    with torch.no_grad(), plan.PeakBytes() as memory:
+    with torch.no_grad(), memory.PeakBytes() as counted:
         a = torch.zeros(1000, device=device)
         b = a + 1
-        assert memory.peak == 8000
+        assert counted.peak == 8000
         b += 1
         b = b.view(10, 100) + 1  # the old b goes only then
         del a
         c = b * 2
-        assert memory.alive == 8000
-    assert memory.peak == 12000
+        assert counted.alive == 8000
+    assert counted.peak == 12000
     del b, c
 
 

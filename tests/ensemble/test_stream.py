@@ -117,6 +117,15 @@ def test_streams_of_nothing_and_of_empty_batches():
     assert list(ensemble.stream([])) == []
     sizes = [len(p.labels) for p in ensemble.stream([images(0), images(2), images(0)])]
     assert sizes == [0, 2, 0]
+    with pytest.raises(TypeError, match="x must be a tensor, got NoneType"):  # not an end
+        list(ensemble.stream([None, images(2)]))
+
+
+def test_images_without_pixels_are_refused():
+    ensemble = rse_fast.Ensemble(network(), 2)
+    for run in (ensemble, ensemble.predict, ensemble.rows, lambda x: list(ensemble.stream([x]))):
+        with pytest.raises(ValueError, match=r"x must be a batch .* that have pixels, got shape \(2, 3, 0, 10\)"):
+            run(torch.zeros(2, 3, 0, 10))
 
 
 def test_a_stream_says_which_seed_it_used():
@@ -163,7 +172,7 @@ def test_pool_serves_adversarial_draws_exactly():
         return torch.stack([table[index, (first + d).clamp_max(draws - 1)] for d in range(m)])
 
     criterion = early_exit.make("exact", draws, classes)
-    pool = Scheduler(run, classes, draws, 8, criterion, torch.device("cpu"))
+    pool = Scheduler(run, (classes,), draws, 8, criterion, torch.device("cpu"))
     results = list(in_order(iter([torch.zeros(20, 1), torch.zeros(30, 1)]), pool, 24))
     labels = torch.cat([t.sums.argmax(1) for t in results])
     assert torch.equal(torch.cat([t.index for t in results]), torch.arange(50))
@@ -181,7 +190,7 @@ def test_rounds_of_the_last_images_grow(how):
         number = sample_ids[:, 1] + torch.arange(m)[:, None]
         return torch.where((number % 2 == 0)[..., None], torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0]))
 
-    pool = Scheduler(run, 2, draws, 400, early_exit.make(how, draws, 2), torch.device("cpu"))
+    pool = Scheduler(run, (2,), draws, 400, early_exit.make(how, draws, 2), torch.device("cpu"))
     pool.put(torch.zeros(1, 1), 0)
     while pool.busy:
         finished = pool.step()
@@ -202,3 +211,23 @@ def test_what_is_no_stream_of_images_is_refused():
             ensemble.stream(batches)
     with pytest.raises(ValueError, match=r"one shape, got \(3, 9, 9\) after \(3, 8, 8\)"):
         list(ensemble.stream([images(2), torch.rand(2, 3, 9, 9)]))
+
+
+def test_a_stream_with_a_fixed_seed_warns_once_a_process(run_python):
+    code = (
+        "import warnings, torch, rse_fast\nfrom torch import nn\n"
+        "model = rse_fast.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).eval())\n"
+        "x = [torch.rand(2, 1, 4, 4)]\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    list(rse_fast.Ensemble(model, 2).stream(x))\n"
+        "    rse_fast.Ensemble(model, 2, seed=1).predict(x[0])\n"
+        "    print(len(seen))\n"
+        "    for _ in range(2):\n"
+        "        list(rse_fast.Ensemble(model, 2, seed=1).stream(x))\n"
+        "print(len(seen), seen[0].message, seen[0].filename)\n"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    none, one = done.stdout.strip().splitlines()
+    assert none == "0" and one.startswith("1 rse-fast: this stream is of an ensemble with a fixed seed") and one.endswith("<string>")

@@ -161,3 +161,128 @@ def test_snapshots_leave_nothing_behind():
         tracemalloc.stop()
     grown = min(after - before for before, after in itertools.pairwise(sizes)) / 8  # a table that grows once does so in one stretch alone
     assert grown < 4000, f"{grown:.0f} bytes a snapshot"  # what leaked was 18 KB and more
+
+
+class Trigger:
+    """An attribute that does something when it is first copied: what another thread may do while a snapshot is taken."""
+
+    def __init__(self, action):
+        self.actions = [action]
+
+    def __deepcopy__(self, memo):
+        while self.actions:
+            self.actions.pop()()
+        return self
+
+
+def test_a_snapshot_is_not_half_of_one_model_and_half_of_another(rng, recwarn):
+    model, x = build(int(rng.integers(2**31))), torch.rand(2, 3, 8, 8)
+
+    def change():
+        model.stem.weight.data = model.stem.weight.data * -2
+        model.head.weight.data = model.head.weight.data * 3
+
+    model.act.trigger = Trigger(change)  # the stem is copied before it, the head afterwards
+    ensemble = Ensemble(model, 3, seed=1, dtype="float32")
+    found = ensemble.predict(x)
+    assert torch.equal(found.probs, Ensemble(model, 3, seed=1, dtype="float32").predict(x).probs)
+    assert not model.act.trigger.actions and not [w for w in recwarn if "rse-fast" in str(w.message)]
+
+
+@FUSE
+def test_backward_of_a_model_that_changed_in_between(fuse, rng):
+    """A snapshot is as it was; of a model that runs itself, packed batches that backward runs again are not."""
+    model, x = build(int(rng.integers(2**31))).requires_grad_(False), torch.rand(6, 3, 8, 8, requires_grad=True)
+    ensemble = Ensemble(model, 3, seed=1, dtype="float32", fuse=fuse, max_rows=3)
+    (expected,) = torch.autograd.grad(ensemble(x)[:, 0].sum(), x)
+    out = ensemble(x)[:, 0].sum()
+    model.head.weight.data = model.head.weight.data * 3
+    if fuse:
+        assert torch.equal(torch.autograd.grad(out, x)[0], expected)
+    else:
+        with pytest.raises(RuntimeError, match="the model must be the same in backward"):
+            torch.autograd.grad(out, x)
+
+
+@FUSE
+def test_memory_that_is_used_again_hides_no_change(fuse, rng):
+    """Two new values of one tensor: the second may lie where the first one's predecessor lay."""
+    model, x = build(int(rng.integers(2**31))), torch.rand(2, 3, 8, 8)
+    model.head = nn.Sequential(nn.Linear(32, 4096), nn.Linear(4096, 3))  # large enough for pages of their own
+    ensemble = Ensemble(model, 3, seed=1, dtype="float32", fuse=fuse)
+    for _ in range(5):
+        old = ensemble.predict(x)
+        for factor in (4.0, 0.5):
+            model.head[0].weight.data = model.head[0].weight.data * factor
+        new, expected = ensemble.predict(x), Ensemble(model, 3, seed=1, dtype="float32", fuse=fuse).predict(x)
+        assert torch.equal(new.probs, expected.probs) and not torch.equal(new.probs, old.probs)
+
+
+@FUSE
+def test_a_tensor_of_one_number_is_not_another_of_the_same_value(fuse, rng):
+    """The registry then holds a tensor that nobody watches."""
+    model, x = build(int(rng.integers(2**31))), torch.rand(2, 3, 8, 8)
+    del model.scale
+    model.scale = nn.Parameter(torch.ones(1))
+    ensemble = Ensemble(model, 3, seed=1, dtype="float32", fuse=fuse)
+    old = ensemble.predict(x)
+    model.scale = nn.Parameter(torch.ones(1))
+    assert torch.equal(ensemble.predict(x).probs, old.probs)
+    with torch.no_grad():
+        model.scale.fill_(3)
+    expected = Ensemble(model, 3, seed=1, dtype="float32", fuse=fuse).predict(x)
+    assert torch.equal(ensemble.predict(x).probs, expected.probs) and not torch.equal(expected.probs, old.probs)
+
+
+@FUSE
+def test_the_order_of_modules_is_noticed(fuse, rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    model = rse_fast.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Tanh(), nn.Softplus()), nn.Flatten(), nn.Linear(144, 3)))
+    x, ensemble = torch.rand(2, 3, 8, 8), Ensemble(model, 3, seed=1, dtype="float32", fuse=fuse)
+    old, inner = ensemble.predict(x), model[1]._modules
+    inner["0"] = inner.pop("0")
+    expected = Ensemble(model, 3, seed=1, dtype="float32", fuse=fuse).predict(x)
+    assert torch.equal(ensemble.predict(x).probs, expected.probs) and not torch.equal(expected.probs, old.probs)
+
+
+def test_tensors_without_a_version_are_said_to_be_unnoticed(rng):
+    with torch.inference_mode():
+        model = build(int(rng.integers(2**31)))
+    x, ensemble = torch.rand(2, 3, 8, 8), Ensemble(model, 3, seed=1, dtype="float32")
+    with pytest.warns(RuntimeWarning, match=r"made in torch.inference_mode.*call refresh\(\)"):
+        old = ensemble.predict(x)
+    with torch.inference_mode():
+        model.head.weight.mul_(2)
+    ensemble.refresh()
+    assert not torch.equal(ensemble.predict(x).probs, old.probs)
+    model.head.weight.data = model.head.weight * 3  # where it lies is noticed all the same
+    assert torch.equal(ensemble.predict(x).probs, Ensemble(model, 3, seed=1, dtype="float32").predict(x).probs)
+
+
+@pytest.mark.parametrize("options", [{}, {"algorithm": "winograd"}, {"dtype": "int8"}, {"fuse": False}], ids=str)
+def test_a_dropped_snapshot_is_gone_at_once(options, rng):
+    """Its memory does not wait for the garbage collector."""
+    model, x = build(int(rng.integers(2**31))), torch.rand(2, 3, 8, 8)
+    if options.get("dtype") == "int8":
+        if not torch.backends.mkldnn.is_available():
+            pytest.skip("needs oneDNN")
+        options = options | {"calibration": [x]}
+    ensemble = Ensemble(model, 3, **({"dtype": "float32"} | options))
+
+    def tensors():
+        return sum(issubclass(type(thing), torch.Tensor) and not thing.is_meta for thing in gc.get_objects())
+
+    for _ in range(2):
+        ensemble.refresh()
+        ensemble.predict(x)
+    gc.collect()
+    gc.disable()
+    try:
+        counts = []
+        for _ in range(3):
+            ensemble.refresh()
+            ensemble.predict(x)
+            counts.append(tensors())
+    finally:
+        gc.enable()
+    assert counts[0] == counts[1] == counts[2]

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from nearest_mean import nearest_mean
 
 import rse_fast
 from rse_fast.models import SmallNet
@@ -25,20 +26,6 @@ from rse_fast.evaluate import PROTOCOLS, Case, attacks, command, evaluate, rows,
 from rse_fast.evaluate.target import Queries, Target, derive  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def nearest_mean(noisy: bool) -> torch.nn.Module:
-    """Digits by the nearest class mean, as two convolutions with a BatchNorm between them that does nothing."""
-    part = data.digits().train
-    images = part.images.float() / 255
-    means = torch.stack([images[part.labels == k].mean(0) for k in range(10)])
-    first, norm, last = torch.nn.Conv2d(1, 10, 8), torch.nn.BatchNorm2d(10, eps=0), torch.nn.Conv2d(10, 10, 1, bias=False)
-    with torch.no_grad():
-        first.weight.copy_(means)
-        first.bias.copy_(-means.square().sum((1, 2, 3)) / 2)
-        last.weight.copy_(torch.eye(10)[..., None, None])
-    net = torch.nn.Sequential(first, norm, last, torch.nn.Flatten())
-    return (rse_fast.convert(net, 0.2, 0.1) if noisy else net).eval()
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +179,7 @@ def test_every_method_stays_in_its_ball_and_uses_it(short):
 
 def test_attacks_attack(short):
     def right(name):
-        return sum(answer == short[name, i]["label"] for i in range(6) for answer in short[name, i]["answers"])
+        return sum(answer == short[name, i]["target"] for i in range(6) for answer in short[name, i]["answers"])
 
     assert right("pgd") < right("noise") and right("apgd-ce") < right("noise")
     assert [short["pgd", i]["queries"] for i in range(6)] == [6.0] * 6
@@ -291,11 +278,33 @@ def test_a_deterministic_network_is_attacked_as_it_is(plain, digits, tmp_path):
     assert [found["c", i]["answers"] for i in range(6)] == [[label] * 2 for label in plain(x).argmax(-1).tolist()]
 
 
+class Second(torch.nn.Module):
+    """Returns the logits of a network behind something else."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        logits = self.network(x)
+        return logits * 0, logits
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_logits_that_are_named_are_attacked(noisy, digits, tmp_path):
+    cases = [Case("p", "pgd", eps=0.2, steps=3, eot=2 if noisy else 1), Case("c", "clean")]
+    wanted = evaluated(Target(nearest_mean(noisy), 3, dtype="float32"), digits, cases, tmp_path / "a", repeats=2)
+    found = evaluated(Target(Second(nearest_mean(noisy)), 3, dtype="float32", logits=1), digits, cases, tmp_path / "b", repeats=2)
+    assert {key: row["answers"] for key, row in found.items()} == {key: row["answers"] for key, row in wanted.items()}
+    assert len({str(row["answers"]) for row in found.values()}) > 1
+
+
 # ------------------------------------------------------------------------------------------- interrupts, processes, the command line
 def make_network():
     return nearest_mean(True)
 
 
+IMPORTS = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(nearest_mean.__code__.co_filename)])  # for other processes
 ARGS = ["--model", "test_evaluate:make_network", "--data", "digits", "--protocol", "quick", "--eps", "0.1", "0.2", "--seed", "3",
         "--draws", "3", "--repeats", "2", "--images", "40"]  # fmt: skip
 ONLY = ["--only", "clean", "pgd20-Linf-0.1-eot20", "pgd20-Linf-0.2-eot20", "fgsm-Linf-0.2-eot20"]
@@ -322,7 +331,7 @@ def test_a_killed_run_loses_one_batch_at_most_and_resumes_to_the_same_table(whol
     path = tmp_path / "rows-0.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "rse_fast.cli", "evaluate", *ARGS, *ONLY, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": IMPORTS, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 40):  # within the second case
         time.sleep(0.002)
@@ -389,8 +398,8 @@ def test_the_folder_of_another_evaluation_is_refused(whole, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "--run, --model"), (["--model", "nowhere:at_all"], "--model"), (["--model", "math:floor"], "--model"),
-        (["--run", "nowhere"], "config"), (["--model", "test_evaluate:make_plain", "--weights", "nowhere.safetensors"], "--weights"),
+        ([], "RUN, --model"), (["--model", "nowhere:at_all"], "--model"), (["--model", "math:floor"], "--model"),
+        (["nowhere"], "no run at 'nowhere'"), (["--model", "test_evaluate:make_plain", "--weights", "nowhere.safetensors"], "--weights"),
         (["--model", "test_evaluate:make_plain", "--only", "nothing"], "--only"),
         (["--model", "test_evaluate:make_plain", "--plain", "test_evaluate:make_noisy"], "--plain"),
         (["--model", "test_evaluate:make_plain", "--data", "nowhere"], "nowhere"),
@@ -420,14 +429,16 @@ def make_noisy():
 def test_a_part_that_is_sorted_by_class_is_shuffled():
     images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1)
     for labels, given in (([0, 0, 0, 1, 1, 1, 2, 2], False), ([0, 1, 0, 2, 0, 1, 2, 2], True)):
-        found, chosen, order = command._images(data.Part(images, torch.tensor(labels)), 5)
+        part = data.Part(images, torch.tensor(labels))
+        indices, order = command._order(part)
+        found, chosen = command._images(part, indices[:5])
         assert (found.flatten().tolist() == [0, 1, 2, 3, 4]) == given and ("shuffle" in order) != given
         assert chosen.tolist() == [labels[i] for i in found.flatten().tolist()]
 
 
 def test_rows_that_are_no_rows_are_an_error(tmp_path):
     (tmp_path / "rows-0.jsonl").write_bytes(lines.json_line({"case": "a", "index": 0}))
-    with pytest.raises(ValueError, match="line 1 .*rows-0.jsonl.*label is missing"):
+    with pytest.raises(ValueError, match="line 1 .*rows-0.jsonl.*target is missing"):
         rows.read(tmp_path)
 
 
@@ -471,3 +482,38 @@ def test_nan_is_a_wrong_answer():
     x[1] = 1e4
     answer = Target(Broken(), 1).answer("deployed", x, 1, 0)
     assert (answer.labels == -1).tolist() == [False, True, False]
+
+
+BROKEN = """
+import torch, rse_fast
+
+class Broken(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(4 * 36, 10)
+
+    def forward(self, x):
+        logits = self.head(self.conv(x).relu().flatten(1))
+        return logits * torch.where(x.mean((1, 2, 3), keepdim=True).view(-1, 1) > LEVEL, torch.nan, 1.0)
+
+def net():
+    torch.manual_seed(0)
+    return rse_fast.convert(Broken(), 0.01, 0.01)
+"""
+
+
+def test_a_network_that_gives_nan_for_some_images_is_evaluated(tmp_path, monkeypatch, digits):
+    """They are wrong, and a check says that the attack's gradient was NaN."""
+    level = digits.images.float().mean((1, 2, 3)).median().item() / 255
+    (tmp_path / "gives_nan.py").write_text(f"LEVEL = {level}\n{BROKEN}")
+    monkeypatch.chdir(tmp_path)
+    args = ["--model", "gives_nan:net", "--protocol", "quick", "--eps", "0.1", "--images", "12", "--draws", "3", "--device", "cpu"]
+    with pytest.warns(RuntimeWarning, match="NaN for"):
+        assert command.main([*args, "--out", "out"]) == 0
+    found, results = rows.read(tmp_path / "out"), json.loads((tmp_path / "out" / "results.json").read_text())
+    bright = [index for index in range(12) if -1 in found["clean", index]["answers"]]
+    assert 0 < len(bright) < 12 and all(set(found["clean", index]["answers"]) == {-1} for index in bright)
+    assert results["cases"]["clean"]["accuracy"]["mean"] <= 1 - len(bright) / 12
+    attacked = [name for name, entry in results["cases"].items() if (entry.get("gradients") or {}).get("nan", 0) > 0]
+    assert attacked
+    assert not results["checks"][0]["passed"] and "NaN" in results["checks"][0]["text"]

@@ -28,7 +28,7 @@ def made(case: Case, accuracy: float, **columns) -> dict:
         right = order[index] < accuracy * IMAGES
         answers = [1 if right else 2 for _ in range(REPEATS)]
         rows[case.name, index] = {
-            "case": case.name, "index": index, "label": 1, "answers": answers, "l2": 0.5 + index / IMAGES, "linf": 0.1,
+            "case": case.name, "index": index, "target": 1, "answers": answers, "l2": 0.5 + index / IMAGES, "linf": 0.1,
             "verdict": not right, "queries": 20.0, "seconds": 0.25, "seeds": [1, 2, 3],
         } | columns  # fmt: skip
     return rows
@@ -153,8 +153,9 @@ def test_figures_are_what_counting_gives(rng):
     answers = rng.integers(0, 3, (50, 4)).tolist()
     l2 = rng.random(50).tolist()
     rows = {
-        ("a", i): {"case": "a", "index": i, "label": label[i], "answers": answers[i], "l2": l2[i], "linf": l2[i] / 2, "verdict": i % 5 == 0,
-                   "queries": 3.0, "seconds": 2.0, "seeds": [0] * 4, "by_draws": {"1": answers[i][0], "10": answers[i][1]}}
+        ("a", i): {"case": "a", "index": i, "target": label[i], "answers": answers[i], "l2": l2[i], "linf": l2[i] / 2,
+                   "verdict": i % 5 == 0, "queries": 3.0, "seconds": 2.0, "seeds": [0] * 4,
+                   "by_draws": {"1": answers[i][0], "10": answers[i][1]}}
         for i in range(50)
     }  # fmt: skip
     results = summarise([case], rows, 50)
@@ -232,7 +233,7 @@ def test_report_pictures_and_json(results, tmp_path):
         assert f"| {100 * worst['mean']:.1f} (" in line
     assert "worst of 3 queries" in text and "## Replication" in text
     everything = json.loads((tmp_path / "results.json").read_text())
-    assert len(everything["rows"]) == len(rows) and everything["cases"].keys() == results["cases"].keys()
+    assert everything["cases"].keys() == results["cases"].keys()
 
 
 def test_columns_of_figures_are_set_to_the_right():

@@ -45,14 +45,14 @@ def lines(folder):
 def test_two_processes_predict_what_one_does(folder, how):
     assert predict_cli.main([*ARGUMENTS, *how, "--out", "one"]) == 0
     one = lines(folder / "one")
-    assert [row["index"] for row in one] == list(range(30)) and len({row["predicted"] for row in one}) > 1
+    assert [row["index"] for row in one] == list(range(30)) and len({row["label"] for row in one}) > 1
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rse_fast.cli", "predict"]
     done = subprocess.run([*command, *ARGUMENTS, *how, "--out", "two"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     counts = [len((folder / "two" / f"predictions-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
     assert counts == [15, 15]
     for a, b in zip(one, lines(folder / "two"), strict=True):
-        for name in ("index", "label", "predicted", "draws_used"):
+        for name in ("index", "target", "label", "draws_used"):
             assert a[name] == b[name], (name, a, b)
         assert abs(a["probability"] - b["probability"]) < 1e-5
 
@@ -68,7 +68,7 @@ def test_a_killed_run_continues(folder, capsys):
     assert predict_cli.main([*ARGUMENTS, "--out", "part"]) == 0
     again = lines(folder / "part")
     assert again[:kept] == whole[:kept]
-    assert [row["predicted"] for row in again] == [row["predicted"] for row in whole]
+    assert [row["label"] for row in again] == [row["label"] for row in whole]
 
     assert predict_cli.main([*ARGUMENTS, "--draws", "3", "--out", "part"]) == 2
     assert "holds results of something else (draws 12 there, 3 here)" in capsys.readouterr().err
@@ -111,5 +111,42 @@ def test_nan_is_null_in_the_table():
     with pytest.warns(RuntimeWarning, match="NaN for 1 of 2 images"):
         out = rse_fast.Ensemble(model, 3).predict(x)
     good, bad = (json.loads(json.dumps(predict_cli._row(i, 2, out, i), allow_nan=False)) for i in (0, 1))
-    assert good["predicted"] >= 0 and 0 < good["probability"] <= 1
-    assert bad["predicted"] == -1 and bad["probability"] is bad["entropy"] is bad["mutual_information"] is None
+    assert good["label"] >= 0 and 0 < good["probability"] <= 1
+    assert bad["label"] == -1 and bad["probability"] is bad["entropy"] is bad["mutual_information"] is None
+
+
+class Hidden(nn.Module):
+    """Its logits are one of two things that it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        logits = self.net(x)
+        return {"other": logits * 0 + 3, "scores": logits}
+
+
+def test_logits_are_named_on_the_command_line(folder, capsys):
+    here = str(Path(__file__).parent)
+    (folder / "hidden.py").write_text(f"import sys; sys.path.insert(0, {here!r})\nfrom test_predict_cli import Hidden as make\n")
+    assert predict_cli.main([*ARGUMENTS, "--out", "plain"]) == 0
+    assert predict_cli.main([*ARGUMENTS, "--model", "hidden:make", "--out", "unnamed"]) == 2
+    assert "got dict with 'other', 'scores'" in capsys.readouterr().err and not (folder / "unnamed").exists()
+    for choice in ("scores", "1"):
+        named = [*ARGUMENTS, "--model", "hidden:make", "--logits", choice, "--out", choice]
+        assert predict_cli.main(named) == (0 if choice == "scores" else 2)  # a dict has no entry 1
+    assert lines(folder / "scores") == lines(folder / "plain")
+    assert predict_cli.main([*ARGUMENTS, "--model", "hidden:make", "--logits", "other", "--out", "scores"]) == 2
+    assert "results of something else" in capsys.readouterr().err
+
+
+def pixels() -> nn.Module:
+    return rse_fast.convert(nn.Conv2d(1, 3, 1))
+
+
+def test_a_model_of_pixels_is_refused(folder, capsys):
+    here = str(Path(__file__).parent)
+    (folder / "of_pixels.py").write_text(f"import sys; sys.path.insert(0, {here!r})\nfrom test_predict_cli import pixels\n")
+    assert predict_cli.main([*ARGUMENTS, "--model", "of_pixels:pixels", "--out", "x"]) == 2
+    assert "--model: expected one that gives an image one label" in capsys.readouterr().err and not (folder / "x").exists()

@@ -12,8 +12,7 @@ for package in ("foolbox", "pyautoattack", "matplotlib", "safetensors", "scipy",
     pytest.importorskip(package)
 
 from rse_fast import certify_cli, train  # noqa: E402
-from rse_fast.bench import table  # noqa: E402
-from rse_fast.evaluate import PROTOCOLS, command, protocols  # noqa: E402
+from rse_fast.evaluate import PROTOCOLS, command, protocols, table  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEFENCES = ("plain", "rse")
@@ -52,7 +51,7 @@ def test_a_table_is_made_continued_and_reused(tiny, tmp_path, monkeypatch, capsy
     out = tmp_path / "out"
     with monkeypatch.context() as patch:  # stops as Ctrl-C does, when plain is whole and rse is trained
         attack = command.run
-        patch.setattr(table.command, "run", lambda argv: attack(argv) if "plain" in argv[1] else (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(table.command, "run", lambda argv: attack(argv) if "plain" in argv[0] else (_ for _ in ()).throw(KeyboardInterrupt))
         assert table.main(tiny) == 130
     half = read(out)["rows"]
     assert half["plain"]["absent"].keys() == {table.CERTIFIED} and half["plain"]["cells"].keys() == set(table.ATTACKED)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rse_fast
-from rse_fast.ensemble.plan import SavedBytes
+from rse_fast.ensemble.memory import SavedBytes
 from rse_fast.nn import GaussianNoise, NoiseContext, NoisyConv2d
 
 CLASSES = 5

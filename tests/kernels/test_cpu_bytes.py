@@ -86,8 +86,8 @@ def test_bytes_match_float64(backend, lay, dtype, poisoned, rng):
             )  # fmt: skip
             low, high = limits(x, sigma, step, zero_point, images, draws, scale, shift, relu, pool)
             what = (shape, affine, relu, per_channel, pool, step, zero_point)
-            lies = "planar" if got[0, 0].numel() == 1 else layout(x)  # one position lies in both layouts alike
-            assert got.dtype == torch.uint8 and got.shape == low.shape and layout(got) == lies, what
+            memory_layout = "planar" if got[0, 0].numel() == 1 else layout(x)  # one position lies in both layouts alike
+            assert got.dtype == torch.uint8 and got.shape == low.shape and layout(got) == memory_layout, what
             assert ((low <= got) & (got <= high)).all(), what
             ties += int((low != high).sum())
     assert ties < 100  # the bound decides nearly every byte: of about 20,000, few lie that near to a tie

@@ -108,6 +108,7 @@ def noise(**changes):
 
 META = {"device": "meta"}
 BAD = [
+    (conv, {"x": X[:, :, :0], "padding": 1}, ValueError, r"x must have at least one pixel in each dimension, got shape \(2, 4, 0, 5\)"),
     (conv, {"x": X[:, :, :2]}, ValueError, r"x must be as large as the kernel's reach \[3, 3\]"),
     (conv, {"dilation": 4, "padding": 1}, ValueError, r"x must be as large as the kernel's reach \[9, 9\] less its padding \[2, 2\]"),
     (conv, {"x": X[:, :3], "weight": torch.rand(8, 1, 3, 3), "groups": 3}, ValueError, "groups must divide the 8 output channels"),

@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -120,6 +121,39 @@ def test_bare_philox_makes_the_words_of_the_contract(compiler):
     assert got == np.bitwise_xor.reduce(words.reshape(-1))
 
 
+def test_the_batteries_get_the_words_of_the_contract(compiler, library, tmp_path):
+    """Each order from where it begins: which address follows which."""
+    battery = pytest.importorskip("bench.battery")
+    program, start = battery.compile_words(tmp_path), 3
+
+    def words(order, count):
+        with subprocess.Popen([program, library.path, library.unit, order, str(start)], stdout=subprocess.PIPE) as source:
+            return np.frombuffer(source.stdout.read(4 * count), np.uint32)
+
+    def expected(quads=0, images=0, draws=0, streams=0, seed=start << 40):
+        key = np.stack(np.broadcast_arrays(np.asarray(seed) & (2**32 - 1), np.asarray(seed) >> 32), -1)
+        return reference.philox(np.stack(np.broadcast_arrays(quads, images, draws, streams), -1), key).reshape(-1)
+
+    n = np.arange(64)
+    assert (words("positions", 256) == expected(quads=n)).all()
+    assert (words("first-words", 64) == expected(quads=n)[::4]).all()
+    for order, address in {"images": "images", "draws": "draws", "streams": "streams"}.items():
+        assert (words(order, 256) == expected(**{address: n})).all(), order
+        assert (words(order, 4 * 4096 + 4)[-4:] == expected(quads=1)).all(), order
+    assert (words("seeds", 256) == expected(seed=(start << 40) + n)).all()
+    assert (words("high-seeds", 256) == expected(seed=(start << 24) + (n << 32))).all()
+    assert (words("network", 8 * 256)[4 * 64 :][:256] == expected(quads=n, images=1)).all()
+    bits = np.unpackbits(words("draws", 64).byteswap().view(np.uint8)).reshape(-1, 32)[:, ::-1]
+    assert (words("draws-reversed", 64) == np.packbits(bits, 1).view(">u4").reshape(-1)).all()
+
+
+def test_the_anderson_darling_p_values_are_the_published_ones():
+    """Of A^2 with known parameters (D'Agostino and Stephens 1986, table 4.2)."""
+    battery = pytest.importorskip("bench.battery")
+    for square, p in ((1.248, 0.25), (1.933, 0.10), (2.492, 0.05), (3.070, 0.025), (3.878, 0.01)):
+        assert battery.anderson_darling_p(square) == pytest.approx(p, rel=0.01)
+
+
 # -------------------------------------------------------------------------------------------------------------------- results
 def test_results_are_merged_by_case_and_survive_the_file(tmp_path):
     path = tmp_path / "results.json"
@@ -129,8 +163,6 @@ def test_results_are_merged_by_case_and_survive_the_file(tmp_path):
     new = results.merge(results.load(path), [row("a", p50=3)], [measure.target("s", "a", "w", 1.0, 2, "x")], HERE)
     assert [(r["case"], r["implementation"], r["p50"]) for r in new["rows"]] == [("b", "rse_fast", 2), ("a", "rse_fast", 3)]
     assert new["targets"][0]["holds"] is False
-    header, *lines = path.with_suffix(".csv").read_text().splitlines()
-    assert header.split(",") == list(results.COLUMNS) and len(lines) == 3
     with pytest.raises(ValueError, match="another machine"):
         results.merge(first, [row()], [], {**HERE, "cpu": "another"})
     path.write_text(json.dumps({"rows": [{"suite": "s"}], "targets": []}))
@@ -159,11 +191,11 @@ def test_the_command_measures_merges_and_compares(tmp_path, capsys):
     assert "not measured here" in capsys.readouterr().out
 
     results.save(old, measured)
-    assert main([*chosen, "--compare", str(old), "--tolerance", "1000"]) == 0
+    assert main([*chosen, "--compare", str(old), "--tolerance", "1000000"]) == 0
     for r in measured["rows"]:
-        r["p50"] = r["p50"] and 1e6 * r["p50"]
+        r["p50"] = r["p50"] and 1e12 * r["p50"]  # a busy machine may be a thousand times slower from one call to the next
     results.save(old, measured)
-    assert main([*chosen, "--compare", str(old), "--tolerance", "1000"]) == 1
+    assert main([*chosen, "--compare", str(old), "--tolerance", "1000000"]) == 1
     assert "REGRESSION" in capsys.readouterr().out
 
 

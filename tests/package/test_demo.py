@@ -246,7 +246,7 @@ def test_bad_options_are_refused_by_name(options, capsys):
 def test_bad_data_and_output_are_one_clear_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for options, words in (
-        (["--data", str(tmp_path / "nowhere")], "not there"),
+        (["--data", str(tmp_path / "nowhere")], "rse-fast demo: --data: expected a folder of images"),
         (["--data", str(tmp_path)], "class folders"),
         (["--resize", "8"], "--resize"),
         (["--out", str(tmp_path / "file")], "file"),

@@ -75,6 +75,7 @@ def stand_ins(monkeypatch):
         "timm": {"create_model": lambda name, pretrained, num_classes: _Stem()},
         "transformers": {"AutoModelForImageClassification": auto},
         "lightning": {"LightningModule": torch.nn.Module},
+        "huggingface_hub": {"PyTorchModelHubMixin": object},
     }
     for name, members in found.items():
         module = types.ModuleType(name)
@@ -107,7 +108,7 @@ def test_python_blocks_run_one_after_the_other(path, monkeypatch, tmp_path, rng,
 @cache
 def flags_of(command):
     """Every flag that the help of a command names."""
-    arguments = [sys.executable, "-m", "rse_fast.bench.table"] if command == "table" else [sys.executable, "-m", "rse_fast.cli", command]
+    arguments = [sys.executable, "-m", "rse_fast.evaluate.table"] if command == "table" else [sys.executable, "-m", "rse_fast.cli", command]
     done = subprocess.run([*arguments, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"--[a-z][a-z0-9-]*", done.stdout))
@@ -117,7 +118,7 @@ def commands(text):
     """(command, its other words) of every call of ours in lines of a shell."""
     for line in text.splitlines():
         words = re.sub(r"\s#.*|[`'\"]", "", line).split()
-        for opening, length in (("rse-fast", 1), ("-m rse_fast.cli", 2), ("-m rse_fast.bench.table", 2)):
+        for opening, length in (("rse-fast", 1), ("-m rse_fast.cli", 2), ("-m rse_fast.evaluate.table", 2)):
             for i in range(len(words)):
                 if " ".join(words[i : i + length]) == opening:
                     name = "table" if opening.endswith("table") else words[i + length]

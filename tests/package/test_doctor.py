@@ -126,3 +126,9 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(cli.COMMANDS, "more", ("needs_more", "plot", "for this test"))
     assert cli.main(["more"]) == 1
     assert capsys.readouterr().err == "rse-fast more: needs no_such_package_at_all: pip install 'rse-fast[plot]'\n"
+
+
+@pytest.mark.parametrize(("policy", "said"), [("passive", "passive: "), ("active", "set OMP_WAIT_POLICY=passive")])
+def test_doctor_says_how_threads_wait(policy, said, run_python):
+    done = run_python("-m", "rse_fast.cli", "doctor", OMP_WAIT_POLICY=policy)
+    assert said in next(line for line in done.stdout.splitlines() if line.startswith("  threads "))

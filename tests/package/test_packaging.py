@@ -1,6 +1,7 @@
 """What gets installed: the wheel with and without a compiler, the sdist, and what an import brings along."""
 
 import json
+import re
 import shlex
 import shutil
 import tarfile
@@ -13,6 +14,7 @@ from rse_fast.kernels.cpu import build
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = f"rse_fast/kernels/cpu/{build.library_name()}"
+VERSION = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
 PROBLEM = f"rse_fast/kernels/cpu/{build.PROBLEM_FILE}"
 
 
@@ -81,12 +83,14 @@ def test_wheel_holds_the_library_and_works_from_anywhere(hasty, make, run_python
     wheel, output = make("wheel", RSE_FAST_REQUIRE_LIBRARY="1", CXX=hasty)
     assert wheel is not None, output
     folder, names, metadata = unpack(wheel)
-    tag = wheel.name.removeprefix("rse_fast-0.1.0-").removesuffix(".whl")
+    tag = wheel.name.removeprefix(f"rse_fast-{VERSION}-").removesuffix(".whl")
     assert tag.startswith("py3-none-") and tag != "py3-none-any"
     assert "Root-Is-Purelib: false" in metadata
     assert python_modules() <= names
     assert LIBRARY in names and PROBLEM not in names
-    strays = [name for name in names if not name.startswith(("rse_fast/", "rse_fast-0.1.0.dist-info/")) or name.endswith((".cpp", ".h"))]
+    strays = [
+        name for name in names if not name.startswith(("rse_fast/", f"rse_fast-{VERSION}.dist-info/")) or name.endswith((".cpp", ".h"))
+    ]
     assert strays == []
 
     done = run_python("-m", "rse_fast.cli", "bench", "--help", cwd=tmp_path, PYTHONPATH=str(folder))
@@ -104,7 +108,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_so_once(how, make, run
     without = {"CXX": {"CXX": "/nonexistent/c++"}, "PATH": {"PATH": str(tmp_path / "empty")}}[how]
     wheel, output = make("wheel", **without)
     assert wheel is not None, output
-    assert wheel.name == "rse_fast-0.1.0-py3-none-any.whl"
+    assert wheel.name == f"rse_fast-{VERSION}-py3-none-any.whl"
     folder, names, metadata = unpack(wheel)
     assert "Root-Is-Purelib: true" in metadata
     assert python_modules() <= names and PROBLEM in names and LIBRARY not in names
@@ -157,6 +161,11 @@ def test_type_checkers_find_the_annotations(make):
     assert "rse_fast/py.typed" in unpack(wheel)[1]
 
 
+def test_one_version_stands_everywhere():
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == VERSION
+    assert re.search(r"^## ([0-9.]+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == VERSION
+
+
 def test_the_library_can_be_required(make):
     wheel, output = make("wheel", CXX="/nonexistent/c++", RSE_FAST_REQUIRE_LIBRARY="1")
     assert wheel is None
@@ -173,6 +182,7 @@ def test_sdist_is_complete(make):
     assert {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "DESIGN.md", "README.md", "Makefile"} <= names
     assert {"CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", "rse_fast/py.typed", "docs/index.md", "docs/assets/front.png"} <= names
     assert not [name for name in names if name.endswith((".so", ".dylib", ".dll", build.PROBLEM_FILE))]
+    assert sdist.stat().st_size < 1_000_000
 
 
 def test_import_brings_nothing_heavy_and_opens_nothing(run_python):

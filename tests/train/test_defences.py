@@ -18,7 +18,7 @@ from rse_fast.nn import NoisyConv2d, noise_layers  # noqa: E402
 from rse_fast.train import Config, Trainer, load_data, load_model, train  # noqa: E402
 from rse_fast.train.command import main  # noqa: E402
 from rse_fast.train.config import DEFENCES  # noqa: E402
-from rse_fast.train.defences import attack, batch_loss, protect  # noqa: E402
+from rse_fast.train.defences import attack, batch_loss, protect, use_test_sigma  # noqa: E402
 from rse_fast.train.log import read  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,10 +56,11 @@ def calls_of(model) -> list:
 def test_what_is_built_into_the_network(defence):
     model, settings = made(net, defence=defence, init_sigma=0.3, inner_sigma=0.05)
     sigmas = [layer.sigma.item() for layer in noise_layers(model).values()]
-    noisy = defence in ("rse", "rse+adversarial")
-    assert settings.noisy == noisy and sigmas == pytest.approx([0.3, 0.05] if noisy else [])
-    assert sum(isinstance(m, NoisyConv2d) for m in model.modules()) == (2 if noisy else 0)
-    assert model.state_dict().keys() == net(3, 3).state_dict().keys()
+    noisy = {"rse": [0.3, 0.05], "rse+adversarial": [0.3, 0.05], "gaussian": [0.3]}.get(defence, [])
+    assert settings.noisy == bool(noisy) and sigmas == pytest.approx(noisy)
+    assert sum(isinstance(m, NoisyConv2d) for m in model.modules()) == (2 if len(noisy) == 2 else 0)
+    inner = model.model if defence == "gaussian" else model  # whose weights have the plain model's names
+    assert inner.state_dict().keys() == net(3, 3).state_dict().keys()
     kinds = {type(m) for m in model.modules()}
     assert (nn.ReLU in kinds) != (defence == "brelu")
 
@@ -96,6 +97,26 @@ def test_plain_and_noisy_loss(batch, defence, smoothing):
     right = log_p[torch.arange(len(rows)), repeated]
     assert loss.item() == pytest.approx(-((1 - smoothing) * right + smoothing * log_p.mean(-1)).mean().item(), rel=1e-6)
     assert accuracy.item() == pytest.approx((logits.argmax(-1) == repeated).double().mean().item())
+
+
+def test_gaussian_trains_on_the_image_plus_fresh_noise_and_is_used_with_the_sigma_for_use(batch):
+    """Cohen et al.: cross-entropy of the network at x + sigma * eps, noise that is there in use as well."""
+    x, labels = batch
+    model, settings = made(defence="gaussian", init_sigma=0.3, draws=5, test_init_sigma=0.5)
+    seen = calls_of(model.model)
+    loss, _ = batch_loss(settings, model, model, x, labels)
+    ((training, rows, logits),) = seen
+    eps = (rows - x.repeat(5, 1, 1, 1)) / 0.3
+    count = eps.numel()
+    assert training and eps.mean().abs() < 5 / math.sqrt(count) and (eps.std() - 1).abs() < 5 / math.sqrt(2 * count)
+    assert (eps[:B] - eps[B : 2 * B]).abs().max() > 0.1  # of each draw its own
+    assert loss.item() == pytest.approx(cross_entropy(logits.double(), labels.repeat(5)).item(), rel=1e-6)
+    use_test_sigma(model, settings)
+    assert model.noise.sigma.item() == 0.5
+    use_test_sigma(model, Config(defence="gaussian", init_sigma=0.3))
+    assert model.noise.sigma.item() == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="^learnable_sigma: gaussian"):
+        Config(defence="gaussian", learnable_sigma="layer")
 
 
 @pytest.mark.parametrize("temperature", [None, 5.0])
@@ -297,6 +318,29 @@ def test_distillation_trains_its_teacher_as_a_run_of_its_own(images, tmp_path):
         rows.append(trainer.advance())
     assert [row for row in rows if row] == without_times(read(tmp_path / "run" / "log.jsonl"))[:-1]
     assert not load_model(tmp_path / "run", trust=True).training
+
+
+def test_a_gaussian_run_is_trained_evaluated_and_certified(images, tmp_path, capsys):
+    """By the commands, as any other; ``--defense`` is the same option as ``--defence``."""
+    run = tmp_path / "run"
+    tiny = ["--model", "tiny_training:net", "--epochs", "3", "--batch-size", "18", "--lr", "0.1", "--device", "cpu"]
+    assert main(["--data", str(images), *tiny, "--defense", "gaussian", "--init-sigma", "0.1", "--out", str(run)]) == 0
+    assert Config.load(run / "config.json").defence == "gaussian" and "with 10 draws" in capsys.readouterr().out
+    model = load_model(run, trust=True)
+    (layer,) = noise_layers(model).values()
+    assert layer is model.noise and layer.sigma.item() == pytest.approx(0.1)
+    options = ["--trust", "--images", "3", "--seed", "1", "--device", "cpu"]
+    pytest.importorskip("scipy"), pytest.importorskip("matplotlib")
+    from rse_fast import certify_cli
+
+    summary = certify_cli.run([str(run), *options, "--n", "200", "--out", str(tmp_path / "certified")])
+    assert summary["settings"]["sigma"] == pytest.approx(0.1) and summary["images"] == 3
+    pytest.importorskip("foolbox")
+    from rse_fast.evaluate import command
+
+    only = ["--only", "clean", "--repeats", "2", "--draws", "3"]
+    results = command.run(["--run", str(run), *options, *only, "--out", str(tmp_path / "evaluation")])
+    assert results["settings"]["sigmas"] == [0.1] and results["cases"]["clean"]["images"] == 3
 
 
 @pytest.mark.parametrize("step", [0, 4, 12, 16], ids=["teacher begins", "in the teacher", "student begins", "in the student"])

@@ -21,7 +21,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 from rse_fast import cli  # noqa: E402
 from rse_fast.train import Config, Trainer, load_model  # noqa: E402
 from rse_fast.train.command import main  # noqa: E402
-from rse_fast.train.log import read  # noqa: E402
+from rse_fast.train.log import draw_curves, read  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -233,11 +233,21 @@ def test_the_curves_are_a_picture_of_the_log(run):
     Image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
     with Image.open(run[0] / "curves.png") as picture:
-        assert picture.format == "PNG" and picture.width > 4 * picture.height  # four panels side by side
+        assert picture.format == "PNG" and 3 < picture.width / picture.height < 4.5  # three panels side by side
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    panels = np.array_split(pixels, 4, axis=1)
+    panels = np.array_split(pixels, 3, axis=1)
     coloured = [(np.ptp(panel, axis=-1) > 60).sum() for panel in panels]  # axes and text are grey, curves are not
     assert min(coloured) > 50, coloured
+
+
+@pytest.mark.parametrize(("sigmas", "panels"), [((0.1, 0.1, 0.1), 2), ((0.1, 0.2, 0.3), 3)], ids=["constant", "growing"])
+def test_what_stays_constant_has_no_panel(sigmas, panels, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    rows = [{"event": "epoch", "epoch": n, "loss": 1 / n, "lr": 0.1 / n, "sigma": sigma} for n, sigma in enumerate(sigmas, 1)]
+    draw_curves(rows, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert round(picture.width * 3.2 / picture.height) == 4 * panels
 
 
 def test_tensorboard_has_the_figures_of_the_log(run):
@@ -316,7 +326,7 @@ def test_auxiliary_heads_leave_the_main_one_to_be_trained(run, images, tmp_path,
         rows.append(without_times(read(tmp_path / kind / "log.jsonl")))
     assert rows[0] == rows[1] == without_times(read(run[0] / "log.jsonl"))
     assert main(["--data", str(images), "--out", str(tmp_path / "puzzle"), *TINY, "--model", "tiny_training:net_with_a_puzzle"]) == 2
-    assert "model: expected logits [B, num_classes] in training, a tuple" in capsys.readouterr().err
+    assert "model must return logits, or something with obvious ones" in capsys.readouterr().err
 
 
 @pytest.mark.slow

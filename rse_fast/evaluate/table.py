@@ -1,4 +1,4 @@
-"""The paper's table of defences on a data set of one's own, from training to Markdown: ``python -m rse_fast.bench.table``.
+"""The paper's table of defences on a data set of one's own, from training to Markdown: ``python -m rse_fast.evaluate.table``.
 
 For each defence a network is trained, attacked by protocol ``table`` of `rse-fast evaluate` and, where it has noise, certified by `rse-fast
 certify`, each in a folder below OUT/DEFENCE. After each of these OUT/table.md and OUT/table.json are written anew from what is there, with
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from rse_fast import certify_cli, data, train
+from rse_fast import certify_cli, data, run_inputs, train
+from rse_fast.cli import wrapper
 from rse_fast.evaluate import command
 from rse_fast.evaluate.protocols import PROTOCOLS
 from rse_fast.evaluate.render import markdown_table, percent
@@ -36,21 +37,21 @@ PAPER = {  # Liu et al. 2018: CIFAR-10, VGG16, accuracy in % of the columns clea
     "distillation": (84.1, 49.9, 17.7, 4.6, 3.1, 1.4), "brelu": (90.3, 75.1, 47.9, 30.9, 20.7, 13.5),
     "rse": (88.6, 87.4, 83.7, 75.8, 61.9, 28.0),
 }  # fmt: skip
-DEFENCES = (*PAPER, "rse+adversarial")
+DEFENCES = (*PAPER, "gaussian", "rse+adversarial")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 for a whole table; 1 where something is absent; 2 for bad options; 130 after Ctrl-C or SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    try:
-        runs = _runs(args)
-    except ValueError as error:
-        print(f"rse-fast table: {error}", file=sys.stderr)
-        return 2
+    return wrapper.run("table", lambda: _make(args, argv), args.out, ("*/evaluation/rows-*.jsonl", "*/certified/certified.tsv"))
+
+
+def _make(args, argv) -> int:
+    runs = _runs(args)
     args.out.mkdir(parents=True, exist_ok=True)
     table = {
-        "command": shlex.join(["python", "-m", "rse_fast.bench.table", *argv]), "columns": list(COLUMNS),
+        "command": shlex.join(["python", "-m", "rse_fast.evaluate.table", *argv]), "columns": list(COLUMNS),
         "rows": {defence: _Row(defence, run, config).facts for defence, (run, config) in runs.items()},
     }  # fmt: skip
     try:
@@ -65,14 +66,13 @@ def main(argv: list[str] | None = None) -> int:
                     break
     except KeyboardInterrupt:
         _write(args.out, table)
-        print(f"interrupted; the same command continues in {args.out}", file=sys.stderr)
-        return 130
+        raise
     print(f"table: {args.out / 'table.md'}")
     return 1 if any(row["absent"] for row in table["rows"].values()) else 0
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m rse_fast.bench.table", description=__doc__.partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog="python -m rse_fast.evaluate.table", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--data", metavar="DATA", help="data set to train on, as in rse-fast train (default: the configuration's)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, or to continue")
     parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=DEFENCES, help="default: all")
@@ -90,6 +90,7 @@ def _runs(args) -> dict[str, tuple[Path, train.Config | None]]:
     """The run folder of each defence, and the configuration to train it with; None: it is another's, and only read."""
     reused = {}
     for run in args.reuse:
+        run_inputs.check_run(run, "--reuse")
         if (defence := train.Config.load(run / "config.json").defence) in reused:
             raise ValueError(f"--reuse: {str(reused[defence])!r} and {str(run)!r} are both of the defence {defence}")
         reused[defence] = run
@@ -143,7 +144,7 @@ class _Row:
 
     def attack(self, args) -> None:
         results = command.run([
-            "--run", str(self.run), "--protocol", "table", "--eps", EPS, "--draws", str(args.draws), "--images", str(args.images),
+            str(self.run), "--protocol", "table", "--eps", EPS, "--draws", str(args.draws), "--images", str(args.images),
             "--device", args.device, "--out", str(args.out / self.defence / "evaluation"), "--trust",
         ])  # fmt: skip
         self.facts["settings"], self.facts["versions"] = results["settings"], results["versions"]
@@ -251,6 +252,8 @@ def _differences(measured):
             "A distilled network is used at temperature 1, with logits as many times those of its training as the temperature there: a "
             "fixed c weighs them as much more, while the softmax saturates and the gradients that PGD follows vanish."
         )
+    if "gaussian" in measured:
+        lines.append("gaussian is not in the paper: noise on the image alone, the network that Cohen et al. (2019) certify.")
     for defence, row in measured.items():
         own = {column: cell for column, cell in row["cells"].items() if cell.get("paper") is not None}
         if own:

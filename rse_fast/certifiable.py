@@ -1,0 +1,139 @@
+"""Whether the noise stands at a model's input, and its rows are independent: what a certificate needs of a model."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rse_fast import ops
+from rse_fast.convert import tensor_attributes
+from rse_fast.ensemble import Ensemble
+from rse_fast.nn import NoiseContext, NoiseLayer, noise_layers
+
+_aten = torch.ops.aten
+_REARRANGE = {  # what may stand between the image and its noise: the same numbers, in another shape or order of memory
+    _aten.view, _aten._unsafe_view, _aten._reshape_alias, _aten.permute, _aten.transpose, _aten.t, _aten.unsqueeze, _aten.squeeze,
+    _aten.clone, _aten.detach, _aten.alias, _aten._to_copy,
+}  # fmt: skip
+_NOISE = {ops.add_noise}
+_EXITS = {"tolist", "numpy", "item", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
+
+
+class _Readers(TorchDispatchMode):
+    """Follows an image through a forward pass. ``noisy``: the streams of the noise that reads it; ``others``: other ops that do.
+    ``random``: whether numbers of torch's generators were drawn."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.image = [x]
+        self.noisy: list[int] = []
+        self.others: list[str] = []
+        self.random = False
+
+    def _is_image(self, value: object) -> bool:
+        return any(value is t for t in self.image)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        result = func(*args, **(kwargs or {}))
+        tensors = torch.utils._pytree.tree_leaves((args, kwargs))
+        if not any(map(self._is_image, tensors)):
+            return result
+        packet = func.overloadpacket
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+        if packet in _NOISE and named.get("scale") is None and named.get("shift") is None and not named.get("relu"):
+            self.noisy.append(named["stream"])
+        elif packet in _REARRANGE and result.dtype in (args[0].dtype, torch.float32, torch.float64):
+            self.image.append(result)
+        else:
+            self.others.append(str(packet))
+        return result
+
+
+class _Leaves(TorchFunctionMode):
+    """Tells `_Readers` of calls that take an image's numbers out of torch, which no dispatch mode sees."""
+
+    def __init__(self, readers: _Readers):
+        super().__init__()
+        self.readers = readers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", None) in _EXITS and any(map(self.readers._is_image, args)):
+            self.readers.others.append(f"Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+def input_noise(model: torch.nn.Module, x: torch.Tensor) -> NoiseLayer:
+    """The noisy layer at the input of ``model``, found by a run on the first of images x [B, ...] that watches every op which reads it.
+
+    Raises ValueError where a certificate would not hold: the image is changed before the noise or read beside it, or the noise is
+    switched off, zero, per channel, or learnable. No image: the first noisy layer, unchecked but for its sigma.
+    """
+    layers = noise_layers(model)
+    name, layer = next(iter(layers.items()))
+    if len(x):
+        name, layer = _first_noise(model, layers, x)
+    described = f"the noise at the input ({name or 'the model itself'})"
+    if not layer.noise_enabled:
+        raise ValueError(f"model must have its input noise on to be certified, got {described} switched off")
+    raw = layer._parameters.get("sigma_raw")
+    sigma = layer.current_sigma()
+    if sigma.numel() != 1:
+        raise ValueError(f"model must have one sigma at its input to be certified, got {described} with {sigma.numel()}, one a channel")
+    if raw is not None and raw.requires_grad:
+        raise ValueError(
+            f"model must have a fixed sigma at its input to be certified, got {described} with a learnable one, which nothing bounds; "
+            "sigma_raw.requires_grad_(False) fixes it"
+        )
+    if not float(sigma) > 0:
+        raise ValueError(f"model must have noise at its input to be certified, got {described} with sigma 0")
+    return layer
+
+
+@torch.inference_mode()
+def check_rows(ensemble: Ensemble, x: Tensor) -> None:
+    """Votes are independent, and those of a function of the noisy image, only if a row of logits depends on no other row and on no random
+    number but the seed's. Raises ValueError where two images show that it does; no image: unchecked."""
+    if not len(x):
+        return
+    images = torch.cat([x[:1], 1 - x[:1]])
+    sample_ids, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
+
+    runner = ensemble.prepared(x).runner
+
+    def logits(rows: int) -> Tensor:
+        return ensemble.logits_at(images[:rows], sample_ids[:rows], 1, seed)[0, :1].float()
+
+    expected = logits(2)
+    compute = torch.bfloat16 if ensemble.dtype == "int8" else runner.compute
+    limit = torch.finfo(compute).eps ** 0.5 * expected.norm()
+    rule = "model must treat each row of a batch by itself to be certified; it"
+    if runner.random or (logits(2) - expected).norm() > limit:
+        raise ValueError(f"{rule} draws random numbers of its own, which the rows of a batch may share")
+    if (logits(1) - expected).norm() > limit:
+        raise ValueError(f"{rule} gives an image other logits beside another image, as BatchNorm without running statistics does")
+
+
+def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tensor) -> tuple[str, NoiseLayer]:
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
+    copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
+    for layer in noise_layers(copied).values():
+        layer.noise_enabled = True
+    numbers = torch.get_rng_state()
+    with torch.inference_mode(False), torch.no_grad():
+        image = x[:1].to(next(model.parameters(), x).dtype, copy=True)
+        with NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 1), _Readers(image) as readers, _Leaves(readers):
+            copied(image)
+    if readers.random:
+        torch.set_rng_state(numbers)
+    rule = "model must pass the image unchanged to the noise of one layer, and to nothing else, to be certified"
+    if readers.others:
+        raise ValueError(f"{rule}; got {', '.join(dict.fromkeys(readers.others))} reading it")
+    found = [(name, layer) for name, layer in layers.items() if layer.stream in {stream & 0xFFFF for stream in readers.noisy}]
+    if len(readers.noisy) != 1 or len(found) != 1:
+        names = ", ".join(name or "the model itself" for name, _ in found) or "none"
+        raise ValueError(f"{rule}; got {len(readers.noisy)} noisy calls reading it ({names})")
+    return found[0]

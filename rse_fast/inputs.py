@@ -1,0 +1,79 @@
+"""Batches of images out of what people have at hand: tensors, NumPy arrays, PIL images. Only what can mean one thing is converted."""
+
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def batch(x: object, model: nn.Module) -> Tensor:
+    """A batch of images as a tensor.
+
+    Args:
+        x: a tensor, as it is; a NumPy array of floats [B, C, H, W], as the model takes them, or of uint8 [B, H, W, C] or [H, W, C],
+            which are scaled to [0, 1]; a PIL image, or a list of PIL images of one size.
+        model: its first convolution says how many channels C an image has.
+
+    Raises:
+        TypeError or ValueError: it is none of these, or could mean two things; the message has the line to write.
+    """
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, (list, tuple)) and x and all(map(_is_pil, x)):
+        if len({image.size for image in x}) > 1:
+            raise ValueError("x must have PIL images of one size; write image.resize((width, height)) for each first")
+        return batch(np.stack([_pixels(image, model) for image in x]), model)
+    if _is_pil(x):
+        return batch(_pixels(x, model), model)
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"x must be a tensor, a NumPy array, a PIL image or a list of PIL images, got {type(x).__name__}")
+    if x.dtype.kind == "f":
+        _check_channels(x, 1, model)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        return torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
+    if x.dtype != np.uint8:
+        raise TypeError(f"x must be an array of floats or of uint8, got {x.dtype}; write torch.from_numpy(x).float() / scale")
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x of uint8 must be [B, H, W, C] or [H, W, C], got shape {x.shape}; write torch.from_numpy(x).float() / 255")
+    x = x[None] if x.ndim == 3 else x
+    _check_channels(x, 3, model)
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).float().div_(255)
+
+
+def _check_channels(x, at, model):
+    """Raises ValueError unless dimension ``at`` alone of an array [B, ., ., .] can be the channels."""
+    if x.ndim != 4:
+        if at == 1 and x.ndim > 1:  # a model of sequences or volumes; what it takes, it knows
+            return
+        raise ValueError(f"x must be a batch [B, ...], got shape {x.shape}; write x[None] for one image")
+    wanted = _channels(model)
+    other = 3 if at == 1 else 1
+    if wanted is None or x.shape[at] == wanted and (x.shape[other] != wanted or at == 1):
+        return
+    if x.shape[at] == x.shape[other]:
+        raise ValueError(
+            f"x of shape {x.shape} may have its channels first or last; write torch.from_numpy(x).float() / 255 in [B, C, H, W]"
+        )
+    line = "x.transpose(0, 3, 1, 2)" if at == 1 else "torch.from_numpy(x).float() / 255"
+    where = "[B, C, H, W]" if at == 1 else "[B, H, W, C]"
+    raise ValueError(f"x must be {where} with C = {wanted} channels, got shape {x.shape}; if its channels lie elsewhere, write {line}")
+
+
+def _channels(model) -> int | None:
+    first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+    return None if first is None else first.in_channels
+
+
+def _is_pil(x) -> bool:
+    pil = sys.modules.get("PIL.Image")  # who has such an image has imported it
+    return pil is not None and isinstance(x, pil.Image)
+
+
+def _pixels(image, model) -> np.ndarray:
+    """uint8 [H, W, C] of a PIL image in the mode that the model's channels ask for."""
+    wanted = {1: "L", 3: "RGB"}.get(_channels(model), "RGB")
+    if image.mode != wanted:
+        raise ValueError(f"x must be a PIL image of mode {wanted!r} for this model, got {image.mode!r}; write image.convert({wanted!r})")
+    pixels = np.array(image, dtype=np.uint8)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
