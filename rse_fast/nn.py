@@ -79,7 +79,7 @@ class NoiseContext:
         """What `NoiseLayer.noise` returns for a call of ``layer`` on ``x`` within this context."""
         rows = x.shape[0]
         name = layer.layer_name or type(layer).__name__
-        parts, rest = divmod(rows, self.images * self.draws or 1)
+        parts, rest = rows // (self.images * self.draws or 1), rows % (self.images * self.draws or 1)  # an exporter knows no divmod
         one_each = rows in (self.images, self.images * self.draws)
         if layer.stream not in self.plain and not one_each and (rest or not self.packed):
             raise RowsError(

@@ -128,7 +128,9 @@ def test_a_tolerance_saves_draws_and_costs_no_more_than_it_says(rng):
     ensemble, seed = Ensemble(model, max_rows=8192), int(rng.integers(2**63))
     whole, none = (rse_fast.certify(ensemble, x, n=3000, seed=seed, tolerance=t) for t in (None, 0.0))
     some = rse_fast.certify(ensemble, x, n=3000, seed=seed, tolerance=0.2 * SIGMA)
-    assert (whole.draws == 3000).all() and some.draws.sum() < 0.5 * none.draws.sum() and (some.draws >= 50).all()
+    sure = whole.p_lower > 0.6  # others go on in the hope of a radius
+    assert (whole.draws == 3000).all() and (none.draws >= some.draws).all() and sure.sum() > 10
+    assert (some.draws[sure] <= 0.65 * 3000).all() and (some.draws >= 50).all()  # the look at 1920 decides even where all votes agree
     assert (some.radius >= whole.radius - 0.4 * SIGMA).all()  # twice the tolerance: the forecast is one of 99 %
 
 

@@ -154,7 +154,7 @@ def evaluated(runs, defence, out, *more):
     from rse_fast.evaluate import command
 
     options = ["--images", "2", "--only", "clean", "--draws", "4", "--seed", "5", "--device", "cpu", "--trust", "--repeats", "1"]
-    return command.run(["--run", str(runs / defence), *options, *more, "--out", str(out)])
+    return command.run([str(runs / defence), *options, *more, "--out", str(out)])
 
 
 @pytest.mark.parametrize("defence", ["rse", "plain"])

@@ -339,7 +339,7 @@ def test_a_gaussian_run_is_trained_evaluated_and_certified(images, tmp_path, cap
     from rse_fast.evaluate import command
 
     only = ["--only", "clean", "--repeats", "2", "--draws", "3"]
-    results = command.run(["--run", str(run), *options, *only, "--out", str(tmp_path / "evaluation")])
+    results = command.run([str(run), *options, *only, "--out", str(tmp_path / "evaluation")])
     assert results["settings"]["sigmas"] == [0.1] and results["cases"]["clean"]["images"] == 3
 
 
