@@ -249,17 +249,17 @@ class Ensemble(nn.Module):
                 "x must not be inside a transform of torch.func or forward-mode differentiation, which Ensemble.predict has no rule for; "
                 "predict the whole batch [B, ...] at once, or call the ensemble itself, which has gradients"
             )
-        given, x, seed = x, self.images(x), self.draw_seed(seed)
+        device, x, seed = _device(x), self.images(x), self.draw_seed(seed)
         image_offset = functional.first_image(image_offset, len(x))
         if self.early_exit is None:
-            return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed, given.device)
+            return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed, device)
         scheduler = self._scheduler(x, seed, self.draws)
         scheduler.put(x, image_offset)
         finished = [scheduler.nothing()]
         while scheduler.busy:
             finished.append(scheduler.step())
         statistics = DrawStatistics.cat(finished)
-        return self._prediction(statistics.select(statistics.index.argsort()), seed, given.device)
+        return self._prediction(statistics.select(statistics.index.argsort()), seed, device)
 
     def stream(self, batches: Iterable[torch.Tensor], draws: int | None = None) -> "Stream":
         """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order, on the device of the
@@ -491,6 +491,7 @@ class Stream:
             first = next(batches)
         except StopIteration:
             return
+        device = _device(first)
         first = self._ensemble.images(first)
         inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
         scheduler = self._scheduler = self._ensemble._scheduler(first, self.seed, self._draws)
@@ -500,7 +501,12 @@ class Stream:
                 statistics = next(results, None)
             if statistics is None:
                 return
-            yield self._ensemble._prediction(statistics, self.seed, first.device)
+            yield self._ensemble._prediction(statistics, self.seed, device)
+
+
+def _device(x: object) -> torch.device:
+    """Where the results for images x go: to them. Arrays and pictures lie in the host's memory."""
+    return x.device if isinstance(x, Tensor) else torch.device("cpu")
 
 
 @functools.cache  # once a process
