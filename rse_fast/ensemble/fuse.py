@@ -162,7 +162,7 @@ class _Tracer(Tracer):
         """What to try where this one has failed: with sizes known, then with more and more leaves, but not the ``whole`` model as one."""
         if not isinstance(self, ShapeTracer):
             return _OfShape(shape)
-        if self.failed in (None, whole, nn.Sequential) or len(self.leaves) == _MOST_LEAVES:
+        if self.failed in (None, whole, nn.Sequential, *self.leaves) or len(self.leaves) == _MOST_LEAVES:
             return None
         tracer = _OfShape(shape)
         tracer.leaves = self.leaves | {self.failed}
