@@ -12,11 +12,12 @@ INPUTS := pyproject.toml setup.py constraints.txt $(NATIVE)
 # Runs of make test-repeat.
 TIMES ?= 20
 
-.PHONY: help demo test test-quick test-repeat check bench zoo battery fuzz sanitize faults load docs build wheel clean
+.PHONY: help demo test test-all test-quick test-repeat check bench zoo battery fuzz sanitize faults load docs build wheel clean
 
 help:
 	@echo "make demo         train, attack and report on real images (a few minutes)"
-	@echo "make test         all tests (about ten minutes on two free cores)"
+	@echo "make test         all tests but the longest (about ten minutes on two free cores)"
+	@echo "make test-all     and those that take minutes: every loop in examples/, every export"
 	@echo "make test-quick   the noise and the conversion, without the slow ones"
 	@echo "make test-repeat  all tests TIMES=20 times, with new inputs and in random order"
 	@echo "make check        faults and format (ruff), types of the public API (mypy)"
@@ -33,7 +34,7 @@ help:
 	@echo "make clean        remove .venv and everything built"
 
 # Passive waiting: on a machine whose cores others use too, threads that spin at barriers make small networks ten times slower.
-battery bench demo faults fuzz load test test-quick test-repeat zoo: export OMP_WAIT_POLICY ?= passive
+battery bench demo faults fuzz load test test-all test-quick test-repeat zoo: export OMP_WAIT_POLICY ?= passive
 
 demo: $(VENV)/installed-demo
 	$(BIN)/rse-fast demo $(ARGS)
@@ -41,10 +42,13 @@ demo: $(VENV)/installed-demo
 # One process a core; what a file's tests share is made once, so a file stays in one process.
 test: $(VENV)/installed-test
 	@echo "all tests: about ten minutes on two free cores; make test-quick is a part of them"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not long" $(ARGS)
+
+test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-quick: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not bench" $(QUICK) $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not long and not bench" $(QUICK) $(ARGS)
 
 test-repeat: $(VENV)/installed-test
 	@failed=0; for run in $$(seq $(TIMES)); do \

@@ -99,6 +99,7 @@ def test_a_process_without_this_package_gives_the_same_answers(suffix, run_pytho
         check(result, ensemble, x[:b], seed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in NETS if name not in ("not traceable", "plain prefix")])
 def test_every_kind_of_network(name, tmp_path, rng):
     ensemble, x = Ensemble(NETS[name](), DRAWS, dtype="float32"), torch.rand(3, 3, 10, 10)
@@ -149,6 +150,7 @@ def test_an_undefined_image_has_no_label(tmp_path, rng):
     assert (found["labels"][[0, 2]] >= 0).all()
 
 
+@pytest.mark.long
 def test_low_precision_is_close(tmp_path, rng):
     ensemble, x = Ensemble(NETS["plain"](), 3, dtype="bfloat16"), torch.rand(3, 3, 10, 10)
     rse_fast.export(ensemble, x, tmp_path / "model.pt2")
@@ -157,7 +159,7 @@ def test_low_precision_is_close(tmp_path, rng):
     assert (found["probs"] - wanted.probs).abs().max() <= limit
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_aot_inductor_package(compiler, tmp_path, rng):
     ensemble, x = Ensemble(NETS["late noise"](), DRAWS, dtype="float32"), torch.rand(5, 3, 10, 10)
     rse_fast.export(ensemble, x, tmp_path / "model.pt2", compiled=True)

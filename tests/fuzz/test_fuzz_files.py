@@ -27,9 +27,9 @@ from rse_fast import certify_cli  # noqa: E402
 from rse_fast.data import lines  # noqa: E402
 from rse_fast.train import train  # noqa: E402
 
-ROW = {"index": 1, "label": 1, "predicted": 3, "probability": 0.25, "entropy": None, "mutual_information": 0.0, "draws_used": 4}
+ROW = {"index": 1, "target": 1, "label": 3, "probability": 0.25, "entropy": None, "mutual_information": 0.0, "draws_used": 4}
 EVALUATED = {
-    "case": "pgd", "index": 1, "label": 1, "answers": [1, 2], "l2": 0.5, "linf": 0.1, "verdict": True, "queries": 2.0, "seconds": 0.1,
+    "case": "pgd", "index": 1, "target": 1, "answers": [1, 2], "l2": 0.5, "linf": 0.1, "verdict": True, "queries": 2.0, "seconds": 0.1,
     "seeds": [5, 2**63], "by_draws": {"2": 1}, "example": "AAAA",
 }  # fmt: skip
 
