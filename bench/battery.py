@@ -26,6 +26,8 @@ from rse_fast import functional
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import build
 
+from .results import cpu_name
+
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "results" / "randomness.jsonl", HERE / "results" / "randomness.md"
 
@@ -89,16 +91,10 @@ def read(path: Path) -> list[dict]:
 
 
 def append(path: Path, row: dict) -> None:
-    row |= {"date": datetime.date.today().isoformat(), "machine": f"{processor()}, {platform.system()}"}
+    row |= {"date": datetime.date.today().isoformat(), "machine": f"{cpu_name()}, {platform.system()}"}
     torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
     with open(path, "a") as file:
         file.write("\n" * bool(torn) + json.dumps(row) + "\n")
-
-
-def processor() -> str:
-    text = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1] if found else platform.machine()
 
 
 def missing(path: Path, battery: str, what: str, parts) -> list[int]:

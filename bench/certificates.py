@@ -13,6 +13,7 @@ package's confidence sequence there are
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -125,14 +126,15 @@ def tolerant(p, goal, rng):
 
 
 # -------------------------------------------------------------------------------------------------------------------------- the page
+VOTES = Path(__file__).parent / "results" / "cifar10" / "votes.json"  # of 100 certified images each
+
+
 def populations(rng: np.random.Generator, images: int) -> dict[str, np.ndarray]:
     """Shares of images as one meets them: uniform, and those of certified CIFAR-10 images, each from its votes' Beta posterior."""
     found = {"uniform on (1/2, 1)": rng.uniform(0.5, 1, 5 * images)}
-    for path in sorted(Path("bench/results/cifar10").glob("*/certified/certified.tsv")):
-        rows = [line.split("\t") for line in path.read_text().splitlines()]
-        table = {name: np.array([float(row[i]) for row in rows[1:]]) for i, name in enumerate(rows[0]) if name in ("votes", "draws")}
-        k, n = np.resize(table["votes"], 5 * images), np.resize(table["draws"], 5 * images)
-        found[f"CIFAR-10, `{path.parts[3]}`"] = rng.beta(k + 0.5, n - k + 0.5)
+    for defence, counted in json.loads(VOTES.read_text()).items():
+        k, n = (np.resize(counted[name], 5 * images) for name in ("votes", "draws"))
+        found[f"CIFAR-10, `{defence}`"] = rng.beta(k + 0.5, n - k + 0.5)
     return found
 
 

@@ -19,7 +19,7 @@
 # A call ends by itself: its suites, run together, start no case later than SUITE_SECONDS (default 420), and what still runs LIMIT seconds
 # after the start (default 540) is stopped.
 #
-# Results go to ${OUT:-bench/results/device}: NAME.log of each command, suites.json and suites.csv, to which further calls add, kernels.json and
+# Results go to ${OUT:-bench/results/device}: NAME.log of each command, suites.json, to which further calls add, kernels.json and
 # kernels.md, of "paper" configurations, logs and curves, and failed.txt. They and environment.log name device, driver, versions, commit and date;
 # RSE_FAST_COMMIT is the commit of a copy without git. DATA is a folder or file of images that `rse-fast train` takes. Where only the checkout
 # travels, put it into the folder carried/, which git ignores: DATA=carried/cifar10.npz. Nothing is downloaded: torch, triton, numpy and pytest

@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] if on_gpu else "",
-        "cpu": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {library.unit or 'no C++ library'}",
+        "cpu": f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {library.unit or 'no C++ library'}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "commit": commit(Path(rse_fast.__file__).parent),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -54,7 +54,7 @@ def _output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

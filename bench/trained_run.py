@@ -19,13 +19,14 @@ def of_run(folder: Path, images: int) -> tuple[str, nn.Module, torch.Tensor, tor
 
     ``images``: so many of the test set, evenly spread over it, since a folder is sorted by class.
     """
+    model = run_inputs.model_of(folder, trust=True, device=device())
     config = train.Config.load(folder / "config.json")
     splits = train.load_data(config)
     picked = torch.arange(min(images, len(splits.test))) * len(splits.test) // min(images, len(splits.test))
     (x,) = splits.test.fetch([picked])
     calibration, _ = next(data.batches(splits.val, 256))
     x, y = x.to(device()).float().div_(255), splits.test.labels[picked].to(device())
-    return f"{config.model} network on {splits.name}", train.load_model(folder, device=device(), trust=True), x, y, calibration.to(device())
+    return f"{config.model} network on {splits.name}", model, x, y, calibration.to(device())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    run_inputs.check_run(arguments.run)
     name, model, x, y, calibration = of_run(arguments.run, arguments.images)
     pieces = [lambda: early_exit.ten_draws(name, model, x, y), lambda: early_exit.hundred_draws(name, model, x),
               lambda: early_exit.agreement(name, model, x, y)]  # fmt: skip

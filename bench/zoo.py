@@ -95,7 +95,6 @@ def measure(name: str) -> dict:
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with torch.no_grad():
         plain = model(x)
-    remarks = []
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         rse_fast.convert(model, 0.1, 0.1)
@@ -160,11 +159,9 @@ def build(library: str, name: str) -> tuple[torch.nn.Module, tuple[int, int, int
             with warnings.catch_warnings(), torch.device("meta"), torch.no_grad():
                 warnings.simplefilter("ignore")
                 make(size).eval()(torch.empty(2, *shape))
-        except Exception as error:  # too small for it, or not made for the meta device
-            problem = error
+        except Exception:  # too small for it, or not made for the meta device
             continue
         return make(size).eval(), shape
-    del problem
     return make(own[1]).eval(), (own[0], own[1], own[1])
 
 

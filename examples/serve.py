@@ -1,6 +1,6 @@
 """Serves an Ensemble over HTTP: single images are gathered into packed batches, and every answer says which noise it had.
 
-    pip install litserve
+    pip install 'rse-fast[serve]'
     python examples/serve.py runs/small-rse --port 8000
 
 POST /predict takes {"image": C lists of H lists of W numbers}. Each batch has a fresh seed of the operating system. An answer names its

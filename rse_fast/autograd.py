@@ -101,8 +101,8 @@ def noisy_linear(x, weight, bias, sigma, at, backend="auto") -> torch.Tensor:
     if not (is_direct(x) and type(weight) in _PLAIN):
         return _registered.noisy_linear.default(x, weight, bias, sigma, *at, backend)
     if wants_gradient(x, weight, bias, sigma):
-        if _is_small(x.movedim(-1, 1), sigma, at, backend):
-            return torch.nn.functional.linear(_noisy_copy(x.movedim(-1, 1), sigma, at, backend).movedim(1, -1), weight, bias)
+        if _is_small(moved := x.movedim(-1, 1), sigma, at, backend):
+            return torch.nn.functional.linear(_noisy_copy(moved, sigma, at, backend).movedim(1, -1), weight, bias)
         return _noisy_linear(x, weight, bias, sigma, at, backend)
     y = noise.add_noise(x.movedim(-1, 1), sigma, at, None, None, False, backend).movedim(1, -1)
     return torch.nn.functional.linear(y, weight, bias)

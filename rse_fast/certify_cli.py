@@ -52,7 +52,7 @@ _HEAD = "\t".join([*COLUMNS, "crc32"]).encode()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
+    """Returns the exit status: 0; 1 where a file cannot be written; 2 for bad input; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     out = _parser().parse_args(argv).out
     return wrapper.run("certify", lambda: run(argv) and 0, out, ("certified.tsv",))

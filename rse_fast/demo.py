@@ -9,7 +9,6 @@ import argparse
 import copy
 import importlib.util
 import math
-import os
 import platform
 import statistics
 import sys
@@ -52,13 +51,12 @@ def main(argv: list[str] | None = None) -> int:
 def _prepare(args: argparse.Namespace) -> data.Splits:
     """The data, once the device and the folder of the report are known to be usable. ValueError names what is not."""
     _check_device(args.device)
+    data.check_writable(args.out)
     try:
         splits = _load(args)
-        args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(str(error)) from error
-    if not os.access(args.out, os.W_OK):
-        raise ValueError(f"--out: cannot write in {str(args.out)!r}")
+    args.out.mkdir(parents=True, exist_ok=True)
     return splits
 
 

@@ -77,11 +77,10 @@ class NoiseContext:
 
     def noise(self, layer: "NoiseLayer", x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
         """What `NoiseLayer.noise` returns for a call of ``layer`` on ``x`` within this context."""
-        rows = x.shape[0]
-        name = layer.layer_name or type(layer).__name__
-        parts, rest = rows // (self.images * self.draws or 1), rows % (self.images * self.draws or 1)  # an exporter knows no divmod
-        one_each = rows in (self.images, self.images * self.draws)
-        if layer.stream not in self.plain and not one_each and (rest or not self.packed):
+        rows, whole = x.shape[0], self.images * self.draws
+        one_each = rows == self.images or rows == whole
+        if not one_each and layer.stream not in self.plain and (not self.packed or not whole or rows % whole):
+            name = layer.layer_name or type(layer).__name__
             raise RowsError(
                 f"the noisy layer {name!r} got {rows} rows where {self.images} images in {self.draws} draws are under way: a noisy layer "
                 f"must have one row an image, or as many for each; convert(exclude={name!r}) leaves this one without noise",
@@ -105,8 +104,8 @@ class NoiseContext:
         if layer.stream in self.plain:
             return torch.zeros_like(sigma), NoiseAddress(seed, stream, rows), self.backend
         if not one_each:
-            self.divided.add(name)
-            return sigma, NoiseAddress(seed, stream, rows, sample_ids=self._divided(parts, x.device)), self.backend
+            self.divided.add(layer.layer_name or type(layer).__name__)
+            return sigma, NoiseAddress(seed, stream, rows, sample_ids=self._divided(rows // whole, x.device)), self.backend
         return sigma, NoiseAddress(seed, stream, self.images, self.draws, self.image_offset, self.draw_offset, sample_ids), self.backend
 
     def _divided(self, parts: int, device: torch.device) -> torch.Tensor:
@@ -213,13 +212,13 @@ class NoiseLayer(nn.Module):
         return sigma if sigma.dtype == torch.float32 or dtype == torch.float64 else sigma.float()
 
     def noise(self, x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
-        """(sigma, address, backend) of the noise of one call on ``x``. Raises TypeError or ValueError for what is no batch."""
-        functional.check_batch(x)
+        """(sigma, address, backend) of the noise of one call on ``x``, which is a batch."""
         context = getattr(_active, "context", None)
         return (self.current_sigma(x.dtype), ambient(x), "auto") if context is None else context.noise(self, x)
 
     def add_noise(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` plus the noise of one call; the channels are dimension ``channel_dim``."""
+        functional.check_batch(x)
         sigma, at, backend = self.noise(x)
         if self.channel_dim == 1 and x.dim() >= 2 and _fits(x, 1, sigma, backend):
             return autograd.add_noise(x, sigma, at)

@@ -26,7 +26,7 @@ _FIELDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C (see `wrapper.run`)."""
+    """Returns the exit status: 0; 1 where a file cannot be written; 2 for bad input; 130 after Ctrl-C (see `wrapper.run`)."""
     args = _parser().parse_args(argv)
 
     def action():

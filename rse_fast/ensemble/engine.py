@@ -232,16 +232,16 @@ class Ensemble(nn.Module):
         """Predicts a batch of images.
 
         Args:
-            x: float [B, ...], as the model takes them.
+            x: float [B, ...], as the model takes them; or NumPy arrays or PIL images, see `rse_fast.inputs.batch`.
             seed: of the noise; None takes the ensemble's, or fresh entropy if it has none.
             image_offset: index of the first image, which addresses its noise: a data set predicted in parts, each with its own
                 image_offset, gets the noise it would get as one batch.
 
         Returns:
-            A `Prediction` on the device of x.
+            A `Prediction` on the device of x, which for arrays and pictures is the CPU.
 
         Raises:
-            TypeError: x is no dense float tensor.
+            TypeError: x is no dense float tensor, and nothing that is clearly a batch of images.
             ValueError: x is no batch, image_offset is out of range, or the model does not return logits [N, K].
         """
         if autograd.is_transformed():

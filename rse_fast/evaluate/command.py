@@ -34,7 +34,7 @@ _ORDER_SEED = 0  # of the order of a test part that is sorted by class
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, also if a check failed; 1 where the folder cannot be written; 2 for bad input; 130 after Ctrl-C."""
+    """Returns the exit status: 0, also if a check failed; 1 where a file cannot be written; 2 for bad input; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     out = _parser().parse_args(argv).out
     return wrapper.run("evaluate", lambda: run(argv) and 0, out, ("rows-*.jsonl",))
@@ -109,6 +109,8 @@ def run(argv: list[str]) -> dict | None:
     part = getattr(splits, args.part)
     if args.calibration < 0:
         raise ValueError(f"--calibration: expected at least 0, got {args.calibration}")
+    if args.ood and not args.calibration:
+        raise ValueError("--ood: these images are for the section on calibration, which --calibration 0 leaves out")
     indices, order = _order(part)
     images, labels = _images(part, indices[: args.images or protocol.images])
     temperature = 1.0 if args.run is None else train.load_temperature(args.run)
@@ -211,7 +213,7 @@ def _others(source, count, images):
         splits = data.load(source, progress=True)
     except ValueError as error:
         raise ValueError(f"--ood: {error}") from error
-    found, _ = _images(splits.test, _order(splits.test)[0][: max(count, 1)])
+    found, _ = _images(splits.test, _order(splits.test)[0][:count])
     if found.shape[1] != images.shape[1]:
         raise ValueError(f"--ood: expected images of {images.shape[1]} channels, as those of the data set, got {found.shape[1]}")
     if found.shape[2:] != images.shape[2:]:

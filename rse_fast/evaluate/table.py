@@ -41,7 +41,8 @@ DEFENCES = (*PAPER, "gaussian", "rse+adversarial")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 for a whole table; 1 where something is absent; 2 for bad options; 130 after Ctrl-C or SIGTERM."""
+    """Returns the exit status: 0 for a whole table; 1 where something is absent; 2 for bad options; 130 after Ctrl-C, or after SIGTERM
+    while it trains (see `wrapper.run`)."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     return wrapper.run("table", lambda: _make(args, argv), args.out, ("*/evaluation/rows-*.jsonl", "*/certified/certified.tsv"))
@@ -54,19 +55,16 @@ def _make(args, argv) -> int:
         "command": shlex.join(["python", "-m", "rse_fast.evaluate.table", *argv]), "columns": list(COLUMNS),
         "rows": {defence: _Row(defence, run, config).facts for defence, (run, config) in runs.items()},
     }  # fmt: skip
-    try:
-        for defence, (run, config) in runs.items():
-            row = _Row(defence, run, config)
-            table["rows"][defence] = row.facts
-            for stage in (row.train, row.attack, row.certify):
-                print(f"{defence}: {stage.__name__}", flush=True)
-                go_on = row.attempt(stage, args)
-                _write(args.out, table)
-                if not go_on:
-                    break
-    except KeyboardInterrupt:
-        _write(args.out, table)
-        raise
+    _write(args.out, table)
+    for defence, (run, config) in runs.items():
+        row = _Row(defence, run, config)
+        table["rows"][defence] = row.facts
+        for stage in (row.train, row.attack, row.certify):
+            print(f"{defence}: {stage.__name__}", flush=True)
+            go_on = row.attempt(stage, args)
+            _write(args.out, table)  # after each stage: whatever ends the process, the table is that of now
+            if not go_on:
+                break
     print(f"table: {args.out / 'table.md'}")
     return 1 if any(row["absent"] for row in table["rows"].values()) else 0
 

@@ -99,7 +99,6 @@ def _parser() -> argparse.ArgumentParser:
         if rule["optional"]:
             text += "; none: not given, whatever the configuration says"
             kind = _or_none(kind)
-        flags = [flag, "--defense"] if flag == "--defence" else [flag]  # both spellings
         choices = rule["choices"] and [*rule["choices"], *[None] * rule["optional"]]
         shown = f"{{{','.join(rule['choices'])}}}" if choices else _METAVARS.get(f.name) or {int: "N", float: "X"}.get(rule["kind"], "TEXT")
         parser.add_argument(*flags, type=kind, choices=choices, help=text, metavar=shown)

@@ -177,7 +177,7 @@ def test_sdist_is_complete(make):
     assert sdist is not None, output
     names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
     folders = [ROOT / name for name in ("rse_fast", "kernels", "bench")]
-    sources = [path for folder in folders for end in ("*.py", "*.cpp", "*.h") for path in folder.rglob(end)]
+    sources = [path for folder in folders for end in ("*.py", "*.cpp", "*.c", "*.h") for path in folder.rglob(end)]
     assert {path.relative_to(ROOT).as_posix() for path in sources} <= names
     assert {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "DESIGN.md", "README.md", "Makefile"} <= names
     assert {"CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", "rse_fast/py.typed", "docs/index.md", "docs/assets/front.png"} <= names
