@@ -64,8 +64,10 @@ def wants_gradient(*tensors) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------------------- calls
-def add_noise(x, sigma, at, scale=None, shift=None, relu=False, backend="auto", after=None) -> torch.Tensor:
+def add_noise(x, sigma, at, scale=None, shift=None, relu=False, backend="auto", after=None, out=None) -> torch.Tensor:
     """``act(x * scale + shift) + sigma * eps``, with all gradients. Arguments as in `rse_fast.noise`.
+
+    out: memory that the result may take where no gradient is wanted; the torch backend and what watches the call leave it alone.
 
     after: a tensor that backward has and forward has not, where backward makes the forward's noise again. It is not read. A compiler sees
     by it that the call belongs to backward; it would otherwise take both calls for one, and store the result in between.
@@ -78,7 +80,7 @@ def add_noise(x, sigma, at, scale=None, shift=None, relu=False, backend="auto", 
         if scale is None and shift is None and not relu and _is_small(x, sigma, at, backend):
             return _noisy_copy(x, sigma, at, backend)
         return _add_noise(x, sigma, scale, shift, at, relu, backend)
-    return noise.add_noise(x, sigma, at, scale, shift, relu, backend)
+    return noise.add_noise(x, sigma, at, scale, shift, relu, backend, out)
 
 
 def noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend="auto") -> torch.Tensor:
@@ -133,15 +135,15 @@ def add_noise_(x, sigma, at, scale=None, shift=None, relu=False, backend="auto")
     return noise.add_noise_(x, sigma, at, scale, shift, relu, backend)
 
 
-def activate_noise(x, sigma, at, scale=None, shift=None, relu=False, pool=False, backend="auto", clean_output=True):
-    """(noisy, clean) of ``maxpool?(act(x * scale + shift))`` in one pass, for inference."""
+def activate_noise(x, sigma, at, scale=None, shift=None, relu=False, pool=False, backend="auto", clean_output=True, out=None):
+    """(noisy, clean) of ``maxpool?(act(x * scale + shift))`` in one pass, for inference. out: as in `add_noise`, for noisy."""
     if is_transformed():
         raise RuntimeError(NO_DERIVATIVE)
     if not is_direct(x):
         return _registered.activate_noise.default(x, sigma, *at, scale, shift, relu, pool, backend, clean_output)
     if wants_gradient(x, sigma, scale, shift):
         raise RuntimeError(NO_GRADIENT)
-    return noise.activate_noise(x, sigma, at, scale, shift, relu, pool, backend, clean_output)
+    return noise.activate_noise(x, sigma, at, scale, shift, relu, pool, backend, clean_output, out)
 
 
 def _is_small(x, sigma, at, backend) -> bool:

@@ -18,11 +18,19 @@ from torch.fx import Proxy
 
 from rse_fast import autograd, functional
 from rse_fast.address import NoiseAddress
+from rse_fast.layout import packed_like
 
 __all__ = ["GaussianNoise", "NoisyConv1d", "NoisyConv2d", "NoisyConv3d", "NoisyLinear"]
 
+LARGE = 2**20  # bytes from which on the C library may take fresh memory from the operating system
 _LEAST, _MOST = -(2**63), 2**63 - 1  # of a seed
 _active = threading.local()  # one context a thread: two threads may run one model with different seeds
+
+
+def room(x: torch.Tensor, rows: int, pool: bool = False) -> torch.Tensor | None:
+    """`NoiseContext.room` of the context under way, or None."""
+    context = getattr(_active, "context", None)
+    return None if context is None or torch.is_grad_enabled() or not autograd.is_direct(x) else context.room(x, rows, pool)
 
 
 @dataclass
@@ -55,6 +63,7 @@ class NoiseContext:
     calls: dict[nn.Module, int] = field(default_factory=dict, repr=False)
     undefined: list[Tensor] = field(default_factory=list, repr=False)
     divided: set[str] = field(default_factory=set, repr=False)  # names of layers that got several rows an image
+    _memory: Tensor | None = field(default=None, repr=False)  # of `room`
 
     def __post_init__(self) -> None:
         seed, ids = self.seed, self.sample_ids
@@ -74,6 +83,20 @@ class NoiseContext:
 
     def __exit__(self, *error: object) -> None:
         _active.context = self._outer
+
+    def room(self, x: torch.Tensor, rows: int, pool: bool = False) -> torch.Tensor | None:
+        """Memory for ``rows`` noisy rows like those of ``x``, or of its 2x2 max-pool, until the next call.
+
+        None where fresh memory is as good.
+
+        Large fresh memory on a CPU is new to the operating system at each call: its pages must be mapped, and no cache holds them.
+        """
+        values = rows * x.numel() // max(x.shape[0], 1)
+        if not x.is_cpu or values * x.element_size() < LARGE:
+            return None
+        if self._memory is None or self._memory.dtype != x.dtype or self._memory.numel() < values:
+            self._memory = torch.empty(values, dtype=x.dtype, device=x.device)
+        return packed_like(x, rows, pool, memory=self._memory)
 
     def noise(self, layer: "NoiseLayer", x: torch.Tensor) -> tuple[torch.Tensor, NoiseAddress, str]:
         """What `NoiseLayer.noise` returns for a call of ``layer`` on ``x`` within this context."""
@@ -216,12 +239,15 @@ class NoiseLayer(nn.Module):
         context = getattr(_active, "context", None)
         return (self.current_sigma(x.dtype), ambient(x), "auto") if context is None else context.noise(self, x)
 
-    def add_noise(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` plus the noise of one call; the channels are dimension ``channel_dim``."""
+    def add_noise(self, x: torch.Tensor, out: Callable[[Tensor, int], Tensor | None] | None = None) -> torch.Tensor:
+        """``x`` plus the noise of one call; the channels are dimension ``channel_dim``.
+
+        out: gives memory for so many rows like ``x``, which the result may take, or None.
+        """
         functional.check_batch(x)
         sigma, at, backend = self.noise(x)
         if self.channel_dim == 1 and x.dim() >= 2 and _fits(x, 1, sigma, backend):
-            return autograd.add_noise(x, sigma, at)
+            return autograd.add_noise(x, sigma, at, out=None if out is None else out(x, at.rows))
         return functional.add_noise(x, sigma, **at._asdict(), channel_dim=self.channel_dim, backend=backend)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NoiseLayer":

@@ -81,14 +81,17 @@ def add_noise_(x, sigma, at: NoiseAddress, scale, shift, relu, backend) -> None:
     launch(x, x, layout(x) == "flat", sigma, at, scale, shift, relu)
 
 
-def activate_noise(x, sigma, at: NoiseAddress, scale, shift, relu, pool, backend, clean_output) -> tuple[torch.Tensor, torch.Tensor]:
+def activate_noise(
+    x, sigma, at: NoiseAddress, scale, shift, relu, pool, backend, clean_output, out=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """clean = maxpool2x2?(act(x * scale + shift)), one row for each row of x (none unless ``clean_output``); noisy = clean before its
-    rounding + sigma * eps."""
+    rounding + sigma * eps. out: memory for noisy, laid out as it would be."""
     backend = active_backend(x) if backend == "auto" else backend
     x = x.resolve_neg()
     if layout(x) is None:
         x = x.contiguous()
-    noisy, clean = packed_like(x, at.rows, pool), packed_like(x, x.shape[0] if clean_output else 0, pool)
+    noisy = packed_like(x, at.rows, pool) if out is None else out
+    clean = packed_like(x, x.shape[0] if clean_output else 0, pool)
     if backend == "torch":
         value = reference.activate(x, scale, shift, relu, pool)
         noisy.copy_(reference.add_noise(value, sigma, *at))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rse_fast import autograd
-from rse_fast.ensemble.fuse import FusedConv
+from rse_fast.ensemble.fuse import FusedConv, finish
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import winograd
 from rse_fast.nn import NoiseContext
@@ -106,6 +106,7 @@ class Winograd:
     def __init__(self, fused: FusedConv, form: Form, weight: torch.Tensor | None = None):
         """weight: as the kernel reads it, None to make it of the layer's."""
         self.layer, self.activation, self.form = fused.layer, fused.activation, form  # not fused, which holds this
+        self.rectified, self.overwrites = fused.rectified, fused.overwrites
         self.padding, bias = fused.layer.padding[0], fused.layer.bias
         self.weight = winograd.transform_weight(fused.layer.weight, *form) if weight is None else weight
         self.bias = None if bias is None else bias.float()
@@ -131,26 +132,30 @@ class Winograd:
             added = None
         if torch.is_grad_enabled() and (x.requires_grad or added is not None and added.requires_grad):
             y = _Convolution.apply(x, added, self, sigma, at)
+        elif added is residual:
+            return self.convolve(x, added, sigma, at, self.rectified, self.overwrites)
         else:
             y = self.convolve(x, added, sigma, at)
-        return y if added is residual else y + residual
+        return finish(y, None if added is residual else residual, self.rectified)
 
     def _shape(self, x, at) -> tuple[int, int, int, int]:
         pool = 2 if self.activation is not None and self.activation.pool else 1
         height, width = (side // pool + 2 * self.padding - 2 for side in x.shape[2:])
         return len(x) if at is None else at.rows, self.layer.out_channels, height, width
 
-    def convolve(self, x, residual, sigma, at):
+    def convolve(self, x, residual, sigma, at, relu=False, overwrites=False):
         x = x.contiguous(memory_format=torch.channels_last)
-        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-        before, activation, out = {}, self.activation, _map(x, *self._shape(x, at))
+        if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):
+            residual, overwrites = residual.contiguous(memory_format=torch.channels_last), True  # a copy
+        before, activation = {}, self.activation
+        out = residual if overwrites and residual is not None else _map(x, *self._shape(x, at))
         if activation is not None:
             before = {"scale": activation.scale, "shift": activation.shift, "relu_in": True, "pool": activation.pool}
         clean = None
         if self.activation is not None and self.activation.clean_output:
             clean = _map(x, *x.shape[:2], *(side // (2 if activation.pool else 1) for side in x.shape[2:]))
         winograd.convolution(
-            x, self.weight, out, self.padding, bias=self.bias, residual=residual, at=at, sigma=sigma, clean=clean, **before
+            x, self.weight, out, self.padding, bias=self.bias, residual=residual, relu=relu, at=at, sigma=sigma, clean=clean, **before
         )
         return out if clean is None else (out, clean)
 

@@ -23,7 +23,7 @@ from rse_fast import autograd, functional
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import hooks
 from rse_fast.ensemble.shapes import ShapeTracer
-from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d
+from rse_fast.nn import NoiseLayer, NoisyConv1d, NoisyConv2d, NoisyConv3d, room
 from rse_fast.trace import RandomOpDetector, Tracer
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, NoisyConv1d, NoisyConv2d, NoisyConv3d)
@@ -237,11 +237,12 @@ class Activation(nn.Module):
             functional.check_backend(backend, x)
         options = at, self.scale, self.shift, True
         if self.pool or self.clean_output:
-            return autograd.activate_noise(x, sigma, *options, self.pool, backend, self.clean_output)
+            out = room(x, at.rows, self.pool)
+            return autograd.activate_noise(x, sigma, *options, self.pool, backend, self.clean_output, out)
         if self.alone and len(x) == at.rows and x.is_contiguous(memory_format=torch.channels_last):
             autograd.add_noise_(x, sigma, *options, backend)  # no fresh memory, and the convolution that reads it finds it in the cache
             return x, x
-        return autograd.add_noise(x, sigma, *options, backend), x
+        return autograd.add_noise(x, sigma, *options, backend, out=room(x, at.rows)), x
 
     def clean(self, x):
         """What the noise is added to, by torch's operations."""
@@ -254,7 +255,10 @@ class FusedConv(nn.Module):
 
     name: of the layer in the model. activation: makes the noisy input out of x; where it keeps the clean values, (result, clean) is
     returned. winograd: another algorithm for all of it, see `rse_fast.ensemble.convolution`, or None. Its call may be given what is to
-    be added to the result.
+    be added to the result. rectified: whether a ReLU of the sum ends it. overwrites: whether the result
+    may take the memory of what is added.
+
+    A noisy input takes memory that all convolutions of a packed batch share.
     """
 
     def __init__(self, layer: nn.Module, name: str, activation: Activation | None = None):
@@ -262,39 +266,54 @@ class FusedConv(nn.Module):
         self.layer, self.activation = layer, activation
         self.name = name.removeprefix("0.")  # of the container that `copy` puts around the model
         self.packed = self.winograd = None
-
-    @property
-    def relu(self) -> bool:
-        return self.activation is not None
+        self.rectified = self.overwrites = False
 
     @property
     def clean_output(self) -> bool:
-        return self.relu and self.activation.clean_output
+        return self.activation is not None and self.activation.clean_output
 
     def forward(self, input, residual=None):  # the name that nn.Conv2d gives it
         layer = self.layer
         x = input.to(layer.weight.dtype)  # a forward may make a float32 tensor on the way, and autocast does not know the vendor's op
         if self.winograd is not None and self.winograd.takes(x):
             return self.winograd(x, residual)
-        if residual is not None:
-            return self.forward(x) + residual
         if self.activation is not None:
             x, clean = self.activation.forward(x)  # nobody hangs a hook there
-            return (self._convolve(x), clean) if self.clean_output else self._convolve(x)
-        return self._convolve(layer.add_noise(x) if getattr(layer, "noise_enabled", False) else x)
+            return (self._convolve(x, residual), clean) if self.clean_output else self._convolve(x, residual)
+        return self._convolve(layer.add_noise(x, room) if getattr(layer, "noise_enabled", False) else x, residual)
 
-    def _convolve(self, x):
+    def _convolve(self, x, residual):
         layer = self.layer
         # The vendor's op for packed weights has no gradient, and what watches torch's ops does not know it. It exists on the CPU alone.
         watched = autograd.is_transformed() or not autograd.is_direct(x)
-        if x.device.type != "cpu" or x.requires_grad or watched or not x.numel() or not _packs(x.dtype):
-            return layer._conv_forward(x, layer.weight, layer.bias)
-        if x.dim() != 4 or x.shape[1] != layer.in_channels:  # torch says what is wrong
-            return layer._conv_forward(x, layer.weight, layer.bias)
+        unpacked = x.device.type != "cpu" or x.requires_grad or watched or not x.numel() or not _packs(x.dtype)
+        if unpacked or x.dim() != 4 or x.shape[1] != layer.in_channels:  # of the latter, torch says what is wrong
+            return finish(layer._conv_forward(x, layer.weight, layer.bias), residual, self.rectified)
         geometry = layer.padding, layer.stride, layer.dilation, layer.groups
         if self.packed is None:  # by the first batch's shape, which is the usual one; other shapes are right too
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *geometry, list(x.shape))
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *geometry, "none", [], "")
+        ends = ("relu" if self.rectified else "none"), [], ""
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *geometry, *ends)
+        if residual.shape == self._shape(x) and residual.dtype == x.dtype and autograd.is_direct(residual) and not residual.requires_grad:
+            ends = "add", 1.0, "relu" if self.rectified else None, [], ""
+            if self.overwrites and residual.is_contiguous(memory_format=torch.channels_last):
+                return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, self.packed, layer.bias, *geometry, *ends)
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, self.packed, layer.bias, *geometry, *ends)
+        y = torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *geometry, "none", [], "")
+        return finish(y, residual, self.rectified)
+
+    def _shape(self, x):
+        layer = self.layer
+        geometry = zip(x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True)
+        return len(x), layer.out_channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in geometry)
+
+
+def finish(y: torch.Tensor, residual: torch.Tensor | None, rectified: bool) -> torch.Tensor:
+    """What a `FusedConv` does to the result of its convolution, by torch's operations."""
+    y = y if residual is None else y + residual
+    return y.relu() if rectified else y
 
 
 def merge_activations(model: torch.fx.GraphModule) -> None:
@@ -302,7 +321,8 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
     convolution becomes a `FusedConv`, with an addition behind it where there is one.
 
     Where only noisy convolutions read it, directly or through a max-pool (which commutes with it), each takes the source's values itself.
-    Where something else reads it as well, as in residual networks, one convolution gives the clean values to all others.
+    Where something else reads it as well, as in residual networks, the convolution in front of it does it, or one convolution behind it
+    gives the clean values to all others.
     """
     nodes = _Nodes(model)
     for node in list(model.graph.nodes):
@@ -311,13 +331,15 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
             continue
         if found.only_noisy:
             found.give_each_reader_its_own(nodes)
+        elif not found.pooled and nodes.ends_convolution(found.relu.args[0]):
+            continue  # `merge_ends` will give it to that one
         elif found.can_be_shared(nodes):
             found.share(nodes)
         else:
             continue
         found.erase(nodes)
     pack_weights(model)
-    merge_additions(model, nodes.is_steady)
+    merge_ends(nodes)
     model.delete_all_unused_submodules()
     model.recompile()
 
@@ -355,6 +377,8 @@ class _Nodes:
         """Whether what it computes is new memory, which no hook has seen."""
         if node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
             return self.module_of(node.args[0], (FusedConv,)) is not None
+        if self.is_relu(node) and node.args:  # in place or not
+            return self.is_private(node.args[0])
         return node.target in _FRESH or self.module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
 
     def is_private(self, node) -> bool:
@@ -369,6 +393,38 @@ class _Nodes:
     def is_steady(self, node) -> bool:
         """Whether what it computes is new memory that nobody writes to later, so that it may be read later than the graph says."""
         return self.is_fresh(node) and not any(self.writes(user, node) for user in node.users)
+
+    def is_sum(self, node) -> bool:
+        """Whether it is the result of a convolution, which one node alone reads and a `FusedConv` may therefore do more to."""
+        if not (isinstance(node, torch.fx.Node) and node.op == "call_module" and len(node.users) == 1):
+            return False
+        conv = self.model.get_submodule(node.target)
+        if type(conv) is FusedConv:
+            return not conv.clean_output and not conv.rectified
+        return _is_packable(conv) and len(node.args) == 1
+
+    def addition(self, node):
+        """(the result of a convolution, what is there before it), where ``node`` adds them and alone reads the former; or None."""
+        if node.op != "call_function" or node.target not in (operator.add, operator.iadd, torch.add) or node.kwargs or len(node.args) != 2:
+            return None
+        sides = [node.args, node.args[::-1]][: 1 if node.target is operator.iadd else 2]  # which writes over its first operand
+        for result, other in sides:
+            if self.is_sum(result) and len(result.args) == 1 and isinstance(other, torch.fx.Node) and other < result:
+                if self.is_steady(other):
+                    return result, other
+        return None
+
+    def is_done_with(self, node, last) -> bool:
+        """Whether only convolutions before ``last`` read ``node``, beside the addition to ``last``, which may then take its memory."""
+        readers = [user for user in node.users if self.addition(user) != (last, node)]
+        return all(user.op == "call_module" and user < last and self._only_reads(user) for user in readers)
+
+    def _only_reads(self, node) -> bool:
+        return type(self.model.get_submodule(node.target)) is FusedConv
+
+    def ends_convolution(self, node) -> bool:
+        """Whether a ReLU that alone reads ``node`` can be done by a convolution."""
+        return self.is_sum(node) or self.addition(node) is not None
 
     def writes(self, node, source) -> bool:
         """Whether a node may write over what ``source``, which it reads, computes."""
@@ -469,25 +525,20 @@ class _Rectified:
             nodes.graph.erase_node(self.source)
 
 
-def merge_additions(model: torch.fx.GraphModule, is_steady: Callable[[torch.fx.Node], bool]) -> None:
-    """Gives, in place, each `FusedConv` whose result is but added to something that is there before, as in residual networks, the addition
-    as well. is_steady: whether what a node computes may be read earlier than the graph says."""
-    order = {node: number for number, node in enumerate(model.graph.nodes)}
-    for node in list(model.graph.nodes):
-        if node.op != "call_function" or node.target not in (operator.add, operator.iadd, torch.add) or node.kwargs or len(node.args) != 2:
-            continue
-        sides = [node.args, node.args[::-1]][: 1 if node.target is operator.iadd else 2]  # which writes over its first operand
-        for result, other in sides:
-            if not (isinstance(result, torch.fx.Node) and isinstance(other, torch.fx.Node) and result.op == "call_module"):
-                continue
-            conv = model.get_submodule(result.target)
-            if type(conv) is not FusedConv or conv.clean_output or len(result.users) != 1 or len(result.args) != 1:
-                continue
-            if order[other] < order[result] and is_steady(other):
-                result.args = (*result.args, other)
-                node.replace_all_uses_with(result)
-                model.graph.erase_node(node)
-                break
+def merge_ends(nodes: _Nodes) -> None:
+    """Gives, in place, each `FusedConv` the addition that alone reads its result, as in residual networks, and then the ReLU that does."""
+    graph = nodes.graph
+    for node in list(graph.nodes):
+        if (sides := nodes.addition(node)) is not None:
+            result, other = sides
+            nodes.model.get_submodule(result.target).overwrites = nodes.is_done_with(other, result)
+            result.args = (*result.args, other)
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+        elif nodes.is_relu(node) and node.args and nodes.is_sum(node.args[0]):
+            nodes.model.get_submodule(node.args[0].target).rectified = True
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
@@ -514,12 +565,16 @@ def pack_weights(model: torch.fx.GraphModule) -> None:
     """Makes, in place, a `FusedConv` of every 2-D convolution that is not one yet."""
     for node in model.graph.nodes:
         layer = model.get_submodule(node.target) if node.op == "call_module" else None
-        if type(layer) in (nn.Conv2d, NoisyConv2d) and len(node.args) == 1 and not _has_hooks(layer) and _is_simple(layer):
+        if _is_packable(layer) and len(node.args) == 1:
             name = f"rse_fast_{node.name}"
             model.add_submodule(name, FusedConv(layer, node.target))
             node.target = name
     model.delete_all_unused_submodules()
     model.recompile()
+
+
+def _is_packable(layer) -> bool:
+    return type(layer) in (nn.Conv2d, NoisyConv2d) and not _has_hooks(layer) and _is_simple(layer)
 
 
 def _packs(dtype: torch.dtype) -> bool:

@@ -165,7 +165,7 @@ class QuantizedConv(nn.Module):
         return self.convolve(self.to_bytes(input, *self.layer.noise(input)))
 
     def to_bytes(self, x: torch.Tensor, sigma: torch.Tensor, at: NoiseAddress, backend: str) -> torch.Tensor:
-        """Scheduler, noise and rounding in one pass."""
+        """Max-pool, noise and rounding in one pass."""
         return functional.add_noise_u8(x, sigma, *self.noisy, pool=self.pool, **self.units, **at._asdict(), backend=backend)
 
     def extra_repr(self):

@@ -33,15 +33,16 @@ def run(model, x, seed):
 
 
 def kinds(model):
-    """How many layers of a kind the graph of a snapshot calls: ReLUs merged into the noise of their one reader, and those whose clean
-    values go to other readers as well."""
+    """How many layers of a kind the graph of a snapshot calls: ReLUs merged into the noise of their one reader, those whose clean values go
+    to other readers as well, and those that the convolution before them does."""
     modules = [model.get_submodule(node.target) for node in model.graph.nodes if node.op == "call_module"]
     calls = [node for node in model.graph.nodes if node.op in ("call_function", "call_method")]
     return {
         "norms": sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules),
         "relus": sum(isinstance(m, nn.ReLU) for m in modules) + sum("relu" in str(node.target) for node in calls),
-        "merged": sum(isinstance(m, fuse.FusedConv) and m.relu and not m.clean_output for m in modules),
+        "merged": sum(isinstance(m, fuse.FusedConv) and m.activation is not None and not m.clean_output for m in modules),
         "shared": sum(isinstance(m, fuse.FusedConv) and m.clean_output for m in modules),
+        "rectified": sum(isinstance(m, fuse.FusedConv) and m.rectified for m in modules),
     }
 
 
@@ -95,26 +96,26 @@ def test_small_networks(name, seed):
 def test_what_is_left_of_a_plain_network(seed):
     # Three convolutions with BatchNorm or ReLU behind them, of which two are read by noisy convolutions (one through a pool).
     snapshot = assert_same_function(NETS["plain"](), seed)
-    assert kinds(snapshot) == {"norms": 0, "relus": 0, "merged": 3, "shared": 0}
+    assert kinds(snapshot) == {"norms": 0, "relus": 0, "merged": 3, "shared": 0, "rectified": 0}
 
 
 def test_residual_blocks(seed):
     snapshot = assert_same_function(NETS["residual"](), seed)
     assert kinds(snapshot)["norms"] == 0
     # Inside a block one ReLU stands between two convolutions; the sum's ReLU is read by the next block's two convolutions, or the head.
-    assert kinds(snapshot) == {"norms": 0, "relus": 1, "merged": 4, "shared": 0}
+    assert kinds(snapshot) == {"norms": 0, "relus": 0, "merged": 4, "shared": 0, "rectified": 1}
 
 
 def test_shortcuts_added_in_place_do_not_hinder(seed):
     model = lively(rse_fast.convert(Net(added_to_a_shortcut)))
-    assert kinds(assert_same_function(model, seed)) == {"norms": 0, "relus": 0, "merged": 1, "shared": 0}
+    assert kinds(assert_same_function(model, seed)) == {"norms": 0, "relus": 0, "merged": 1, "shared": 0, "rectified": 0}
 
 
-@pytest.mark.parametrize(("cls", "merged", "shared", "alone"), [(VGG16, 12, 0, 12), (ResNeXt29, 24, 6, 18), (ModelA, 5, 0, 5)])
-def test_networks_of_the_paper(cls, merged, shared, alone):
-    # What is left is the ReLU in front of the head. In ResNeXt29 an identity shortcut reads two ReLUs a stage as well.
+@pytest.mark.parametrize(("cls", "merged", "rectified", "alone"), [(VGG16, 12, 1, 12), (ResNeXt29, 24, 7, 18), (ModelA, 5, 1, 5)])
+def test_networks_of_the_paper(cls, merged, rectified, alone):
+    # The ReLU in front of the head is the last convolution's. In ResNeXt29 an identity shortcut reads two ReLUs a stage as well.
     snapshot, problem = fuse.snapshot(rse_fast.convert(cls()).eval(), torch.float32)
-    assert problem is None and kinds(snapshot) == {"norms": 0, "relus": 1, "merged": merged, "shared": shared}
+    assert problem is None and kinds(snapshot) == {"norms": 0, "relus": 0, "merged": merged, "shared": 0, "rectified": rectified}
     assert sum(m.alone for m in snapshot.modules() if isinstance(m, fuse.Activation)) == alone
 
 
@@ -169,19 +170,20 @@ class Residual(nn.Module):
 
 LIKE = {  # layers, and what is left of them
     # The stem's ReLU is read behind a pool that overlaps, by a BatchNorm and the concatenation; the other norms go into the noise.
-    "DenseNet": (lambda: [Dense()], {"norms": 0, "relus": 1, "merged": 3, "shared": 0}),
+    "DenseNet": (lambda: [Dense()], {"norms": 0, "relus": 0, "merged": 3, "shared": 0, "rectified": 1}),
     "MobileNet": (
-        lambda: [conv(3), Inverted(), nn.ReLU(), Inverted(), Head(6)], {"norms": 0, "relus": 0, "merged": 4, "shared": 1},
+        lambda: [conv(3), Inverted(), nn.ReLU(), Inverted(), Head(6)], {"norms": 0, "relus": 0, "merged": 4, "shared": 0, "rectified": 1},
     ),
     "pre-activation ResNet": (
-        lambda: [conv(3), PreActivation(), PreActivation(), Head(6)], {"norms": 0, "relus": 0, "merged": 4, "shared": 0},
+        lambda: [conv(3), PreActivation(), PreActivation(), Head(6)], {"norms": 0, "relus": 0, "merged": 4, "shared": 0, "rectified": 0},
     ),
     "ResNet's stem": (
         lambda: [conv(3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), Residual(), Head(6)],
-        {"norms": 0, "relus": 0, "merged": 1, "shared": 1},
+        {"norms": 0, "relus": 0, "merged": 1, "shared": 1, "rectified": 0},
     ),
     "pooled ResNet": (
-        lambda: [conv(3), nn.ReLU(), nn.MaxPool2d(2), Residual(), Head(6)], {"norms": 0, "relus": 0, "merged": 1, "shared": 1},
+        lambda: [conv(3), nn.ReLU(), nn.MaxPool2d(2), Residual(), Head(6)],
+        {"norms": 0, "relus": 0, "merged": 1, "shared": 1, "rectified": 0},
     ),
 }  # fmt: skip
 
@@ -234,7 +236,7 @@ def test_other_dimensions(dimensions, seed):
 
 def test_plain_convolutions_are_folded_too(seed):
     model = net(conv(3), nn.BatchNorm2d(6), nn.ReLU(), NoisyConv2d(6, 6, 3, sigma=0.3), Head(6), convert=False)
-    assert kinds(assert_same_function(model, seed)) == {"norms": 0, "relus": 0, "merged": 1, "shared": 0}
+    assert kinds(assert_same_function(model, seed)) == {"norms": 0, "relus": 0, "merged": 1, "shared": 0, "rectified": 0}
 
 
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
@@ -434,7 +436,28 @@ def what_was_there_is_overwritten(m, x):
     return u + z
 
 
-ADDITIONS = [added_to_what_was_there, added_to_what_comes_later, added_to_every_pixel, added_to_itself, what_was_there_is_overwritten]
+def a_sum_is_read_after_the_next_one(m, x):
+    y = m.conv(x)
+    z = m.relu_conv(y)
+    u = m.relu(m.conv2(z) + y)
+    return m.relu_conv2(u) + z + u + y
+
+
+def the_input_of_a_convolution_is_added_to_it(m, x):
+    y = m.relu(m.conv(x))
+    return m.conv2(y) + y
+
+
+def what_is_added_is_looked_at_besides(m, x):
+    y = m.relu(m.conv(x))
+    z = m.conv2(m.relu_conv(y)) + y
+    return z * y.mean((2, 3), keepdim=True)
+
+
+ADDITIONS = [
+    added_to_what_was_there, added_to_what_comes_later, added_to_every_pixel, added_to_itself, what_was_there_is_overwritten,
+    a_sum_is_read_after_the_next_one, the_input_of_a_convolution_is_added_to_it, what_is_added_is_looked_at_besides,
+]  # fmt: skip
 FORWARDS = [
     *ADDITIONS, added_in_place, added_to_a_shortcut, functional_relu, method_relu, relu_by_keyword, norm_by_keyword, convolution_by_keyword,
     two_read_the_convolution, two_read_the_norm, two_read_the_relu, two_noisy_read_the_relu, two_read_what_an_inplace_relu_overwrites,
@@ -453,6 +476,15 @@ def test_forwards(forward, seed):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
     assert_same_function(rse_fast.convert(model, 0.3, 0.2), seed, shape=PACKED)
+
+
+@pytest.mark.parametrize("forward", ADDITIONS)
+@pytest.mark.parametrize("off", [True, False])
+def test_additions_on_large_maps(forward, off, seed):
+    """Of 1.3 MB: their noisy inputs share memory, and a sum may take that of what is added, whether or not a layer makes a noisy copy."""
+    model = rse_fast.convert(Net(forward), 0.3, 0.2)
+    model.conv2.noise_enabled = not off
+    assert_same_function(model, seed, shape=(IMAGES * DRAWS, 3, 100, 100))
 
 
 def test_an_addition_is_made_with_the_convolution():
