@@ -21,6 +21,7 @@ from rse_fast.ensemble.prepare import Prepared
 from rse_fast.ensemble.runner import Runner, mismatch, probe_images
 from rse_fast.ensemble.softmax import log_softmax
 from rse_fast.ensemble.stream import DrawStatistics
+from rse_fast.ensemble.unfit import unfit
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
 INT64, UINT64 = 7, 13  # of ONNX
@@ -145,6 +146,8 @@ def _prepare(ensemble, x) -> Prepared:
 
     model, problem = fuse.snapshot(ensemble.model, dtype, shape=x.shape[1:], merge=False)
     runner = Runner(model, dtype, dtype, noisy, x, logits=ensemble.logits)
+    if runner.called is None and (refused := unfit(ensemble.model, x.shape, "example")):
+        raise ValueError(refused)
     if problem is not None or mismatch(runner, unfused(torch.float32), x, False) is not None:
         runner = Runner(unfused(dtype), dtype, dtype, noisy, x, logits=ensemble.logits)
     if runner.random:

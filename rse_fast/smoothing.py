@@ -161,11 +161,11 @@ def certify(
 
     from scipy.special import ndtr, ndtri
 
+    if len(x) and ensemble.prepared(x).runner.pixels:
+        raise ValueError("model must give an image one label to be certified, got logits [N, K, H, W] of pixels")
     layer = input_noise(ensemble.model, x)
     sigma = float(layer.current_sigma())
     width = math.sqrt(x[0].numel() if len(x) else 0) * grid_step(sigma)
-    if len(x) and ensemble.prepared(x).runner.pixels:
-        raise ValueError("model must give an image one label to be certified, got logits [N, K, H, W] of pixels")
     check_rows(ensemble, x)
     early_stop, randomised = bool(radii) or tolerance is not None, bound == "randomised"
     reach = sigma * float(ndtri(confidence.largest_bound(n, alpha, early_stop, randomised))) - width

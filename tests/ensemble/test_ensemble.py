@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from small_nets import CLASSES, NETS, Head, lively, rounding, sequential
+from small_nets import CLASSES, NETS, lively, rounding, sequential
 from torch import nn
 
 import rse_fast
@@ -466,12 +466,6 @@ def test_models_that_give_no_logits_are_told(name, fuse):
     model, message = MODELS[name]
     with pytest.raises((ValueError, TypeError), match=message):
         Ensemble(model, 3, fuse=fuse, dtype="float32").predict(images(2))
-
-
-def test_images_of_a_wrong_shape_raise_what_the_model_raises():
-    ensemble = Ensemble(nn.Sequential(rse_fast.nn.NoisyConv2d(3, 4, 3), Head(4)), 3)
-    with pytest.raises((ValueError, RuntimeError), match="channels"):
-        ensemble.predict(torch.rand(2, 4, 10, 10))
 
 
 class TakesRowsForImages(nn.Module):
