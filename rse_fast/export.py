@@ -39,8 +39,9 @@ def export(ensemble: Ensemble, example: torch.Tensor, path: str | os.PathLike[st
     signed=True)``, and do not let clients choose it.
 
     Args:
-        ensemble: its draws, and its model with the weights and noise of now. Its seed is not used. Its dtype is the program's, and "auto"
-            means float32, since another machine may run it.
+        ensemble: its draws and temperature, and its model with the weights and noise of now. Its dtype is the program's, and "auto"
+            means float32, since another machine may run it. Its seed, max_rows, backend, algorithm and cuda_graphs are for calls here,
+            and are not used.
         example: images [B, ...], B >= 1, of the shape to come; the values do not matter.
         path: what is written depends on its end. ".pt2": a program for `torch.export.load`. ".onnx": a model for ONNX Runtime (float32;
             ``pip install 'rse-fast[export]'``). An existing file is replaced once the new one is complete.
@@ -49,8 +50,8 @@ def export(ensemble: Ensemble, example: torch.Tensor, path: str | os.PathLike[st
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: the ensemble has early exit or dtype "int8"; its model cannot be exported, for a reason that is given; the path has
-            another end or a folder that does not exist; a package is missing.
+        ValueError: the ensemble has early exit or dtype "int8"; its model cannot be exported, for a reason that is given, or does not
+            take images like the example; the path has another end or a folder that does not exist; a package is missing.
 
     Example:
         >>> rse_fast.export(ensemble, images[:1], "model.pt2")
@@ -84,6 +85,8 @@ def _check(ensemble, example, path, compiled) -> torch.Tensor:
     x = ensemble.images(example)
     if not x.shape[0]:
         raise ValueError(f"example must hold at least one image, got shape {tuple(x.shape)}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
     path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"path must end in .pt2 (torch.export) or .onnx, got {str(path)!r}")
