@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from rse_fast.convert import meta_copy
 from rse_fast.ensemble import hooks
+from rse_fast.input_noise import Normalize
 from rse_fast.nn import NoiseContext
 
 _BATCH = {1: "[N, C, L]", 2: "[N, C, H, W]", 3: "[N, C, D, H, W]"}  # by the dimensions of a convolution's kernel
@@ -18,7 +19,7 @@ def unfit(model: nn.Module, shape: torch.Size, argument: str = "x") -> str | Non
     """Runs a copy of the model on the meta device, to say more than torch's error of a run that has failed.
 
     Args:
-        model: whose convolutions and linear layers are watched.
+        model: whose convolutions, linear layers and normalisations by channel are watched.
         shape: of a batch of images [B, ...].
         argument: what the caller's user knows the images as.
 
@@ -42,7 +43,7 @@ def unfit(model: nn.Module, shape: torch.Size, argument: str = "x") -> str | Non
     try:
         copied = meta_copy(hooks.twin(model)).float()
         for name, layer in copied.named_modules():
-            if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
+            if isinstance(layer, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, Normalize)):
                 layer.register_forward_pre_hook(check(name, layer))
         with torch.no_grad(), hooks.without_hooks(), NoiseContext(torch.zeros((), dtype=torch.int64, device="cpu"), 1):
             copied(torch.empty(image, device="meta"))
@@ -57,6 +58,9 @@ def _wanted(layer: nn.Module, got: tuple[int, ...], is_image: bool) -> str | Non
     """What a layer's input must be; None if it is."""
     if isinstance(layer, nn.Linear):
         return None if got[-1] == layer.in_features else f"[N, ..., F] with F = {layer.in_features} features"
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        channels = len(layer.mean) if isinstance(layer, Normalize) else layer.num_features
+        return None if channels in (0, *got[1:2]) else f"[N, C, ...] with C = {channels} channels"
     spatial, batch = len(layer.kernel_size), _BATCH[len(layer.kernel_size)]
     if len(got) == spatial + 1 and not is_image:  # one map without a batch, which all images may share
         return None
@@ -75,7 +79,7 @@ def _wanted(layer: nn.Module, got: tuple[int, ...], is_image: bool) -> str | Non
 
 
 def _advice(layer: nn.Module, argument: str, shape: torch.Size) -> str:
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.modules.conv._ConvNd):
         return ""
     rank = len(layer.kernel_size) + 2
     if len(shape) == rank - 1 and shape[0] == layer.in_channels:

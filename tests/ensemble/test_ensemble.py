@@ -451,6 +451,7 @@ MODELS = {
     "one number a row": (Returns(lambda y: y.mean((1, 2, 3))), "two classes or more, got a number for each row"),
     "one row": (Returns(lambda y: y.mean((0, 2, 3))[None]), r"logits \[N, K\].* for N = 6 rows, got shape \(1, 4\)"),
     "one logit": (Returns(lambda y: y.mean((1, 2, 3))[:, None]), "two classes or more, got one logit"),
+    "no logit": (Returns(lambda y: y.mean((2, 3))[:, :0]), r"logits \[N, K\].* for N = 6 rows, got shape \(6, 0\)"),
     "a dict": (Returns(lambda y: {"a": y, "b": y}), "logits.*got dict"),
     "no noise called": (Returns(lambda y: y, noisy=False), "call a noisy layer"),
     "rows merged": (

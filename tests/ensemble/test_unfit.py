@@ -55,6 +55,15 @@ def test_the_layer_behind_that_gets_a_wrong_size_is_named(tmp_path):
     assert Ensemble(model, 3).predict(torch.rand(2, 3, 8, 8)).labels.shape == (2,)
 
 
+def test_a_normalisation_that_gets_other_channels_is_told():
+    wrapped = rse_fast.with_input_noise(image_network(), 0.1, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+    first = nn.Sequential(nn.BatchNorm2d(3), *image_network()).eval()
+    for model in (wrapped, first):
+        with pytest.raises(ValueError, match=r"^x must be \[N, C, \.\.\.\] with C = 3 channels, got shape \(2, 4, 8, 8\)$"):
+            Ensemble(model, 3).predict(torch.rand(2, 4, 8, 8))
+        assert Ensemble(model, 3).predict(torch.rand(2, 3, 8, 8)).labels.shape == (2,)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_an_image_that_is_too_small_is_refused_exactly_where_torch_refuses_it(rank, rng):
     """Random kernels, paddings and dilations, and images whose size is next to the least one."""
