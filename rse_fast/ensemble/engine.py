@@ -17,9 +17,10 @@ from rse_fast import autograd, functional, inputs, ops, outputs
 from rse_fast.ensemble import convolution, gradient, quantize
 from rse_fast.ensemble import temperature as calibrated
 from rse_fast.ensemble.early_exit import make as make_criterion
-from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers, warn_caller
+from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
 from rse_fast.ensemble.stream import DrawStatistics, Scheduler, in_order
+from rse_fast.ensemble.warn import warn_caller
 from rse_fast.nn import NoiseContext, is_checkpointed, noise_layers, number_layers
 
 DTYPES = {

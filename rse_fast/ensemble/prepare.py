@@ -7,9 +7,7 @@ of its own: what surrounds the caller (modes, transforms of `torch.func`, hooks 
 import contextlib
 import dataclasses
 import itertools
-import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from rse_fast.ensemble import convolution, fuse, gradient, hooks, plan, quantize
 from rse_fast.ensemble.graphs import Graphs
 from rse_fast.ensemble.runner import Runner, best_dtype, mismatch, probe_images
 from rse_fast.ensemble.unfit import unfit
+from rse_fast.ensemble.warn import warn_caller
 from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
@@ -312,14 +311,6 @@ def _remarks(model, runner, x):
                 f"images reach from {low.item():.3g} to {high.item():.3g}, and the first sigma, of noise on them, is for pixels in [0, 1]: "
                 "scale images to [0, 1] and let the model normalise behind the noise, or choose sigma for these units",
             )
-
-
-def warn_caller(message: str) -> None:
-    """Warns at the line of the user's that led here, however many of ours and of torch's stand between."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rse_fast", "torch", "contextlib"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def _on_a_thread_of_its_own(make: Callable, device: torch.device):
