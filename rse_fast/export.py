@@ -21,6 +21,7 @@ from rse_fast.ensemble.prepare import Prepared
 from rse_fast.ensemble.runner import Runner, mismatch, probe_images
 from rse_fast.ensemble.softmax import log_softmax
 from rse_fast.ensemble.stream import DrawStatistics
+from rse_fast.ensemble.unfit import unfit
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
 INT64, UINT64 = 7, 13  # of ONNX
@@ -38,8 +39,9 @@ def export(ensemble: Ensemble, example: torch.Tensor, path: str | os.PathLike[st
     signed=True)``, and do not let clients choose it.
 
     Args:
-        ensemble: its draws, and its model with the weights and noise of now. Its seed is not used. Its dtype is the program's, and "auto"
-            means float32, since another machine may run it.
+        ensemble: its draws and temperature, and its model with the weights and noise of now. Its dtype is the program's, and "auto"
+            means float32, since another machine may run it. Its seed, max_rows, backend, algorithm and cuda_graphs are for calls here,
+            and are not used.
         example: images [B, ...], B >= 1, of the shape to come; the values do not matter.
         path: what is written depends on its end. ".pt2": a program for `torch.export.load`. ".onnx": a model for ONNX Runtime (float32;
             ``pip install 'rse-fast[export]'``). An existing file is replaced once the new one is complete.
@@ -48,8 +50,8 @@ def export(ensemble: Ensemble, example: torch.Tensor, path: str | os.PathLike[st
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: the ensemble has early exit or dtype "int8"; its model cannot be exported, for a reason that is given; the path has
-            another end or a folder that does not exist; a package is missing.
+        ValueError: the ensemble has early exit or dtype "int8"; its model cannot be exported, for a reason that is given, or does not
+            take images like the example; the path has another end or a folder that does not exist; a package is missing.
 
     Example:
         >>> rse_fast.export(ensemble, images[:1], "model.pt2")
@@ -83,6 +85,8 @@ def _check(ensemble, example, path, compiled) -> torch.Tensor:
     x = ensemble.images(example)
     if not x.shape[0]:
         raise ValueError(f"example must hold at least one image, got shape {tuple(x.shape)}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
     path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"path must end in .pt2 (torch.export) or .onnx, got {str(path)!r}")
@@ -145,6 +149,8 @@ def _prepare(ensemble, x) -> Prepared:
 
     model, problem = fuse.snapshot(ensemble.model, dtype, shape=x.shape[1:], merge=False)
     runner = Runner(model, dtype, dtype, noisy, x, logits=ensemble.logits)
+    if runner.called is None and (refused := unfit(ensemble.model, x.shape, "example")):
+        raise ValueError(refused)
     if problem is not None or mismatch(runner, unfused(torch.float32), x, False) is not None:
         runner = Runner(unfused(dtype), dtype, dtype, noisy, x, logits=ensemble.logits)
     if runner.random:

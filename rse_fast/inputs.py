@@ -15,8 +15,12 @@ def batch(x: object, model: nn.Module) -> Tensor:
             which are scaled to [0, 1]; a PIL image, or a list of PIL images of one size.
         model: its first convolution says how many channels C an image has.
 
+    Returns:
+        The tensor itself; of floats a tensor of the model's dtype, else float32 [B, C, H, W], both on the CPU.
+
     Raises:
-        TypeError or ValueError: it is none of these, or could mean two things; the message has the line to write.
+        TypeError: it is none of these.
+        ValueError: it could mean two things, or has other channels; the message has the line to write.
     """
     if isinstance(x, Tensor):
         return x
@@ -39,6 +43,11 @@ def batch(x: object, model: nn.Module) -> Tensor:
     x = x[None] if x.ndim == 3 else x
     _check_channels(x, 3, model)
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).float().div_(255)
+
+
+def device(x: object) -> torch.device:
+    """Where the results for images x go: to them. Arrays and pictures lie in the host's memory."""
+    return x.device if isinstance(x, Tensor) else torch.device("cpu")
 
 
 def _check_channels(x, at, model):

@@ -98,7 +98,7 @@ def check_rows(logits: Tensor, rows: tuple[int, ...]) -> None:
             f"model must return logits of two classes or more, got {what} for each row, whose softmax is 1 whatever it is. If it is the "
             f"logit of one class against another: Ensemble(model, logits={line}). If it is a regression: {_MISSING}"
         )
-    if not is_logits(logits) or logits.shape[0] not in rows:
+    if not is_logits(logits) or logits.shape[0] not in rows or not logits.shape[1]:
         raise ValueError(f"model must return {wanted}, got shape {tuple(logits.shape)} of {logits.dtype}")
 
 

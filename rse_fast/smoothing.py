@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rse_fast import confidence, functional
+from rse_fast import confidence, functional, inputs
 from rse_fast.certifiable import check_rows, input_noise
 from rse_fast.ensemble import Ensemble, plan, softmax
 from rse_fast.nn import NoiseLayer
@@ -98,7 +98,8 @@ def certify(
     Args:
         ensemble: of a model whose first noise stands at the input: the image reaches one noisy layer unchanged (reshaped at most) and is
             read by nothing else. Its number format and backend are used, its ``draws`` and ``early_exit`` are not.
-        x: images, float [B, ...], finite, in the units that the model was trained with.
+        x: images, float [B, ...], finite, in the units that the model was trained with; or NumPy arrays or PIL images, see
+            `rse_fast.inputs.batch`.
         n0: draws that select the class, >= 1.
         n: draws that estimate its share, >= 1.
         alpha: probability that the statement about an image is wrong, in (0, 1).
@@ -112,7 +113,7 @@ def certify(
         image_offset: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
 
     Returns:
-        A `Certificate` on the device of x.
+        A `Certificate` on the device of x, which for arrays and pictures is the CPU.
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -144,7 +145,6 @@ def certify(
     radii = [float(r) for r in radii]
     if not all(0 <= r < math.inf for r in radii):
         raise ValueError(f"radii must be finite and not negative, got {radii}")
-    device = x.device if isinstance(x, Tensor) else None
     if tolerance is not None:
         if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
             raise TypeError(f"tolerance must be None or a number, got {tolerance!r}")
@@ -154,18 +154,18 @@ def certify(
             raise ValueError("tolerance and radii are two rules of stopping: give one of them")
     if bound not in BOUNDS:
         raise ValueError(f"bound must be one of {', '.join(map(repr, BOUNDS))}, got {bound!r}")
-    x, seed = ensemble.images(x), ensemble.draw_seed(seed)
+    device, x, seed = inputs.device(x), ensemble.images(x), ensemble.draw_seed(seed)
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, got infinite or NaN values")
     image_offset = functional.first_image(image_offset, len(x))
 
     from scipy.special import ndtr, ndtri
 
+    if len(x) and ensemble.prepared(x).runner.pixels:
+        raise ValueError("model must give an image one label to be certified, got logits [N, K, H, W] of pixels")
     layer = input_noise(ensemble.model, x)
     sigma = float(layer.current_sigma())
     width = math.sqrt(x[0].numel() if len(x) else 0) * grid_step(sigma)
-    if len(x) and ensemble.prepared(x).runner.pixels:
-        raise ValueError("model must give an image one label to be certified, got logits [N, K, H, W] of pixels")
     check_rows(ensemble, x)
     early_stop, randomised = bool(radii) or tolerance is not None, bound == "randomised"
     reach = sigma * float(ndtri(confidence.largest_bound(n, alpha, early_stop, randomised))) - width

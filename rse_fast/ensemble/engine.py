@@ -17,9 +17,10 @@ from rse_fast import autograd, functional, inputs, ops, outputs
 from rse_fast.ensemble import convolution, gradient, quantize
 from rse_fast.ensemble import temperature as calibrated
 from rse_fast.ensemble.early_exit import make as make_criterion
-from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers, warn_caller
+from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
 from rse_fast.ensemble.stream import DrawStatistics, Scheduler, in_order
+from rse_fast.ensemble.warn import warn_caller
 from rse_fast.nn import NoiseContext, is_checkpointed, noise_layers, number_layers
 
 DTYPES = {
@@ -161,7 +162,7 @@ class Ensemble(nn.Module):
         self.draws = _count("draws", draws)
         self.seed = None if seed is None else _seed(seed)
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
-        self.logits, self.temperature = logits, calibrated.check(temperature)
+        self.logits, self.temperature = logits, temperature
         make_criterion(early_exit, self.draws, 1)  # raises if it names none
         self.dtype, self.fuse, self.early_exit, self.backend, self.cuda_graphs = dtype, bool(fuse), early_exit, backend, cuda_graphs
         convolution.check(model, algorithm, DTYPES.get(dtype), self.fuse, dtype == "int8", backend)
@@ -177,11 +178,24 @@ class Ensemble(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Log of the mean softmax at the temperature, float32 [B, K], of pixels [B, K, H, W].
+        """Log of the mean softmax over the draws, at the temperature.
 
         Differentiable in ``x``, so a gradient is that of the whole ensemble, exact to rounding, in memory that does not grow with draws
         (see `rse_fast.ensemble.gradient`). Differentiable in the parameters of the model, too: where backward asks for their gradient, the
-        model itself runs again beside its fused snapshot."""
+        model itself runs again beside its fused snapshot.
+
+        Args:
+            x: float [B, ...], as the model takes them; or NumPy arrays or PIL images, see `rse_fast.inputs.batch`.
+
+        Returns:
+            float32 [B, K], or [B, K, H, W] of a model that classifies pixels, on the device of the model.
+
+        Raises:
+            TypeError: x is no dense float tensor, and nothing that is clearly a batch of images.
+            ValueError: x is no batch, or of a shape that the model does not take; the model does not return logits [N, K]; there is no
+                seed within ``torch.utils.checkpoint``.
+            RuntimeError: a gradient is asked for of dtype "int8".
+        """
         x = self.images(x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)
@@ -242,14 +256,15 @@ class Ensemble(nn.Module):
 
         Raises:
             TypeError: x is no dense float tensor, and nothing that is clearly a batch of images.
-            ValueError: x is no batch, image_offset is out of range, or the model does not return logits [N, K].
+            ValueError: x is no batch, or of a shape that the model does not take; image_offset is out of range; or the model does not
+                return logits [N, K].
         """
         if autograd.is_transformed():
             raise ValueError(
                 "x must not be inside a transform of torch.func or forward-mode differentiation, which Ensemble.predict has no rule for; "
                 "predict the whole batch [B, ...] at once, or call the ensemble itself, which has gradients"
             )
-        device, x, seed = _device(x), self.images(x), self.draw_seed(seed)
+        device, x, seed = inputs.device(x), self.images(x), self.draw_seed(seed)
         image_offset = functional.first_image(image_offset, len(x))
         if self.early_exit is None:
             return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed, device)
@@ -262,13 +277,26 @@ class Ensemble(nn.Module):
         return self._prediction(statistics.select(statistics.index.argsort()), seed, device)
 
     def stream(self, batches: Iterable[torch.Tensor], draws: int | None = None) -> "Stream":
-        """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order, on the device of the
-        first batch.
+        """Predicts batches of images as they come.
 
         With early exit, decided images free their slots for waiting ones, so the packed batch stays full (`Stream.occupancy`). Image i of
         the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image_offset=i``. At most two
-        packed batches of images, or two of the source's, are held at a time, and a bounded number of results. ``draws`` defaults to the
-        ensemble's. As the call for serving it warns, once a process, of an ensemble with a seed.
+        packed batches of images, or two of the source's, are held at a time, and a bounded number of results.
+
+        Args:
+            batches: an iterable of float [B, ...], of one image shape.
+            draws: passes an image; None takes the ensemble's.
+
+        Returns:
+            An iterator over the `Prediction` of each batch, in order, on the device of the first batch.
+
+        Raises:
+            TypeError: batches is no iterable, or draws no integer. What a batch is wrong with is raised when its turn comes, as by
+                `predict`.
+            ValueError: draws is out of range.
+
+        Warns:
+            RuntimeWarning: once a process, where the ensemble has a seed, since this is the call for serving.
         """
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
@@ -279,12 +307,32 @@ class Ensemble(nn.Module):
             return model
 
     def rows(self, x: torch.Tensor) -> int:
-        """Rows (images x draws) of a full packed batch of images like x [B, ...] at present."""
+        """Rows of a full packed batch at present.
+
+        Args:
+            x: images like those to come, float [B, ...].
+
+        Returns:
+            How many rows (images x draws) run at once, at most ``max_rows``.
+
+        Raises:
+            TypeError: x is no dense float tensor, and nothing that is clearly a batch of images.
+            ValueError: x is no batch, or of a shape that the model does not take.
+        """
         return self.prepared(x).planner.rows(self.max_rows)
 
     def refresh(self) -> None:
         """Takes a new snapshot of the model at the next call."""
         self._preparation.refresh()
+
+    @property
+    def temperature(self) -> float:
+        """Of the probabilities; may be set to another number in [0.1, 10]. Raises TypeError or ValueError for anything else."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = calibrated.check(value)
 
     @property
     def quantization(self) -> quantize.Report | None:
@@ -368,7 +416,7 @@ class Ensemble(nn.Module):
             return self.logits_at(x, sample_ids, draws, key)
 
         criterion = make_criterion(self.early_exit, draws, max(model.classes, 1))
-        return Scheduler(run, model.row, draws, self.rows(x), criterion, x.device)
+        return Scheduler(run, model.row, draws, model.planner.rows(self.max_rows), criterion, x.device)
 
     def logits_at(
         self, x: torch.Tensor, sample_ids: torch.Tensor, draws: int, seed: torch.Tensor, noiseless_stream: int | None = None
@@ -491,22 +539,17 @@ class Stream:
             first = next(batches)
         except StopIteration:
             return
-        device = _device(first)
+        device = inputs.device(first)
         first = self._ensemble.images(first)
-        inputs = (self._checked(x, first) for x in itertools.chain([first], batches))
+        checked = (self._checked(x, first) for x in itertools.chain([first], batches))
         scheduler = self._scheduler = self._ensemble._scheduler(first, self.seed, self._draws)
-        results = in_order(inputs, scheduler, self.BACKLOG * scheduler.slots)
+        results = in_order(checked, scheduler, self.BACKLOG * scheduler.slots)
         while True:
             with torch.no_grad():  # not around the yield: it would reach into the consumer's code
                 statistics = next(results, None)
             if statistics is None:
                 return
             yield self._ensemble._prediction(statistics, self.seed, device)
-
-
-def _device(x: object) -> torch.device:
-    """Where the results for images x go: to them. Arrays and pictures lie in the host's memory."""
-    return x.device if isinstance(x, Tensor) else torch.device("cpu")
 
 
 @functools.cache  # once a process

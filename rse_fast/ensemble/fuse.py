@@ -148,7 +148,7 @@ class _Tracer(Tracer):
 
     def is_leaf_module(self, module, name):
         # A hook traced through would be called once, with a proxy, and never again.
-        leaf = isinstance(module, NoiseLayer) or _has_hooks(module) or type(module) in self.leaves
+        leaf = isinstance(module, NoiseLayer) or has_hooks(module) or type(module) in self.leaves
         return leaf or super().is_leaf_module(module, name)
 
     def call_module(self, m, forward, args, kwargs):
@@ -192,7 +192,7 @@ def fold_batch_norm(model: torch.fx.GraphModule) -> None:
             continue
         conv = modules[producer.target]
         # A layer called twice has one weight for two places, which may want different foldings.
-        if type(conv) not in _CONVOLUTIONS or calls[conv] != 1 or calls[norm] != 1 or _has_hooks(conv) or _has_hooks(norm):
+        if type(conv) not in _CONVOLUTIONS or calls[conv] != 1 or calls[norm] != 1 or has_hooks(conv) or has_hooks(norm):
             continue
         if any(modules[target.rpartition(".")[0]] is conv for target in read):
             continue
@@ -354,16 +354,7 @@ class _Nodes:
     def module_of(self, node, kinds):
         """The module that a node calls, if it is exactly of one of the kinds and has no hooks."""
         module = self.model.get_submodule(node.target) if node.op == "call_module" else None
-        return module if type(module) in kinds and not _has_hooks(module) else None
-
-    def is_relu(self, node) -> bool:
-        if node.op == "call_module":
-            return self.module_of(node, (nn.ReLU,)) is not None
-        return (
-            node.op == "call_function"
-            and node.target in (torch.relu, nn.functional.relu)
-            or (node.op == "call_method" and node.target in ("relu", "relu_"))
-        )
+        return module if type(module) in kinds and not has_hooks(module) else None
 
     def is_pool(self, node) -> bool:
         pool = self.module_of(node, _POOLS)
@@ -371,7 +362,7 @@ class _Nodes:
 
     def is_noisy(self, node) -> bool:
         layer = self.module_of(node, (NoisyConv2d,))
-        return layer is not None and _is_simple(layer)
+        return layer is not None and is_simple(layer)
 
     def is_fresh(self, node) -> bool:
         """Whether what it computes is new memory, which no hook has seen."""
@@ -463,7 +454,7 @@ class _Rectified:
 
     @classmethod
     def find(cls, nodes: _Nodes, relu: torch.fx.Node) -> "_Rectified | None":
-        if not nodes.is_relu(relu) or not relu.users or not relu.args or not nodes.is_private(relu.args[0]):
+        if not is_relu(nodes.model, relu) or not relu.users or not relu.args or not nodes.is_private(relu.args[0]):
             return None
         source, affine, users = relu.args[0], None, list(relu.users)
         pools = [user for user in users if nodes.is_pool(user)]
@@ -549,15 +540,26 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
     return scale.detach(), (shift if norm.bias is None else shift + norm.bias).detach()
 
 
+def is_relu(model: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """Whether ``node`` is a ReLU, by whatever call, that no hook watches."""
+    if node.op == "call_module":
+        module = model.get_submodule(node.target)
+        return type(module) is nn.ReLU and not has_hooks(module)
+    if node.op == "call_function":
+        return node.target in (torch.relu, nn.functional.relu)
+    return node.op == "call_method" and node.target in ("relu", "relu_")
+
+
 def pools_2x2(model: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     """Whether ``node`` is the max-pool that noise ops do: of 2x2 windows side by side."""
     pool = model.get_submodule(node.target) if node.op == "call_module" else None
-    if type(pool) is not nn.MaxPool2d or _has_hooks(pool) or pool.ceil_mode or pool.return_indices:
+    if type(pool) is not nn.MaxPool2d or has_hooks(pool) or pool.ceil_mode or pool.return_indices:
         return False
-    return [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] == [(2, 2), (2, 2), (0, 0), (1, 1)]
+    return [pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] == [(2, 2), (2, 2), (0, 0), (1, 1)]
 
 
-def _pair(value):
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """A parameter of a 2-D layer for each dimension."""
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
@@ -574,7 +576,7 @@ def pack_weights(model: torch.fx.GraphModule) -> None:
 
 
 def _is_packable(layer) -> bool:
-    return type(layer) in (nn.Conv2d, NoisyConv2d) and not _has_hooks(layer) and _is_simple(layer)
+    return type(layer) in (nn.Conv2d, NoisyConv2d) and not has_hooks(layer) and is_simple(layer)
 
 
 def _packs(dtype: torch.dtype) -> bool:
@@ -591,10 +593,10 @@ def _packs_in_hardware(dtype):
     return dtype == torch.float32 or dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def _is_simple(layer) -> bool:
+def is_simple(layer) -> bool:
     return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Hooks may compute the weight (weight_norm) or want to see what fusion would take away."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

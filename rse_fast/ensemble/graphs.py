@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable
 
 import torch
 
 from rse_fast.ensemble.memory import out_of_memory
+from rse_fast.ensemble.warn import warn_caller
 from rse_fast.nn import NoiseContext
 
 # Rows up to which launches may take longer than the arithmetic. On an H100 a noise layer and its convolution cost the host about 0.15 ms,
@@ -82,8 +82,7 @@ class Graphs:
                     if out_of_memory(error):
                         raise  # fewer rows may have a graph
                     self.problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    message = f"rse-fast: the model cannot be captured in a CUDA graph and runs without one ({self.problem})"
-                    warnings.warn(message, RuntimeWarning, stacklevel=2)
+                    warn_caller(f"rse-fast: the model cannot be captured in a CUDA graph and runs without one ({self.problem})")
                     return self.run(x, context)
             graph, static, noise, logits = self._graphs[key]
             static.copy_(x)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rse_fast import functional
 from rse_fast.ensemble import memory
 
 # Rows of a packed batch where throughput peaks in general: on a CPU the activations of more rows leave the cache, on a GPU fewer leave it
@@ -171,10 +172,27 @@ def _length(s):
 
 
 def shard(images: int, rank: int, world_size: int) -> slice:
-    """The images of ``rank`` among ``world_size`` processes: contiguous, in order of rank, sizes that differ by at most one.
+    """Which images are one process's: a contiguous part, in order of rank, of a size that differs by at most one.
 
-    Raises ValueError naming the argument.
+    Args:
+        images: how many there are, >= 0.
+        rank: of the process, in [0, world_size).
+        world_size: how many processes there are.
+
+    Returns:
+        A slice of the images' indices.
+
+    Raises:
+        TypeError: an argument is no integer.
+        ValueError: an argument is out of range.
+
+    Examples:
+        >>> part = rse_fast.ensemble.shard(len(images), rank, world_size)
+        >>> out = ensemble.predict(images[part], seed, image_offset=part.start)
     """
+    images, rank, world_size = (
+        functional.integer(name, value) for name, value in (("images", images), ("rank", rank), ("world_size", world_size))
+    )
     if images < 0:
         raise ValueError(f"images must not be negative, got {images}")
     if not 0 <= rank < world_size:

@@ -7,9 +7,7 @@ of its own: what surrounds the caller (modes, transforms of `torch.func`, hooks 
 import contextlib
 import dataclasses
 import itertools
-import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +21,8 @@ from rse_fast.convert import listing, vanished
 from rse_fast.ensemble import convolution, fuse, gradient, hooks, plan, quantize
 from rse_fast.ensemble.graphs import Graphs
 from rse_fast.ensemble.runner import Runner, best_dtype, mismatch, probe_images
+from rse_fast.ensemble.unfit import unfit
+from rse_fast.ensemble.warn import warn_caller
 from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
@@ -188,7 +188,7 @@ class Preparation:
             except Exception:  # a module that cannot be copied
                 tried = self.model
             with eval_mode(self.model):
-                runner = Runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, False, self.logits)
+                runner = self._runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
             runner.model = self.model
         if runner.random:  # a forward that draws numbers of its own did so in dry runs, too
             torch.set_rng_state(numbers)
@@ -204,13 +204,20 @@ class Preparation:
         run = Graphs(runner, always=self.cuda_graphs is True) if captures else runner
         return Prepared(runner, run, planner, report, problem, algorithms)
 
+    def _runner(self, model, dtype, compute, noisy, x, own=True) -> Runner:
+        """Raises ValueError where the images ``x`` are of a shape that the model does not take."""
+        runner = Runner(model, dtype, compute, noisy, x, own, self.logits)
+        if runner.called is None and (problem := unfit(self.model, x.shape)):
+            raise ValueError(problem)
+        return runner
+
     def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None, dict[str, convolution.Choice]]:
         """(runner of a fused snapshot, None, its algorithms), or (of an unfused one, why, none) where that cannot be had."""
         if any(GLOBAL_HOOKS):
             problem = "hooks of all modules are registered, which a fused model would not call for each"
-            return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, logits=self.logits), problem, {}
+            return self._runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
         fused, problem = fuse.snapshot(self.model, dtype, shape=x.shape[1:])
-        runner = Runner(fused, dtype, dtype, noisy, x, logits=self.logits)
+        runner = self._runner(fused, dtype, dtype, noisy, x)
         if problem is None:
             direct = self._why_direct(runner, x.device)
             # Forms of Winograd's algorithm: where the probe refuses them, those with products in float32, then none.
@@ -221,7 +228,7 @@ class Preparation:
                 problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
                 if problem is None:
                     return runner, None, algorithms
-        return Runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, logits=self.logits), problem, {}
+        return self._runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
 
     def _why_direct(self, runner, device) -> str | None:
         if self.algorithm == "direct":
@@ -304,14 +311,6 @@ def _remarks(model, runner, x):
                 f"images reach from {low.item():.3g} to {high.item():.3g}, and the first sigma, of noise on them, is for pixels in [0, 1]: "
                 "scale images to [0, 1] and let the model normalise behind the noise, or choose sigma for these units",
             )
-
-
-def warn_caller(message: str) -> None:
-    """Warns at the line of the user's that led here, however many of ours and of torch's stand between."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rse_fast", "torch", "contextlib"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def _on_a_thread_of_its_own(make: Callable, device: torch.device):

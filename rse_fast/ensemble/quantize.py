@@ -18,7 +18,7 @@ from torch import nn
 
 from rse_fast import autograd, functional
 from rse_fast.address import NoiseAddress
-from rse_fast.ensemble.fuse import _has_hooks, _is_simple, pools_2x2
+from rse_fast.ensemble.fuse import has_hooks, is_relu, is_simple, pair, pools_2x2
 from rse_fast.nn import NoiseLayer, NoisyConv2d, note_undefined
 
 # A layer is quantised where the root mean square of its error stays below this share of the standard deviation that its own noise gives
@@ -178,7 +178,6 @@ class BytesMaxPool(nn.Module):
 
     def __init__(self, pool: nn.MaxPool2d):
         super().__init__()
-        pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)  # noqa: E731
         self.kernel, self.stride, self.padding = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
 
     def forward(self, input):
@@ -333,7 +332,7 @@ def _candidates(model, names) -> tuple[dict[torch.fx.Node, NoisyConv2d], dict[st
             kept[name] = "no convolution"
         elif not noisy or not layer.noise_enabled or not bool((layer.current_sigma() > 0).all()):
             kept[name] = "its input has no noise to dither the rounding"
-        elif type(layer) is not NoisyConv2d or not _is_simple(layer) or _has_hooks(layer):
+        elif type(layer) is not NoisyConv2d or not is_simple(layer) or has_hooks(layer):
             kept[name] = "no plain 2-D convolution with zero padding"
         elif len(nodes) > 1 or len(nodes[0].args) != 1:
             kept[name] = "it is called more than once, or by keyword"
@@ -354,7 +353,7 @@ def _merge_relu(model, quantized: dict[torch.fx.Node, QuantizedConv]) -> None:
     """Lets each convolution do the ReLU that alone reads it."""
     for node, conv in quantized.items():
         user = next(iter(node.users)) if len(node.users) == 1 else None
-        if user is not None and _is_relu(model, user):
+        if user is not None and is_relu(model, user):
             conv.relu = True
             user.replace_all_uses_with(node)
             model.graph.erase_node(user)
@@ -391,15 +390,6 @@ def _keep_bytes(model, quantized: dict[torch.fx.Node, tuple[QuantizedConv, _Rang
             _replace(model, pools)
 
 
-def _is_relu(model, node) -> bool:
-    if node.op == "call_module":
-        module = model.get_submodule(node.target)
-        return type(module) is nn.ReLU and not _has_hooks(module)
-    if node.op == "call_function":
-        return node.target in (torch.relu, nn.functional.relu)
-    return node.op == "call_method" and node.target in ("relu", "relu_")
-
-
 def _is_pool(module) -> bool:
     simple = type(module) is nn.MaxPool2d and not (module.ceil_mode or module.return_indices) and module.dilation in (1, (1, 1))
-    return simple and not _has_hooks(module)
+    return simple and not has_hooks(module)

@@ -177,6 +177,7 @@ def in_order(batches: Iterator[torch.Tensor], scheduler: Scheduler, backlog: int
     pending: deque[range] = deque()  # the images of each batch that is not yielded yet
     finished: dict[int, DrawStatistics] = {}
     failure, source_open, total, held = None, True, 0, 0
+    first = 0  # the image that is not finished and has none such before it
     while source_open or pending:
         while source_open and held < backlog and len(scheduler.waiting) < scheduler.slots:
             try:
@@ -195,7 +196,9 @@ def in_order(batches: Iterator[torch.Tensor], scheduler: Scheduler, backlog: int
             done = scheduler.step()
             for row, index in enumerate(done.index.tolist()):
                 finished[index] = done.select(slice(row, row + 1))
-        while pending and all(index in finished for index in pending[0]):
+        while first in finished:
+            first += 1
+        while pending and pending[0].stop <= first:
             rows = [finished.pop(index) for index in pending.popleft()]
             held -= len(rows)
             yield DrawStatistics.cat([scheduler.nothing(), *rows])

@@ -32,7 +32,8 @@ def fit_temperature(classifier: Callable[[Tensor], Tensor], batches: Iterable[tu
     """The temperature with the smallest mean negative log-likelihood of labels that the classifier was not trained on.
 
     Args:
-        classifier: an `Ensemble`, or any function of images [B, ...] that returns log-probabilities [B, K].
+        classifier: an `Ensemble`, or any function of images [B, ...] that returns log-probabilities [B, K]. One with an attribute
+            ``temperature`` is taken to have it in its log-probabilities already.
         batches: pairs of images [B, ...] and labels int64 [B], of validation.
 
     Returns:
@@ -40,7 +41,8 @@ def fit_temperature(classifier: Callable[[Tensor], Tensor], batches: Iterable[tu
         there is one best.
 
     Raises:
-        ValueError: there are no images, or none with finite log-probabilities.
+        ValueError: there are no images, or none with finite log-probabilities; the classifier returns something else than [B, K];
+            labels are no integers in [0, K), one an image.
 
     Warns:
         RuntimeWarning: the best temperature is outside the range, as where every label is right; or images gave NaN and were left out.
@@ -51,7 +53,9 @@ def fit_temperature(classifier: Callable[[Tensor], Tensor], batches: Iterable[tu
     log_probs, labels = [], []
     with torch.no_grad():
         for images, wanted in batches:
-            log_probs.append(classifier(images).double().cpu())
+            found = classifier(images)
+            _check_pair(found, wanted)
+            log_probs.append(found.double().cpu())
             labels.append(wanted.cpu())
     if not sum(map(len, labels)):
         raise ValueError("batches must hold images and their labels, got none")
@@ -68,7 +72,7 @@ def fit_temperature(classifier: Callable[[Tensor], Tensor], batches: Iterable[tu
     def slope(inverse):  # of the mean loss in 1/T: it rises
         return float(((log_probs * (log_probs * inverse).softmax(-1)).sum(-1) - right).mean())
 
-    had = getattr(classifier, "temperature", 1.0)  # what its log-probabilities were made with
+    had = float(getattr(classifier, "temperature", 1.0))  # what its log-probabilities were made with
     least, most = had / HIGH, had / LOW
     if slope(least) >= 0 or slope(most) <= 0:
         found = HIGH if slope(least) >= 0 else LOW
@@ -78,3 +82,18 @@ def fit_temperature(classifier: Callable[[Tensor], Tensor], batches: Iterable[tu
         middle = (least + most) / 2
         least, most = (least, middle) if slope(middle) > 0 else (middle, most)
     return had / most
+
+
+def _check_pair(log_probs: object, labels: object) -> None:
+    """Raises ValueError unless these are log-probabilities [B, K] and labels [B] of one batch."""
+    if not isinstance(log_probs, Tensor) or log_probs.dim() != 2:
+        raise ValueError(f"classifier must return log-probabilities [B, K], got {_described(log_probs)}")
+    images, classes = log_probs.shape
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64) or labels.shape != (images,):
+        raise ValueError(f"batches must hold labels int64 [{images}] beside {images} images, got {_described(labels)}")
+    if images and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"batches must hold labels in [0, {classes}), got {int(labels.min())} to {int(labels.max())}")
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -12,6 +12,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -114,6 +115,10 @@ def run(argv: list[str]) -> dict | None:
     indices, order = _order(part)
     images, labels = _images(part, indices[: args.images or protocol.images])
     temperature = 1.0 if args.run is None else train.load_temperature(args.run)
+    # The run's own validation part, in another size too; or the same under another name.
+    chosen_by = args.run is not None and args.part == "val" and (args.data is None or train.is_validation_part(args.run, part))
+    if chosen_by and args.calibration and not rank:
+        warnings.warn(f"--part val: {report.optimistic(temperature)}", RuntimeWarning, stacklevel=2)
     others = _others(args.ood, args.calibration, images) if args.ood else None
     cases = protocol.cases(args.eps, args.l2, target.draws, plain is not None)
     cases = [case for case in cases if len(splits.classes) >= attacks.CLASSES.get(case.method, 2)]
@@ -151,7 +156,7 @@ def run(argv: list[str]) -> dict | None:
         "seconds": time.perf_counter() - begin, "attack_seconds": sum(row["seconds"] for row in found.values()),
         **summarise(cases, found, len(labels)),
     }  # fmt: skip
-    results["calibration"] = _calibration(args, target, part, indices, settings["seed"], temperature, others)
+    results["calibration"] = _calibration(args, target, part, indices, settings["seed"], temperature, others, chosen_by)
     for name, entry in results["cases"].items():
         entry["command"] = shlex.join(["rse-fast", "evaluate", *argv, "--seed", str(settings["seed"]), "--only", name])
     certified = args.certified or (args.run / "certified" if args.run else None)
@@ -222,15 +227,15 @@ def _others(source, count, images):
     return splits.name, found
 
 
-def _calibration(args, target, part, indices, seed, temperature, others):
-    """The figures of the section on calibration, or None where none is wanted."""
+def _calibration(args, target, part, indices, seed, temperature, others, chosen_by):
+    """The figures of the section on calibration, or None where none is wanted. chosen_by: the images are the run's validation images."""
     if not args.calibration:
         return None
     images, labels = _images(part, indices[: args.calibration])
     inside = calibration.answers(target, images, derive(seed, "calibration"))
     outside = others and calibration.answers(target, others[1], derive(seed, "ood"))
     found = calibration.measure(inside, labels, temperature, outside)
-    return found | {"ood": found["ood"] and {"data": others[0]} | found["ood"]}
+    return found | {"chosen_by": chosen_by, "ood": found["ood"] and {"data": others[0]} | found["ood"]}
 
 
 def _await(path: Path) -> None:

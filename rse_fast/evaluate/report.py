@@ -216,6 +216,12 @@ def _replication(replication):
     ]
 
 
+def optimistic(temperature: float) -> str:
+    """What is to be said of calibration figures of a run's own validation images."""
+    by = "the best epoch was chosen by" if temperature == 1 else "the temperature was fitted, and the best epoch chosen, on"
+    return f"{by} these very images, so accuracy and calibration look better than on new ones; --part test has images that chose nothing"
+
+
 def _calibration(calibration, pictures):
     """The section on probabilities and uncertainties of images that were not attacked."""
     images, undefined, ood = calibration["images"], calibration["undefined"], calibration["ood"]
@@ -226,6 +232,9 @@ def _calibration(calibration, pictures):
             "and count as wrong and least sure elsewhere.**"
         )
     yield f"{images} images, not attacked; accuracy {100 * calibration['accuracy']:.1f} %."
+    if calibration["chosen_by"]:
+        sentence = optimistic(calibration["temperature"])
+        yield f"**{sentence[0].upper()}{sentence[1:]}.**"
     rows = [
         ("as it is" if e["temperature"] == 1 else f"at temperature {e['temperature']:.3f}",
          f"{e['nll']:.4f}", f"{e['brier']:.4f}", f"{100 * e['ece']:.2f}") for e in calibration["by_temperature"]

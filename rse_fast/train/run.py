@@ -114,6 +114,12 @@ def load_temperature(run: str | Path) -> float:
         raise ValueError(f"run: cannot read {str(path)!r}: {error}") from error
 
 
+def is_validation_part(run: str | Path, part: data.Part) -> bool:
+    """Whether a part of a data set holds the images by which a run's best epoch was chosen and on which its temperature was fitted. Of
+    images that are read lazily the labels alone are compared. Raises ValueError for a file of the run that is damaged."""
+    return _read_facts(Path(run)).get("val_digest") == _digest(part)
+
+
 def load_data(config: Config, moved: str | None = None, resize: int | tuple[int, int] | None = None) -> data.Splits:
     """The data set that a configuration names, or another (``moved``, ``resize``), decoded and split as it says. ValueError for what cannot
     be read."""

@@ -123,6 +123,12 @@ def test_rows_that_are_not_independent_are_refused(name, rng):
     rse_fast.certify(rse_fast.Ensemble(Batch(lambda x: x / x.norm(dim=1, keepdim=True)), seed=1), torch.rand(3, 3, 8, 8), n0=5, n=100)
 
 
+def test_rows_are_compared_with_another_image_also_where_the_first_is_grey():
+    for grey in (0.0, 0.5, 1.0):
+        with pytest.raises(ValueError, match="beside another image"):
+            rse_fast.certify(rse_fast.Ensemble(Batch(SHARED["statistics of the batch"][0])), torch.full((2, 3, 8, 8), grey), n0=5, n=100)
+
+
 @pytest.mark.parametrize("name", FINE)
 def test_models_with_noise_at_the_input(name, rng):
     model = FINE[name]()

@@ -1,7 +1,6 @@
 """Early exit: exactness against the worst remaining draws, miscoverage of the betting criterion by simulation, states and grouping."""
 
 import math
-import random
 
 import pytest
 import torch
@@ -9,22 +8,7 @@ from scipy import stats
 
 from rse_fast.ensemble import early_exit
 
-
-@pytest.fixture(autouse=True)
-def fresh_inputs():
-    """Other inputs at each run; pytest shows the seed of a failure."""
-    seed = torch.seed()
-    random.seed(seed)
-    print(f"torch.manual_seed({seed}); random.seed({seed})")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are small: threads that wait for each other would take most of the time on a machine that has other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("rng", "one_thread")
 
 
 def softmax_draws(draws: int, images: int, classes: int, spread: float = 3.0, noise: float = 1.0) -> torch.Tensor:
@@ -273,17 +257,17 @@ def test_grouping_into_rounds_does_not_matter(criterion):
 
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=["exact", "betting"])
-def test_places_come_and_go(criterion):
+def test_places_come_and_go(criterion, rng):
     """Images that leave and arrive, each at its own number of draws, get what each gets alone."""
     p = softmax_draws(40, 12, 7, spread=2.0)
     alone = [run(criterion, p[:, i : i + 1]) for i in range(12)]
     waiting, active, seen, state = list(range(12)), [], {}, criterion.start(0, "cpu")
     while waiting or active:
-        arrived = [waiting.pop(0) for _ in range(min(random.randint(1, 3), len(waiting)))]
+        arrived = [waiting.pop(0) for _ in range(min(rng.integers(1, 4), len(waiting)))]
         state = early_exit.cat([state, criterion.start(len(arrived), "cpu")])
         active += arrived
         assert state.used.tolist() == [len(seen.get(i, [])) for i in active]
-        draws = random.randint(1, min(5, *(40 - len(seen.get(i, [])) for i in active)))
+        draws = int(rng.integers(1, 1 + min(5, *(40 - len(seen.get(i, [])) for i in active))))
         part = torch.stack([p[len(seen.get(i, [])) :][:draws, i] for i in active], 1)
         state, decided = criterion.update(state, part)
         for row, i in enumerate(active):

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from small_nets import CLASSES, NETS, Head, lively, rounding, sequential
+from small_nets import CLASSES, NETS, lively, rounding, sequential
 from torch import nn
 
 import rse_fast
@@ -451,6 +451,7 @@ MODELS = {
     "one number a row": (Returns(lambda y: y.mean((1, 2, 3))), "two classes or more, got a number for each row"),
     "one row": (Returns(lambda y: y.mean((0, 2, 3))[None]), r"logits \[N, K\].* for N = 6 rows, got shape \(1, 4\)"),
     "one logit": (Returns(lambda y: y.mean((1, 2, 3))[:, None]), "two classes or more, got one logit"),
+    "no logit": (Returns(lambda y: y.mean((2, 3))[:, :0]), r"logits \[N, K\].* for N = 6 rows, got shape \(6, 0\)"),
     "a dict": (Returns(lambda y: {"a": y, "b": y}), "logits.*got dict"),
     "no noise called": (Returns(lambda y: y, noisy=False), "call a noisy layer"),
     "rows merged": (
@@ -466,12 +467,6 @@ def test_models_that_give_no_logits_are_told(name, fuse):
     model, message = MODELS[name]
     with pytest.raises((ValueError, TypeError), match=message):
         Ensemble(model, 3, fuse=fuse, dtype="float32").predict(images(2))
-
-
-def test_images_of_a_wrong_shape_raise_what_the_model_raises():
-    ensemble = Ensemble(nn.Sequential(rse_fast.nn.NoisyConv2d(3, 4, 3), Head(4)), 3)
-    with pytest.raises((ValueError, RuntimeError), match="channels"):
-        ensemble.predict(torch.rand(2, 4, 10, 10))
 
 
 class TakesRowsForImages(nn.Module):

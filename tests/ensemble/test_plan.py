@@ -235,3 +235,6 @@ def test_shards_are_a_partition_in_order():
     for bad in ((-1, 0, 1), (5, 2, 2), (5, -1, 2), (5, 0, 0)):
         with pytest.raises(ValueError, match="images" if bad[0] < 0 else "rank"):
             plan.shard(*bad)
+    for name, bad in (("images", (5.0, 0, 1)), ("rank", (5, 0.5, 2)), ("world_size", (5, 0, "2"))):
+        with pytest.raises(TypeError, match=f"^{name} must be an integer"):
+            plan.shard(*bad)

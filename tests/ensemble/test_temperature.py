@@ -1,5 +1,6 @@
 """The temperature of an ensemble: what it changes and what not, a known one is recovered, and what is refused."""
 
+import copy
 import math
 
 import pytest
@@ -119,3 +120,46 @@ def test_what_has_no_best_temperature_is_told(rng):
 def test_a_temperature_out_of_range_is_refused(model, value, error):
     with pytest.raises(error, match="^temperature must be"):
         rse_fast.Ensemble(model, temperature=value)
+
+
+LOG_P = torch.full((6, 5), 0.2).log()
+PAIRS = {
+    "text": (lambda x: "sure", torch.zeros(6, dtype=torch.int64), r"classifier must return log-probabilities \[B, K\], got str"),
+    "pixels": (lambda x: LOG_P[..., None, None], torch.zeros(6, 1, 1, dtype=torch.int64), r"classifier .*shape \(6, 5, 1, 1\)"),
+    "too few labels": (lambda x: LOG_P, torch.zeros(5, dtype=torch.int64), r"labels int64 \[6\] beside 6 images, got .*shape \(5,\)"),
+    "one hot": (lambda x: LOG_P, torch.eye(6, 5), r"labels int64 \[6\].*float32 of shape \(6, 5\)"),
+    "array": (lambda x: LOG_P, [0] * 6, r"labels int64 \[6\].*got list"),
+    "beyond": (lambda x: LOG_P, torch.tensor([0, 1, 2, 3, 4, 5]), r"labels in \[0, 5\), got 0 to 5"),
+    "below": (lambda x: LOG_P, torch.tensor([0, 1, -1, 3, 4, 2]), r"labels in \[0, 5\), got -1 to 4"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_cannot_be_fitted_on_is_named(name):
+    classifier, labels, message = PAIRS[name]
+    with pytest.raises(ValueError, match=message):
+        rse_fast.fit_temperature(classifier, [(torch.rand(6, 1, 7, 7), labels)])
+
+
+def test_a_temperature_that_is_set_later_is_checked(model, rng):
+    ensemble = rse_fast.Ensemble(model, 4, temperature=2.0)
+    for wrong, error in ((0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("hot", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="^temperature must be"):
+            ensemble.temperature = wrong
+    assert ensemble.temperature == 2.0 and copy.deepcopy(ensemble).temperature == 2.0
+
+
+def test_a_module_with_a_learned_temperature_gives_a_number(model, rng):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x):
+            return (x / self.temperature).log_softmax(-1)
+
+    logits = torch.randn(300, 5)
+    labels = torch.distributions.Categorical(logits=logits / 2).sample()
+    found = rse_fast.fit_temperature(Scaled(), [(logits, labels)])
+    assert type(found) is float
+    assert found == pytest.approx(rse_fast.fit_temperature(lambda x: x.log_softmax(-1), [(logits, labels)]), rel=1e-5)

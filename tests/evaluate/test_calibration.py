@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -193,6 +194,34 @@ def test_the_temperature_of_a_run_is_fitted_on_its_validation_images_and_used(ru
     expected = rse_fast.Ensemble(model, 4, temperature=temperature).predict(x, seed=3)
     assert [row["probability"] for row in rows] == pytest.approx(expected.probs.amax(-1).tolist(), abs=2e-5)
     assert json.loads((tmp_path / "out" / "predict.json").read_text())["temperature"] == temperature
+
+
+def test_figures_of_the_images_that_the_temperature_was_fitted_on_are_called_optimistic(runs, tmp_path, recwarn):
+    said = "temperature was fitted, and the best epoch chosen, on these very images"
+    with np.load(runs / "images.npz") as stored:
+        parts = dict(stored)
+    np.savez(tmp_path / "moved.npz", **parts)
+    parts["train_images"] = 255 - parts["train_images"]
+    np.savez(tmp_path / "others.npz", **parts)  # labels alike
+    moved, others = (("--data", str(tmp_path / f"{name}.npz")) for name in ("moved", "others"))
+    cases = {"val": (("--part", "val"), True), "moved": (("--part", "val", *moved), True), "others": (("--part", "val", *others), False)}
+    for name, (options, optimistic) in (cases | {"test": ((), False)}).items():
+        recwarn.clear()
+        found = evaluated(runs, "rse", tmp_path / name, *options)["calibration"]
+        text = (tmp_path / name / "report.md").read_text()
+        assert (found["chosen_by"], text.count(said)) == (optimistic, int(optimistic)), name
+        assert sum(w.category is RuntimeWarning and f"--part val: the {said}" in str(w.message) for w in recwarn) == optimistic, name
+    evaluated(runs, "rse", tmp_path / "none", "--part", "val", "--calibration", "0")
+    assert said not in (tmp_path / "none" / "report.md").read_text()
+
+
+def test_the_best_epoch_was_chosen_by_the_validation_images_of_a_run_without_a_temperature(runs, tmp_path):
+    shutil.copytree(runs / "rse", tmp_path / "run")
+    (tmp_path / "run" / "temperature.json").unlink()
+    with pytest.warns(RuntimeWarning, match="--part val: the best epoch was chosen by these very images"):
+        found = evaluated(tmp_path, "run", tmp_path / "out", "--part", "val")
+    assert found["calibration"]["temperature"] == 1
+    assert "The best epoch was chosen by these very images" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_damaged_temperature_is_an_error_and_none_is_1(runs, tmp_path):

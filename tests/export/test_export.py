@@ -177,6 +177,8 @@ def ensemble_of(**options):
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path, rng):
     x = torch.rand(2, 3, 10, 10)
     export, path = rse_fast.export, tmp_path / "model.pt2"
+    with pytest.raises(TypeError, match="^path must be a str or a path, got int"):
+        export(ensemble_of(), x, 7)
     with pytest.raises(TypeError, match="ensemble must be an rse_fast.Ensemble, got Sequential"):
         export(NETS["plain"](), x, path)
     with pytest.raises(ValueError, match="early_exit must be None, got 'exact'"):
