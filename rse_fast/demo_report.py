@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from rse_fast.data import write_atomically
-from rse_fast.evaluate.render import (
+from rse_fast.render import (
     MARKERS,
     NETWORKS,
     draws_panel,
