@@ -177,11 +177,26 @@ class Ensemble(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Log of the mean softmax at the temperature, float32 [B, K], of pixels [B, K, H, W].
+        """The log of the mean softmax, which attacks and losses act on.
 
-        Differentiable in ``x``, so a gradient is that of the whole ensemble, exact to rounding, in memory that does not grow with draws
-        (see `rse_fast.ensemble.gradient`). Differentiable in the parameters of the model, too: where backward asks for their gradient, the
-        model itself runs again beside its fused snapshot."""
+        It is differentiable in ``x``: the gradient is that of the whole ensemble, exact to rounding, in memory that does not grow with the
+        draws (see `rse_fast.ensemble.gradient`). It is differentiable in the parameters of the model, too: where backward asks for their
+        gradient, the model itself runs again beside its fused snapshot. It takes all draws, whatever ``early_exit`` says.
+
+        Args:
+            x: float [B, ...], as the model takes them; see `predict`.
+
+        Returns:
+            float32 [B, K], at the temperature, on the device of the model; of a model that classifies pixels [B, K, H, W].
+
+        Raises:
+            TypeError: x is no dense float tensor, and nothing that is clearly a batch of images.
+            ValueError: x is no batch; or a gradient is asked of an int8 ensemble, or noise without a seed inside
+                `torch.utils.checkpoint`, where backward could not repeat it.
+
+        Examples:
+            >>> loss = torch.nn.functional.nll_loss(ensemble(images), labels)
+        """
         x = self.images(x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)
@@ -233,7 +248,7 @@ class Ensemble(nn.Module):
 
         Args:
             x: float [B, ...], as the model takes them; or NumPy arrays or PIL images, see `rse_fast.inputs.batch`.
-            seed: of the noise; None takes the ensemble's, or fresh entropy if it has none.
+            seed: of the noise, an int taken modulo 2^64; None takes the ensemble's, or fresh entropy if it has none.
             image_offset: index of the first image, which addresses its noise: a data set predicted in parts, each with its own
                 image_offset, gets the noise it would get as one batch.
 
@@ -243,6 +258,10 @@ class Ensemble(nn.Module):
         Raises:
             TypeError: x is no dense float tensor, and nothing that is clearly a batch of images.
             ValueError: x is no batch, image_offset is out of range, or the model does not return logits [N, K].
+
+        Examples:
+            >>> out = ensemble.predict(images)
+            >>> out.labels, out.mutual_information  # int64 [B]; float32 [B], in nats
         """
         if autograd.is_transformed():
             raise ValueError(
@@ -262,13 +281,29 @@ class Ensemble(nn.Module):
         return self._prediction(statistics.select(statistics.index.argsort()), seed, device)
 
     def stream(self, batches: Iterable[torch.Tensor], draws: int | None = None) -> "Stream":
-        """Predicts batches [B, ...] of one image shape as they come; an iterator over their predictions, in order, on the device of the
-        first batch.
+        """Predicts batches as they come.
 
         With early exit, decided images free their slots for waiting ones, so the packed batch stays full (`Stream.occupancy`). Image i of
         the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image_offset=i``. At most two
-        packed batches of images, or two of the source's, are held at a time, and a bounded number of results. ``draws`` defaults to the
-        ensemble's. As the call for serving it warns, once a process, of an ensemble with a seed.
+        packed batches of images, or two of the source's, are held at a time, and a bounded number of results.
+
+        Args:
+            batches: iterable of batches [B, ...], all of one image shape; B may differ.
+            draws: passes an image, >= 1; default: the ensemble's.
+
+        Returns:
+            An iterator over one `Prediction` for each batch, in order, on the device of the first batch. Its ``seed`` repeats the stream.
+
+        Raises:
+            TypeError: ``batches`` is a tensor, or cannot be iterated over; ``draws`` is no int.
+            ValueError: ``draws`` is below 1. Errors in a batch are raised where the iterator reaches it.
+
+        Warns:
+            RuntimeWarning: once a process, if the ensemble has a seed: serving needs fresh noise.
+
+        Examples:
+            >>> for out in ensemble.stream(loader_of_images):
+            ...     print(out.labels, out.draws_used)
         """
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
@@ -279,11 +314,21 @@ class Ensemble(nn.Module):
             return model
 
     def rows(self, x: torch.Tensor) -> int:
-        """Rows (images x draws) of a full packed batch of images like x [B, ...] at present."""
+        """The size of a full packed batch at present.
+
+        Args:
+            x: a batch [B, ...]; only the shape of an image, its dtype and device matter.
+
+        Returns:
+            Rows, images times draws.
+        """
         return self.prepared(x).planner.rows(self.max_rows)
 
     def refresh(self) -> None:
-        """Takes a new snapshot of the model at the next call."""
+        """Takes a new snapshot of the model at the next call.
+
+        It is needed only after a change that no version counter shows, such as ``weight.data.copy_(...)``.
+        """
         self._preparation.refresh()
 
     @property
