@@ -87,5 +87,5 @@ def example_row(axes_row, name: str, images: Tensor, labels: list[int], true: li
         axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         sign = "" if name == "original" else ("✓ " if label == right else "✗ ")
-        axes.set_xlabel(sign + classes[label], color="black" if label == right else COLOURS[1], fontsize=10)
+        axes.set_xlabel(sign + classes[label], color="black" if label == right else "firebrick", fontsize=10)
     axes_row[0].set_ylabel(name, fontsize=10)
