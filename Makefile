@@ -18,7 +18,7 @@ help:
 	@echo "make demo         train, attack and report on real images (a few minutes)"
 	@echo "make test         all tests but the longest (about ten minutes on two free cores)"
 	@echo "make test-all     and those that take minutes: every loop in examples/, every export"
-	@echo "make test-quick   the noise and the conversion, without the slow ones"
+	@echo "make test-quick   the noise and the conversion, without the slow ones (half a minute)"
 	@echo "make test-repeat  all tests TIMES=20 times, with new inputs and in random order"
 	@echo "make check        faults and format (ruff), types of the public API (mypy)"
 	@echo "make bench        benchmarks beside the peers, which it installs"

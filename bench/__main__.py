@@ -105,9 +105,9 @@ def measure_cases(chosen: dict, out: Path, only: str, seconds: float) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those of peers; what goes wrong with them is in the table
             rows, targets = piece()
-        where = results.environment()
-        results.save(out, results.merge(results.load(out), rows, targets, where))
-        found = results.merge({"rows": [], "targets": []}, rows, targets, where)
+        environment = results.environment()
+        results.save(out, results.merge(results.load(out), rows, targets, environment))
+        found = results.merge({"rows": [], "targets": []}, rows, targets, environment)
         report.show(found)
         new = {key: new[key] + found[key] for key in new}
     report.show_targets(results.load(out))

@@ -214,12 +214,12 @@ def environment() -> dict:
     }
 
 
-def markdown(where: dict, rows: list[Row], held: bool, choices: list[str]) -> str:
+def markdown(environment: dict, rows: list[Row], held: bool, choices: list[str]) -> str:
     lines = [
-        f"# Kernels on {where['device']}",
+        f"# Kernels on {environment['device']}",
         "",
-        ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-        + f"; driver {where['driver']}; commit {where['commit'][:12]}; {where['date']}",
+        ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+        + f"; driver {environment['driver']}; commit {environment['commit'][:12]}; {environment['date']}",
         "",
         f"add_noise in bfloat16 at 1 GiB at {TARGET:.0%} of the copy or more: {'yes' if held else 'NO'}.",
         "",
@@ -303,12 +303,12 @@ def main() -> int:
     rows += [row for found, _ in convolutions for row in found]
     choices = [line for _, lines in convolutions for line in lines]
     held = all(r.of_copy >= TARGET for r in rows if r.case.startswith("add_noise bfloat16") and r.implementation == "rse_fast")
-    where = environment()
+    about = environment()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": where, "rows": [asdict(r) for r in rows], "choices": choices}, indent=1)
+    text = json.dumps({"environment": about, "rows": [asdict(r) for r in rows], "choices": choices}, indent=1)
     arguments.out.joinpath("kernels.json").write_text(text + "\n")
-    arguments.out.joinpath("kernels.md").write_text(markdown(where, rows, held, choices))
-    print(markdown(where, rows, held, choices))
+    arguments.out.joinpath("kernels.md").write_text(markdown(about, rows, held, choices))
+    print(markdown(about, rows, held, choices))
     return 0
 
 

@@ -122,9 +122,9 @@ def art_smoothing(model: nn.Module, sigma: float, classes: int, shape: tuple[int
     """adversarial-robustness-toolbox's smoothing class: ``certify(x float32 array [B, C, H, W], n, batch_size) -> (labels, radii)``."""
     from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
 
-    where = "gpu" if next(model.parameters()).is_cuda else "cpu"
+    kind = "gpu" if next(model.parameters()).is_cuda else "cpu"
     return PyTorchRandomizedSmoothing(
-        model, nn.CrossEntropyLoss(), shape, classes, sample_size=n0, scale=sigma, alpha=alpha, device_type=where
+        model, nn.CrossEntropyLoss(), shape, classes, sample_size=n0, scale=sigma, alpha=alpha, device_type=kind
     )
 
 

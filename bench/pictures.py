@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from rse_fast.evaluate.render import COLOURS, NETWORKS  # noqa: E402
+from rse_fast.render import NETWORKS  # noqa: E402
 
 from . import report, results  # noqa: E402
 from .measure import role  # noqa: E402
@@ -134,8 +134,8 @@ def front(table: dict, found: dict, out: Path) -> None:
     left.set_xticks(range(len(columns)), columns.values())
     left.set(ylabel="accuracy, %", ylim=(0, 100), title="Accuracy under attack (CIFAR-10, 100 images)")
     series = _series(found, "ensemble", "images", r"VGG16 32x32 B=4 n=(\d+)")
-    shown = {"eager loop": ("loop of noisy passes", COLOURS[3], "s--"), "eager packed": ("the same, one packed batch", COLOURS[4], "^--"),
-             "plain network, packed bfloat16 (limit)": ("as many plain passes, bfloat16", "0.4", ":"),
+    shown = {"eager loop": ("loop of noisy passes", "0.55", "s--"), "eager packed": ("the same, one packed batch", "0.3", "^--"),
+             "plain network, packed bfloat16 (limit)": ("as many plain passes, bfloat16", PLAIN, ":"),
              "rse_fast": ("rse-fast", RSE, "o-")}  # fmt: skip
     for name, (label, colour, style) in shown.items():
         draws, rates = zip(*((n, row["p50"]) for n, row in series[name]), strict=True)

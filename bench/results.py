@@ -80,13 +80,14 @@ def load(path: Path) -> dict:
     return found
 
 
-def merge(old: dict, rows: list[Row], targets: list[dict], where: dict[str, str]) -> dict:
+def merge(old: dict, rows: list[Row], targets: list[dict], environment: dict[str, str]) -> dict:
     """``old`` with what was measured now in place of what it had of the same cases. Raises ValueError if it is of another machine."""
     for row in old["rows"]:
-        if any(row[name] != where[name] for name in MACHINE):
-            raise ValueError(f"results of another machine are not merged: the file's are of {machine(row)}, these of {machine(where)}")
-    about = {name: where[name] for name in (*MACHINE, "commit", "date")}
-    new = {"rows": [{**asdict(row), **where} for row in rows], "targets": [{**t, **about} for t in targets]}
+        if any(row[name] != environment[name] for name in MACHINE):
+            here = machine(environment)
+            raise ValueError(f"results of another machine are not merged: the file's are of {machine(row)}, these of {here}")
+    about = {name: environment[name] for name in (*MACHINE, "commit", "date")}
+    new = {"rows": [{**asdict(row), **environment} for row in rows], "targets": [{**t, **about} for t in targets]}
     again = {(item["suite"], item["case"]) for items in new.values() for item in items}
     return {key: [item for item in old[key] if (item["suite"], item["case"]) not in again] + new[key] for key in new}
 

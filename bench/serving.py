@@ -63,12 +63,12 @@ def wrong(ensemble, images, answers) -> int:
 
 def main() -> None:
     ensemble, images = loopback.ensemble(), torch.rand(128, 3, 32, 32)
-    where = environment()
+    machine = environment()
     lines = [
         "# Serving",
         "",
         f"`python bench/serving.py`: examples/serve.py over loopback, the small network, {ensemble.draws} draws, 32x32 images, float32.",
-        f"{where['cpu']}; clients and server share the cores. Load average: {os.getloadavg()[0]:.1f}. torch {torch.__version__}.",
+        f"{machine['cpu']}; clients and server share the cores. Load average: {os.getloadavg()[0]:.1f}. torch {torch.__version__}.",
         f"{SECONDS} seconds a row; at most {MOST} requests at once. Wrong: answers that are not those of the seed they name.",
         "",
         "| batch at most | clients | answers/s | p50 ms | p99 ms | turned away | images a batch | wrong |",

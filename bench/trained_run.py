@@ -46,9 +46,9 @@ def _measure(arguments: argparse.Namespace) -> int:
         pieces.append(lambda: int8.compared(f"{name} n=10", model, x, y, calibration))
     for piece in pieces:
         found = piece()
-        where = results.environment()
-        results.save(arguments.out, results.merge(results.load(arguments.out), *found, where))
-        report.show(results.merge({"rows": [], "targets": []}, *found, where))
+        environment = results.environment()
+        results.save(arguments.out, results.merge(results.load(arguments.out), *found, environment))
+        report.show(results.merge({"rows": [], "targets": []}, *found, environment))
     return 0
 
 

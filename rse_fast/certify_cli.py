@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from rse_fast import data, run_inputs
+from rse_fast import data, run_inputs, train
 from rse_fast.certifiable import input_noise
 from rse_fast.cli import wrapper
 from rse_fast.confidence import clopper_pearson
@@ -151,7 +151,8 @@ def _run(args, ensemble, part, rows, settings, command):
     summary = summarise(table, settings, command)
     data.write_atomically(args.out / "summary.json", lambda file: file.write(json.dumps(summary, indent=1).encode()))
     data.write_atomically(args.out / "summary.md", lambda file: file.write(markdown(summary).encode()))
-    data.write_atomically(args.out / "certified.png", lambda file: draw(table, settings, file))
+    defence = None if args.run is None else train.Config.load(args.run / "config.json").defence
+    data.write_atomically(args.out / "certified.png", lambda file: draw(table, settings, file, defence))
     print(markdown(summary).partition("\n\n## ")[0])
     return summary
 
@@ -236,12 +237,12 @@ def markdown(summary: dict) -> str:
     )
 
 
-def draw(table: list[Row], settings: dict, file) -> None:
-    """Certified accuracy against radius, a step at each image's radius, with its 95 % interval, as PNG."""
+def draw(table: list[Row], settings: dict, file, defence: str | None = None) -> None:
+    """Certified accuracy against radius, a step at each image's radius, with its 95 % interval, as PNG. defence: of the run, if any."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from rse_fast.evaluate.render import NETWORKS
+    from rse_fast.render import colour
 
     steps = sorted({0.0} | {row.radius for row in table if row.correct})
     points = [certified_accuracy(table, r) for r in steps]
@@ -250,8 +251,9 @@ def draw(table: list[Row], settings: dict, file) -> None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.fill_between(steps, low, high, step="pre", color=NETWORKS["rse"], alpha=0.2, linewidth=0)
-    axes.step(steps, accuracy, where="pre", color=NETWORKS["rse"])
+    base = colour(defence, True)
+    axes.fill_between(steps, low, high, step="pre", color=base, alpha=0.2, linewidth=0)
+    axes.step(steps, accuracy, where="pre", color=base)
     axes.set(xlabel="L2 radius (pixels in 0..1)", ylabel="certified accuracy (%)", xlim=(0, steps[-1]), ylim=(0, 100))
     axes.set_title(f"sigma {settings['sigma']:.3g}, n = {settings['n']}, alpha = {settings['alpha']:g}, {len(table)} images", fontsize=10)
     axes.grid(alpha=0.3)

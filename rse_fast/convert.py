@@ -187,6 +187,9 @@ def set_sigma(model: nn.Module, init_sigma: float = 0.2, inner_sigma: float = 0.
     Raises:
         TypeError: a sigma is not a number. Nothing was changed.
         ValueError: a sigma is out of range, or the model has no noisy layers. Nothing was changed.
+
+    Examples:
+        >>> rse_fast.set_sigma(model, init_sigma=0.1, inner_sigma=0.05)
     """
     layers = [layer for layer in noise_layers(model).values() if isinstance(layer, NoisyInput)]
     if not layers:
@@ -218,6 +221,9 @@ def revert(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: there is nothing to revert.
+
+    Examples:
+        >>> rse_fast.revert(model)
     """
     layers = [layer for layer in noise_layers(model).values() if isinstance(layer, NoisyInput)]
     if not layers:
@@ -276,10 +282,16 @@ def noise_off(model: nn.Module) -> Iterator[nn.Module]:
 # ------------------------------------------------------------------------------------------------------------------- describe
 @dataclass(frozen=True)
 class LayerDescription:
-    """One noisy layer: module path, class name, sigma (a float, or a list per channel), stream, the backend that runs it, and where
-    its noise is made: "in_kernel" of the convolution (for channels-last images) or "separate", by the table of `kernels.triton.choices`.
+    """One noisy layer of a `Description`.
 
-    calls: "" where a forward pass calls the layer, or where nothing is known; "never called", or "reads the weight without calling it".
+    Attributes:
+        name: path of the module in the model.
+        type: name of its class.
+        sigma: standard deviation of its noise: a float, or a list with one value a channel.
+        stream: its index, which addresses its noise.
+        backend: "triton", "cpu" or "torch": what makes the noise on the device of its parameters.
+        noise: where the noise is made: "in_kernel" of the convolution (for channels-last images on a GPU) or "separate".
+        calls: "" where a forward pass calls the layer, or where nothing is known; "never called", or "reads the weight without calling it".
     """
 
     name: str
@@ -293,7 +305,11 @@ class LayerDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` found, in module order; prints as a table."""
+    """What `describe` returns. Printed, it is a table.
+
+    Attributes:
+        layers: a `LayerDescription` for each noisy layer, in module order.
+    """
 
     layers: tuple[LayerDescription, ...]
 
@@ -318,6 +334,9 @@ def describe(model: nn.Module) -> Description:
 
     Returns:
         A `Description` with ``layers`` in module order, which also says what is not called. Printed, it is a table.
+
+    Examples:
+        >>> print(rse_fast.describe(model))
     """
     layers: list[LayerDescription] = []
     noisy = noise_layers(model)

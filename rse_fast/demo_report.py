@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from rse_fast.data import write_atomically
-from rse_fast.evaluate.render import (
+from rse_fast.render import (
     MARKERS,
     NETWORKS,
     draws_panel,
@@ -127,7 +127,8 @@ def markdown(results: dict, pictures: list[str]) -> str:
             parts.append("Below each adversarial image the label that the attacked network gives it; what is wrong is marked with a cross.")
         if name == "accuracy-draws.png" and "attacked" in results["draws"]:
             parts.append(
-                f"The attacked images were made against the ensemble of {settings['draws']} draws, whatever the number that scores them."
+                f"The attacked images were made against the ensemble of {settings['draws']} draws, whatever the number that scores them. "
+                "They are scored with other noise than in the table, so the two may differ by chance."
             )
     if "speed" in results:
         parts += [

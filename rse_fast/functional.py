@@ -89,9 +89,23 @@ def add_noise_(
     draw_offset: int = 0, sample_ids: Tensor | None = None,
     scale: PerChannel | None = None, shift: PerChannel | None = None, act: str | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """`add_noise` in the memory of ``x``, which it returns: x [draws * images, C, *spatial] has a row for each of the result's and is
-    contiguous or channels last. For inference: it has no gradient. Everything else as in `add_noise`. Raises RuntimeError where an input
-    requires a gradient."""
+    """`add_noise` in the memory of ``x``. For inference: it has no gradient. Arguments that are not listed are those of `add_noise`.
+
+    Args:
+        x: rows [draws * images, C, *spatial], one for each row of the result, contiguous or channels last; dtypes as in `add_noise`. It is
+            overwritten.
+
+    Returns:
+        ``x`` itself.
+
+    Raises:
+        RuntimeError: an input requires a gradient.
+        TypeError: an argument has a wrong type or dtype. x was not changed.
+        ValueError: an argument has a wrong shape, layout or value. x was not changed.
+
+    Examples:
+        >>> add_noise_(x, 0.1, seed=7)
+    """
     _check_input("x", x, minimum=2)
     if act not in (None, "relu"):
         raise ValueError(f"act must be None or 'relu', got {act!r}")
@@ -112,14 +126,27 @@ def activate_noise(
     scale: PerChannel | None = None, shift: PerChannel | None = None, act: str | None = None, pool: bool = False, clean_output: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(noisy, clean) in one pass, for networks whose activation goes on with and without noise. For inference: it has no gradient.
+    """An activation with and without noise in one pass over memory. For inference: it has no gradient.
 
-    clean = ``act(x * scale + shift)``, with ``pool`` the largest of each 2x2 window of it, rounded once to x's dtype: one row for each
-    row of x; no rows unless ``clean_output``. noisy = the same value before its rounding, plus ``sigma * eps``, rounded once:
-    ``draws * images`` rows.
+    Arguments that are not listed are those of `add_noise`.
 
-    x [images or draws * images, C, *spatial]; with pool [*, C, H, W], H and W at least 2. Everything else as in `add_noise`. Raises
-    RuntimeError where an input requires a gradient.
+    Args:
+        x: rows [images or draws * images, C, *spatial]; with pool [*, C, H, W], H and W at least 2.
+        pool: takes the largest of each 2x2 window of ``act(x * scale + shift)``, before any rounding (NaN if one of the window is NaN).
+        clean_output: whether the activation without noise is wanted as well.
+
+    Returns:
+        (noisy, clean), both of x's dtype and device. clean is ``act(x * scale + shift)``, pooled if asked for, rounded once: one row for
+        each row of x, or no rows without ``clean_output``. noisy is the same value before its rounding plus ``sigma * eps``, rounded once:
+        draws * images rows.
+
+    Raises:
+        RuntimeError: an input requires a gradient.
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
+
+    Examples:
+        >>> noisy, clean = activate_noise(torch.randn(4, 8, 16, 16), 0.1, seed=7, act="relu", draws=2)  # [8, 8, 16, 16], [4, 8, 16, 16]
     """
     _check_input("x", x, minimum=4 if pool else 2, maximum=4 if pool else None)
     _check_windows(x, pool)
@@ -139,11 +166,27 @@ def add_noise_u8(
 ) -> Tensor:  # fmt: skip
     """``saturate(zero_point + rint((act(x * scale + shift) + sigma * eps) / step))`` as uint8: the noise is the quantiser's dither.
 
-    x [images or draws * images, C, *spatial]: uint8 or int32, which ``scale`` and ``shift`` give their units, or float. step > 0: units of
-    one step of the result; zero_point in [0, 255]: the byte that means 0, so negative noise down to ``-step * zero_point`` fits. pool: the
-    largest of each 2x2 window takes the place of act(...), as in `activate_noise`.
-    Computed in float32 and rounded once, to nearest even. For inference: no gradient. Everything else as in `add_noise`; backend
-    "auto", "cpu" or "torch".
+    It is computed in float32 and rounded once, to nearest even; NaN becomes 0. For inference: it has no gradient. Arguments that are not
+    listed are those of `add_noise`.
+
+    Args:
+        x: rows [images or draws * images, C, *spatial]: float32, bfloat16, float16, or uint8 and int32, which scale and shift give their
+            units.
+        sigma: standard deviation >= 0, in the units of the activation: a number or [C]; at most 2^124 steps, as are scale and shift.
+        step: units of the activation in one step of the result, > 0.
+        zero_point: the byte that means 0, in [0, 255]. Values down to ``-step * zero_point`` fit, so there is room for negative noise.
+        pool: as in `activate_noise`.
+        backend: "auto", "cpu" or "torch".
+
+    Returns:
+        uint8 [draws * images, C, *spatial], pooled if asked for.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
+
+    Examples:
+        >>> y = add_noise_u8(torch.rand(4, 8, 16, 16), 0.1, step=1 / 127, zero_point=64, seed=7, act="relu")
     """
     _check_input("x", x, minimum=4 if pool else 2, maximum=4 if pool else None, dtypes=tuple(cpu.BYTE_DTYPES))
     _check_windows(x, pool)
@@ -169,9 +212,28 @@ def noisy_conv2d(
 ) -> Tensor:  # fmt: skip
     """``conv2d(x + sigma * eps, weight, bias)``: zero padding stays exactly zero, noise is on real pixels only.
 
-    Saves the clean ``x`` and the seed for backward, as the plain convolution would, and regenerates the noisy input when the weight's
-    gradient needs it. x [images or draws * images, Cin, H, W]; weight [Cout, Cin / groups, kh, kw]; padding a number, a pair,
-    "valid" or "same". Everything else as in `add_noise` and `torch.nn.functional.conv2d`.
+    Backward saves the clean ``x``, as a plain convolution would, and the seed. It makes the noisy input again when the weight's gradient
+    needs it. Arguments that are not listed are those of `add_noise`.
+
+    Args:
+        x: rows [images or draws * images, Cin, H, W]; float32, bfloat16 or float16 (float64 on the torch backend).
+        weight: [Cout, Cin / groups, kh, kw], of x's dtype and device (under autocast of any float dtype).
+        bias: None, or [Cout].
+        sigma: standard deviation >= 0 of the noise on x: a number, a 0-dim tensor, or [Cin].
+        stride: a number, or a pair.
+        padding: a number, a pair, "valid" or "same".
+        dilation: a number, or a pair.
+        groups: as in `torch.nn.functional.conv2d`.
+
+    Returns:
+        [draws * images, Cout, H', W'] of x's dtype. Gradients flow to x, weight, bias and sigma.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
+
+    Examples:
+        >>> y = noisy_conv2d(torch.rand(4, 3, 8, 8), torch.randn(16, 3, 3, 3), None, 0.1, seed=7, padding=1)  # [4, 16, 8, 8]
     """
     if not isinstance(weight, Tensor) or weight.dim() != 4:
         raise ValueError(f"weight must be a tensor [Cout, Cin / groups, kh, kw], got {_describe(weight)}")
@@ -186,7 +248,21 @@ def noisy_conv(
     draws: int = 1, image_offset: int = 0, draw_offset: int = 0, sample_ids: Tensor | None = None,
     stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """`noisy_conv2d` for one, two or three spatial dimensions, as many as ``weight`` [Cout, Cin / groups, *kernel] has."""
+    """`noisy_conv2d` for one, two or three spatial dimensions.
+
+    Arguments that are not listed are those of `noisy_conv2d` and `add_noise`; so are errors.
+
+    Args:
+        x: rows [images or draws * images, Cin, *spatial].
+        weight: [Cout, Cin / groups, *kernel], with as many dimensions as x.
+        stride: a number, or one for each spatial dimension; so are padding and dilation.
+
+    Returns:
+        [draws * images, Cout, *spatial'] of x's dtype. Gradients flow to x, weight, bias and sigma.
+
+    Examples:
+        >>> y = noisy_conv(torch.rand(4, 3, 32), torch.randn(16, 3, 5), None, 0.1, seed=7)  # one spatial dimension: [4, 16, 28]
+    """
     stride, dilation, groups = _convolution(x, weight, stride, dilation, groups)
     spatial = len(stride)
     _check_bias(bias, weight.shape[0])
@@ -213,14 +289,29 @@ def conv_activate_noise(
 ) -> Tensor:  # fmt: skip
     """``act(conv(x, weight) * scale + shift) + sigma * eps``: a convolution with what follows it up to the next layer's noise.
 
-    For inference: it has no gradient. The noise is that of the result [draws * images, Cout, *spatial], which is channels last in
-    memory; sigma, scale and shift are scalars or [Cout]. Where `kernels.triton.choices` says so the noise is added in the convolution's
-    epilogue, before the one rounding; elsewhere by `add_noise` behind the vendor's convolution.
+    For inference: it has no gradient. The noise is that of the result. Where `kernels.triton.choices` says so, it is added in the
+    convolution's epilogue, before the one rounding; elsewhere by `add_noise` behind the vendor's convolution. Arguments that are not
+    listed are those of `noisy_conv` and `add_noise`.
 
-    x [images or draws * images, Cin, *spatial] and weight [Cout, Cin / groups, *kernel] are both float, or both int8, or both fp8
-    (float8_e4m3fn or float8_e4m3fnuz). dtype: of the result, default x's; int8 and fp8 saturate, and the noise acts as dither. In low
-    precision ``scale`` also undoes the steps of x and weight and divides by the result's, and so do shift and sigma. Everything else as
-    in `noisy_conv` (padding is symmetric) and `activate_noise`.
+    Args:
+        x: rows [images or draws * images, Cin, *spatial]: float, int8 or fp8 (float8_e4m3fn, float8_e4m3fnuz).
+        weight: [Cout, Cin / groups, *kernel], of x's dtype.
+        sigma: standard deviation >= 0 of the noise on the result, in its units: a number, or [Cout].
+        scale: None, a number, or [Cout]. In low precision it also undoes the steps of x and weight and divides by the result's.
+        shift: None, a number, or [Cout], in the units of the result.
+        padding: a number, one for each spatial dimension, "valid" or "same"; it must be symmetric.
+        dtype: of the result, default x's. int8 and fp8 saturate, and the noise acts as dither.
+
+    Returns:
+        [draws * images, Cout, *spatial'] of ``dtype``, channels last in memory.
+
+    Raises:
+        RuntimeError: an input requires a gradient.
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
+
+    Examples:
+        >>> y = conv_activate_noise(torch.rand(4, 3, 8, 8), torch.randn(16, 3, 3, 3), 0.1, seed=7, act="relu", padding=1)  # [4, 16, 8, 8]
     """
     stride, dilation, groups = _convolution(x, weight, stride, dilation, groups, (*FLOATS, *triton.LOW_PRECISION))
     if x.dtype in triton.LOW_PRECISION and weight.dtype != x.dtype:
@@ -249,9 +340,23 @@ def noisy_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: PerChannel, *, seed: Seed, stream: int = 0, images: int | None = None,
     draws: int = 1, image_offset: int = 0, draw_offset: int = 0, sample_ids: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """``linear(x + sigma * eps, weight, bias)``: x [images or draws * images, *, in_features], features as channels.
+    """``linear(x + sigma * eps, weight, bias)``. Backward saves the clean ``x``. Arguments that are not listed are those of `add_noise`.
 
-    Saves the clean ``x`` for backward. Arguments and errors as in `add_noise`; weight [out_features, in_features].
+    Args:
+        x: rows [images or draws * images, *, in_features]; the features are the channels of the noise.
+        weight: [out_features, in_features], of x's dtype and device (under autocast of any float dtype).
+        bias: None, or [out_features].
+        sigma: standard deviation >= 0 of the noise on x: a number, a 0-dim tensor, or [in_features].
+
+    Returns:
+        [draws * images, *, out_features] of x's dtype. Gradients flow to x, weight, bias and sigma.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
+
+    Examples:
+        >>> y = noisy_linear(torch.rand(4, 32), torch.randn(10, 32), None, 0.1, seed=7)  # [4, 10]
     """
     _check_input("x", x, minimum=2)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:

@@ -37,17 +37,25 @@ def room(x: torch.Tensor, rows: int, pool: bool = False) -> torch.Tensor | None:
 class NoiseContext:
     """Fixes the noise of every layer called within ``with context:`` on this thread.
 
-    seed: int64 tensor of one value. A batch of ``images`` rows leaves the first noisy layer as ``draws * images`` rows (lazy packing);
-    rows are draws ``draw_offset ..`` of images ``image_offset ..``, or of the (image, first draw) of each row of ``sample_ids``. A layer's
-    stream is its index in the model, plus the number of its earlier calls within the context in the high half of the word: one context is
-    one forward pass.
-    ``noiseless_stream``: the stream of a layer whose first call adds no noise, because the caller has added it already.
-    ``packed``: whether the batch comes with all its rows. A layer may then get several rows an image (windows, heads, patches), those of
-    an image beside each other: each has noise of its own, keyed by its place within its image.
-    ``plain``: streams of layers that add no noise, because they get one row for all images.
-    ``undefined``: bool tensors, of the images or of all rows: which had NaN where they became bytes, in which NaN is lost.
-
+    A batch of ``images`` rows leaves the first noisy layer as ``draws * images`` rows (lazy packing). A layer's stream is its index in the
+    model, plus the number of its earlier calls within the context in the high half of the word: one context is one forward pass.
     Activation checkpointing goes around a context: one inside would run again in backward, where no context is left, and is refused.
+
+    Attributes:
+        seed: int64 tensor of one value.
+        images: rows of the batch before packing.
+        draws: draws of each image, >= 1.
+        image_offset: index of the first image, in [0, 2^32).
+        draw_offset: index of the first draw, in [0, 2^32).
+        backend: of the noise, as in `rse_fast.functional.add_noise`.
+        sample_ids: None, or int64 [images, 2]: each image's own (image index, first draw), in place of the two offsets.
+        noiseless_stream: the stream of a layer whose first call adds no noise, because the caller has added it already.
+        packed: whether the batch comes with all its rows. A layer may then get several rows an image (windows, heads, patches), those of an
+            image beside each other: each has noise of its own, keyed by its place within its image.
+        plain: streams of layers that add no noise, because they get one row for all images.
+        calls: how often each layer was called.
+        undefined: bool tensors, of the images or of all rows: which had NaN where they became bytes, in which NaN is lost.
+        divided: names of the layers that got several rows an image.
     """
 
     seed: torch.Tensor
@@ -62,7 +70,7 @@ class NoiseContext:
     plain: frozenset[int] = frozenset()
     calls: dict[nn.Module, int] = field(default_factory=dict, repr=False)
     undefined: list[Tensor] = field(default_factory=list, repr=False)
-    divided: set[str] = field(default_factory=set, repr=False)  # names of layers that got several rows an image
+    divided: set[str] = field(default_factory=set, repr=False)
     _memory: Tensor | None = field(default=None, repr=False)  # of `room`
 
     def __post_init__(self) -> None:
@@ -179,11 +187,17 @@ def ambient(x: torch.Tensor) -> NoiseAddress:
 class NoiseLayer(nn.Module):
     """What all noisy layers share: sigma, the switch, and the arguments that address their noise.
 
-    sigma: standard deviation of the noise, in the units of the input. Fixed: a float32 buffer outside the state dict, so keys stay
-    those of the plain layer. Learnable: ``softplus(sigma_raw)`` of the float32 parameter ``sigma_raw``, positive whatever the optimiser
-    does (in the spirit of PNI, He et al., CVPR 2019); a state dict without it loads, and leaves it as it is. `set_sigma` changes either.
-    stream, layer_name: index and name of the layer in its model (set by `number_layers`); the index addresses the noise within a
-        NoiseContext.
+    Attributes:
+        sigma: standard deviation >= 0 of the noise, in the units of the input: a float32 buffer, 0-dim or [C], outside the state dict, so
+            keys stay those of the plain layer. `set_sigma` changes it.
+        sigma_raw: of a learnable sigma only, in place of the buffer: the float32 parameter of which sigma is the softplus, so it stays
+            positive whatever the optimiser does. A state dict without it loads, and leaves it as it is.
+        noise_enabled: the switch that `rse_fast.noise_off` turns.
+        channel_dim: the dimension of the channels.
+        stream: index of the layer in its model, set by `number_layers`; it addresses the noise within a `NoiseContext`.
+        layer_name: name of the layer in its model.
+
+    Reference: a learnable sigma is in the spirit of PNI, He et al., CVPR 2019.
     """
 
     stream = 0
@@ -215,9 +229,16 @@ class NoiseLayer(nn.Module):
 
     @torch.no_grad()
     def set_sigma(self, sigma: functional.PerChannel) -> None:
-        """Gives the layer another sigma in place: a number or a tensor of sigma's shape, >= 0; > 0 if learnable.
+        """Gives the layer another sigma in place.
 
         The tensor stays the same one, so compiled and captured graphs, ensembles and optimisers see the change.
+
+        Args:
+            sigma: a number, or a float tensor of sigma's shape, >= 0; > 0 if learnable.
+
+        Raises:
+            TypeError: sigma is neither a number nor a float tensor.
+            ValueError: sigma is negative, not finite, or of another shape; or it is 0 and learnable.
         """
         functional.check_sigma("sigma", sigma)
         kept = self._parameters.get("sigma_raw")

@@ -178,23 +178,26 @@ class Ensemble(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Log of the mean softmax over the draws, at the temperature.
+        """The log of the mean softmax, which attacks and losses act on.
 
-        Differentiable in ``x``, so a gradient is that of the whole ensemble, exact to rounding, in memory that does not grow with draws
-        (see `rse_fast.ensemble.gradient`). Differentiable in the parameters of the model, too: where backward asks for their gradient, the
-        model itself runs again beside its fused snapshot.
+        It is differentiable in ``x``: the gradient is that of the whole ensemble, exact to rounding, in memory that does not grow with the
+        draws (see `rse_fast.ensemble.gradient`). It is differentiable in the parameters of the model, too: where backward asks for their
+        gradient, the model itself runs again beside its fused snapshot. It takes all draws, whatever ``early_exit`` says.
 
         Args:
-            x: float [B, ...], as the model takes them; or NumPy arrays or PIL images, see `rse_fast.inputs.batch`.
+            x: float [B, ...], as the model takes them; see `predict`.
 
         Returns:
-            float32 [B, K], or [B, K, H, W] of a model that classifies pixels, on the device of the model.
+            float32 [B, K], at the temperature, on the device of the model; of a model that classifies pixels [B, K, H, W].
 
         Raises:
             TypeError: x is no dense float tensor, and nothing that is clearly a batch of images.
-            ValueError: x is no batch, or of a shape that the model does not take; the model does not return logits [N, K]; there is no
-                seed within ``torch.utils.checkpoint``.
-            RuntimeError: a gradient is asked for of dtype "int8".
+            ValueError: x is no batch, or of a shape that the model does not take; the model does not return logits [N, K]; or there is
+                no seed inside `torch.utils.checkpoint`, where backward could not repeat the noise.
+            RuntimeError: a gradient is asked of an int8 ensemble.
+
+        Examples:
+            >>> loss = torch.nn.functional.nll_loss(ensemble(images), labels)
         """
         x = self.images(x)
         if self.dtype == "int8":
@@ -247,7 +250,7 @@ class Ensemble(nn.Module):
 
         Args:
             x: float [B, ...], as the model takes them; or NumPy arrays or PIL images, see `rse_fast.inputs.batch`.
-            seed: of the noise; None takes the ensemble's, or fresh entropy if it has none.
+            seed: of the noise, an int taken modulo 2^64; None takes the ensemble's, or fresh entropy if it has none.
             image_offset: index of the first image, which addresses its noise: a data set predicted in parts, each with its own
                 image_offset, gets the noise it would get as one batch.
 
@@ -258,6 +261,10 @@ class Ensemble(nn.Module):
             TypeError: x is no dense float tensor, and nothing that is clearly a batch of images.
             ValueError: x is no batch, or of a shape that the model does not take; image_offset is out of range; or the model does not
                 return logits [N, K].
+
+        Examples:
+            >>> out = ensemble.predict(images)
+            >>> out.labels, out.mutual_information  # int64 [B]; float32 [B], in nats
         """
         if autograd.is_transformed():
             raise ValueError(
@@ -277,26 +284,29 @@ class Ensemble(nn.Module):
         return self._prediction(statistics.select(statistics.index.argsort()), seed, device)
 
     def stream(self, batches: Iterable[torch.Tensor], draws: int | None = None) -> "Stream":
-        """Predicts batches of images as they come.
+        """Predicts batches as they come.
 
         With early exit, decided images free their slots for waiting ones, so the packed batch stays full (`Stream.occupancy`). Image i of
         the stream gets the noise and the result that `predict` gives it with the stream's seed and ``image_offset=i``. At most two
         packed batches of images, or two of the source's, are held at a time, and a bounded number of results.
 
         Args:
-            batches: an iterable of float [B, ...], of one image shape.
-            draws: passes an image; None takes the ensemble's.
+            batches: iterable of batches [B, ...], all of one image shape; B may differ.
+            draws: passes an image, >= 1; default: the ensemble's.
 
         Returns:
-            An iterator over the `Prediction` of each batch, in order, on the device of the first batch.
+            An iterator over one `Prediction` for each batch, in order, on the device of the first batch. Its ``seed`` repeats the stream.
 
         Raises:
-            TypeError: batches is no iterable, or draws no integer. What a batch is wrong with is raised when its turn comes, as by
-                `predict`.
-            ValueError: draws is out of range.
+            TypeError: ``batches`` is a tensor, or cannot be iterated over; ``draws`` is no int.
+            ValueError: ``draws`` is below 1. Errors in a batch are raised where the iterator reaches it.
 
         Warns:
-            RuntimeWarning: once a process, where the ensemble has a seed, since this is the call for serving.
+            RuntimeWarning: once a process, if the ensemble has a seed: serving needs fresh noise.
+
+        Examples:
+            >>> for out in ensemble.stream(loader_of_images):
+            ...     print(out.labels, out.draws_used)
         """
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
@@ -307,13 +317,13 @@ class Ensemble(nn.Module):
             return model
 
     def rows(self, x: torch.Tensor) -> int:
-        """Rows of a full packed batch at present.
+        """The size of a full packed batch at present.
 
         Args:
-            x: images like those to come, float [B, ...].
+            x: a batch [B, ...]; only the shape of an image, its dtype and device matter.
 
         Returns:
-            How many rows (images x draws) run at once, at most ``max_rows``.
+            Rows, images times draws.
 
         Raises:
             TypeError: x is no dense float tensor, and nothing that is clearly a batch of images.
@@ -322,7 +332,10 @@ class Ensemble(nn.Module):
         return self.prepared(x).planner.rows(self.max_rows)
 
     def refresh(self) -> None:
-        """Takes a new snapshot of the model at the next call."""
+        """Takes a new snapshot of the model at the next call.
+
+        It is needed only after a change that no version counter shows, such as ``weight.data.copy_(...)``.
+        """
         self._preparation.refresh()
 
     @property

@@ -148,7 +148,9 @@ def run(argv: list[str]) -> dict | None:
         print(f"process {rank} is done; {missing} rows are left to others, and the last of them writes the report", flush=True)
         return None
     results = {
-        "settings": settings | {"images": len(labels)}, "classes": list(splits.classes), "shape": list(images.shape[1:]),
+        "settings": settings | {"images": len(labels)},
+        "defence": None if args.run is None else train.Config.load(args.run / "config.json").defence,
+        "classes": list(splits.classes), "shape": list(images.shape[1:]),
         "command": command,
         "machine": {"device": args.device, "processor": _processor(args.device), "system": platform.platform(),
                     "threads": torch.get_num_threads(), "processes": ranks},

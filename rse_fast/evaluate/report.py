@@ -9,9 +9,8 @@ from torch import Tensor
 
 from rse_fast.data import write_atomically
 from rse_fast.evaluate.protocols import LARGE
-from rse_fast.evaluate.render import (
-    COLOURS,
-    MARKERS,
+from rse_fast.render import (
+    colour,
     draws_panel,
     errors,
     example_row,
@@ -20,6 +19,7 @@ from rse_fast.evaluate.render import (
     percent,
     prepare,
     radius,
+    shades,
 )
 
 _PICTURES = {
@@ -58,11 +58,12 @@ def headline(results: dict) -> str:
 
 def write(out: Path, results: dict, images: Tensor, rows: list[dict], certified: Path | None = None) -> None:
     """Writes everything into ``out``, each file atomically. images: uint8 [N, C, H, W]. certified: a folder of rse-fast certify."""
+    base = colour(results.get("defence"), bool(results["settings"]["draws"]))
     figures = {
-        "accuracy-eps.png": _eps_figure(results), "accuracy-c.png": _c_figure(results), "eot.png": _eot_figure(results),
-        "accuracy-draws.png": _draws_figure(results), "examples.png": _examples(results, images, rows),
-        "cost.png": _cost_figure(results), "reliability.png": _reliability_figure(results.get("calibration")),
-        "risk-coverage.png": _risk_figure(results.get("calibration")),
+        "accuracy-eps.png": _eps_figure(results, base), "accuracy-c.png": _c_figure(results, base), "eot.png": _eot_figure(results, base),
+        "accuracy-draws.png": _draws_figure(results, base), "examples.png": _examples(results, images, rows),
+        "cost.png": _cost_figure(results, base), "reliability.png": _reliability_figure(results.get("calibration"), base),
+        "risk-coverage.png": _risk_figure(results.get("calibration"), base),
     }  # fmt: skip
     for name, figure in figures.items():
         if figure is None:
@@ -259,7 +260,7 @@ def _calibration(calibration, pictures):
         yield f"![{_CALIBRATION[name]}]({name})"
 
 
-def _reliability_figure(calibration):
+def _reliability_figure(calibration, base):
     """Accuracy against mean confidence, a point a bin, as large as the bin has images."""
     if not calibration or not calibration["by_temperature"]:
         return None
@@ -267,7 +268,7 @@ def _reliability_figure(calibration):
     axes = figure.add_subplot()
     prepare(axes, "confidence: the largest probability (%)")
     axes.plot([0, 100], [0, 100], color="0.4", linestyle=":", linewidth=1, label="calibrated")
-    for e, style in zip(calibration["by_temperature"], _styles(), strict=False):
+    for e, style in zip(calibration["by_temperature"], shades(base, len(calibration["by_temperature"])), strict=True):
         name = "as it is" if e["temperature"] == 1 else f"temperature {e['temperature']:.3f}"
         x, y, images = zip(*((100 * b["confidence"], 100 * b["accuracy"], b["images"]) for b in e["diagram"]), strict=True)
         axes.plot(x, y, color=style["color"], label=f"{name}: error {100 * e['ece']:.1f} %")
@@ -279,7 +280,7 @@ def _reliability_figure(calibration):
     return figure
 
 
-def _risk_figure(calibration):
+def _risk_figure(calibration, base):
     if not calibration:
         return None
     figure = new_figure(5.8, 4.0)
@@ -287,17 +288,13 @@ def _risk_figure(calibration):
     prepare(axes, "answered (%), the surest first")
     axes.set_ylabel("error rate among these (%)")
     risk = calibration["risk"]
-    axes.plot([100 * (k + 1) / len(risk) for k in range(len(risk))], [100 * r for r in risk], color=COLOURS[0])
+    axes.plot([100 * (k + 1) / len(risk) for k in range(len(risk))], [100 * r for r in risk], color=base)
     axes.set(xlim=(0, 100), ylim=(0, None))
     axes.set_title(f"{calibration['images']} images, area {calibration['aurc']:.4f}", fontsize=10)
     return figure
 
 
-def _styles():
-    return [{"color": colour, "marker": marker} for colour, marker in zip(COLOURS, MARKERS, strict=True)]
-
-
-def _eps_figure(results):
+def _eps_figure(results, base):
     pgd = [e for e in results["cases"].values() if e["method"] == "pgd" and e["norm"] == "Linf" and e["eps"] < LARGE]
     pgd = [e for e in pgd if e["source"] == e["victim"] == "deployed" and e["restarts"] == 1 and e["steps"] == 20]
     if not pgd or len({e["eps"] for e in pgd}) < 2:
@@ -307,7 +304,7 @@ def _eps_figure(results):
     prepare(axes, "eps: largest change of a pixel, pixels in 0..1")
     clean = results["cases"].get("clean")
     numbers, width = sorted({e["eot"] for e in pgd}), max(e["eps"] for e in pgd) / 60
-    for place, (eot, style) in enumerate(zip(numbers, _styles(), strict=False)):
+    for place, (eot, style) in enumerate(zip(numbers, shades(base, len(numbers)), strict=True)):
         points = sorted((e["eps"], e["accuracy"]) for e in pgd if e["eot"] == eot)
         points = ([(0.0, clean["accuracy"])] if clean else []) + points
         radii, estimates = zip(*points, strict=True)
@@ -326,7 +323,7 @@ def _finish(axes, results, title):
     axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
 
-def _c_figure(results):
+def _c_figure(results, base):
     if not results["replication"]:
         return None
     figure = new_figure(6.4, 4.2)
@@ -334,7 +331,7 @@ def _c_figure(results):
     prepare(axes, "c")
     columns = results["replication"]["columns"]
     estimates = [e["accuracy"] for e in columns]
-    axes.errorbar([e["c"] for e in columns], [100 * e["mean"] for e in estimates], errors(estimates), capsize=3, **_styles()[0])
+    axes.errorbar([e["c"] for e in columns], [100 * e["mean"] for e in estimates], errors(estimates), capsize=3, color=base, marker="s")
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_xticks([e["c"] for e in columns], [f"{e['c']:g}" for e in columns])
@@ -342,13 +339,13 @@ def _c_figure(results):
     return figure
 
 
-def _eot_figure(results):
+def _eot_figure(results, base):
     if not results["eot"]:
         return None
     figure = new_figure(6.4, 4.2)
     axes = figure.add_subplot()
     prepare(axes, "EOT: draws behind each gradient of the attack")
-    for place, (plateau, style) in enumerate(zip(results["eot"], _styles(), strict=False)):
+    for place, (plateau, style) in enumerate(zip(results["eot"], shades(base, len(results["eot"])), strict=True)):
         draws, estimates = zip(*((p["eot"], p["accuracy"]) for p in plateau["points"]), strict=True)
         label = f"PGD-{plateau['steps']}, {plateau['norm']} {radius(plateau['eps'])}" + ("" if plateau["plateau"] else " (no plateau)")
         beside = [n * 1.04 ** (place - (len(results["eot"]) - 1) / 2) for n in draws]
@@ -361,27 +358,27 @@ def _eot_figure(results):
     return figure
 
 
-def _draws_figure(results):
+def _draws_figure(results, base):
     curves = results["draws"]
     if not curves:
         return None
     figure = new_figure(4.4 * len(curves), 3.8)
-    for position, ((name, points), style) in enumerate(zip(curves.items(), _styles(), strict=False), start=1):
+    for position, (name, points) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(1, len(curves), position)
-        draws_panel(axes, points, style)
+        draws_panel(axes, points, {"color": base, "marker": "s"})
         axes.set_title(f"{name}, {points[0]['images']} images", fontsize=9)
     figure.suptitle("Accuracy against the number of draws (bands: 95 % intervals; the scales differ)", fontsize=10)
     return figure
 
 
-def _cost_figure(results):
+def _cost_figure(results, base):
     """Seconds of attack per image, a bar a case; the scale is logarithmic, since an attack costs up to thousands of times another."""
     entries = [e for e in results["cases"].values() if e["seconds_per_image"] > 0]
     if not entries:
         return None
     figure = new_figure(7.2, 1.4 + 0.24 * len(entries))
     axes = figure.add_subplot()
-    bars = axes.barh([e["name"] for e in entries], [e["seconds_per_image"] for e in entries], color=COLOURS[0])
+    bars = axes.barh([e["name"] for e in entries], [e["seconds_per_image"] for e in entries], color=base)
     axes.bar_label(bars, [f"{e['seconds_per_image']:.2g}" for e in entries], padding=3, fontsize=8)
     axes.set_xscale("log")
     axes.margins(x=0.12)

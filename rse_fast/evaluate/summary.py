@@ -4,7 +4,7 @@ import statistics
 
 from rse_fast.evaluate.estimate import estimate, paired_difference
 from rse_fast.evaluate.protocols import LARGE, PAPER_C, Case
-from rse_fast.evaluate.render import radius
+from rse_fast.render import radius
 
 ZERO_GRADIENTS = 0.1  # of the images' gradients, the share beyond which an attack that follows them counts as blind
 TOLD_APART = 0.02  # a plateau that could hide more than this says so

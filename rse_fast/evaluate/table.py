@@ -19,7 +19,7 @@ from rse_fast import certify_cli, data, run_inputs, train
 from rse_fast.cli import wrapper
 from rse_fast.evaluate import command
 from rse_fast.evaluate.protocols import PROTOCOLS
-from rse_fast.evaluate.render import markdown_table, percent
+from rse_fast.render import markdown_table, percent
 from rse_fast.train.log import read
 
 EPS, RADIUS = "8/255", 0.25  # L-infinity of PGD and AutoAttack; L2 that is certified

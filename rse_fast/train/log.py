@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rse_fast.data import write_atomically
 from rse_fast.data.lines import whole_lines
+from rse_fast.render import colour
 
 # What later steps of a run read of a row.
 _NUMBERS = {
@@ -68,31 +69,38 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    names = {
-        "loss": {"loss": "training", "val_loss": "validation"},
-        "accuracy, %": {"accuracy": "training", "val_accuracy": "validation", "val_attacked_accuracy": "validation, attacked"},
-        "learning rate": {"lr": "learning rate"},
-        "mean sigma": {"sigma": "sigma"},
+    # Validation is what counts: its line is full, the attacked one has a marker of its own, training is pale.
+    lines = {
+        "loss": ("loss", {"loss": "training", "val_loss": "validation"}),
+        "accuracy": (
+            "accuracy (%)",
+            {"accuracy": "training", "val_accuracy": "validation", "val_attacked_accuracy": "attacked"},
+        ),
+        "learning rate": ("learning rate", {"lr": "learning rate"}),
+        "mean sigma": ("mean sigma", {"sigma": "sigma"}),
     }
     epochs = [row for row in rows if row["event"] == "epoch"]
     steps = [row for row in rows if row["event"] == "step"]
     panels = {}
-    for title, lines in names.items():
-        values = {row[name] for row in (*epochs, *steps) for name in lines if name in row}
-        if len(values) > (title in ("learning rate", "mean sigma")):  # one value throughout is no curve
-            panels[title] = lines
+    for title, (unit, names) in lines.items():
+        by_step = title in ("learning rate", "mean sigma")
+        values = {row[name] for row in (*epochs, *steps) for name in names if name in row}
+        if len(values) > by_step:  # one value throughout is no curve
+            panels[title] = unit, names, steps if by_step and steps else epochs
     if not panels:
         return
+    base = colour(next((row["defence"] for row in rows if "defence" in row), None), any("sigma" in row for row in epochs))
+    styles = {"training": {"color": base, "alpha": 0.45, "linestyle": "--"}, "attacked": {"color": base, "marker": "^"}}
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name, label in lines.items():
-            source = steps if title in ("learning rate", "mean sigma") and steps else epochs
-            scale = 100 if title.endswith("%") else 1
-            points = [(row["epoch"], scale * row[name]) for row in source if name in row]
+    for axes, (title, (unit, names, source)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, label in names.items():
+            points = [(row["epoch"], row[name] * (100 if unit.endswith("(%)") else 1)) for row in source if name in row]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, marker="." if source is epochs else None)
-        axes.set(xlabel="epoch", title=title)
+                axes.plot(*zip(*points, strict=True), label=label, **styles.get(label, {"color": base}), markersize=4)
+        axes.set(xlabel="epoch", ylabel=unit, title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(lines) > 1:
-            axes.legend()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -27,6 +27,7 @@ from rse_fast.train.log import Log, draw_curves, read
 from rse_fast.train.trainer import Trainer
 
 _TEST_DRAWS = 10
+_TOLD_EVERY = 30  # seconds between lines of progress where no terminal shows a bar
 _TEST_STREAM, _TEMPERATURE_STREAM = 4, 5  # of the seeds of a run
 
 
@@ -196,7 +197,7 @@ def _digest(part):
 def _loop(trainer, saved, log, stopped):
     """Trains to the end, or until a signal: then the state is saved and a row says so."""
     row = {"event": "epoch"}
-    began = time.perf_counter()
+    began = told = time.perf_counter()
     with _progress(trainer) if log is not None else nullcontext() as bar:
         while not trainer.complete:
             if trainer.ranks.any(bool(stopped)):
@@ -210,6 +211,9 @@ def _loop(trainer, saved, log, stopped):
                 row = found | {"seconds": round(time.perf_counter() - began, 1)}
                 if log is not None:
                     log.write(row)
+                    if bar.disable and (trainer.complete or time.perf_counter() - told > _TOLD_EVERY):
+                        told = time.perf_counter()
+                        print(_progress_line(row, trainer), flush=True)
                     bar.set_postfix({name: f"{row[name]:.3g}" for name in ("epoch", "loss", "val_accuracy") if name in row})
             if found is not None and found["event"] == "epoch":
                 saved.best(trainer, row)
@@ -277,6 +281,14 @@ def _progress(trainer):
     from tqdm import tqdm
 
     return tqdm(total=trainer.total_steps, initial=trainer.step, desc=trainer.config.defence, unit="step", disable=None)
+
+
+def _progress_line(row, trainer):
+    """One line for a log, where no bar is shown: step, epoch, loss, accuracy, time so far and what is left of it."""
+    names = {"loss": "loss {:.3g}", "val_accuracy": "validation accuracy {:.1%}", "val_attacked_accuracy": "attacked {:.1%}"}
+    known = [text.format(row[name]) for name, text in names.items() if row.get(name) is not None]
+    where = f"{trainer.config.defence}: epoch {row['epoch']:.3g} of {trainer.config.epochs}, step {row['step']} of {trainer.total_steps}"
+    return ", ".join([where, *known, f"{row['seconds']:.0f} s"])
 
 
 # ----------------------------------------------------------------------------------------------------------------- what is kept

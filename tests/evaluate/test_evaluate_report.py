@@ -11,8 +11,8 @@ import torch
 
 from rse_fast.evaluate import PROTOCOLS, Case, report
 from rse_fast.evaluate.estimate import paired_difference, wilson_interval
-from rse_fast.evaluate.render import markdown_table
 from rse_fast.evaluate.summary import summarise
+from rse_fast.render import NETWORKS, markdown_table
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -234,6 +234,23 @@ def test_report_pictures_and_json(results, tmp_path):
     assert "worst of 3 queries" in text and "## Replication" in text
     everything = json.loads((tmp_path / "results.json").read_text())
     assert everything["cases"].keys() == results["cases"].keys()
+
+
+def hues(path):
+    """The hues, 0 to 255 around the circle, of the coloured pixels of a picture."""
+    hue, saturation, _ = np.moveaxis(np.asarray(Image.open(path).convert("RGB").convert("HSV")).astype(int), -1, 0)
+    return hue[saturation > 60]
+
+
+@pytest.mark.parametrize("defence", [None, "adversarial", "brelu"])
+def test_every_picture_has_the_colour_of_its_network_alone(results, defence, tmp_path):
+    results, rows = results
+    report.write(tmp_path, results | {"defence": defence}, torch.zeros(IMAGES, 3, 5, 4, dtype=torch.uint8), list(rows.values()))
+    Image.new("RGB", (1, 1), NETWORKS[defence or "rse"]).save(tmp_path / "expected.png")
+    (expected,) = hues(tmp_path / "expected.png")
+    for name in ("accuracy-c.png", "accuracy-draws.png", "accuracy-eps.png", "cost.png", "eot.png"):
+        found = hues(tmp_path / name)
+        assert len(found) > 100 and (abs((found - expected + 128) % 256 - 128) < 8).all(), name
 
 
 def test_columns_of_figures_are_set_to_the_right():

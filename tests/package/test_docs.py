@@ -167,6 +167,14 @@ def test_the_site_shows_every_page():
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
+def test_messages_of_the_faq_are_those_that_users_see():
+    sources = [*(ROOT / "rse_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "setup.py"]
+    said = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in sources))  # a message may be written on several lines
+    tables = (ROOT / "docs" / "faq.md").read_text().partition("## Training is slow")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", tables, re.M)
+    assert len(messages) > 20 and not [message for message in messages if message not in said]
+
+
 def test_names_of_the_reference_can_be_imported():
     for name in re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), re.M):
         module, _, attribute = name.rpartition(".")

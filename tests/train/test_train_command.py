@@ -229,6 +229,15 @@ def test_the_last_line_says_what_came_out(run):
     )
 
 
+def test_without_a_terminal_a_line_says_how_far_the_run_is(run):
+    folder, said = run
+    row = [row for row in read(folder / "log.jsonl") if row["event"] == "epoch"][-1]
+    (line,) = [line for line in said.splitlines() if "step 12 of 12" in line]
+    assert line == (
+        f"rse: epoch 2 of 2, step 12 of 12, loss {row['loss']:.3g}, validation accuracy {row['val_accuracy']:.1%}, {row['seconds']:.0f} s"
+    )
+
+
 def test_the_curves_are_a_picture_of_the_log(run):
     Image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")

@@ -1,12 +1,28 @@
-"""Pieces of reports: how a figure is written, Markdown tables, plain figures of matplotlib that need no display."""
+"""Pieces of reports: how a figure is written, Markdown tables, plain figures of matplotlib that need no display, colours of networks."""
 
 from torch import Tensor
 
 # Okabe & Ito's palette, distinct for colour-blind readers; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "so^vDPX"
-# One network has one colour in every picture; what is done to it has its own marker or line.
-NETWORKS = {"rse": COLOURS[0], "plain": COLOURS[1], "adversarial": COLOURS[2]}
+# One network has one colour in every picture; what is done to it has its own shade, marker or line.
+NETWORKS = dict(
+    zip(("rse", "plain", "adversarial", "distillation", "brelu", "rse+adversarial", "gaussian"), COLOURS, strict=True),
+)
+
+
+def colour(defence: str | None, noisy: bool) -> str:
+    """The colour of a network. defence: None for a network that was not trained here, of which only its noise is known."""
+    return NETWORKS[defence or ("rse" if noisy else "plain")]
+
+
+def shades(base: str, count: int) -> list[dict]:
+    """Styles of ``count`` lines that are all of one network: its colour from pale to full, each with a marker of its own."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    pale = [0.6 * (count - 1 - i) / max(count - 1, 1) for i in range(count)]
+    colours = [to_hex([white + (1 - white) * channel for channel in to_rgb(base)]) for white in pale]
+    return [{"color": shade, "marker": MARKERS[i % len(MARKERS)]} for i, shade in enumerate(colours)]
 
 
 def percent(estimate: dict) -> str:
@@ -71,5 +87,5 @@ def example_row(axes_row, name: str, images: Tensor, labels: list[int], true: li
         axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         sign = "" if name == "original" else ("✓ " if label == right else "✗ ")
-        axes.set_xlabel(sign + classes[label], color="black" if label == right else COLOURS[1], fontsize=10)
+        axes.set_xlabel(sign + classes[label], color="black" if label == right else "firebrick", fontsize=10)
     axes_row[0].set_ylabel(name, fontsize=10)
