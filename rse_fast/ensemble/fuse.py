@@ -368,7 +368,7 @@ class _Nodes:
         """Whether what it computes is new memory, which no hook has seen."""
         if node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
             return self.module_of(node.args[0], (FusedConv,)) is not None
-        if self.is_relu(node) and node.args:  # in place or not
+        if is_relu(self.model, node) and node.args:  # in place or not
             return self.is_private(node.args[0])
         return node.target in _FRESH or self.module_of(node, (*_CONVOLUTIONS, *_NORMS, *_POOLS, FusedConv)) is not None
 
@@ -526,7 +526,7 @@ def merge_ends(nodes: _Nodes) -> None:
             result.args = (*result.args, other)
             node.replace_all_uses_with(result)
             graph.erase_node(node)
-        elif nodes.is_relu(node) and node.args and nodes.is_sum(node.args[0]):
+        elif is_relu(nodes.model, node) and node.args and nodes.is_sum(node.args[0]):
             nodes.model.get_submodule(node.args[0].target).rectified = True
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
