@@ -103,7 +103,7 @@ def image_folder(
         rows = [own["train"], own["val"], own["test"]]
     else:
         keys = [file.relative_to(root).as_posix() for file in found[0][0]]
-        rows = split(keys, found[0][1], val_fraction, None if parts else test_fraction)
+        rows = split(keys, found[0][1], val_fraction, None if parts else test_fraction, root)
         rows[2] = own.get("test", rows[2])
     if lazy:
         workers = min(8, os.cpu_count() or 1) if workers is None else workers

@@ -1,6 +1,7 @@
 """What a data set is: parts of uint8 images with labels, and how a set without a validation part is split."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,15 +52,22 @@ class Splits:
     flip: bool  # random horizontal flip
 
 
-def split(keys: Sequence[str], labels: np.ndarray, val_fraction: float, test_fraction: float | None) -> list[np.ndarray]:
-    """Row numbers of train, val and test: within each class by a hash of the key, so no random generator and no order of listing enters."""
+def split(
+    keys: Sequence[str], labels: np.ndarray, val_fraction: float, test_fraction: float | None, path: str | os.PathLike[str]
+) -> list[np.ndarray]:
+    """Row numbers of train, val and test: within each class by a hash of the key, so no random generator and no order of listing enters.
+
+    path: of the images, for the error where a class has too few.
+    """
     parts: list[list[int]] = [[], [], []]
     for label in np.unique(labels):
         rows = sorted(np.flatnonzero(labels == label).tolist(), key=lambda i: hashlib.sha256(keys[i].encode()).digest())
         val = max(1, round(val_fraction * len(rows)))
         test = 0 if test_fraction is None else max(1, round(test_fraction * len(rows)))
         if val + test >= len(rows):
-            raise ValueError(f"path: a class has only {len(rows)} images, of which {val} are for validation and {test} for testing")
+            raise ValueError(
+                f"path: a class has only {len(rows)} images in {os.fspath(path)!r}, {val} of them for validation, {test} for testing"
+            )
         for part, chosen in zip(parts, (rows[val + test :], rows[:val], rows[val : val + test]), strict=True):
             part.extend(chosen)
     return [np.array(sorted(part), dtype=np.int64) for part in parts]

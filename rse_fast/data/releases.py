@@ -65,7 +65,7 @@ def digits() -> Splits:
     bunch = load_digits()
     images = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[:, None]
     labels = bunch.target.astype(np.int64)
-    rows = split([str(i) for i in range(len(labels))], labels, val_fraction=0.1, test_fraction=0.3)
+    rows = split([str(i) for i in range(len(labels))], labels, val_fraction=0.1, test_fraction=0.3, path="digits")
     parts = [Part(images[r], torch.from_numpy(labels[r])) for r in rows]
     return Splits("handwritten digits (8x8)", tuple("0123456789"), *parts, pad=1, flip=False)
 
@@ -85,7 +85,7 @@ def cifar10(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Split
         if len(labels) != max(len(others) for _, others in found):  # all are of one size: this one is cut
             raise ValueError(f"path: {str(file)!r} holds {len(labels)} images, fewer than the other files")
     train, test = (tuple(np.concatenate(arrays) for arrays in zip(*batches, strict=True)) for batches in (found[:5], found[5:]))
-    return _with_val("CIFAR-10", _CIFAR10, train, test, val_fraction, flip=True)
+    return _with_val(path, "CIFAR-10", _CIFAR10, train, test, val_fraction, flip=True)
 
 
 def stl10(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits:
@@ -104,7 +104,7 @@ def stl10(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits:
             raise ValueError(f"path: expected labels 1 .. 10 in {str(root / f'{name}_y.bin')!r}, got {labels.min()} .. {labels.max()}")
         upright = np.ascontiguousarray(images.reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2))
         parts.append((upright, labels.astype(np.int64) - 1))
-    return _with_val("STL-10", _STL10, *parts, val_fraction, flip=True)
+    return _with_val(path, "STL-10", _STL10, *parts, val_fraction, flip=True)
 
 
 def arrays(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits:
@@ -112,6 +112,15 @@ def arrays(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits
     from 0, each class with images to train on). The augmentation is that of photos, crop and flip. Raises ValueError for a file that cannot
     be read or holds something else."""
     file = Path(path)
+    try:
+        pairs, classes = _pairs(_found(file))
+    except _Unfit as error:
+        raise ValueError(f"path: cannot take {str(file)!r}: {error}") from None
+    return _with_val(file, file.stem, classes, *pairs, val_fraction, flip=True)
+
+
+def _found(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, of shapes and dtypes that fit."""
     try:
         if file.suffix == ".npz":
             with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
@@ -136,20 +145,24 @@ def arrays(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits
     except Exception as error:  # zipfile and safetensors have errors of their own for damaged files
         reason = f"{error}"[:300]
         raise ValueError(f"path: cannot read {', '.join(_ARRAYS)} from {str(file)!r}: {reason}") from error
+    return found
+
+
+def _pairs(found: dict[str, np.ndarray]) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
+    """(images, labels) to train on and to test on, and the names of the classes."""
     pairs = []
     for name in ("train", "test"):
         images, labels = found[f"{name}_images"], found[f"{name}_labels"]
         if not ((labels >= 0) & (labels < 2**31)).all():
-            raise ValueError(f"path: expected {name}_labels as {len(images)} integers >= 0, got {labels.min()} .. {labels.max()}")
+            raise _Unfit(f"expected {name}_labels as {len(images)} integers >= 0, got {labels.min()} .. {labels.max()}")
         pairs.append((images, labels.astype(np.int64)))
     (images, labels), (test_images, test_labels) = pairs
     known = np.unique(labels)
     if len(known) < 2 or known[-1] != len(known) - 1:
-        raise ValueError(f"path: expected train_labels of at least two classes 0, 1, ..., each there, got {known}")
+        raise _Unfit(f"expected train_labels of at least two classes 0, 1, ..., each there, got {known}")
     if test_labels.max() >= len(known):
-        raise ValueError(f"path: expected test_labels below {len(known)}, the classes of train_labels, got {test_labels.max()}")
-    classes = tuple(map(str, range(len(known))))
-    return _with_val(file.stem, classes, *pairs, val_fraction, flip=True)
+        raise _Unfit(f"expected test_labels below {len(known)}, the classes of train_labels, got {test_labels.max()}")
+    return pairs, tuple(map(str, range(len(known))))
 
 
 _SAFETENSORS = {f"{sign}{8 * size}": np.dtype(f"{sign.lower()}{size}") for sign in "IU" for size in (1, 2, 4, 8)}
@@ -178,26 +191,26 @@ def _check_arrays(kinds):
     """Raises `_Unfit` unless shapes and dtypes are those of a data set that fits into memory: before it is read."""
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds.values())
     if size > memory() / 2:
-        raise _Unfit(f"path: the arrays take {size / 2**30:.1f} GiB, more than half of this machine's {memory() / 2**30:.1f} GiB")
+        raise _Unfit(f"the arrays take {size / 2**30:.1f} GiB, more than half of this machine's {memory() / 2**30:.1f} GiB")
     for name in ("train", "test"):
         (shape, dtype), (labelled, kind) = kinds[f"{name}_images"], kinds[f"{name}_labels"]
         if dtype != np.uint8 or len(shape) != 4:
-            raise _Unfit(f"path: expected {name}_images as uint8 [N, C, H, W], got {dtype} {list(shape)}")
+            raise _Unfit(f"expected {name}_images as uint8 [N, C, H, W], got {dtype} {list(shape)}")
         if kind.kind not in "iu" or labelled != shape[:1]:
-            raise _Unfit(f"path: expected {name}_labels as {shape[0]} integers >= 0, got {kind} {list(labelled)}")
+            raise _Unfit(f"expected {name}_labels as {shape[0]} integers >= 0, got {kind} {list(labelled)}")
         if not math.prod(shape):
-            raise _Unfit(f"path: expected images in {name}_images, got none: {list(shape)}")
+            raise _Unfit(f"expected images in {name}_images, got none: {list(shape)}")
     shape, other = kinds["train_images"][0], kinds["test_images"][0]
     if shape[1:] != other[1:]:
-        raise _Unfit(f"path: expected test_images of the shape of train_images, {shape[1:]}, got {other[1:]}")
+        raise _Unfit(f"expected test_images of the shape of train_images, {shape[1:]}, got {other[1:]}")
     if shape[1] not in (1, 3, 4) and shape[3] in (1, 3, 4):
-        raise _Unfit(f"path: expected train_images as [N, C, H, W], got {list(shape)}, which looks like [N, H, W, C]")
+        raise _Unfit(f"expected train_images as [N, C, H, W], got {list(shape)}, which looks like [N, H, W, C]")
 
 
-def _with_val(name, classes, train, test, val_fraction, flip) -> Splits:
+def _with_val(path, name, classes, train, test, val_fraction, flip) -> Splits:
     """Sets part of ``train`` (images, labels) aside as validation, by row number, and keeps ``test`` as it is."""
     images, labels = (torch.from_numpy(array) for array in train)
-    rows = split([str(i) for i in range(len(labels))], train[1], val_fraction, None)[:2]
+    rows = split([str(i) for i in range(len(labels))], train[1], val_fraction, None, path)[:2]
     parts = [Part(images[r], labels[r]) for r in rows]
     return Splits(name, classes, *parts, Part(*map(torch.from_numpy, test)), pad=max(1, images.shape[-1] // 8), flip=flip)
 
