@@ -3,6 +3,7 @@
 import torch
 
 import rse_fast
+from rse_fast.ensemble.convolution import byte_forms
 from rse_fast.ensemble.quantize import weight_bits
 from rse_fast.ensemble.runner import has_bfloat16
 
@@ -25,12 +26,13 @@ def speed() -> tuple[list[Row], list[dict]]:
     noisy = rse_fast.convert(networks.plain("VGG16", device()), *SIGMAS)
     bfloat16 = has_bfloat16(device())
     dtypes = ["int8", *(["bfloat16"] if bfloat16 else []), calm]
+    of_bytes, direct = bool(byte_forms()), "rse_fast int8, direct convolutions"
     want = rse_fast.Ensemble(noisy, 10, seed=1, dtype=calm).predict(x).probs
     other = rse_fast.Ensemble(noisy, 10, seed=2, dtype=calm).predict(x).probs
 
-    def build(dtype):
+    def build(dtype, algorithm="auto"):
         calibration = networks.images(64, 32, device()) if dtype == "int8" else None
-        ensemble = rse_fast.Ensemble(noisy, 10, seed=1, dtype=dtype, calibration=calibration)
+        ensemble = rse_fast.Ensemble(noisy, 10, seed=1, dtype=dtype, calibration=calibration, algorithm=algorithm)
         return lambda: ensemble.predict(x).probs
 
     def check(name, probs, _):
@@ -38,11 +40,14 @@ def speed() -> tuple[list[Row], list[dict]]:
             raise Refused(f"its mean softmax is off by {off:.3g} from float32 with the same noise, other noise makes {most:.3g}")
 
     builders = {f"rse_fast {dtype}": lambda dtype=dtype: build(dtype) for dtype in dtypes}
+    builders[direct] = lambda: build("int8", "direct")
     rows, rates = compare("int8", case, "images", "images/s", 16, builders, check, seconds=4, rounds=15, least=3)
     byte = rates["rse_fast int8"]
     return rows, [
         target("int8", case, "int8 against our bfloat16 engine", ratio(byte, rates.get("rse_fast bfloat16")), 1.6, "x",
                needs="" if bfloat16 else "a processor that computes in bfloat16"),
+        target("int8", case, "int8 against int8 with direct convolutions", ratio(byte, rates.get(direct)), 1.4, "x",
+               needs="" if of_bytes else "a processor with AVX-512 VNNI and BF16"),
     ]  # fmt: skip
 
 

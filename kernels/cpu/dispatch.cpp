@@ -53,7 +53,7 @@ const std::vector<Entry>& entries() {
         (void)avx512;
 #endif
 #ifdef RSE_HAVE_AVX512BF16
-        const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+        const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
         list.push_back({"avx512bf16", add_noise_avx512bf16, sample_avx512bf16, winograd_avx512bf16, avx512bf16});
 #endif
 #ifdef RSE_HAVE_AVX512
@@ -133,7 +133,7 @@ thread_local Workspace workspace;
 }  // namespace
 }  // namespace rse
 
-RSE_EXPORT int rse_abi_version(void) { return 6; }
+RSE_EXPORT int rse_abi_version(void) { return 7; }
 
 RSE_EXPORT const char* rse_units(void) {
     static const std::string names = [] {
@@ -204,18 +204,18 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype,
 
 // y [draws * images, outputs, h + 2 padding - 2, w + 2 padding - 2] = act(conv3x3(z) + bias + residual), where z [draws * images, channels,
 // h, w] is what rse_add_noise makes of x [rows, channels, height, width], unrounded, and (h, w) is (height, width), with `pool` its half;
-// all channels last. sigma null: no noise, and the seed is not read. weight: see Convolution, in `products` (0 float32, 1 bfloat16).
-// `block`: tiles at a time, 0 for as many as are best. y, residual and clean have x's dtype (0 float32, 1 bfloat16). Returns 0, 1 when out
-// of memory, or 2 for what the active unit does not compute.
+// all channels last. sigma null: no noise, and the seed is not read. weight and units: see Convolution, in `products` (0 float32,
+// 1 bfloat16, 3 int8; the others do not read `units`). `block`: tiles at a time, 0 for as many as are best. y, residual and clean have x's
+// dtype (0 float32, 1 bfloat16). Returns 0, 1 when out of memory, or 2 for what the active unit does not compute.
 RSE_EXPORT int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, int64_t rows, int64_t images, int64_t draws,
                             const int64_t* seed, uint32_t stream, uint32_t image_offset, uint32_t draw_offset,
                             const int64_t* sample_ids, int64_t channels, int64_t height, int64_t width, int32_t pool, const float* sigma,
                             int64_t sigma_count, const float* scale, const float* shift, int32_t relu_in, const void* weight,
-                            int32_t products, int64_t form, int64_t outputs, int64_t padding,
+                            int32_t products, const float* units, int64_t form, int64_t outputs, int64_t padding,
                             const float* bias, const void* residual, int32_t relu, int64_t block, int32_t threads) {
     using namespace rse;
     const bool hardware = !std::strcmp(current().name, "avx512bf16");
-    if (dtype < 0 || dtype > 1 || products < 0 || products > int32_t(hardware) || (form != 2 && form != 4)) return 2;
+    if (dtype < 0 || dtype > 1 || (products == 3 ? !hardware : products < 0 || products > int32_t(hardware)) || (form != 2 && form != 4)) return 2;
     try {
         const std::vector<float> s = periodic(sigma, sigma_count, channels, 0.0f, 1), a = periodic(scale, channels, channels, 1.0f, 1),
                                  b = periodic(shift, channels, channels, 0.0f, 1);
@@ -234,7 +234,7 @@ RSE_EXPORT int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, 
         c.height = pool ? height / 2 : height, c.width = pool ? width / 2 : width;
         t.spatial = c.height * c.width;
         c.padding = padding, c.outputs = outputs, c.form = form;
-        c.weight = weight, c.products = Dtype(products), c.bias = d.data(), c.residual = residual, c.relu = relu != 0, c.y = y;
+        c.weight = weight, c.products = Dtype(products), c.units = units, c.bias = d.data(), c.residual = residual, c.relu = relu != 0, c.y = y;
         const int64_t lines = images * draws * tiles_down(c), work = tiles_across(c) * (form + 2) * (form + 2) * channels * outputs;
         c.block = min(block ? block : kBlock, lines * tiles_across(c));
         constexpr int64_t kGrain = 1 << 19;  // multiplications worth waking a thread for: 5 to 20 microseconds

@@ -59,20 +59,46 @@ constexpr int kMost = 6;
 constexpr int kMost = 4;
 #endif
 
-// What is multiplied: a float, or two bfloat16 of neighbouring channels.
+// What is multiplied: a float, or two bfloat16 or four bytes of neighbouring channels. The rows of a position's weights begin behind
+// kHeader others, which are a sum's beginning and what turns it into a float.
 struct Floats {
     using Element = float;
-    static constexpr int kPair = 1;
-    static RSE_INLINE void store_channels(float* p, vf v) { put(p, v); }
+    using Sum = vf;
+    static constexpr int kPair = 1, kHeader = 0;
+    static RSE_INLINE void store_channels(float* p, vf v, vf, const float*) { put(p, v); }
+    static RSE_INLINE vf begin(const float*, int) { return vf{}; }
+    static RSE_INLINE vf end(const float*, int, vf sum) { return sum; }
     static RSE_INLINE vf multiply(const float* a, const float* u, vf sum) { return madd(splat(*a), read<vf>(u), sum); }
 };
 #if defined(__AVX512BF16__)
 struct Bfloats {
     using Element = uint16_t;
-    static constexpr int kPair = 2;
-    static RSE_INLINE void store_channels(uint16_t* p, vf v) { put(p, to_bf16(v)); }
+    using Sum = vf;
+    static constexpr int kPair = 2, kHeader = 0;
+    static RSE_INLINE void store_channels(uint16_t* p, vf v, vf, const float*) { put(p, to_bf16(v)); }
+    static RSE_INLINE vf begin(const uint16_t*, int) { return vf{}; }
+    static RSE_INLINE vf end(const uint16_t*, int, vf sum) { return sum; }
     static RSE_INLINE vf multiply(const uint16_t* a, const uint16_t* u, vf sum) {
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(read<int32_t>(a)), read<__m512bh>(u));
+    }
+};
+#endif
+#if defined(__AVX512VNNI__)
+// Unsigned bytes times signed ones: a sum begins at what the bytes' zero point makes of its column of weights.
+struct Bytes {
+    using Element = uint8_t;
+    using Sum = vi;
+    static constexpr int kPair = 4, kHeader = 2;
+    static RSE_INLINE void store_channels(uint8_t* p, vf v, vf factor, const float* unit) {
+        const __m512 scaled = _mm512_fmadd_ps((__m512)(v * factor), _mm512_set1_ps(unit[0]), _mm512_set1_ps(unit[1]));
+        put(p, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(_mm512_max_ps(scaled, _mm512_setzero_ps()))));
+    }
+    static RSE_INLINE vi begin(const uint8_t* header, int column) { return read<vi>(header + 4 * column); }
+    static RSE_INLINE vi multiply(const uint8_t* a, const uint8_t* u, vi sum) {
+        return (vi)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(read<int32_t>(a)), read<__m512i>(u));
+    }
+    static RSE_INLINE vf end(const uint8_t* header, int column, vi sum) {
+        return __builtin_convertvector(sum, vf) * read<vf>(header + 4 * (kColumns + column));
     }
 };
 #endif
@@ -83,7 +109,11 @@ template <typename P> using E = typename P::Element;
 // grouped.
 template <typename P, int kTiles>
 __attribute__((noinline)) void multiply(const E<P>* a, int64_t stride, const E<P>* u, int64_t steps, float* out) {
-    vf sum[kTiles][2] = {};
+    const E<P>* const header = u;
+    typename P::Sum sum[kTiles][2];
+#pragma GCC unroll 14
+    for (int i = 0; i < kTiles; ++i) sum[i][0] = P::begin(header, 0), sum[i][1] = P::begin(header, kLanes);
+    u += P::kHeader * P::kPair * kColumns;
     for (int64_t k = 0; k < steps; ++k, a += P::kPair, u += P::kPair * kColumns) {
 #pragma GCC unroll 14
         for (int i = 0; i < kTiles; ++i) {
@@ -92,7 +122,8 @@ __attribute__((noinline)) void multiply(const E<P>* a, int64_t stride, const E<P
         }
     }
 #pragma GCC unroll 14
-    for (int i = 0; i < kTiles; ++i) put(out + i * kColumns, sum[i][0]), put(out + i * kColumns + kLanes, sum[i][1]);
+    for (int i = 0; i < kTiles; ++i)
+        put(out + i * kColumns, P::end(header, 0, sum[i][0])), put(out + i * kColumns + kLanes, P::end(header, kLanes, sum[i][1]));
 }
 
 template <typename P, int kTiles = kMost>
@@ -118,12 +149,13 @@ RSE_INLINE void transform_input(const Convolution& c, const Places& at, const fl
             for (int i = 0; i < kSide; ++i) part[i][j] = t[i];
         }
         auto* to = reinterpret_cast<typename P::Element*>(work + at.input) + n * at.tile + k;
+        const vf factor = P::kHeader ? read<vf>(c.units + 2 * kSide * kSide + k) : vf{};
 #pragma GCC unroll 6
         for (int i = 0; i < kSide; ++i) {
             vf t[kSide];
             Transform<kForm>::input(part[i], t);
 #pragma GCC unroll 6
-            for (int j = 0; j < kSide; ++j, to += at.transformed) P::store_channels(to, t[j]);
+            for (int j = 0; j < kSide; ++j, to += at.transformed) P::store_channels(to, t[j], factor, P::kHeader ? c.units + 2 * (i * kSide + j) : nullptr);
         }
     }
 }
@@ -178,7 +210,7 @@ template <Dtype D, int kForm, typename P> void convolve(const Convolution& c, fl
     using Element = typename P::Element;
     const Task& t = c.source;
     const Places at = places(c);
-    const int64_t across = tiles_across(c), down = tiles_down(c), channels = 4 * groups(t), steps = ceil_div(t.channels, P::kPair);
+    const int64_t across = tiles_across(c), down = tiles_down(c), channels = 4 * groups(t), steps = ceil_div(t.channels, P::kPair), rows = P::kHeader + steps;
     const int64_t area = (c.height + 2 * c.padding - 2) * (c.width + 2 * c.padding - 2);
     // An image is read for all its draws while it is near.
     const auto row_of = [&](int64_t image) { return image % t.draws * t.images + image / t.draws; };
@@ -212,8 +244,8 @@ template <Dtype D, int kForm, typename P> void convolve(const Convolution& c, fl
         }
         const int64_t panels = ceil_div(n, kMost);
         for (int64_t first = 0; first < c.outputs; first += kColumns) {
-            const Element* u = static_cast<const Element*>(c.weight) + first * kSide * kSide * steps * P::kPair;
-            for (int p = 0; p < kSide * kSide; ++p, u += steps * P::kPair * kColumns) {
+            const Element* u = static_cast<const Element*>(c.weight) + first * kSide * kSide * rows * P::kPair;
+            for (int p = 0; p < kSide * kSide; ++p, u += rows * P::kPair * kColumns) {
                 const Element* a = reinterpret_cast<const Element*>(work + at.input) + p * at.transformed;
                 float* const out = work + at.output + p * at.product;
                 for (int64_t i = 0; i < panels; ++i) {
@@ -232,6 +264,10 @@ template <Dtype D, int kForm, typename P> void convolve(const Convolution& c, fl
 }
 
 template <Dtype D> void convolve_dtype(const Convolution& c, float* work, int64_t begin, int64_t end) {
+#if defined(__AVX512VNNI__)
+    if (c.products == Dtype::u8)
+        return c.form == 4 ? convolve<D, 4, Bytes>(c, work, begin, end) : convolve<D, 2, Bytes>(c, work, begin, end);
+#endif
 #if defined(__AVX512BF16__)
     if (c.products == Dtype::bf16)
         return c.form == 4 ? convolve<D, 4, Bfloats>(c, work, begin, end) : convolve<D, 2, Bfloats>(c, work, begin, end);

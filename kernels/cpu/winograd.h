@@ -11,7 +11,10 @@ struct Convolution {
     int64_t height, width, padding, outputs;  // of the convolution's input: behind the pool. Padding gets no noise
     int64_t form;    // 4 for F(4x4, 3x3), 2 for F(2x2, 3x3)
     const void* weight;  // [outputs / kColumns, form + 2, form + 2, channels, kColumns], the last block filled up with zeros; in bfloat16
-    Dtype products;      // channels go in pairs: [..., channels / 2, kColumns, 2]
+    Dtype products;      // channels go in pairs: [..., channels / 2, kColumns, 2]; in bytes in fours, behind two rows of headers, see Bytes
+    // Of bytes: pairs (a, b) of the form + 2 squared positions, then a factor f of each channel, filled up to whole vectors of kWidest. A
+    // transformed value t is the byte of rint(t * f * a + b).
+    const float* units;
     const float* bias;   // filled up to whole blocks of kColumns
     const void* residual;  // null, or as y
     bool relu;

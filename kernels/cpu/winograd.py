@@ -8,12 +8,13 @@ import torch
 from .loader import load
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+PRODUCTS = {**DTYPES, torch.int8: 3}  # by the weight's dtype; of bytes
 COLUMNS = 32  # outputs that are computed at a time; kColumns of winograd.h
 
 _pointer, _i32, _i64, _u32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
 _SIGNATURE = (
     *[_pointer] * 3, _i32, *[_i64] * 3, _pointer, *[_u32] * 3, _pointer, *[_i64] * 3, _i32, _pointer, _i64, _pointer, _pointer, _i32,
-    _pointer, _i32, *[_i64] * 3, _pointer, _pointer, _i32, _i64, _i32,
+    _pointer, _i32, _pointer, *[_i64] * 3, _pointer, _pointer, _i32, _i64, _i32,
 )  # fmt: skip
 
 # Points at which F(m x m, 3x3) evaluates polynomials, beside infinity: those of winograd.cpp.
@@ -25,6 +26,26 @@ def filter_matrix(tile: int) -> torch.Tensor:
     points = _POINTS[tile]
     rows = [[p**i / math.prod(p - q for q in points if q != p) for i in range(3)] for p in points]
     return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+def input_matrix(tile: int) -> torch.Tensor:
+    """B^T [tile + 2, tile + 2] in float64: a tile d of the input becomes ``B^T d B``. Row i is Lagrange's polynomial of point i, scaled."""
+    points = _POINTS[tile]
+    rows = torch.zeros(tile + 2, tile + 2, dtype=torch.float64)
+    for row, others in zip(rows, [*([q for q in points if q != p] for p in points), points], strict=True):
+        row[0] = 1
+        for q in others:  # times (x - q)
+            row.copy_(row.roll(1) - q * row)
+    return rows
+
+
+def transform_input(z: torch.Tensor, tile: int, padding: int) -> torch.Tensor:
+    """``B^T d B`` of all tiles of z [N, C, H, W], by torch's operations: [(tile + 2)^2, tiles, C]."""
+    matrix, sides = input_matrix(tile).to(z.dtype), [side + 2 * padding - 2 for side in z.shape[2:]]
+    down, across = (-side % tile for side in sides)
+    z = torch.nn.functional.pad(z, (padding, padding + across, padding, padding + down))
+    d = z.unfold(2, tile + 2, tile).unfold(3, tile + 2, tile)  # [N, C, down, across, tile + 2, tile + 2]
+    return torch.einsum("pi,nctsij,qj->pqntsc", matrix, d, matrix).flatten(2, 4).flatten(0, 1)
 
 
 def transform_weight(weight: torch.Tensor, tile: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -50,13 +71,48 @@ def transform_weight(weight: torch.Tensor, tile: int, dtype: torch.dtype = torch
     return u if pair == 2 else u.squeeze(-1)
 
 
+def transformed_weight(weight: torch.Tensor, tile: int) -> torch.Tensor:
+    """``G w G^T`` in float64, [(tile + 2)^2, outputs, inputs]."""
+    both = torch.kron(*[filter_matrix(tile)] * 2)
+    return torch.einsum("pk,oik->poi", both, weight.detach().cpu().double().flatten(2))
+
+
+def pack_bytes(weight: torch.Tensor, steps: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """A transformed weight in bytes as `convolution` reads it, where the active unit is "avx512bf16".
+
+    Args:
+        weight: int8 [(tile + 2)^2, outputs, inputs].
+        steps: float32 [(tile + 2)^2, outputs], what 1 in a product stands for: the weight's step times the input's.
+        zeros: [(tile + 2)^2], the byte that stands for 0 in the input.
+
+    Returns:
+        int8 [ceil(outputs / COLUMNS), tile + 2, tile + 2, 2 + ceil(inputs / 4), COLUMNS, 4], filled up with zeros. The first two rows
+        hold int32 and float32: where sums begin, and ``steps``.
+    """
+    positions, outputs, inputs = weight.shape
+    begins = -weight.sum(2, dtype=torch.int32) * zeros.int()[:, None]
+    blocks = lambda t: torch.nn.functional.pad(t, (0, -outputs % COLUMNS)).reshape(positions, -1, COLUMNS, 1).transpose(0, 1)  # noqa: E731
+    quads = torch.nn.functional.pad(weight, (0, -inputs % 4, 0, -outputs % COLUMNS)).reshape(positions, -1, COLUMNS, -(-inputs // 4), 4)
+    header = [blocks(t).contiguous().view(torch.int8)[:, :, None] for t in (begins, steps.float())]
+    side = math.isqrt(positions)
+    return torch.cat([*header, quads.permute(1, 0, 3, 2, 4)], 2).unflatten(1, (side, side)).contiguous()
+
+
+def pack_units(steps: torch.Tensor, zeros: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """What makes bytes of a transformed input t, as `convolution` reads it: ``saturate(rint(t * factors / steps + zeros))``.
+
+    steps, zeros: [(tile + 2)^2]. factors: [inputs]; a transformed weight is divided by them before it is rounded.
+    """
+    return torch.cat([torch.stack([1 / steps, zeros], 1).flatten(), factors, factors.new_zeros(-len(factors) % 16)]).float()
+
+
 def turned(weight: torch.Tensor) -> torch.Tensor:
     """The weight that makes the gradient of the input out of that of the output, with padding ``2 - padding``: [inputs, outputs, 3, 3]."""
     return weight.transpose(0, 1).flip(2, 3)
 
 
 def convolution(
-    x, weight, out, padding=1, *, bias=None, residual=None, relu=False,
+    x, weight, out, padding=1, *, units=None, bias=None, residual=None, relu=False,
     at=None, sigma=None, scale=None, shift=None, relu_in=False, pool=False, clean=None, block=0,
 ) -> None:  # fmt: skip
     """Fills ``out`` with ``act(conv3x3(z) + bias + residual)``, ``z = maxpool?(act(x * scale + shift)) + sigma * eps``, never stored.
@@ -65,10 +121,11 @@ def convolution(
 
     Args:
         x: [at.images or at.images * at.draws, inputs, H, W], float32 or bfloat16. All maps are channels last and dense.
-        weight: what `transform_weight` gave; it says which tile and in which dtype products are.
+        weight: what `transform_weight` or `pack_bytes` gave; it says which tile and in which dtype products are.
         out: [at.images * at.draws, outputs, h + 2 * padding - 2, w + 2 * padding - 2], dtype of x, (h, w) being (H, W), with ``pool``
             its half. Row ``d * images + i`` is draw d of image i.
         padding: 0, 1 or 2.
+        units: what `pack_units` gave, for a weight in bytes.
         bias: float32 [outputs] or None.
         residual: as out, or None; may be out itself.
         relu: whether a ReLU ends it.
@@ -99,8 +156,8 @@ def convolution(
     failed = function(
         x.data_ptr(), out.data_ptr(), pointer(clean), DTYPES[x.dtype], rows, *place, inputs, height, width, pool,
         pointer(sigma), 0 if sigma is None else sigma.numel(), pointer(scale), pointer(shift), relu_in,
-        weight.data_ptr(), DTYPES[weight.dtype], weight.shape[1] - 2, out.shape[1], padding, pointer(bias), pointer(residual), relu,
-        block, torch.get_num_threads(),
+        weight.data_ptr(), PRODUCTS[weight.dtype], pointer(units), weight.shape[1] - 2, out.shape[1], padding, pointer(bias),
+        pointer(residual), relu, block, torch.get_num_threads(),
     )  # fmt: skip
     if failed == 2:
         unit = library.handle.rse_active_unit().decode()

@@ -2,10 +2,12 @@
 
 Both compute the same function: they differ by rounding. Which is faster depends on the layer and the processor, so it is measured, once
 a process for each shape of layer. The measurement is of a full packed batch, whatever a call brings, so that neither rows nor chunks nor
-the order of calls enter the choice: a snapshot computes one function, and one that is taken anew the same one.
+the order of calls enter the choice: a snapshot computes one function, and one that is taken anew the same one. In int8, where the two
+differ by more, `rse_fast.ensemble.quantize` chooses, among what its limit allows and by the same measurement.
 """
 
 import contextlib
+import functools
 import math
 import threading
 import time
@@ -54,6 +56,14 @@ def forms(dtype: torch.dtype) -> list[Form]:
     return [Form(2, torch.float32), Form(4, torch.float32), *narrow]
 
 
+def byte_forms() -> list[Form]:
+    """Forms with products in int8: where the unit "avx512bf16" runs, which has AVX-512 VNNI as well.
+
+    F(4x4) is not among them: its error is 2.7 times that of F(2x2), and most of it stays when draws are averaged.
+    """
+    return [Form(2, torch.int8)] if cpu.load().unit == "avx512bf16" else []
+
+
 def obstacle(layer: nn.Conv2d) -> str | None:
     """What keeps a convolution from being run by Winograd's algorithm, or None."""
     wanted = {"kernel_size": [(3, 3)], "stride": [(1, 1)], "dilation": [(1, 1)], "groups": [1], "padding": [(0, 0), (1, 1)]}
@@ -84,8 +94,8 @@ def check(model: nn.Module, algorithm: str, dtype: torch.dtype | None, fuse: boo
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if not fuse:
         raise refusal("fuse=False runs the model itself")
-    if int8:
-        raise refusal("there is none in int8")
+    if int8 and not byte_forms():
+        raise refusal("in int8 there is one for processors with AVX-512 VNNI and BF16 alone")
     if (problem := unavailable(dtype or torch.float32, device, backend)) is not None:
         raise refusal(problem)
     if all(obstacle(m) for m in model.modules() if isinstance(m, nn.Conv2d)):
@@ -105,12 +115,16 @@ class Winograd:
 
     def __init__(self, fused: FusedConv, form: Form, weight: torch.Tensor | None = None):
         """weight: as the kernel reads it, None to make it of the layer's."""
-        self.layer, self.activation, self.form = fused.layer, fused.activation, form  # not fused, which holds this
-        self.rectified, self.overwrites = fused.rectified, fused.overwrites
+        self.layer, self.form = fused.layer, form  # not fused, which holds this
+        self.follow(fused)
         self.padding, bias = fused.layer.padding[0], fused.layer.bias
         self.weight = winograd.transform_weight(fused.layer.weight, *form) if weight is None else weight
-        self.bias = None if bias is None else bias.float()
+        self.bias, self.units = None if bias is None else bias.float(), None
         self._turned = None
+
+    def follow(self, fused: FusedConv) -> None:
+        """Takes over what stands around the convolution."""
+        self.activation, self.rectified, self.overwrites = fused.activation, fused.rectified, fused.overwrites
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether x can be run: what watches torch's ops, or transforms them, does not know the kernel."""
@@ -155,8 +169,9 @@ class Winograd:
         if self.activation is not None and self.activation.clean_output:
             clean = _map(x, *x.shape[:2], *(side // (2 if activation.pool else 1) for side in x.shape[2:]))
         winograd.convolution(
-            x, self.weight, out, self.padding, bias=self.bias, residual=residual, relu=relu, at=at, sigma=sigma, clean=clean, **before
-        )
+            x, self.weight, out, self.padding, units=self.units, bias=self.bias, residual=residual, relu=relu, at=at, sigma=sigma,
+            clean=clean, **before,
+        )  # fmt: skip
         return out if clean is None else (out, clean)
 
     def gradient(self, g, g_clean, x, shape):
@@ -204,7 +219,7 @@ class _Convolution(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the choice
-_seconds: dict[tuple, dict[Form | None, float]] = {}  # what one run took by form, None being direct; by layer, see `_measured`
+_seconds: dict[tuple, dict[Form | None, float]] = {}  # what one run took by form, None being direct; by layer, see `seconds_of`
 _lock = threading.Lock()  # measured one after the other: two at a time would disturb each other
 
 
@@ -264,40 +279,61 @@ def _shapes(convolutions, run) -> dict[FusedConv, torch.Size]:
 def _measured(fused: FusedConv, shape, rows: int, candidates) -> tuple[int, dict[Form | None, float]]:
     """(rows, seconds of the direct convolution and of ``candidates`` with that many), by looking it up where a layer like it was timed."""
     layer, activation = fused.layer, fused.activation
-    work = 9 * math.prod(shape) * layer.out_channels // (4 if activation is not None and activation.pool else 1)
-    rows = max(1, min(rows, int(_MOST_WORK / work)))
+    rows = timed_rows(layer, shape, rows, 4 if activation is not None and activation.pool else 1)
     before = None if activation is None else (activation.pool, activation.scale is not None, activation.alone, activation.clean_output)
     noisy = getattr(layer, "noise_enabled", False)
-    key = cpu.load().unit, layer.weight.dtype, tuple(shape), layer.out_channels, layer.padding, before, noisy, rows
+    x = functools.cache(lambda: normal(layer.weight, rows, *shape))
+
+    def make(form):
+        algorithm = None
+        if form is not None:  # the values of the weights do not matter
+            like = winograd.transform_weight(layer.weight[:1], *form)
+            panels = -(-layer.out_channels // winograd.COLUMNS)
+            algorithm = Winograd(fused, form, like.expand(panels, *like.shape[1:]).contiguous())
+
+        def run():
+            kept, fused.winograd = fused.winograd, algorithm
+            try:
+                fused.forward(x())
+            finally:
+                fused.winograd = kept
+
+        return run
+
+    key = layer.weight.dtype, tuple(shape), layer.out_channels, layer.padding, before, noisy
+    return rows, seconds_of(key, rows, {form: functools.partial(make, form) for form in (None, *candidates)})
+
+
+def timed_rows(layer: nn.Conv2d, shape, rows: int, pooled: int = 1) -> int:
+    """Of ``rows`` [*shape], pooled to one of so many values, as many as are worth timing a layer with."""
+    return max(1, min(rows, int(_MOST_WORK / (9 * math.prod(shape) * layer.out_channels // pooled))))
+
+
+def normal(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Normal numbers, channels last, in the dtype of ``like``. Torch's generator is the caller's, and stays where it is."""
+    return _map(like, *shape).normal_(generator=torch.Generator(like.device).manual_seed(0))
+
+
+def seconds_of(key: tuple, rows: int, makers: dict[Form | None, Callable[[], Callable[[], object]]]) -> dict[Form | None, float]:
+    """What one run takes by form, None being direct. Looked up where a layer of the same ``key`` was timed with so many rows; else each
+    maker gives what runs it."""
     with _lock:
-        known = _seconds.setdefault(key, {})
-        if missing := [form for form in (None, *candidates) if form not in known]:
-            known.update(_time(fused, shape, rows, missing))
-        return rows, dict(known)
+        known = _seconds.setdefault((cpu.load().unit, *key, rows), {})
+        if missing := [form for form in makers if form not in known]:
+            known.update(_time({form: makers[form]() for form in missing}, rows))
+        return dict(known)
 
 
 @torch.no_grad()
-def _time(fused, shape, rows, candidates) -> dict[Form | None, float]:
-    """Least seconds of processor time of a few runs in turns: what other processes take of a core is not counted. The values of the weights
-    do not matter."""
-    layer, seconds, kept = fused.layer, {}, fused.winograd
-    x = _map(layer.weight, rows, *shape)
-    x.normal_(generator=torch.Generator(x.device).manual_seed(0))  # torch's own is the caller's, and stays where it is
-    algorithms = {}
-    for form in candidates:
-        like = form and winograd.transform_weight(layer.weight[:1], *form)
-        panels = -(-layer.out_channels // winograd.COLUMNS)
-        algorithms[form] = form and Winograd(fused, form, like.expand(panels, *like.shape[1:]).contiguous())
-    try:
-        for number in range(_ROUNDS):
-            for form, algorithm in algorithms.items():
-                fused.winograd = algorithm
-                with NoiseContext(torch.zeros((), dtype=torch.int64, device="cpu"), rows):
-                    if not number:  # makes primitives, maps memory, reads weights for the first time
-                        fused.forward(x)
-                    begin = time.process_time()
-                    fused.forward(x)
-                    seconds[form] = min(seconds.get(form, math.inf), time.process_time() - begin)
-    finally:
-        fused.winograd = kept
+def _time(runs: dict[Form | None, Callable[[], object]], rows: int) -> dict[Form | None, float]:
+    """Least seconds of processor time of a few runs in turns: what other processes take of a core is not counted."""
+    seconds = dict.fromkeys(runs, math.inf)
+    for number in range(_ROUNDS):
+        for form, run in runs.items():
+            with NoiseContext(torch.zeros((), dtype=torch.int64, device="cpu"), rows):
+                if not number:  # makes primitives, maps memory, reads weights for the first time
+                    run()
+                begin = time.process_time()
+                run()
+                seconds[form] = min(seconds[form], time.process_time() - begin)
     return seconds

@@ -177,10 +177,11 @@ class Preparation:
         report, problem, algorithms = None, None, {}
         if self.fuse:
             runner, problem, algorithms = self._fused(x, compute, noisy)
+            if self.calibration is not None:
+                report, chosen = self._to_int8(runner, x, compute)
+                algorithms = {**algorithms, **chosen}
             if self.algorithm == "winograd" and all(choice.algorithm == "direct" for choice in algorithms.values()):
                 raise convolution.refusal(problem or "; ".join(dict.fromkeys(choice.why for choice in algorithms.values())))
-            if self.calibration is not None:
-                report = self._to_int8(runner, x, compute)
         else:
             parameter = next(self.model.parameters(), None)
             try:
@@ -221,10 +222,10 @@ class Preparation:
         if problem is None:
             direct = self._why_direct(runner, x.device)
             # Forms of Winograd's algorithm: where the probe refuses them, those with products in float32, then none.
-            forms = [] if direct else convolution.forms(dtype)
+            forms = [] if direct or self.calibration is not None else convolution.forms(dtype)
             tried = [forms] + [t for t in ([form for form in forms if form.products == torch.float32], []) if t != forms]
             for forms in tried:
-                algorithms = self._choose(runner, x, forms, direct or problem)
+                algorithms = self._choose(runner, x, forms, direct or problem or "the rest of an int8 model is direct")
                 problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
                 if problem is None:
                     return runner, None, algorithms
@@ -233,8 +234,6 @@ class Preparation:
     def _why_direct(self, runner, device) -> str | None:
         if self.algorithm == "direct":
             return "as was asked for"
-        if self.calibration is not None:
-            return "the rest of an int8 model is direct"
         if runner.layout != torch.channels_last:
             return "the model wants contiguous maps"
         return convolution.unavailable(runner.dtype, device, self.backend)
@@ -246,7 +245,7 @@ class Preparation:
         rows = plan.SWEET_SPOT["cpu"]  # whatever a call finds better: the choice shall not depend on it
         return convolution.choose(runner.model, run, rows, self.algorithm, forms, why_none)
 
-    def _to_int8(self, runner, x, dtype) -> quantize.Report:
+    def _to_int8(self, runner, x, dtype) -> tuple[quantize.Report, dict[str, convolution.Choice]]:
         """Makes a runner of a fused snapshot run an int8 one; ``dtype`` is that of the layers that stay in floating point."""
         quantize.check_available(x.device)
         if x.shape[1:] != self.calibration[0].shape[1:]:
@@ -254,8 +253,9 @@ class Preparation:
             raise ValueError(f"calibration must have images of the shape of x, {wanted}, got {got}")
         names = list(noise_layers(self.model))
         if not isinstance(runner.model, torch.fx.GraphModule):
-            return quantize.Report({}, dict.fromkeys(names, "the model runs unfused"), quantize.weight_bits())
-        report = None
+            return quantize.Report({}, dict.fromkeys(names, "the model runs unfused"), quantize.weight_bits()), {}
+        report, fast, chosen = None, {}, {}
+        forms = [] if self._why_direct(runner, x.device) else convolution.byte_forms()
 
         def rewrite(graph):
             def run():
@@ -265,12 +265,16 @@ class Preparation:
                         graph(batch.contiguous(memory_format=torch.channels_last))
                     image_offset += len(batch)
 
-            nonlocal report
+            nonlocal report, fast, chosen
             with torch.no_grad():
-                report = quantize.quantize(graph, names, run, dtype)
+                report, fast, chosen = quantize.quantize(graph, names, run, dtype, forms, plan.SWEET_SPOT["cpu"], self.algorithm)
 
         runner.model, _ = fuse.snapshot(self.model, dtype, rewrite, x.shape[1:])
-        return report
+        for fused in runner.model.modules():
+            if isinstance(fused, fuse.FusedConv) and fused.layer in fast:
+                fused.winograd = fast[fused.layer]
+                fused.winograd.follow(fused)
+        return report, chosen
 
 
 def no_layers(model: nn.Module) -> str:

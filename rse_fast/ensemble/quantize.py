@@ -5,10 +5,17 @@ one step and zero point a tensor, chosen on calibration batches with the noise o
 The convolution is oneDNN's, and does a ReLU that alone reads it. Where the result goes to quantised layers only, directly or through
 max-pools, it stays in bytes; everything else, additions and concatenations among it, happens in the model's own dtype.
 
+On processors with AVX-512 VNNI a 3x3 convolution of stride 1 runs by Winograd's algorithm with products of bytes where that is faster: it
+reads and gives the higher precision, makes the noise in its input transform, and takes the transformed input to bytes, a step and a zero
+point for each position of a tile. Transformed noise is Gaussian too, and stays the dither. Activation, max-pool and additions around
+such a layer are merged as in floating point.
+
 Where the calibration shows that bytes would disturb a layer's output by more than `LIMIT` of what the layer's own noise does, it stays in
 the higher precision, and so does what cannot be quantised; the `Report` says which and why.
 """
 
+import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +25,10 @@ from torch import nn
 
 from rse_fast import autograd, functional
 from rse_fast.address import NoiseAddress
-from rse_fast.ensemble.fuse import has_hooks, is_relu, is_simple, pair, pools_2x2
+from rse_fast.ensemble import convolution
+from rse_fast.ensemble.convolution import Choice, Form, Winograd
+from rse_fast.ensemble.fuse import FusedConv, has_hooks, is_relu, is_simple, pair, pools_2x2
+from rse_fast.kernels.cpu import winograd
 from rse_fast.nn import NoiseLayer, NoisyConv2d, note_undefined
 
 # A layer is quantised where the root mean square of its error stays below this share of the standard deviation that its own noise gives
@@ -92,38 +102,56 @@ def weight_bits() -> int:
     return 8 if getattr(torch.cpu, "_is_vnni_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 7
 
 
-def quantize(model: torch.fx.GraphModule, names: Sequence[str], run: Callable[[], None], dtype: torch.dtype) -> Report:
+def quantize(
+    model: torch.fx.GraphModule,
+    names: Sequence[str],
+    run: Callable[[], None],
+    dtype: torch.dtype,
+    forms: Sequence[Form],
+    rows: int,
+    algorithm: str,
+) -> tuple[Report, dict[nn.Module, "QuantizedWinograd"], dict[str, Choice]]:
     """Quantises, in place, what it can of a traced model in float32, whose BatchNorms are folded as far as they can be.
 
-    names: of the noisy layers, by stream. run: runs the calibration batches through ``model``, with the noise on and the same noise at
-    every call; it is called twice. dtype: of the results that are no bytes.
+    Args:
+        names: of the noisy layers, by stream.
+        run: runs the calibration batches through ``model``, with the noise on and the same noise at every call; it is called twice.
+        dtype: of the results that are no bytes.
+        forms: of Winograd's algorithm with products of bytes, which a layer may run where they are faster than the direct one.
+        rows: of a full packed batch.
+        algorithm: "auto", or "winograd" for the fastest form of it wherever there is one.
+
+    Returns:
+        The report; what the layers that stay as they are in ``model`` shall run, once they are fused; what each layer runs, by name.
     """
     bits = weight_bits()
     layers, kept = _candidates(model, names)
-    observers = {node: _Observer(layer) for node, layer in layers.items()}
+    observers = {node: _Observer(layer, forms) for node, layer in layers.items()}
     _replace(model, observers)
     run()
-    quantized = {node: observers[node].quantized(bits) for node in layers}
-    comparisons = {node: _Comparison(conv) for node, conv in quantized.items()}
+    comparisons = {node: _Comparison(layer, observers[node], bits, rows, dtype, algorithm) for node, layer in layers.items()}
     _replace(model, comparisons)
     run()
-    errors = {node: comparison.relative_error() for node, comparison in comparisons.items()}
-    for node, error in errors.items():
-        name = names[layers[node].stream]
+    quantized, fast, errors, choices = {}, {}, {}, {}
+    for node, layer in layers.items():
+        name = names[layer.stream]
+        best, error, choice = comparisons[node].choose()
         if error > LIMIT:
             kept[name] = f"its error would be {error:.2f} of its own noise (limit {LIMIT})"
-            _replace(model, {node: layers[node]})
-            del quantized[node]
-        else:
-            quantized[node].bias += comparisons[node].bias()
-            quantized[node].output_dtype = dtype
+            _replace(model, {node: layer})
+            continue
+        errors[name], choices[name] = error, choice
+        (fast if isinstance(best, QuantizedWinograd) else quantized)[node] = best
+    for node, conv in fast.items():
+        conv.finite = _source(model, node) in {*quantized, *fast}
+        _replace(model, {node: layers[node]})
     _replace(model, quantized)
     _merge_relu(model, quantized)
     _merge_pools(model, quantized)
     _keep_bytes(model, {node: (conv, observers[node].output) for node, conv in quantized.items()})
     model.delete_all_unused_submodules()
     model.recompile()
-    return Report({names[layers[node].stream]: errors[node] for node in quantized}, kept, bits)
+    return Report(errors, kept, bits), {layers[node]: conv for node, conv in fast.items()}, choices
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the layer
@@ -168,9 +196,53 @@ class QuantizedConv(nn.Module):
         """Max-pool, noise and rounding in one pass."""
         return functional.add_noise_u8(x, sigma, *self.noisy, pool=self.pool, **self.units, **at._asdict(), backend=backend)
 
+    def noisy_convolution(self, x: torch.Tensor, sigma: torch.Tensor, at: NoiseAddress, backend: str) -> torch.Tensor:
+        return self.convolve(self.to_bytes(x, sigma, at, backend))
+
     def extra_repr(self):
         step, zero_point = self.noisy
         return f"input step={step:.4g}, zero_point={zero_point}, output={'float' if self.output is None else 'bytes'}"
+
+
+class QuantizedWinograd(Winograd):
+    """A noisy convolution by Winograd's algorithm, with the noise inside and products of bytes.
+
+    Bytes have a step and a zero point for each position of a transformed tile, weights a step for each position and output. ``finite``: x
+    comes from a layer that is quantised. Else rows with NaN are noted, and those with infinities, whose tiles would be NaN.
+    """
+
+    finite = False
+
+    def __init__(self, layer: NoisyConv2d, form: Form, weight: torch.Tensor, units: torch.Tensor):
+        super().__init__(FusedConv(layer, ""), form, weight)
+        self.units = units
+        self.bias = torch.zeros(layer.out_channels) if self.bias is None else self.bias.clone()
+
+    @classmethod
+    def calibrated(cls, layer: NoisyConv2d, form: Form, steps: torch.Tensor, zeros: torch.Tensor, factors: torch.Tensor):
+        """steps, zeros: of each position of the transformed input with its noise, whose channels are multiplied by ``factors``."""
+        weight = winograd.transformed_weight(layer.weight, form.tile).float() / factors
+        weight_steps = torch.stack([_weight_steps(position, 127) for position in weight])  # one by one: they fit into the cache
+        narrow = (weight / weight_steps[..., None]).round().clamp(-127, 127).to(torch.int8)
+        packed = winograd.pack_bytes(narrow, weight_steps * steps[:, None], zeros)
+        return cls(layer, form, packed, winograd.pack_units(steps, zeros, factors))
+
+    @classmethod
+    def blank(cls, layer: NoisyConv2d, form: Form):
+        """Of no use but to be timed."""
+        weight = torch.zeros((form.tile + 2) ** 2, *layer.weight.shape[:2], dtype=torch.int8)
+        steps, zeros = torch.ones(weight.shape[:2]), torch.zeros(len(weight))
+        units = winograd.pack_units(steps[:, 0], zeros, torch.ones(layer.in_channels))
+        return cls(layer, form, winograd.pack_bytes(weight, steps, zeros), units)
+
+    def __call__(self, x, residual=None):
+        check_no_gradient(x)
+        if not self.finite:
+            note_undefined(x - x)
+        return super().__call__(x, residual)
+
+    def noisy_convolution(self, x: torch.Tensor, sigma: torch.Tensor, at: NoiseAddress, backend: str) -> torch.Tensor:
+        return self.convolve(x, None, sigma.contiguous(), at)
 
 
 class BytesMaxPool(nn.Module):
@@ -202,13 +274,7 @@ def quantize_weight(weight: torch.Tensor, most: int, moments: torch.Tensor) -> t
     """
     groups, terms = moments.shape[:2]
     rest = weight.double().reshape(groups, -1, terms)
-    largest = rest.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    best, steps = torch.full_like(largest, math.inf), largest / most
-    for share in torch.linspace(0.6, 1.0, 21).tolist():
-        step = (share * largest / most)[..., None]
-        error = ((rest / step).round().clamp(-most, most) * step - rest).square().sum(-1)
-        best, steps = torch.minimum(best, error), torch.where(error < best, step[..., 0], steps)
-    steps = steps.float().double()
+    steps = _weight_steps(rest, most).float().double()
     # Damped as there, by a hundredth: few images give moments of low rank, in which rounding leaves negative eigenvalues.
     damped = moments + 0.01 * moments.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(terms, dtype=torch.float64)
     # Row k: how the inputs after k make up for an error at k, by the inverse covariance of what is not rounded yet.
@@ -223,6 +289,17 @@ def quantize_weight(weight: torch.Tensor, most: int, moments: torch.Tensor) -> t
             rest[..., k:last] -= errors[..., k - first, None] * pull[:, None, k, k:last]
         rest[..., last:] -= errors @ pull[:, first:last, last:]
     return quantized.to(torch.int8).reshape(weight.shape), steps.float().flatten()
+
+
+def _weight_steps(weight: torch.Tensor, most: int) -> torch.Tensor:
+    """Steps [...] of least square error of a weight [..., K] that is rounded to [-most, most]."""
+    largest = weight.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    best, steps = torch.full_like(largest, math.inf), largest / most
+    for share in torch.linspace(0.6, 1.0, 21).tolist():
+        step = (share * largest / most)[..., None]
+        error = ((weight / step).round().clamp(-most, most) * step - weight).square().sum(-1)
+        best, steps = torch.minimum(best, error), torch.where(error < best, step[..., 0], steps)
+    return steps
 
 
 # ------------------------------------------------------------------------------------------------------------------------ calibration
@@ -257,18 +334,56 @@ class _Range:
         return chosen
 
 
+class _Transformed:
+    """What is known of a layer's transformed noisy input: the largest magnitudes [positions, C], and a sample [positions, tiles, C]."""
+
+    def __init__(self, form: Form, padding: int):
+        self.form, self.padding, self.largest, self.samples = form, padding, 0.0, []
+
+    def add(self, x: torch.Tensor) -> None:
+        tiles = winograd.transform_input(x[: max(1, _PATCHES // x[0].numel())], self.form.tile, self.padding)
+        self.largest = tiles.abs().amax(1).clamp_min(self.largest)
+        count = max(1, _SAMPLES // (2 * tiles.shape[2]))
+        picked = torch.randperm(tiles.shape[1], generator=torch.Generator().manual_seed(0))[:count]  # a stride might meet borders alone
+        self.samples.append(tiles[:, picked])
+
+    def choose(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(steps, zero points, factors): the first two of least square error on the sample, for each position.
+
+        The factors bring channels half way, as logarithms go, to equal largest values: all the way would take from the weights what bytes
+        of the input win.
+        """
+        samples = torch.cat(self.samples, 1)
+        spread = samples.std((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+        factors = (self.largest / spread[:, None]).amax(0).clamp_min(1e-3).rsqrt()
+        samples = (samples * factors).flatten(1)
+        low, high = samples.amin(1).clamp_max(0), samples.amax(1).clamp_min(0)
+        best, steps, zeros = torch.full_like(low, math.inf), torch.ones_like(low), torch.zeros_like(low)
+        for share in torch.linspace(0.8, 1.0, 21).tolist():
+            step = (share * (high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+            zero = (-share * low / step).round()
+            error = samples - step[:, None] * ((samples / step[:, None] + zero[:, None]).round().clamp(0, 255) - zero[:, None])
+            power = error.square().mean(1)
+            better = power < best
+            best, steps, zeros = torch.minimum(best, power), torch.where(better, step, steps), torch.where(better, zero, zeros)
+        return steps, zeros, factors
+
+
 class _Observer(nn.Module):
     """The layer itself; the ranges of its noisy input and of its output; and the covariance of each output's inputs."""
 
-    def __init__(self, layer: NoisyConv2d):
+    def __init__(self, layer: NoisyConv2d, forms: list[Form]):
         super().__init__()
-        self.layer, self.noisy, self.output = layer, _Range(), _Range()
+        self.layer, self.noisy, self.output, self.shape = layer, _Range(), _Range(), None
         self.count, self.sum, self.products = 0, 0.0, 0.0
+        forms = [] if convolution.obstacle(layer) else forms
+        self.transformed = {form: _Transformed(form, layer.padding[0]) for form in forms}
 
     def forward(self, input):
         layer = self.layer
         noisy = layer.add_noise(input)
         y = layer._conv_forward(noisy, layer.weight, layer.bias)
+        self.shape = input.shape[1:]
         self.noisy.add(noisy)
         self.output.add(y)
         terms, positions = layer.weight[0].numel() * layer.groups, y[0, 0].numel()
@@ -278,42 +393,100 @@ class _Observer(nn.Module):
         patches = patches[:: 1 + len(patches) * terms // _PATCHES].movedim(1, 0)  # [groups, patches, terms]
         self.count += patches.shape[1]
         self.sum, self.products = self.sum + patches.double().sum(1), self.products + (patches.mT @ patches).double()
+        for transformed in self.transformed.values():
+            transformed.add(noisy)
         return y
 
-    def quantized(self, bits: int) -> "QuantizedConv":
+    def quantized(self, bits: int) -> QuantizedConv:
         mean = self.sum / self.count
         moments = self.products / self.count - mean[:, :, None] * mean[:, None, :]
         return QuantizedConv(self.layer, self.noisy.choose(), bits, moments)
 
 
 class _Comparison(nn.Module):
-    """The layer itself, and how its int8 form differs from it on the same input and noise."""
+    """The layer itself, and how its int8 forms differ from it on the same input and noise: the direct one (None), and what is faster."""
 
-    def __init__(self, quantized: QuantizedConv):
+    def __init__(self, layer: NoisyConv2d, seen: _Observer, bits: int, rows: int, dtype: torch.dtype, algorithm: str):
         super().__init__()
-        self.layer, self.quantized = quantized.layer, quantized
-        self.rows, self.mean, self.power = 0, 0.0, 0.0  # of float minus int8, per channel
+        self.layer, self.algorithm = layer, algorithm
+        direct = seen.quantized(bits)
+        direct.output_dtype = dtype
+        self.forms, self.seconds = {None: direct}, {}
+        if seen.transformed:
+            self.timed, self.seconds = _time(direct, seen.transformed, seen.shape, rows, dtype)
+        for form, transformed in seen.transformed.items():
+            if algorithm == "winograd" or self.seconds[form] < convolution.CLEARLY * self.seconds[None]:
+                self.forms[form] = QuantizedWinograd.calibrated(layer, form, *transformed.choose())
+        # Of float minus int8, per channel.
+        self.count, self.mean, self.power = 0, dict.fromkeys(self.forms, 0.0), dict.fromkeys(self.forms, 0.0)
 
     def forward(self, input):
         sigma, at, backend = self.layer.noise(input)
         y = self.layer._conv_forward(autograd.add_noise(input, sigma, at, backend=backend), self.layer.weight, self.layer.bias)
-        difference = (y - self.quantized.convolve(self.quantized.to_bytes(input, sigma, at, backend))).double()
-        self.rows += difference.numel() // difference.shape[1]
-        self.mean, self.power = self.mean + difference.sum((0, 2, 3)), self.power + difference.square().sum((0, 2, 3))
+        self.count += y.numel() // y.shape[1]
+        for form, conv in self.forms.items():
+            difference = (y - conv.noisy_convolution(input, sigma, at, backend)).double()
+            self.mean[form] = self.mean[form] + difference.sum((0, 2, 3))
+            self.power[form] = self.power[form] + difference.square().sum((0, 2, 3))
         return y
 
-    def bias(self) -> torch.Tensor:
-        return (self.mean / self.rows).float()
-
-    def relative_error(self) -> float:
+    def relative_errors(self) -> dict[Form | None, float]:
         """Root mean square of the difference, without its mean, over that of what the layer's own noise makes of its output."""
         layer, sigma = self.layer, self.layer.current_sigma().double()
         weight = layer.weight.detach().double().square().sum((2, 3))  # [Cout, Cin / groups]
         if sigma.dim():
             sigma = sigma.reshape(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)  # of each output's inputs
         noise = (weight * sigma.square()).sum(1)
-        error = self.power / self.rows - (self.mean / self.rows).square()
-        return float((error.clamp_min(0).mean() / noise.mean()).sqrt()) if noise.any() else math.inf
+        errors = {form: self.power[form] / self.count - (self.mean[form] / self.count).square() for form in self.forms}
+        return {form: float((e.clamp_min(0).mean() / noise.mean()).sqrt()) if noise.any() else math.inf for form, e in errors.items()}
+
+    def choose(self) -> "tuple[QuantizedConv | QuantizedWinograd, float, Choice]":
+        """(the fastest one whose error is within `LIMIT`, its error, what it is and why); with none, that of the least error."""
+        errors = self.relative_errors()
+        share = {form: f"{seconds / self.seconds[None]:.2f}" for form, seconds in self.seconds.items()}
+        allowed = [form for form, error in errors.items() if error <= LIMIT] or [min(errors, key=errors.get)]
+        if self.algorithm == "winograd" and any(allowed):
+            allowed = [form for form in allowed if form]
+        best = min(allowed, key=lambda form: self.seconds.get(form, 0.0))
+        conv = self.forms[best]
+        conv.bias += (self.mean[best] / self.count).float()
+        if best is not None:
+            return conv, errors[best], Choice(str(best), f"{share[best]} of the direct int8 one's time, at {self.timed} rows")
+        why = ["in int8", *filter(None, [convolution.obstacle(self.layer)])]
+        for form in filter(None, share):
+            if form in errors:
+                why.append(f"the error of {form} would be {errors[form]:.2f} of its own noise (limit {LIMIT})")
+            else:
+                why.append(f"{form} takes {share[form]} of its time, at {self.timed} rows")
+        return conv, errors[best], Choice("direct", "; ".join(why))
+
+
+def _time(direct: QuantizedConv, forms, shape, rows: int, dtype: torch.dtype) -> tuple[int, dict[Form | None, float]]:
+    """(rows, seconds that ``direct`` takes from bytes to bytes, and each form from ``dtype`` to ``dtype``, with so many)."""
+    layer, rows = direct.layer, convolution.timed_rows(direct.layer, shape, rows)
+    x = functools.cache(lambda: convolution.normal(torch.empty(0, dtype=dtype), rows, *shape))
+
+    def in_bytes():
+        conv = copy.copy(direct)
+        conv.reads(*conv.noisy)
+        conv.output, read = conv.noisy, x().mul(32).add_(128).clamp_(0, 255).to(torch.uint8)
+        return lambda: conv(read)
+
+    def by_winograd(form):
+        conv = QuantizedWinograd.blank(layer, form)
+        conv.finite = True
+        return lambda: conv(x())
+
+    makers = {None: in_bytes, **{form: functools.partial(by_winograd, form) for form in forms}}
+    return rows, convolution.seconds_of(("int8", dtype, tuple(shape), layer.out_channels, layer.padding), rows, makers)
+
+
+def _source(model, node) -> torch.fx.Node:
+    """Whose values a node reads, directly or through ReLUs and max-pools."""
+    source = node.args[0]
+    while is_relu(model, source) or source.op == "call_module" and _is_pool(model.get_submodule(source.target)):
+        source = source.args[0]
+    return source
 
 
 # -------------------------------------------------------------------------------------------------------------------------- the graph

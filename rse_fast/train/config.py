@@ -132,15 +132,15 @@ class Config:
         try:
             found = read_json(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"config: cannot read {str(path)!r}: {error}") from error
+            raise ValueError(f"config: cannot read {str(path)!r}: {str(error)[:300]}") from error
         names = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(found, dict) or not found.keys() <= names:
             unknown = sorted(found.keys() - names) if isinstance(found, dict) else type(found).__name__
-            raise ValueError(f"config: expected the fields of a training run in {str(path)!r}, got {unknown}")
+            raise ValueError(f"config: expected the fields of a training run in {str(path)!r}, got {str(unknown)[:300]}")
         try:
             return cls(**found)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{error} (in {str(path)!r})") from error
+            raise ValueError(f"{str(error)[:500]} (in {str(path)!r})") from error
 
 
 def _checked(f, value):

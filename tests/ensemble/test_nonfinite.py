@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import rse_fast
 from rse_fast import Ensemble
+from rse_fast.ensemble import convolution
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax, votes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -232,14 +233,17 @@ class Standardised(nn.Module):
         return self.rest(self.stem(flat)) if self.first else self.rest(self.stem(x) + 0 * flat.mean((1, 2, 3), keepdim=True))
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
 @pytest.mark.parametrize("early_exit", [None, "exact"])
 @pytest.mark.parametrize("first", [True, False])
-def test_int8_knows_nan(first, early_exit, rng):
+def test_int8_knows_nan(first, early_exit, algorithm, rng):
     """Bytes have no NaN, and the largest byte for an infinite pixel."""
+    if algorithm == "winograd" and not convolution.byte_forms():
+        pytest.skip("a processor without AVX-512 VNNI")
     torch.manual_seed(int(rng.integers(2**31)))
     model = rse_fast.convert(Standardised(first).eval(), 0.5, 0.5)
     x = torch.rand(6, 3, 8, 8)
-    ensemble = Ensemble(model, 20, dtype="int8", calibration=torch.rand(16, 3, 8, 8), early_exit=early_exit)
+    ensemble = Ensemble(model, 20, dtype="int8", calibration=torch.rand(16, 3, 8, 8), early_exit=early_exit, algorithm=algorithm)
     assert ensemble.quantization.quantized
     x[1, 0, 2, 3], x[2, 1, 0, 0], x[4] = math.nan, math.inf, 0.25
     with pytest.warns(RuntimeWarning, match="NaN for 3 of 6 images"):

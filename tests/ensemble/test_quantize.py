@@ -10,7 +10,7 @@ from torch import nn
 
 import rse_fast
 from rse_fast import data, reference
-from rse_fast.ensemble import quantize
+from rse_fast.ensemble import convolution, quantize
 from rse_fast.models import SmallNet
 from rse_fast.nn import NoiseContext, NoisyConv2d, noise_layers
 
@@ -19,6 +19,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def int8(model, calibration, draws=10, **options):
     return rse_fast.Ensemble(model, draws, dtype="int8", calibration=calibration, **options)
+
+
+def algorithms():
+    """Those that a processor may have in int8, by name; the test is skipped where it has no Winograd."""
+    without = pytest.mark.skipif(not convolution.byte_forms(), reason="a processor without AVX-512 VNNI")
+    return pytest.mark.parametrize("algorithm", ["direct", pytest.param("winograd", marks=without)])
 
 
 def identity(layer):
@@ -122,10 +128,24 @@ def test_steps_cover_the_values(rng):
 
 
 # -------------------------------------------------------------------------------------------------------------------------- the model
+OF_WINOGRAD = {"plain", "residual", "plain prefix", "bypass", "norm first", "smooth"}  # have a noisy 3x3 convolution of stride 1
+
+
+def in_bytes(choice):
+    return choice.algorithm.startswith("winograd") and choice.algorithm.endswith("products in int8")
+
+
+@algorithms()
 @pytest.mark.parametrize("name", NETS)
-def test_every_kind_of_network_agrees_with_float32_where_it_is_quantised(name, rng):
+def test_every_kind_of_network_agrees_with_float32_where_it_is_quantised(name, algorithm, rng):
     model, x = NETS[name](), torch.rand(6, 3, 10, 10)
-    ensemble = int8(model, [torch.rand(20, 3, 10, 10), torch.rand(7, 3, 10, 10)], seed=3)
+    ensemble = int8(model, [torch.rand(20, 3, 10, 10), torch.rand(7, 3, 10, 10)], seed=3, algorithm=algorithm)
+    if algorithm == "winograd" and name not in OF_WINOGRAD:
+        with pytest.raises(ValueError, match="algorithm must be 'auto' or 'direct' here, got 'winograd'"):
+            ensemble.predict(x)
+        return
+    if algorithm == "winograd":
+        assert ensemble.quantization and any(map(in_bytes, ensemble.algorithms.values()))
     if name == "not traceable":
         with pytest.warns(RuntimeWarning, match="unfused"):
             report = ensemble.quantization
@@ -143,7 +163,7 @@ def test_every_kind_of_network_agrees_with_float32_where_it_is_quantised(name, r
 
 def test_the_graph_keeps_bytes_between_layers_and_floats_where_they_are_needed(rng):
     model = NETS["plain"]()
-    ensemble = int8(model, torch.rand(32, 3, 10, 10), draws=3)
+    ensemble = int8(model, torch.rand(32, 3, 10, 10), draws=3, algorithm="direct")
     report = ensemble.quantization
     assert list(report.quantized) == ["0", "3", "7", "9"] and "no convolution" in report.kept["10.2"]
     assert str(report).startswith("int8: 4 of 5 layers") and f"{quantize.weight_bits()} bits" in str(report)
@@ -174,6 +194,32 @@ def test_layers_that_bytes_would_disturb_stay(rng, monkeypatch):
     assert int8(NETS["plain"](), calibration, seed=1, draws=2).rows(x) == 2 * plain.rows(x)
 
 
+@pytest.mark.skipif(not convolution.byte_forms(), reason="a processor without AVX-512 VNNI")
+def test_the_fastest_form_within_the_limit_runs(rng, monkeypatch):
+    model, calibration, (two,) = NETS["smooth"](), torch.rand(24, 3, 10, 10), convolution.byte_forms()
+
+    def chosen(seconds, limit=0.5):
+        monkeypatch.setattr(convolution, "_seconds", {})
+        monkeypatch.setattr(convolution, "_time", lambda runs, rows: {form: seconds[form] for form in runs})
+        monkeypatch.setattr(quantize, "LIMIT", limit)
+        ensemble = int8(model, calibration, draws=2)
+        return ensemble.quantization.quantized["3"], ensemble.algorithms["3"]
+
+    error, found = chosen({None: 1.0, two: 0.8})
+    assert found == (str(two), "0.80 of the direct int8 one's time, at 80 rows")
+    error_of_direct, found = chosen({None: 1.0, two: 0.98})
+    assert found == ("direct", f"in int8; {two} takes 0.98 of its time, at 80 rows") and error_of_direct < error
+    same, found = chosen({None: 1.0, two: 0.8}, math.sqrt(error_of_direct * error))
+    assert same == error_of_direct and found.algorithm == "direct" and f"the error of {two} would be {error:.2f}" in found.why
+
+
+def test_winograd_is_refused_in_int8_where_there_is_none(unit):
+    if convolution.byte_forms():
+        pytest.skip("it has it")
+    with pytest.raises(ValueError, match="algorithm must be 'auto' or 'direct' here.*AVX-512 VNNI"):
+        int8(NETS["plain"](), torch.rand(2, 3, 10, 10), algorithm="winograd")
+
+
 def test_noise_switched_off_layers_stay_and_the_model_is_left_alone(rng):
     model = NETS["plain"]()
     before = copy.deepcopy(model.state_dict())
@@ -187,10 +233,11 @@ def test_noise_switched_off_layers_stay_and_the_model_is_left_alone(rng):
     assert type(layers["3"]) is NoisyConv2d and layers["3"].noise_enabled
 
 
-def test_the_same_seed_gives_the_same_bits_and_chunks_change_nothing(rng):
+@algorithms()
+def test_the_same_seed_gives_the_same_bits_and_chunks_change_nothing(algorithm, rng):
     model, x = NETS["residual"](), torch.rand(7, 3, 10, 10)
     calibration = torch.rand(16, 3, 10, 10)
-    whole, parts = (int8(model, calibration, seed=2, max_rows=rows) for rows in (None, 6))
+    whole, parts = (int8(model, calibration, seed=2, max_rows=rows, algorithm=algorithm) for rows in (None, 6))
     a, b = whole.predict(x), parts.predict(x)
     assert torch.equal(a.probs, whole.predict(x).probs)
     assert (a.probs - b.probs).abs().max() < 1e-3 and torch.equal(a.votes.sum(1), b.votes.sum(1))
@@ -225,8 +272,9 @@ def test_calibration_of_another_shape_or_for_another_model(rng):
         int8(NETS["plain"](), torch.rand(4, 2, 10, 10)).predict(torch.rand(1, 2, 10, 10))
 
 
-def test_a_gradient_is_refused_with_a_way_out(rng):
-    ensemble = int8(NETS["plain"](), torch.rand(8, 3, 10, 10), draws=2)
+@algorithms()
+def test_a_gradient_is_refused_with_a_way_out(algorithm, rng):
+    ensemble = int8(NETS["plain"](), torch.rand(8, 3, 10, 10), draws=2, algorithm=algorithm)
     x = torch.rand(1, 3, 10, 10, requires_grad=True)
     with pytest.raises(RuntimeError, match="has no gradient: call it under torch.no_grad.*'float32' or 'bfloat16'"):
         ensemble(x)
@@ -249,15 +297,18 @@ def test_trained_on_digits_int8_agrees_with_float32(rng):
             optimizer.step()
     images = splits.test.images.float() / 255
     floats = rse_fast.Ensemble(net, 10, seed=4, dtype="float32")
-    bytes_ = int8(net, splits.val.images.float() / 255, seed=4)
-    assert len(bytes_.quantization.quantized) == 7
-    want, got = floats.predict(images), bytes_.predict(images)
-    accuracy = [(p.labels == splits.test.labels).float().mean().item() for p in (want, got)]
+    want = floats.predict(images)
     sample_ids = torch.stack([torch.arange(100), torch.zeros(100, dtype=torch.int64)], 1)
     shares = floats.logits_at(images[:100], sample_ids, 10, torch.tensor(4)).softmax(-1)
     deviation = shares.std(0).mean().item() / 10  # of a mean of 100 draws
-    print(f"accuracy {accuracy}, mean difference {(got.probs - want.probs).abs().mean():.2g}, standard error {deviation:.2g}")
-    assert accuracy[0] > 0.85 and abs(accuracy[0] - accuracy[1]) <= 0.004  # two of 540 images
-    assert (got.labels == want.labels).float().mean() >= 0.995
-    assert (got.probs - want.probs).abs().mean() < deviation
-    assert not torch.equal(got.probs, want.probs)
+    right = (want.labels == splits.test.labels).float().mean().item()
+    assert right > 0.85
+    for algorithm in ("direct", "winograd") if convolution.byte_forms() else ("direct",):
+        bytes_ = int8(net, splits.val.images.float() / 255, seed=4, algorithm=algorithm)
+        assert len(bytes_.quantization.quantized) == 7
+        got = bytes_.predict(images)
+        accuracy, off = (got.labels == splits.test.labels).float().mean().item(), (got.probs - want.probs).abs().mean().item()
+        print(f"{algorithm}: accuracy {right}, {accuracy}, mean difference {off:.2g}, standard error {deviation:.2g}")
+        assert abs(accuracy - right) <= 0.004  # two of 540 images
+        assert (got.labels == want.labels).float().mean() >= 0.995
+        assert 0 < off < deviation

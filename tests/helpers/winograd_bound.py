@@ -1,4 +1,4 @@
-"""Winograd's algorithm written out in float64, and a bound of the rounding error of a float32 or bfloat16 one."""
+"""Winograd's algorithm written out in float64, and a bound of the rounding error of one in float32, bfloat16 or bytes."""
 
 import numpy as np
 import torch
@@ -54,3 +54,28 @@ def bound(z, weight, tile, padding, dtype, products=torch.float32, *added):
     exact = conv2d(z.double(), weight.double(), padding=padding).abs() + sum(a.double().abs() for a in added)
     rounding = UNIT_ROUNDOFF[dtype] if dtype != torch.float32 else 0.0  # in float32 the last rounding is among the n
     return gamma * size * (1 + rounding) + rounding * exact + 1e-37
+
+
+def of_bytes(z, narrow, products, units, tile, padding):
+    """(A^T M A in float64, the largest possible error of a float32 computation of it), M being integer products times their steps.
+
+    narrow [positions, outputs, C], products [positions, outputs], units: as in `rse_fast.kernels.cpu.winograd`. Sums of bytes are exact.
+    A transformed value carries at most 8 roundings in the transform and 3 up to its byte: where that reaches a tie, the byte may be
+    the next one, which costs its weights once. An output carries at most 2 roundings per product and 10 in the output transform.
+    """
+    (a, _, b), side, (_, outputs, channels) = matrices(tile), tile + 2, narrow.shape
+    pairs, factors = units[: 2 * side * side].double().view(side, side, 2), units[2 * side * side :][:channels].double()
+    pick = "pi,nctsij,qj->ntspqc"
+    scale, zero = pairs[..., :1] * factors, pairs[..., 1:]
+    value = torch.einsum(pick, b, tiles(z.double(), tile, padding), b) * scale + zero
+    slack = 11 * 2.0**-24 * (torch.einsum(pick, b.abs(), tiles(z.double(), tile, padding).abs(), b.abs()) * scale.abs() + zero)
+    tie = ((value - value.floor() - 0.5).abs() <= slack) & (value > -1) & (value < 256)
+    weight = narrow.double().view(side, side, outputs, channels) * products.double().view(side, side, outputs, 1)
+
+    def back(t, w, a):
+        y = torch.einsum("ip,ntspqc,pqoc,jq->notisj", a, t, w, a).flatten(4, 5).flatten(2, 3)
+        return y[:, :, : z.shape[2] + 2 * padding - 2, : z.shape[3] + 2 * padding - 2]
+
+    bytes_ = value.round().clamp(0, 255) - zero
+    limit = back(tie.double(), weight.abs(), a.abs()) + 12 * 2.0**-24 * back(bytes_.abs(), weight.abs(), a.abs())
+    return back(bytes_, weight, a), limit + 1e-37

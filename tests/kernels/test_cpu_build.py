@@ -127,7 +127,7 @@ _BEYOND_F_BW_DQ_VL = re.compile(
     r"v(p(erm([it]2)?b|multishiftqb|(compress|expand)[bw]|sh[lr]dv?[wdq]|dp(bu|ws?)\w+|popcnt\w+|shufbitqmb|madd52\w+|conflict\w+|lzcnt\w+"
     r"|broadcastm\w+|clmul\w+)|exp2\w+|rcp28\w+|rsqrt28\w+|(cvtne|dpbf16|gf2p8|aes)\w+)"
 )
-_BF16 = re.compile(r"vcvtne2?ps2?\w*bf16\w*|vdpbf16ps")
+_BF16 = re.compile(r"vcvtne2?ps2?\w*bf16\w*|vdpbf16ps|vpdpbusd")  # and VNNI, which every processor with BF16 has
 
 
 def beyond(unit, instruction):

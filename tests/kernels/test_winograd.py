@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.nn.functional import conv2d
-from winograd_bound import bound, matrices, transformed
+from winograd_bound import bound, matrices, of_bytes, tiles, transformed
 
 from rse_fast import reference
 from rse_fast.address import NoiseAddress
@@ -27,15 +27,17 @@ def poisoned(*shape, dtype=torch.float32):
     return channels_last(torch.full(shape, float("nan"), dtype=dtype))
 
 
-def convolved(x, weight, tile=4, padding=1, *, products=torch.float32, rows=None, **arguments):
-    """The result, and the clean output where ``clean`` is true. ``weight`` [outputs, inputs, 3, 3] is transformed here."""
+def convolved(x, weight, tile=4, padding=1, *, products=torch.float32, packed=None, rows=None, **arguments):
+    """The result, and the clean output where ``clean`` is true. ``weight`` [outputs, inputs, 3, 3] is transformed here, unless ``packed``
+    is what the kernel reads."""
     height, width = (side // (1 + arguments.get("pool", False)) for side in x.shape[2:])
     at = arguments.get("at")
     rows = len(x) if at is None else at.images * at.draws
     out = poisoned(rows, len(weight), height + 2 * padding - 2, width + 2 * padding - 2, dtype=x.dtype)
     if arguments.pop("clean", False):
         arguments["clean"] = poisoned(*x.shape[:2], height, width, dtype=x.dtype)
-    winograd.convolution(x, winograd.transform_weight(weight, tile, products), out, padding, **arguments)
+    packed = winograd.transform_weight(weight, tile, products) if packed is None else packed
+    winograd.convolution(x, packed, out, padding, **arguments)
     return (out, arguments["clean"]) if "clean" in arguments else out
 
 
@@ -58,6 +60,12 @@ def test_the_matrices_make_a_convolution(tile, rng):
     assert (winograd.filter_matrix(tile) - matrices(tile)[1]).abs().max() <= 1e-15
     for m in (matrices(tile)[0], matrices(tile)[2]):
         assert torch.equal(m.float().double(), m)  # exact in float32
+    a, g, b = matrices(tile)
+    assert (winograd.input_matrix(tile) - b).abs().max() <= 1e-15
+    v = winograd.transform_input(z, tile, 1)
+    assert (v - torch.einsum("pi,nctsij,qj->pqntsc", b, tiles(z, tile, 1), b).reshape(v.shape)).abs().max() <= 1e-12
+    u = winograd.transformed_weight(weight, tile)
+    assert (u - torch.einsum("pi,ocij,qj->pqoc", g, weight, g).reshape(u.shape)).abs().max() <= 1e-12
 
 
 # --------------------------------------------------------------------------------------------------------------------------- results
@@ -120,6 +128,89 @@ def test_a_unit_without_bfloat16_products_refuses_them(unit):
     x, weight = channels_last(torch.randn(1, 2, 4, 4)), torch.randn(3, 2, 3, 3)
     with pytest.raises(TypeError, match=f"{unit}.*bfloat16"):
         convolved(x, weight, products=torch.bfloat16)
+
+
+def in_bytes(weight, z, tile, padding, least=0.8):
+    """(narrow, products, zeros, units) of a weight and a noisy input: weights fill their bytes, large inputs saturate if least < 1."""
+    v, u = winograd.transform_input(z, tile, padding), winograd.transformed_weight(weight, tile)
+    factors = torch.rand(weight.shape[1]) + 0.5
+    low, high = ((v * factors).amin((1, 2)).clamp_max(-1e-3), (v * factors).amax((1, 2)).clamp_min(1e-3))
+    steps = (high - low) / 254 * (least + (1 - least) * torch.rand(len(low)))
+    zeros = (-low / steps).round().clamp(0, 255)
+    u = u.float() / factors
+    weight_steps = u.abs().amax(2).clamp_min(1e-30) / 127
+    narrow = (u / weight_steps[..., None]).round().to(torch.int8)
+    return narrow, weight_steps * steps[:, None], zeros, winograd.pack_units(steps, zeros, factors)
+
+
+@pytest.mark.parametrize("dtype", winograd.DTYPES)
+@pytest.mark.parametrize("tile", (2, 4))
+def test_products_of_bytes(library, tile, dtype, rng):
+    """Every side and every number of channels, with and without each option, against their integers in float64."""
+    if library.unit != "avx512bf16":
+        pytest.skip("a processor without AVX-512 VNNI")
+    for i, ((height, width), (inputs, outputs)) in enumerate(zip(SIDES, CHANNELS, strict=True)):
+        rows, padding, pool = (1, 7)[i % 2], (1, 0, 1, 2)[i % 4] if min(height, width) > 2 else 1, i % 3 == 2
+        x = channels_last(torch.randn(rows, inputs, height * (1 + pool) + pool, width * (1 + pool)).to(dtype))
+        weight, bias = torch.randn(outputs, inputs, 3, 3), torch.randn(outputs)
+        before = {
+            "at": address(rows, 1 + i % 3), "sigma": torch.rand(inputs if i % 2 else 1), "pool": pool, "relu_in": i % 4 < 2,
+            "scale": torch.randn(inputs) if i % 3 else None, "shift": torch.randn(inputs) if i % 3 else None,
+        }  # fmt: skip
+        z = noisy_input(x, **before)
+        narrow, products, zeros, units = in_bytes(weight, z, tile, padding)
+        want, limit = of_bytes(z, narrow, products, units, tile, padding)
+        residual = channels_last(torch.randn(want.shape).to(dtype)) if i % 2 else None
+        want = want + bias.double()[:, None, None] + (residual.double() if i % 2 else 0)
+        packed = winograd.pack_bytes(narrow, products, zeros)
+        got = convolved(x, weight, tile, padding, packed=packed, units=units, bias=bias, residual=residual, **before)
+        limit = limit + (2.0**-8 if dtype == torch.bfloat16 else 2.0**-22) * (want.abs() + limit + bias.abs()[:, None, None])
+        assert ((got.double() - want).abs() <= limit).all(), (height, width, inputs, outputs, rows, padding, pool)
+
+
+@pytest.mark.parametrize("tile", (2, 4))
+def test_bytes_are_within_half_a_step_of_the_convolution(library, tile, rng):
+    """Of a product t u both factors are rounded, to t' and u': |t u - t' u'| <= |t - t'| |u| + |t'| |u - u'|, half steps each."""
+    if library.unit != "avx512bf16":
+        pytest.skip("a processor without AVX-512 VNNI")
+    x, weight, (a, _, _) = channels_last(torch.randn(3, 64, 9, 7)), torch.randn(40, 64, 3, 3), matrices(tile)
+    narrow, products, zeros, units = in_bytes(weight, x, tile, 1, least=1.0)
+    positions, side = (tile + 2) ** 2, tile + 2
+    factors, steps = units[2 * positions :][:64].double(), 1 / units[: 2 * positions : 2].double()
+    u, t = winograd.transformed_weight(weight, tile), winograd.transform_input(x.double(), tile, 1)
+    half_t, half_u = steps[:, None] / factors / 2, (products.double() / steps[:, None])[..., None] * factors / 2
+    off = torch.einsum("pc,poc->po", half_t, u.abs())[:, None] + torch.einsum("ptc,poc->pto", t.abs() + half_t[:, None], half_u)
+    down, across = (-(-length // tile) for length in x.shape[2:])
+    limit = torch.einsum("ip,pqnabo,jq->noaibj", a.abs(), off.view(side, side, 3, down, across, 40), a.abs())
+    limit = limit.reshape(3, 40, down * tile, across * tile)[:, :, :9, :7]
+    got, want = convolved(x, weight, tile, packed=winograd.pack_bytes(narrow, products, zeros), units=units), conv2d(x, weight, padding=1)
+    error = (got - want).double()
+    assert (error.abs() <= 1.0001 * limit).all() and error.std() <= (0.03, 0.1)[tile == 4] * want.std()
+
+
+def test_bits_of_bytes_depend_on_neither_threads_nor_blocks(library, rng):
+    if library.unit != "avx512bf16":
+        pytest.skip("a processor without AVX-512 VNNI")
+    x, weight, sigma, threads = channels_last(torch.randn(5, 37, 10, 9)), torch.randn(70, 37, 3, 3), torch.rand(1), torch.get_num_threads()
+    for tile in (2, 4):
+        narrow, products, zeros, units = in_bytes(weight, noisy_input(x, address(5, 2), sigma), tile, 1)
+        common = {"packed": winograd.pack_bytes(narrow, products, zeros), "units": units, "sigma": sigma, "at": address(5, 2)}
+        want = convolved(x, weight, tile, **common)
+        try:
+            for count, block in ((1, 0), (2, 1), (3, 5), (1, 17), (64, 1000)):
+                torch.set_num_threads(count)
+                assert torch.equal(convolved(x, weight, tile, block=block, **common), want), (tile, count, block)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_a_unit_without_products_of_bytes_refuses_them(unit):
+    if unit == "avx512bf16":
+        pytest.skip("it has them")
+    x, weight = channels_last(torch.randn(1, 2, 4, 4)), torch.randn(3, 2, 3, 3)
+    narrow, products, zeros, units = in_bytes(weight, x, 4, 1)
+    with pytest.raises(TypeError, match=f"{unit}.*int8"):
+        convolved(x, weight, packed=winograd.pack_bytes(narrow, products, zeros), units=units)
 
 
 @pytest.mark.parametrize("padding", (0, 1, 2))
@@ -231,20 +322,27 @@ if sys.argv[1:] == ["read beyond"]:
 
 torch.set_num_threads(1)
 shapes = (1, 3), (5, 65), (64, 32), (18, 33)
-weights = {(s, tile): winograd.transform_weight(torch.ones(s[1], s[0], 3, 3), tile) for s in shapes for tile in (2, 4)}
+weights = {(s, tile, False): winograd.transform_weight(torch.ones(s[1], s[0], 3, 3), tile) for s in shapes for tile in (2, 4)}
+for (inputs, outputs), tile in itertools.product(shapes, (2, 4)):
+    ones = torch.ones((tile + 2) ** 2, outputs, inputs, dtype=torch.int8)
+    weights[(inputs, outputs), tile, True] = winograd.pack_bytes(ones, torch.ones(ones.shape[:2]), torch.full(ones.shape[:1], 9.0))
 for unit in cpu.load().units:
     assert cpu.load().handle.rse_select_unit(unit.encode()) == 0
-    for at_end, dtype, tile, pool, shape, (h, w) in itertools.product(
+    for in_bytes, at_end, dtype, tile, pool, shape, (h, w) in itertools.product(
+        (False, True) if unit == "avx512bf16" else (False,),
         (True, False), winograd.DTYPES, (2, 4), (False, True), shapes, ((1, 1), (3, 6), (5, 5))):
         inputs, outputs = shape
         x = guarded((2, inputs, h * (1 + pool), w * (1 + pool)), dtype, at_end).fill_(1)
         out, residual = guarded((4, outputs, h, w), dtype, at_end), guarded((4, outputs, h, w), dtype, at_end).fill_(1)
         clean = guarded((2, inputs, h, w), dtype, at_end)
-        u = weights[shape, tile]
-        weight = guarded((1, 1, 1, u.numel()), torch.float32, at_end).view(u.shape).copy_(u)
+        u = weights[shape, tile, in_bytes]
+        weight = guarded((1, 1, 1, u.numel()), u.dtype, at_end).view(u.shape).copy_(u)
+        positions = (tile + 2) ** 2
+        v = winograd.pack_units(torch.ones(positions), torch.full((positions,), 9.0), torch.ones(inputs))
+        units = guarded((1, 1, 1, len(v)), torch.float32, at_end).view(-1).copy_(v) if in_bytes else None
         for sigma in (None, torch.ones(1)):
             at = NoiseAddress(torch.tensor(1), 0, 2, 2)
-            winograd.convolution(x, weight, out, 1, residual=residual, sigma=sigma, at=at, pool=pool, clean=clean)
+            winograd.convolution(x, weight, out, 1, units=units, residual=residual, sigma=sigma, at=at, pool=pool, clean=clean)
         assert (clean == 1).all()
         regions.clear()
 print("untouched")

@@ -23,8 +23,8 @@ int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype, int32_t y_
 int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, int64_t rows, int64_t images, int64_t draws, const int64_t* seed,
                  uint32_t stream, uint32_t image_offset, uint32_t draw_offset, const int64_t* sample_ids, int64_t channels, int64_t height,
                  int64_t width, int32_t pool, const float* sigma, int64_t sigma_count, const float* scale, const float* shift, int32_t relu_in,
-                 const void* weight, int32_t products, int64_t form, int64_t outputs, int64_t padding, const float* bias,
-                 const void* residual, int32_t relu, int64_t block, int32_t threads);
+                 const void* weight, int32_t products, const float* units, int64_t form, int64_t outputs, int64_t padding,
+                 const float* bias, const void* residual, int32_t relu, int64_t block, int32_t threads);
 void rse_sample(const int64_t* seed, uint32_t stream, uint32_t image, uint32_t draw, int64_t quad, int64_t count, const uint32_t* given,
                 uint32_t* words, float* uniforms, float* normals);
 }
@@ -140,8 +140,8 @@ static void add_noise() {
     check(x.content() == results[0].substr(0, x.bytes()), "another result in place");
 }
 
-static void winograd(bool bfloat_products) {
-    const int dtype = int(pick(0, 1)), products = bfloat_products ? int(pick(0, 1)) : 0;
+static void winograd(bool narrow_products) {
+    const int narrow[] = {0, 1, 3}, dtype = int(pick(0, 1)), products = narrow_products ? narrow[pick(0, 2)] : 0;
     const bool pool = !often(4), noisy = often(5);
     const int64_t form = often(2) ? 4 : 2, padding = pick(0, 2), images = pick(1, 2), draws = noisy ? pick(1, 3) : 1;
     const int64_t rows = often(2) ? images : images * draws, channels = often(2) ? pick(1, 12) : pick(1, 40), outputs = pick(1, 70);
@@ -152,11 +152,12 @@ static void winograd(bool bfloat_products) {
     Array x(rows * channels * height * width * size), y(images * draws * outputs * out * size), clean(rows * channels * h * w * size);
     Array residual(y.bytes());
     const int64_t blocks = (outputs + 31) / 32, side = form + 2;
-    Array weight(blocks * side * side * 32 * (products ? (channels + 1) / 2 * 2 * 2 : channels * 4)), bias(4 * outputs);
+    const int64_t column = products == 3 ? 4 * (2 + (channels + 3) / 4) : products ? (channels + 1) / 2 * 2 * 2 : channels * 4;  // bytes
+    Array weight(blocks * side * side * 32 * column), bias(4 * outputs), units(4 * (2 * side * side + (channels + 15) / 16 * 16));
     const bool has_clean = !often(3), has_residual = !often(3), has_bias = often(3), has_scale = !often(2), has_shift = !often(2), varies = !often(2);
     Array sigma(4 * (varies ? channels : 1)), scale(4 * channels), shift(4 * channels);
     fill_values(x, dtype), fill_values(residual, dtype), fill_values(weight, products);
-    fill_floats(sigma, true), fill_floats(scale), fill_floats(shift), fill_floats(bias);
+    fill_floats(sigma, true), fill_floats(scale), fill_floats(shift), fill_floats(bias), fill_floats(units);
     const Where at(images);
     const int relu_in = int(pick(0, 1)), relu = int(pick(0, 1)), threads = int(pick(1, 3));
     const int64_t block = often(2) ? 0 : pick(1, 50);
@@ -170,7 +171,7 @@ static void winograd(bool bfloat_products) {
             x.as<void>(), y.as<void>(), has_clean ? clean.as<void>() : nullptr, dtype, rows, images, draws, noisy ? at.seed.as<int64_t>() : nullptr,
             at.stream, at.image, at.draw, noisy ? at.sample_ids() : nullptr, channels, height, width, pool, noisy ? sigma.as<float>() : nullptr,
             noisy ? (varies ? channels : 1) : 0, has_scale ? scale.as<float>() : nullptr, has_shift ? shift.as<float>() : nullptr, relu_in,
-            weight.as<void>(), products, form, outputs, padding, has_bias ? bias.as<float>() : nullptr, has_residual ? residual.as<void>() : nullptr,
+            weight.as<void>(), products, products == 3 ? units.as<float>() : nullptr, form, outputs, padding, has_bias ? bias.as<float>() : nullptr, has_residual ? residual.as<void>() : nullptr,
             relu, block, threads);
         check(status == 0, "a refusal");
         results[i] = y.content() + (has_clean ? clean.content() : "");

@@ -372,3 +372,12 @@ def test_both_releases_of_cifar10(tmp_path):
         assert main(["--data", str(tmp_path / kind), "--out", str(tmp_path / f"{kind} run"), *TINY, "--val-fraction", "0.2"]) == 0
     logs = [without_times(read(tmp_path / f"{kind} run" / "log.jsonl")) for kind in ("binary", "python 2")]
     assert logs[0] == logs[1] and logs[0][-1]["test_images"] == 10
+
+
+@pytest.mark.parametrize("content", [{"[" * 30_000: 1}, {"epochs": "9" * 4000}, {"data": ["a" * 30_000]}])
+def test_a_configuration_as_long_as_a_book_has_a_short_error(content, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json") as error:
+        Config.load(path)
+    assert len(str(error.value)) < 1000 + len(str(path))
