@@ -19,9 +19,9 @@ from rse_fast import run_inputs, train
 class Labeller:
     """An actor: its own copy of the model, and the noise that the seed and the index give each image."""
 
-    def __init__(self, run: Path, draws: int, early_exit: str | float | None, seed: int, device: str):
+    def __init__(self, run: Path, draws: int, early_exit: str | float | None, seed: int, dtype: str, device: str):
         self.test = train.load_data(train.Config.load(run / "config.json")).test
-        self.ensemble = rse_fast.Ensemble(train.load_model(run, device=device), draws, seed=seed, early_exit=early_exit)
+        self.ensemble = rse_fast.Ensemble(train.load_model(run, device=device), draws, seed=seed, dtype=dtype, early_exit=early_exit)
         self.device = device
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--early-exit", default=None, type=lambda text: text if text == "exact" else float(text))
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--gpus", type=float, default=0, help="of each actor")
     arguments = parser.parse_args()
@@ -54,7 +55,14 @@ def main() -> None:
         ray.data.range(images if arguments.images is None else min(images, arguments.images))
         .map_batches(
             Labeller,
-            fn_constructor_args=(run, arguments.draws, arguments.early_exit, arguments.seed, "cuda" if arguments.gpus else "cpu"),
+            fn_constructor_args=(
+                run,
+                arguments.draws,
+                arguments.early_exit,
+                arguments.seed,
+                arguments.dtype,
+                "cuda" if arguments.gpus else "cpu",
+            ),
             batch_size=256,
             compute=ray.data.ActorPoolStrategy(size=arguments.actors),
             num_cpus=0.5,  # on a machine of as many cores as actors, something must be left for the tasks that hand out the indices

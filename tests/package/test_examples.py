@@ -1,6 +1,7 @@
 """The examples, run as a reader runs them; and what FSDP2 and the hub do to the noise."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -52,7 +53,54 @@ def test_the_hub_brings_the_noise_back(run):
 
 def test_examples_are_short():
     long = {path.name for path in EXAMPLES.glob("*.py") if len(path.read_text().splitlines()) > 60}
-    assert long <= {"ray_data.py"}
+    assert long <= {"ray_data.py", "serve.py"}  # programs, not loops
+
+
+@pytest.fixture
+def labels(run, tmp_path):
+    """A network that was trained for an epoch in the folder ``run``, and labels(folder): what is predicted in it, by index."""
+    needs("sklearn")
+    run(
+        "-m",
+        "rse_fast.cli",
+        "train",
+        "--data",
+        "digits",
+        "--model",
+        "small",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "64",
+        "--device",
+        "cpu",
+        "--out",
+        "run",
+    )
+
+    def labels(folder):
+        rows = map(json.loads, (tmp_path / folder / "predictions.jsonl").read_text().splitlines())
+        found = {row["index"]: (row["label"], row["target"]) for row in rows}
+        assert sorted(found) == list(range(100)) and len({label for label, _ in found.values()}) > 1
+        return found
+
+    return labels
+
+
+PREDICT = ("-m", "rse_fast.cli", "predict", "run", "--seed", "5", "--images", "100", "--dtype", "float32", "--device", "cpu")
+
+
+def test_torchrun_predicts_what_one_process_does(run, labels):
+    run(*PREDICT, "--out", "one")
+    run(*PROCESSES, *PREDICT, "--out", "two")
+    assert labels("two") == labels("one")
+
+
+def test_ray_predicts_what_one_process_does(run, labels):
+    needs("ray", "pandas")
+    run(*PREDICT, "--out", "one")
+    run(EXAMPLES / "ray_data.py", "run", "--seed", "5", "--images", "100", "--dtype", "float32")
+    assert labels(".") == labels("one")
 
 
 SHARDED = """
