@@ -166,8 +166,8 @@ def _noisy_copy(x, sigma, at, backend):
 
 
 def _sum_draws(g, rows, at):
-    """The gradient of lazy packing: one image was read by all its draws."""
-    return g if g.shape[0] == rows else g.unflatten(0, (at.draws, at.images)).sum(0)
+    """The gradient of lazy packing: one image was read by all its draws. By reshape: autograd's is_grads_batched knows no unflatten."""
+    return g if g.shape[0] == rows else g.reshape(at.draws, at.images, *g.shape[1:]).sum(0)
 
 
 def _below(x, sigma, at, scale, shift, relu, backend):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._C._functorch import is_legacy_batchedtensor
 
 from rse_fast import autograd
 from rse_fast.ensemble.fuse import FusedConv, finish
@@ -178,7 +179,7 @@ class Winograd:
         """The gradient of x [shape] of those of the result and of the clean values; x is None where there is no activation."""
         differentiable = torch.is_grad_enabled()  # its gradient will be wanted as well
         layer, activation = self.layer, self.activation
-        if differentiable or not autograd.is_direct(g) or autograd.is_transformed():
+        if differentiable or not autograd.is_direct(g) or autograd.is_transformed() or is_legacy_batchedtensor(g):
             g = nn.functional.conv_transpose2d(g, layer.weight, None, 1, self.padding)
         else:
             if self._turned is None:
@@ -188,7 +189,7 @@ class Winograd:
             winograd.convolution(g, self._turned, back, 2 - self.padding)
             g = back
         if len(g) != shape[0]:  # lazy packing: one image was read by all its draws
-            g = g.unflatten(0, (-1, shape[0])).sum(0)
+            g = g.reshape(-1, shape[0], *g.shape[1:]).sum(0)
         if activation is None:
             return g
         g = g if g_clean is None else g + g_clean

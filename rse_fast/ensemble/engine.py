@@ -28,6 +28,10 @@ DTYPES = {
     torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float16,
 }  # fmt: skip
 
+NO_EXPORT = (
+    "an Ensemble runs a snapshot of its model, which torch.export and fullgraph=True cannot take: rse_fast.export writes a program whose "
+    "seed is an input, and torch.compile without fullgraph=True leaves an Ensemble as it is"
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,6 +47,7 @@ def _left_by_compilers(function: Function) -> Function:
         return function(*args, **kwargs)
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    run._torchdynamo_disable_msg = NO_EXPORT  # type: ignore[attr-defined]  # what a compiler says that may leave nothing
     skip = eval_frame._FrameAction.SKIP
     eval_frame.set_code_exec_strategy(run.__code__, eval_frame._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]  # and what it calls
     return cast(Function, run)
@@ -389,13 +394,15 @@ class Ensemble(nn.Module):
         """The seed of one call, in [0, 2^64): ``seed``, else the ensemble's own, else 64 fresh bits of the operating system."""
         if torch.onnx.is_in_onnx_export():
             raise ValueError(ops.NO_ONNX)
+        if torch.compiler.is_exporting():
+            raise ValueError(NO_EXPORT)
         if seed is not None:
             return _seed(seed)
         if self.seed is not None:
             return self.seed
-        if torch.jit.is_tracing() or get_proxy_mode() is not None or torch.compiler.is_exporting():
+        if torch.jit.is_tracing() or get_proxy_mode() is not None:
             raise ValueError(
-                "seed must be a number for an Ensemble to be traced or exported, got None: fresh noise at every call would become one "
+                "seed must be a number for an Ensemble to be traced, got None: fresh noise at every call would become one "
                 "constant of the graph; rse_fast.export writes a program whose seed is an input; give Ensemble(seed=...) for a graph with "
                 "that one noise"
             )

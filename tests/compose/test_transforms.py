@@ -186,6 +186,13 @@ def test_transforms_of_an_ensemble(ensemble):
     assert near(jacfwd(ensemble)(x[:1, :, :4, :4].repeat(1, 1, 2, 2)), jacrev(ensemble)(x[:1, :, :4, :4].repeat(1, 1, 2, 2)))
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+def test_jacobian_of_an_ensemble_by_batched_gradients(algorithm, rng):
+    ensemble, x = Ensemble(NETS["residual"](), 3, seed=11, dtype="float32", algorithm=algorithm), torch.rand(2, 3, 10, 10)
+    expected = torch.autograd.functional.jacobian(ensemble, x)
+    assert expected.any() and near(torch.autograd.functional.jacobian(ensemble, x, vectorize=True), expected)
+
+
 def test_predict_is_refused_inside_a_transform(ensemble):
     xs = torch.rand(2, 2, 3, 10, 10)
     for run in (lambda: vmap(lambda x: ensemble.predict(x).probs)(xs), lambda: grad(lambda x: ensemble.predict(x).probs.sum())(xs[0])):
