@@ -292,17 +292,18 @@ class FusedConv(nn.Module):
         geometry = layer.padding, layer.stride, layer.dilation, layer.groups
         if self.packed is None:  # by the first batch's shape, which is the usual one; other shapes are right too
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *geometry, list(x.shape))
-        ends = ("relu" if self.rectified else "none"), [], ""
-        if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *geometry, *ends)
-        if residual.shape == self._shape(x) and residual.dtype == x.dtype and autograd.is_direct(residual) and not residual.requires_grad:
-            ends = "add", 1.0, "relu" if self.rectified else None, [], ""
+        takes = residual is not None and residual.shape == self._shape(x) and residual.dtype == x.dtype
+        if takes and autograd.is_direct(residual) and not residual.requires_grad:
+            add = "add", 1.0, None, [], ""
             if self.overwrites and residual.is_contiguous(memory_format=torch.channels_last):
-                return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, self.packed, layer.bias, *geometry, *ends)
-            residual = residual.contiguous(memory_format=torch.channels_last)
-            return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, self.packed, layer.bias, *geometry, *ends)
-        y = torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *geometry, "none", [], "")
-        return finish(y, residual, self.rectified)
+                y = torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, self.packed, layer.bias, *geometry, *add)
+            else:
+                residual = residual.contiguous(memory_format=torch.channels_last)
+                y = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, self.packed, layer.bias, *geometry, *add)
+        else:
+            y = torch.ops.mkldnn._convolution_pointwise(x, self.packed, layer.bias, *geometry, "none", [], "")
+            y = y if residual is None else y + residual
+        return y.relu_() if self.rectified else y  # the vendor's own makes 0 of NaN
 
     def _shape(self, x):
         layer = self.layer

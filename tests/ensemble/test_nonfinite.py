@@ -1,11 +1,13 @@
 """Logits that are infinite or not numbers: value and gradient of infinite ones are limits, and NaN is no class's vote."""
 
+import itertools
 import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from small_nets import NETS
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -207,6 +209,17 @@ def test_one_broken_pixel_breaks_its_image_alone(value, rng):
         got = Ensemble(model, 5).predict(x)
     assert (got.labels == -1).tolist() == [False, True, False]
     assert got.votes.sum(-1).tolist() == [5, 0, 5] and got.entropy.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "bypass", "shared"])
+@pytest.mark.parametrize("dtype, algorithm", [("float32", "winograd"), *itertools.product(["float32", "bfloat16"], ["auto", "direct"])])
+def test_nan_passes_every_layer_of_a_snapshot(name, dtype, algorithm, rng):
+    """The vendor's convolution with a ReLU behind it would make 0 of NaN."""
+    x = torch.from_numpy(rng.random((3, 3, 10, 10), np.float32))
+    x[1, :, 4, 4] = math.nan
+    with pytest.warns(RuntimeWarning, match="NaN for 1 of 3 images"):
+        got = Ensemble(NETS[name](), 3, dtype=dtype, algorithm=algorithm).predict(x)
+    assert (got.labels == -1).tolist() == [False, True, False]
 
 
 def test_certify_counts_nan_against_every_class(rng):
