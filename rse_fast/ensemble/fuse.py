@@ -332,7 +332,7 @@ def merge_activations(model: torch.fx.GraphModule) -> None:
             continue
         if found.only_noisy:
             found.give_each_reader_its_own(nodes)
-        elif not found.pooled and nodes.ends_convolution(found.relu.args[0]):
+        elif nodes.on_cpu and not found.pooled and nodes.ends_convolution(found.relu.args[0]):
             continue  # `merge_ends` will give it to that one
         elif found.can_be_shared(nodes):
             found.share(nodes)
@@ -350,6 +350,8 @@ class _Nodes:
 
     def __init__(self, model: torch.fx.GraphModule):
         self.model, self.graph = model, model.graph
+        # On a GPU a ReLU behind a convolution would be a kernel of its own; the noise's kernel does it on the way.
+        self.on_cpu = all(p.device.type == "cpu" for p in model.parameters())
         self.calls = Counter(model.get_submodule(node.target) for node in model.graph.nodes if node.op == "call_module")
 
     def module_of(self, node, kinds):
@@ -527,7 +529,7 @@ def merge_ends(nodes: _Nodes) -> None:
             result.args = (*result.args, other)
             node.replace_all_uses_with(result)
             graph.erase_node(node)
-        elif is_relu(nodes.model, node) and node.args and nodes.is_sum(node.args[0]):
+        elif nodes.on_cpu and is_relu(nodes.model, node) and node.args and nodes.is_sum(node.args[0]):
             nodes.model.get_submodule(node.args[0].target).rectified = True
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
