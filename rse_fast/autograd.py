@@ -8,7 +8,7 @@ Gradients regenerate eps from the seed. A noisy input is stored only where it is
 """
 
 import torch
-from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack, unwrap_if_dead
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor, peek_interpreter_stack, unwrap_if_dead
 from torch.autograd import forward_ad
 
 from rse_fast import noise
@@ -56,6 +56,12 @@ def is_transformed() -> bool:
     if torch._C._are_functorch_transforms_active():
         return peek_interpreter_stack().key() != TransformType.Functionalize
     return forward_ad._current_level >= 0
+
+
+def is_vectorised() -> bool:
+    """Whether a vmap of `torch.func` is under way."""
+    stack = get_interpreter_stack() if torch._C._are_functorch_transforms_active() else None
+    return any(interpreter.key() == TransformType.Vmap for interpreter in stack or ())
 
 
 def wants_gradient(*tensors) -> bool:

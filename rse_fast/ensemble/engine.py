@@ -214,6 +214,8 @@ class Ensemble(nn.Module):
                 "other noise; give Ensemble(seed=...), or call it without checkpoint, since it bounds the memory of its gradient by itself"
             )
         seed = functional.seed_tensor(self.draw_seed(None), x.device)
+        if self.seed is None and autograd.is_vectorised():  # its randomness says: other noise for each entry, the same, or an error
+            seed = seed ^ torch.randint(-(2**63), 2**63 - 1, (), device=x.device)
         if torch.is_grad_enabled() and x.requires_grad:
             self._preparation.want_gradients()
         weights = []  # those that want a gradient, and that a snapshot only holds copies of

@@ -186,6 +186,18 @@ def test_transforms_of_an_ensemble(ensemble):
     assert near(jacfwd(ensemble)(x[:1, :, :4, :4].repeat(1, 1, 2, 2)), jacrev(ensemble)(x[:1, :, :4, :4].repeat(1, 1, 2, 2)))
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_entries_of_a_vmap_have_noise_of_their_own(fuse, rng):
+    """As the randomness of the vmap says, also for an ensemble without a seed, whose noise is not torch's."""
+    ensemble, x = Ensemble(NETS["residual"](), 3, dtype="float32", fuse=fuse), torch.rand(3, 10, 10).expand(4, 3, 10, 10)
+    for run in (lambda x: ensemble(x[None])[0], grad(lambda x: ensemble(x[None])[0, 0])):
+        different, same = (vmap(run, randomness=randomness)(x) for randomness in ("different", "same"))
+        assert not any(torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])
+        assert all(torch.equal(row, same[0]) for row in same)
+        with pytest.raises(RuntimeError, match="randomness"):
+            vmap(run)(x)
+
+
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
 def test_jacobian_of_an_ensemble_by_batched_gradients(algorithm, rng):
     ensemble, x = Ensemble(NETS["residual"](), 3, seed=11, dtype="float32", algorithm=algorithm), torch.rand(2, 3, 10, 10)
