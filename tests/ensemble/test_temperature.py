@@ -79,7 +79,7 @@ def test_a_known_temperature_is_recovered(rng, known):
 
 
 def test_the_fit_is_the_minimum_of_the_loss_whatever_temperature_the_ensemble_had(rng):
-    # A class is the brightness of a quarter of the image: whatever the images, logits spread by 2 to 3, and the best temperature is 2.0 with a
+    # A class is the brightness of a quarter of the image: whatever the images, logits spread, and the best temperature is 2.0 with a
     # standard deviation of 0.15. Random weights can give four classes of equal probability, for which none is best.
     net = nn.Sequential(nn.AvgPool2d(3), nn.Conv2d(1, 4, 2), nn.Flatten())
     net[1].weight.data.copy_(30 * torch.eye(4).view(4, 1, 2, 2))
