@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rse_fast import functional, noise
+from rse_fast import arguments, noise
 from rse_fast.calls import Calls, calls
 from rse_fast.nn import NoiseLayer, NoisyConv, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
 from rse_fast.trace import Tracer
@@ -113,7 +113,7 @@ def convert(
     classes = [noisy_class(module) for module in layers.values()]
     for module, cls in zip(layers.values(), classes, strict=True):
         module.__class__ = cls
-        sigma: functional.PerChannel = init_sigma if module is first else inner_sigma
+        sigma: arguments.PerChannel = init_sigma if module is first else inner_sigma
         if learnable == "channel":
             channels = module.in_features if isinstance(module, nn.Linear) else module.in_channels
             sigma = torch.full((channels,), float(sigma), dtype=torch.float32)
@@ -203,7 +203,7 @@ def set_sigma(model: nn.Module, init_sigma: float = 0.2, inner_sigma: float = 0.
 
 def _check_sigmas(init_sigma: float, inner_sigma: float, learnable: bool | str) -> None:
     for name, sigma in (("init_sigma", init_sigma), ("inner_sigma", inner_sigma)):
-        functional.check_sigma(name, sigma)
+        arguments.check_sigma(name, sigma)
         if isinstance(sigma, torch.Tensor) and sigma.numel() != 1:
             raise ValueError(f"{name} must be one number, got shape {tuple(sigma.shape)}")
         if learnable and not sigma > 0:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.fx import Proxy
 
-from rse_fast import autograd, functional
+from rse_fast import arguments, autograd, functional
 from rse_fast.address import NoiseAddress
 from rse_fast.layout import packed_like
 
@@ -208,9 +208,9 @@ class NoiseLayer(nn.Module):
     sigma_raw: nn.Parameter
     _remembered_sigma: Tensor | None = None  # sigma's values, while its tensor is on the meta device and has none
 
-    def init_noise(self, sigma: functional.PerChannel, learnable: bool = False) -> None:
+    def init_noise(self, sigma: arguments.PerChannel, learnable: bool = False) -> None:
         """Gives the layer its sigma (a number or a float32 tensor, 0-dim or one per channel, >= 0; > 0 if learnable)."""
-        functional.check_sigma("sigma", sigma)
+        arguments.check_sigma("sigma", sigma)
         device = sigma.device if isinstance(sigma, torch.Tensor) else "cpu"  # a number has its value also where the default device is meta
         value = torch.as_tensor(sigma, dtype=torch.float32, device=device).detach().clone()
         channels = getattr(self, "in_channels", None) or getattr(self, "in_features", None)  # 0 before a lazy layer knows
@@ -228,7 +228,7 @@ class NoiseLayer(nn.Module):
             self.register_buffer("sigma", value.to(device), persistent=False)
 
     @torch.no_grad()
-    def set_sigma(self, sigma: functional.PerChannel) -> None:
+    def set_sigma(self, sigma: arguments.PerChannel) -> None:
         """Gives the layer another sigma in place.
 
         The tensor stays the same one, so compiled and captured graphs, ensembles and optimisers see the change.
@@ -240,7 +240,7 @@ class NoiseLayer(nn.Module):
             TypeError: sigma is neither a number nor a float tensor.
             ValueError: sigma is negative, not finite, or of another shape; or it is 0 and learnable.
         """
-        functional.check_sigma("sigma", sigma)
+        arguments.check_sigma("sigma", sigma)
         kept = self._parameters.get("sigma_raw")
         target = self.sigma if kept is None else kept
         value = torch.as_tensor(sigma, dtype=torch.float32, device=target.device)
@@ -265,7 +265,7 @@ class NoiseLayer(nn.Module):
 
         out: gives memory for so many rows like ``x``, which the result may take, or None.
         """
-        functional.check_batch(x)
+        arguments.check_batch(x)
         sigma, at, backend = self.noise(x)
         if self.channel_dim == 1 and x.dim() >= 2 and _fits(x, 1, sigma, backend):
             return autograd.add_noise(x, sigma, at, out=None if out is None else out(x, at.rows))
@@ -359,9 +359,9 @@ class GaussianNoise(NoiseLayer):
     Reference: Liu, Cheng, Zhang, Hsieh, ECCV 2018.
     """
 
-    def __init__(self, sigma: functional.PerChannel, channel_dim: int = 1) -> None:
+    def __init__(self, sigma: arguments.PerChannel, channel_dim: int = 1) -> None:
         super().__init__()
-        if functional.integer("channel_dim", channel_dim) == 0:
+        if arguments.integer("channel_dim", channel_dim) == 0:
             raise ValueError("channel_dim must not be 0, the dimension of the images, got 0")
         self.channel_dim = channel_dim
         self.init_noise(sigma)
@@ -399,7 +399,7 @@ class NoisyConv(NoisyInput):
     groups: Any
     _conv_forward: Any
 
-    def __init__(self, *args: Any, sigma: functional.PerChannel = 0.1, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sigma: arguments.PerChannel = 0.1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_noise(sigma)
 
@@ -410,7 +410,7 @@ class NoisyConv(NoisyInput):
         if not self.noise_enabled:
             return self._conv_forward(input, weight, bias)
         stride, padding = self.stride, self.padding
-        functional.check_batch(input)
+        arguments.check_batch(input)
         dimensions = input.dim()
         if dimensions == len(stride) + 1:  # one sample without a batch dimension
             return self.forward(input.unsqueeze(0)).squeeze(0)
@@ -498,7 +498,7 @@ class NoisyLinear(NoisyInput, nn.Linear):
     channel_dim = -1
     bias: Any  # a parameter or None
 
-    def __init__(self, *args: Any, sigma: functional.PerChannel = 0.1, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sigma: arguments.PerChannel = 0.1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_noise(sigma)
 
@@ -508,7 +508,7 @@ class NoisyLinear(NoisyInput, nn.Linear):
         weight, bias = self.weight, self.bias
         if not self.noise_enabled:
             return nn.functional.linear(input, weight, bias)
-        functional.check_batch(input)
+        arguments.check_batch(input)
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         sigma, at, backend = self.noise(input)
@@ -526,7 +526,7 @@ def _fits(x: Tensor, channel_dim: int, sigma: Tensor, backend: str) -> bool:
     """
     return (
         backend == "auto"
-        and x.dtype in functional.FLOATS
+        and x.dtype in arguments.FLOATS
         and x.numel() <= 2**32  # so that the counter holds every position
         and (sigma.dim() == 0 or (sigma.dim() == 1 and sigma.shape[0] == x.shape[channel_dim]))
         and x.device == sigma.device

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rse_fast import confidence, functional, inputs
+from rse_fast import arguments, confidence, functional, inputs
 from rse_fast.certifiable import check_rows, input_noise
 from rse_fast.ensemble import Ensemble, plan, softmax
 from rse_fast.nn import NoiseLayer
@@ -131,7 +131,7 @@ def certify(
     """
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an rse_fast.Ensemble, got {type(ensemble).__name__}")
-    n0, n = functional.integer("n0", n0), functional.integer("n", n)
+    n0, n = arguments.integer("n0", n0), arguments.integer("n", n)
     for name, value in (("n0", n0), ("n", n)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -157,7 +157,7 @@ def certify(
     device, x, seed = inputs.device(x), ensemble.images(x), ensemble.draw_seed(seed)
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, got infinite or NaN values")
-    image_offset = functional.first_image(image_offset, len(x))
+    image_offset = arguments.first_image(image_offset, len(x))
 
     from scipy.special import ndtr, ndtri
 
@@ -228,7 +228,7 @@ def on_grid(t: torch.Tensor, step: float) -> torch.Tensor:
 def _votes(ensemble: Ensemble, layer: NoiseLayer, x: Tensor, index: Tensor, start: int, stop: int, seed: int) -> Tensor:
     """Votes int64 [A, K] of draws start .. stop - 1 of images x [A, ...], whose indices are ``index`` int64 [A]."""
     votes = torch.zeros(len(x), ensemble.prepared(x).classes, dtype=torch.int64, device=x.device)
-    key, sigma = functional.seed_tensor(seed, x.device), layer.current_sigma()
+    key, sigma = arguments.seed_tensor(seed, x.device), layer.current_sigma()
     step = grid_step(float(sigma))
     for image, draw in plan.chunks(len(x), stop - start, ensemble.rows(x)):
         first = torch.tensor(start + draw.start, device=x.device)

@@ -19,7 +19,7 @@ from torch import nn
 from torch._C._functorch import is_legacy_batchedtensor
 
 from rse_fast import autograd
-from rse_fast.ensemble.fuse import FusedConv, finish
+from rse_fast.ensemble.fused_conv import FusedConv, finish
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import winograd
 from rse_fast.nn import NoiseContext

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from rse_fast import autograd, functional, inputs, ops, outputs
+from rse_fast import arguments, autograd, inputs, ops, outputs
 from rse_fast.ensemble import convolution, gradient, quantize
 from rse_fast.ensemble import temperature as calibrated
 from rse_fast.ensemble.early_exit import make as make_criterion
@@ -160,8 +160,8 @@ class Ensemble(nn.Module):
             raise ValueError("fuse must be True for dtype 'int8', which runs a snapshot of the model, got False")
         if dtype != "int8" and calibration is not None:
             raise ValueError(f"calibration is for dtype 'int8' alone, got it with dtype {dtype!r}")
-        if backend not in functional.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, functional.BACKENDS))}, got {backend!r}")
+        if backend not in arguments.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, arguments.BACKENDS))}, got {backend!r}")
         if cuda_graphs not in (None, True, False):
             raise ValueError(f"cuda_graphs must be None, True or False, got {cuda_graphs!r}")
         outputs.check(model, logits)
@@ -213,7 +213,7 @@ class Ensemble(nn.Module):
                 "seed must be a number within torch.utils.checkpoint, got None: backward runs the ensemble again, and fresh noise would be "
                 "other noise; give Ensemble(seed=...), or call it without checkpoint, since it bounds the memory of its gradient by itself"
             )
-        seed = functional.seed_tensor(self.draw_seed(None), x.device)
+        seed = arguments.seed_tensor(self.draw_seed(None), x.device)
         if self.seed is None and autograd.is_vectorised():  # its randomness says: other noise for each entry, the same, or an error
             seed = seed ^ torch.randint(-(2**63), 2**63 - 1, (), device=x.device)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -280,9 +280,9 @@ class Ensemble(nn.Module):
                 "predict the whole batch [B, ...] at once, or call the ensemble itself, which has gradients"
             )
         device, x, seed = inputs.device(x), self.images(x), self.draw_seed(seed)
-        image_offset = functional.first_image(image_offset, len(x))
+        image_offset = arguments.first_image(image_offset, len(x))
         if self.early_exit is None:
-            return self._prediction(self._all_draws(x, functional.seed_tensor(seed, x.device), image_offset), seed, device)
+            return self._prediction(self._all_draws(x, arguments.seed_tensor(seed, x.device), image_offset), seed, device)
         scheduler = self._scheduler(x, seed, self.draws)
         scheduler.put(x, image_offset)
         finished = [scheduler.nothing()]
@@ -428,7 +428,7 @@ class Ensemble(nn.Module):
 
     def _scheduler(self, x: Tensor, seed: int, draws: int) -> Scheduler:
         """A `Scheduler` for images like ``x``, which runs them through the model."""
-        key, model = functional.seed_tensor(seed, x.device), self.prepared(x)
+        key, model = arguments.seed_tensor(seed, x.device), self.prepared(x)
         if model.runner.pixels and self.early_exit is not None:
             raise ValueError(
                 f"early_exit must be None for a model that classifies pixels, got {self.early_exit!r}: an image has one number of draws, "
@@ -584,11 +584,11 @@ def _warn_of_seed() -> None:
 
 
 def _count(name: str, value: int) -> int:
-    value = functional.integer(name, value)
+    value = arguments.integer(name, value)
     if not 1 <= value <= 2**32:  # draws are counted in 32 bits
         raise ValueError(f"{name} must be at least 1{' and at most 2^32' if value > 1 else ''}, got {value}")
     return value
 
 
 def _seed(seed: int) -> int:
-    return functional.integer("seed", seed) % 2**64
+    return arguments.integer("seed", seed) % 2**64

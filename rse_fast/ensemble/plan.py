@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rse_fast import functional
+from rse_fast import arguments
 from rse_fast.ensemble import memory
 
 # Rows of a packed batch where throughput peaks in general: on a CPU the activations of more rows leave the cache, on a GPU fewer leave it
@@ -191,7 +191,7 @@ def shard(images: int, rank: int, world_size: int) -> slice:
         >>> out = ensemble.predict(images[part], seed, image_offset=part.start)
     """
     images, rank, world_size = (
-        functional.integer(name, value) for name, value in (("images", images), ("rank", rank), ("world_size", world_size))
+        arguments.integer(name, value) for name, value in (("images", images), ("rank", rank), ("world_size", world_size))
     )
     if images < 0:
         raise ValueError(f"images must not be negative, got {images}")

@@ -19,6 +19,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from rse_fast import autograd, outputs
 from rse_fast.convert import listing, vanished
 from rse_fast.ensemble import convolution, fuse, gradient, hooks, plan, quantize
+from rse_fast.ensemble.fused_conv import FusedConv
 from rse_fast.ensemble.graphs import Graphs
 from rse_fast.ensemble.runner import Runner, best_dtype, mismatch, probe_images
 from rse_fast.ensemble.unfit import unfit
@@ -271,7 +272,7 @@ class Preparation:
 
         runner.model, _ = fuse.snapshot(self.model, dtype, rewrite, x.shape[1:])
         for fused in runner.model.modules():
-            if isinstance(fused, fuse.FusedConv) and fused.layer in fast:
+            if isinstance(fused, FusedConv) and fused.layer in fast:
                 fused.winograd = fast[fused.layer]
                 fused.winograd.follow(fused)
         return report, chosen

@@ -27,7 +27,8 @@ from rse_fast import autograd, functional
 from rse_fast.address import NoiseAddress
 from rse_fast.ensemble import convolution
 from rse_fast.ensemble.convolution import Choice, Form, Winograd
-from rse_fast.ensemble.fuse import FusedConv, has_hooks, is_relu, is_simple, pair, pools_2x2
+from rse_fast.ensemble.fused_conv import FusedConv
+from rse_fast.ensemble.merge import has_hooks, is_relu, is_simple, pair, pools_2x2
 from rse_fast.kernels.cpu import winograd
 from rse_fast.nn import NoiseLayer, NoisyConv2d, note_undefined
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from rse_fast import arguments
+
 LOW, HIGH = 0.1, 10.0  # beyond, float32 probabilities of 2^-149 or less would be told apart from 0
 
 
@@ -87,13 +89,9 @@ def fit_temperature(classifier: Callable[[Tensor], Tensor], batches: Iterable[tu
 def _check_pair(log_probs: object, labels: object) -> None:
     """Raises ValueError unless these are log-probabilities [B, K] and labels [B] of one batch."""
     if not isinstance(log_probs, Tensor) or log_probs.dim() != 2:
-        raise ValueError(f"classifier must return log-probabilities [B, K], got {_described(log_probs)}")
+        raise ValueError(f"classifier must return log-probabilities [B, K], got {arguments.describe(log_probs)}")
     images, classes = log_probs.shape
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64) or labels.shape != (images,):
-        raise ValueError(f"batches must hold labels int64 [{images}] beside {images} images, got {_described(labels)}")
+        raise ValueError(f"batches must hold labels int64 [{images}] beside {images} images, got {arguments.describe(labels)}")
     if images and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"batches must hold labels in [0, {classes}), got {int(labels.min())} to {int(labels.max())}")
-
-
-def _described(value: object) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

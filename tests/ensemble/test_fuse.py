@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rse_fast
+from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import fuse
+from rse_fast.ensemble.fused_conv import Activation, FusedConv
 from rse_fast.models import VGG16, ModelA, ResNeXt29
 from rse_fast.nn import GaussianNoise, NoiseContext, NoisyConv2d, noise_layers
 
@@ -40,9 +42,9 @@ def kinds(model):
     return {
         "norms": sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules),
         "relus": sum(isinstance(m, nn.ReLU) for m in modules) + sum("relu" in str(node.target) for node in calls),
-        "merged": sum(isinstance(m, fuse.FusedConv) and m.activation is not None and not m.clean_output for m in modules),
-        "shared": sum(isinstance(m, fuse.FusedConv) and m.clean_output for m in modules),
-        "rectified": sum(isinstance(m, fuse.FusedConv) and m.rectified for m in modules),
+        "merged": sum(isinstance(m, FusedConv) and m.activation is not None and not m.clean_output for m in modules),
+        "shared": sum(isinstance(m, FusedConv) and m.clean_output for m in modules),
+        "rectified": sum(isinstance(m, FusedConv) and m.rectified for m in modules),
     }
 
 
@@ -51,7 +53,7 @@ def assert_same_function(model, seed, shape=(IMAGES, 3, 10, 10), traced=True):
     model = model.eval()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     x = torch.rand(shape)
-    double = copy.deepcopy(model, {id(t): t.detach().clone() for t in fuse.tensor_attributes(model) if not t.is_leaf}).double()
+    double = copy.deepcopy(model, {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}).double()
     exact, problem = fuse.snapshot(double, torch.float64)
     assert (problem is None) is traced, problem
     wide = x.double().requires_grad_()
@@ -116,7 +118,7 @@ def test_networks_of_the_paper(cls, merged, rectified, alone):
     # The ReLU in front of the head is the last convolution's. In ResNeXt29 an identity shortcut reads two ReLUs a stage as well.
     snapshot, problem = fuse.snapshot(rse_fast.convert(cls()).eval(), torch.float32)
     assert problem is None and kinds(snapshot) == {"norms": 0, "relus": 0, "merged": merged, "shared": 0, "rectified": rectified}
-    assert sum(m.alone for m in snapshot.modules() if isinstance(m, fuse.Activation)) == alone
+    assert sum(m.alone for m in snapshot.modules() if isinstance(m, Activation)) == alone
 
 
 class Dense(nn.Module):
