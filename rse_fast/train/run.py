@@ -284,7 +284,7 @@ def _progress(trainer):
 
 
 def _progress_line(row, trainer):
-    """One line for a log, where no bar is shown: step, epoch, loss, accuracy, time so far and what is left of it."""
+    """One line for a log, where no bar is shown: epoch, step, what is known of loss and accuracy, and the seconds so far."""
     names = {"loss": "loss {:.3g}", "val_accuracy": "validation accuracy {:.1%}", "val_attacked_accuracy": "attacked {:.1%}"}
     known = [text.format(row[name]) for name, text in names.items() if row.get(name) is not None]
     where = f"{trainer.config.defence}: epoch {row['epoch']:.3g} of {trainer.config.epochs}, step {row['step']} of {trainer.total_steps}"
