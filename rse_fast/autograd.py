@@ -296,14 +296,21 @@ class NoisyConv(torch.autograd.Function):
         bias_sizes, coordinates, (stride, padding, dilation), groups, backend = ctx.rest
         needs_x, needs_w, needs_b, needs_sigma, *_ = ctx.needs_input_grad
         at, zeros = NoiseAddress(seed[0], *coordinates, *seed[1:]), (0,) * len(stride)
-        needs_noisy = needs_x or needs_sigma
-        g_noisy = g_w = g_b = None
+        needs_noisy, direct = needs_x or needs_sigma, is_direct(x) and is_direct(g) and not torch.is_grad_enabled()
+        g_noisy = g_w = g_b = tile = None
+        if direct and x.dim() == 4 and max(*stride, *dilation, groups) == 1 and backend != "torch":
+            if layout(x) == "flat":  # torch would lay g out like it as well
+                g = g.contiguous(memory_format=torch.channels_last)
+            tile = noise.input_grad_tile(g, weight, padding) if needs_noisy else None
+            if needs_w:
+                g_w = noise.convolution_weight_grad(g, x, weight, sigma, at, padding)
+                needs_w = g_w is None
         if needs_w:
-            if is_direct(x) and not torch.is_grad_enabled():
+            if direct:
                 read = noise.add_noise(x, sigma, at, None, None, False, backend)
             else:
                 read = add_noise(x, sigma, at, backend=backend, after=g)
-            step, whole = stride, needs_noisy and read.numel() * read.element_size() <= ONE_CALL
+            step, whole = stride, needs_noisy and tile is None and read.numel() * read.element_size() <= ONE_CALL
             if weight.shape[1] < 16 and max(stride) > 1 and _written_astray(read, weight, padding):
                 read, whole = read[(slice(None), slice(None), *(slice(None, None, s) for s in stride))], False
                 step = (1,) * len(stride)
@@ -311,11 +318,15 @@ class NoisyConv(torch.autograd.Function):
             g_noisy, g_w, g_b = _gradients(g, read, weight, bias_sizes, step, padding, dilation, False, zeros, groups, needs)
             del read  # before the gradient of the input, as large as it, is there
             needs_noisy, needs_b = needs_noisy and not whole, False
-        if needs_noisy or needs_b:
+        if tile is not None:
+            g_noisy = noise.convolution_input_grad(g, weight, padding, tile)
+        elif needs_noisy:
             read = x if x.shape[0] == at.rows else packed_like(x, at.rows)  # of which the shape alone is read
-            needs = [needs_noisy, False, needs_b]
+            needs = [True, False, needs_b]
             g_noisy, _, g_bias = _gradients(g, read, weight, bias_sizes, stride, padding, dilation, False, zeros, groups, needs)
-            g_b = g_bias if needs_b else g_b
+            g_b, needs_b = g_bias if needs_b else g_b, False
+        if needs_b:
+            g_b = g.sum([d for d in range(g.dim()) if d != 1])
         g_x = _sum_draws(g_noisy, x.shape[0], at) if needs_x else None
         g_sigma = sigma_grad(g_noisy, at, sigma.dim() == 1, backend) if needs_sigma else None
         return g_x, g_w, g_b, g_sigma, None, None, None, None

@@ -33,7 +33,7 @@ OPENMP = "-fopenmp"
 # overlap with the words of the next: 1.35 times the normals in the baseline unit, 1.5 times in AVX2. A compiler that does not know the
 # flags does without. A product that fills the registers is spilled by the same order.
 ORDER = ("-fschedule-insns", "-fsched-pressure", "--param=sched-pressure-algorithm=2")
-KERNELS = {"add_noise": ORDER, "winograd": ()}
+KERNELS = {"add_noise": ORDER, "filters": (), "winograd": ()}
 
 # Left beside the modules when there is no library: the reason, which the loader and `rse-fast doctor` repeat.
 PROBLEM_FILE = "library_problem.txt"

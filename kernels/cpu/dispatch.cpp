@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <string>
 #include <vector>
@@ -18,18 +19,18 @@
 
 namespace rse {
 
-void add_noise_baseline(const Task&, int64_t, int64_t);
-void sample_baseline(const Sample&);
-void winograd_baseline(const Convolution&, float*, int64_t, int64_t);
-void add_noise_avx2(const Task&, int64_t, int64_t);
-void sample_avx2(const Sample&);
-void winograd_avx2(const Convolution&, float*, int64_t, int64_t);
-void add_noise_avx512(const Task&, int64_t, int64_t);
-void sample_avx512(const Sample&);
-void winograd_avx512(const Convolution&, float*, int64_t, int64_t);
-void add_noise_avx512bf16(const Task&, int64_t, int64_t);
-void sample_avx512bf16(const Sample&);
-void winograd_avx512bf16(const Convolution&, float*, int64_t, int64_t);
+#define RSE_DECLARE(unit)                                                                                \
+    void add_noise_##unit(const Task&, int64_t, int64_t);                                                \
+    void sample_##unit(const Sample&);                                                                   \
+    void winograd_##unit(const Convolution&, float*, int64_t, int64_t);                                  \
+    void filters_##unit(const Filters&, int64_t, int64_t);                                               \
+    void gradient_transform_##unit(const WeightGradient&, float*, int64_t, int64_t, int64_t);            \
+    void gradient_multiply_##unit(const WeightGradient&, int64_t, bool, int64_t, int64_t);               \
+    void gradient_finish_##unit(const WeightGradient&, int64_t, int64_t);
+RSE_DECLARE(baseline)
+RSE_DECLARE(avx2)
+RSE_DECLARE(avx512)
+RSE_DECLARE(avx512bf16)
 
 namespace {
 
@@ -38,8 +39,13 @@ struct Entry {
     Unit unit;
     Sampler sampler;
     Convolver convolver;
+    FilterTransform filters;
+    WeightGradientSteps gradient;
     bool runs;
 };
+#define RSE_ENTRY(unit, runs)                                                       \
+    Entry{#unit, add_noise_##unit, sample_##unit, winograd_##unit, filters_##unit,  \
+          {gradient_transform_##unit, gradient_multiply_##unit, gradient_finish_##unit}, runs}
 
 // The units of this library, best first.
 const std::vector<Entry>& entries() {
@@ -54,15 +60,15 @@ const std::vector<Entry>& entries() {
 #endif
 #ifdef RSE_HAVE_AVX512BF16
         const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-        list.push_back({"avx512bf16", add_noise_avx512bf16, sample_avx512bf16, winograd_avx512bf16, avx512bf16});
+        list.push_back(RSE_ENTRY(avx512bf16, avx512bf16));
 #endif
 #ifdef RSE_HAVE_AVX512
-        list.push_back({"avx512", add_noise_avx512, sample_avx512, winograd_avx512, avx512});
+        list.push_back(RSE_ENTRY(avx512, avx512));
 #endif
 #ifdef RSE_HAVE_AVX2
-        list.push_back({"avx2", add_noise_avx2, sample_avx2, winograd_avx2, avx2});
+        list.push_back(RSE_ENTRY(avx2, avx2));
 #endif
-        list.push_back({"baseline", add_noise_baseline, sample_baseline, winograd_baseline, true});
+        list.push_back(RSE_ENTRY(baseline, true));
         return list;
     }();
     return all;
@@ -130,10 +136,13 @@ class Workspace {
 };
 thread_local Workspace workspace;
 
+constexpr int64_t kFilterGrain = 64;  // blocks of kColumns filters worth waking a thread for: 10 to 20 microseconds
+constexpr int64_t kGradientFloats = 1 << 21;  // transforms that are held for the gradient of a weight: they are to stay in the last cache
+
 }  // namespace
 }  // namespace rse
 
-RSE_EXPORT int rse_abi_version(void) { return 7; }
+RSE_EXPORT int rse_abi_version(void) { return 8; }
 
 RSE_EXPORT const char* rse_units(void) {
     static const std::string names = [] {
@@ -245,6 +254,63 @@ RSE_EXPORT int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, 
             else failed = true;
         });
         return failed ? 1 : 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// The weight that rse_winograd reads in float32, of `taps` with strides in floats, those of outputs, inputs, rows and columns; negative
+// ones turn the taps round.
+RSE_EXPORT void rse_winograd_filters(float* taps, int64_t output, int64_t input, int64_t row, int64_t column, int64_t outputs,
+                                     int64_t inputs, int64_t form, float* transformed, int32_t threads) {
+    using namespace rse;
+    const Filters f{{taps, output, input, row, column}, outputs, inputs, form, transformed};
+    share(ceil_div(outputs, kColumns) * inputs, kFilterGrain, threads, [&](int64_t begin, int64_t end) { current().filters(f, begin, end); });
+}
+
+// taps, with strides as above: the gradient of the weight of conv3x3(x + sigma * eps), g [draws * images, outputs, height + 2 padding - 2,
+// width + 2 padding - 2] being that of its result. Float32, x and g channels last; the other arguments are those of rse_winograd. The
+// result does not depend on `threads`; on `block` by rounding. Returns 0, or 1 when out of memory.
+RSE_EXPORT int rse_winograd_weight_grad(const float* x, const float* g, float* taps, int64_t output, int64_t input, int64_t row, int64_t column,
+                                        int64_t rows, int64_t images, int64_t draws, const int64_t* seed, uint32_t stream,
+                                        uint32_t image_offset, uint32_t draw_offset, const int64_t* sample_ids, int64_t channels,
+                                        int64_t height, int64_t width, const float* sigma, int64_t sigma_count, int64_t form,
+                                        int64_t outputs, int64_t padding, int64_t block, int32_t threads) {
+    using namespace rse;
+    try {
+        const std::vector<float> s = periodic(sigma, sigma_count, channels, 0.0f, 1), none(4 * ceil_div(channels, 4) + kPeriod);
+        WeightGradient w{};
+        Convolution& c = w.of;
+        Task& t = c.source;
+        t.x = x, t.dtype = Dtype::f32, t.layout = t.x_layout = Layout::flat;
+        t.rows = rows, t.images = images, t.draws = draws, t.channels = channels, t.x_spatial = t.spatial = height * width;
+        t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
+        t.stream = stream, t.image_offset = image_offset, t.draw_offset = draw_offset, t.sample_ids = sample_ids;
+        t.sigma = s.data(), t.scale = t.shift = none.data(), t.sigma_varies = sigma_count != 1;
+        c.height = height, c.width = width, c.padding = padding, c.outputs = outputs, c.form = form, c.products = Dtype::f32;
+        const int64_t across = tiles_across(c), lines = images * draws * tiles_down(c), positions = (form + 2) * (form + 2);
+        // Blocks of whole lines of tiles, as many whatever threads there are: sums are added up block by block.
+        const int64_t tiles = block ? block : std::clamp<int64_t>(kGradientFloats / (positions * (channels + outputs)), 64, 1024);
+        const int64_t step = min(lines, ceil_div(tiles, across)), panels = ceil_div(outputs, kColumns);
+        c.block = step * across;
+        const int64_t read = positions * places(c).transformed, sums = panels * positions * channels * kColumns;
+        const std::unique_ptr<float[]> memory(new (std::nothrow) float[read + positions * gradient_transformed(c) + sums]);
+        if (!memory) return 1;
+        w.g = g, w.inputs = memory.get(), w.outputs = w.inputs + read;
+        w.filters = {{taps, output, input, row, column}, outputs, channels, form, w.outputs + positions * gradient_transformed(c)};
+        std::atomic<bool> failed{false};
+        for (int64_t first = 0; first < lines; first += step) {
+            const int64_t count = min(step, lines - first);
+            share(count, 1, threads, [&](int64_t begin, int64_t end) {
+                float* const work = workspace.floats(places(c).input);
+                if (work) current().gradient.transform(w, work, first, first + begin, first + end);
+                else failed = true;
+            });
+            if (failed) return 1;
+            share(positions * panels, 1, threads, [&](int64_t begin, int64_t end) { current().gradient.multiply(w, count * across, first == 0, begin, end); });
+        }
+        share(panels * channels, kFilterGrain, threads, [&](int64_t begin, int64_t end) { current().gradient.finish(w, begin, end); });
+        return 0;
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .build import PROBLEM_FILE, library_name
 
-ABI_VERSION = 7  # rse_abi_version() of the library that this Python code goes with
+ABI_VERSION = 8  # rse_abi_version() of the library that this Python code goes with
 
 UNIT_VARIABLE = "RSE_FAST_CPU_UNIT"
 LIBRARY_VARIABLE = "RSE_FAST_CPU_LIBRARY"

@@ -54,6 +54,42 @@ static inline Places places(const Convolution& c) {
     return p;
 }
 
+// Where the taps of a weight lie: strides in floats, negative where taps are turned round.
+struct Taps {
+    float* first;  // of the first output and input
+    int64_t output, input, row, column;
+};
+
+// A weight to be transformed into what rse_winograd reads in float32.
+struct Filters {
+    Taps taps;
+    int64_t outputs, inputs, form;
+    float* transformed;  // as Convolution::weight
+};
+
+// Computes inputs [begin, end) of all blocks of kColumns outputs: number `block * inputs + input`.
+using FilterTransform = void (*)(const Filters&, int64_t begin, int64_t end);
+
+// The gradient of a convolution's weight. It is made block by block of `of.block` tiles: both sides are transformed, then multiplied tile by
+// tile, and the products added up; at the end the sums are transformed back. Of the convolution, what stands behind its products is not
+// read.
+struct WeightGradient {
+    Convolution of;
+    const float* g;     // the output's, channels last
+    float *inputs, *outputs;  // transforms of a block: [positions][tiles][channels], distances are those of Places and gradient_tile
+    Filters filters;    // sums in `transformed`, the gradient in `taps`
+};
+static inline int64_t gradient_tile(const Convolution& c) { return round_up(c.outputs, kColumns) + kWidest; }
+static inline int64_t gradient_transformed(const Convolution& c) { return c.block * gradient_tile(c) + kWidest; }
+
+// Its three steps, each on a share of the work: transforms lines [begin, end) of tiles of the block that begins with line `first`;
+// multiplies numbers [begin, end) of `position * blocks of kColumns + block`; transforms back numbers [begin, end) of Filters.
+struct WeightGradientSteps {
+    void (*transform)(const WeightGradient&, float* workspace, int64_t first, int64_t begin, int64_t end);
+    void (*multiply)(const WeightGradient&, int64_t tiles, bool first, int64_t begin, int64_t end);
+    void (*finish)(const WeightGradient&, int64_t begin, int64_t end);
+};
+
 // Computes lines of tiles [begin, end) of images * draws * tiles_down(c), image by image, each with all its draws.
 using Convolver = void (*)(const Convolution&, float* workspace, int64_t begin, int64_t end);
 

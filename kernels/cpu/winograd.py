@@ -1,7 +1,9 @@
 """3x3 convolutions on the CPU by Winograd's minimal filtering, noise in their input transform: weights, and the C++ kernel's launcher."""
 
 import ctypes
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +21,50 @@ _SIGNATURE = (
 
 # Points at which F(m x m, 3x3) evaluates polynomials, beside infinity: those of winograd.cpp.
 _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.625, -0.625, 1.5, -1.5)}
+
+
+class Cost(NamedTuple):
+    """What one of the kernels takes where the weight is transformed at every call, in multiplications of the direct algorithm: those of all
+    tiles, and of ``weight_tiles`` more for the weight, all times ``overhead`` for the other transforms. With fewer than ``channels``
+    channels these are what takes the time.
+
+    Fits 2 to 128 rows of layers of 16 to 512 channels within a third, on two cores with AVX2 and with AVX-512.
+    """
+
+    overhead: float
+    weight_tiles: int
+    channels: int
+    tiles: tuple[int, ...]  # forms that are faster than the direct algorithm anywhere
+
+
+CONVOLUTION = Cost(1.4, 60, 16, (2, 4))  # and the gradient of its input
+WEIGHT_GRAD = Cost(1.75, 60, 64, (4,))
+_CLEARLY = 0.9
+_MOST_BYTES = 2**25  # of a transformed weight: what the C library gives back to the system, to be mapped again at the next call
+
+
+@functools.cache
+def best_tile(cost: Cost, rows: int, inputs: int, outputs: int, height: int, width: int, padding: int) -> int | None:
+    """The tile of the form that is faster than the direct convolution where the weight is transformed at every call; None: none is.
+
+    An estimate by arithmetic, the same on every processor with AVX2: what is computed depends on shapes alone.
+
+    Args:
+        cost: `CONVOLUTION` or `WEIGHT_GRAD`.
+        rows, inputs, height, width: shape of the input.
+        outputs: channels of the output.
+        padding: 0, 1 or 2.
+    """
+    down, across = height + 2 * padding - 2, width + 2 * padding - 2
+    if min(inputs, outputs) < cost.channels or min(down, across, rows) < 1 or load().unit in (None, "baseline"):
+        return None
+    best, least = None, _CLEARLY * 9 * rows * down * across
+    for tile in cost.tiles:
+        positions, tiles = (tile + 2) ** 2, rows * -(-down // tile) * -(-across // tile)
+        work = cost.overhead * positions * (tiles + cost.weight_tiles)
+        if work < least and 4 * positions * inputs * outputs < _MOST_BYTES:
+            best, least = tile, work
+    return best
 
 
 def filter_matrix(tile: int) -> torch.Tensor:
@@ -69,6 +115,54 @@ def transform_weight(weight: torch.Tensor, tile: int, dtype: torch.dtype = torch
     for block, values in zip(u, w, strict=True):  # one by one, so that little is held in float64
         block.copy_((both @ values.flatten(1).double()).view(block.shape))
     return u if pair == 2 else u.squeeze(-1)
+
+
+def transform_filters(weight: torch.Tensor, tile: int, turn: bool = False) -> torch.Tensor:
+    """`transform_weight` in float32 by the C++ library, some hundred times as fast: for a weight that changes at every step.
+
+    Args:
+        weight: float32 [outputs, inputs, 3, 3], with any strides.
+        tile: 4 or 2.
+        turn: of ``turned(weight)``.
+
+    Returns:
+        As `transform_weight`, whose values differ by rounding.
+    """
+    function = load().handle.rse_winograd_filters
+    if not function.argtypes:
+        function.argtypes, function.restype = (_pointer, *[_i64] * 7, _pointer, _i32), None
+    taps, (outputs, inputs), strides = weight.data_ptr(), weight.shape[:2], list(weight.stride())
+    if turn:  # from the last tap backwards
+        taps += weight.element_size() * 2 * (strides[2] + strides[3])
+        outputs, inputs, strides = inputs, outputs, [strides[1], strides[0], -strides[2], -strides[3]]
+    out = torch.empty((-(-outputs // COLUMNS), tile + 2, tile + 2, inputs, COLUMNS), dtype=torch.float32, device="cpu")
+    function(taps, *strides, outputs, inputs, tile, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def weight_grad(x, g, like, tile, padding, at, sigma, block=0) -> torch.Tensor:
+    """The gradient of the weight of ``conv3x3(x + sigma * eps)``, of that of its result; the noisy input is never stored.
+
+    Args:
+        x: [at.images or at.images * at.draws, inputs, H, W], float32, channels last and dense.
+        g: [at.images * at.draws, outputs, H + 2 * padding - 2, W + 2 * padding - 2], likewise.
+        like: the weight [outputs, inputs, 3, 3]; the result lies like it. Its values are not read.
+        tile, padding, at, sigma: as in `convolution`.
+        block: tiles whose transforms are held at a time, 0: as many as are best. The result depends on it by rounding.
+    """
+    function = load().handle.rse_winograd_weight_grad
+    if not function.argtypes:
+        function.argtypes = (*[_pointer] * 3, *[_i64] * 7, _pointer, *[_u32] * 3, _pointer, *[_i64] * 3, _pointer, *[_i64] * 5, _i32)
+        function.restype = ctypes.c_int
+    out = torch.empty_like(like)
+    failed = function(
+        x.data_ptr(), g.data_ptr(), out.data_ptr(), *out.stride(), len(x), at.images, at.draws, at.seed.data_ptr(), at.stream,
+        at.image_offset, at.draw_offset, None if at.sample_ids is None else at.sample_ids.data_ptr(), *x.shape[1:], sigma.data_ptr(),
+        sigma.numel(), tile, g.shape[1], padding, block, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("the gradient of a CPU convolution's weight could not allocate its workspace")
+    return out
 
 
 def transformed_weight(weight: torch.Tensor, tile: int) -> torch.Tensor:

@@ -56,6 +56,34 @@ def bound(z, weight, tile, padding, dtype, products=torch.float32, *added):
     return gamma * size * (1 + rounding) + rounding * exact + 1e-37
 
 
+def filters_bound(weight, tile):
+    """Largest possible error of a transformed weight [..., 3, 3]: each of its terms G w G^T carries at most 2 roundings of G's values, 2
+    products and 4 sums, those of float32."""
+    g = matrices(tile)[1].abs()
+    return 8 * 2.0**-24 / (1 - 8 * 2.0**-24) * torch.einsum("pi,ocij,qj->ocpq", g, weight.double().abs(), g) + 1e-37
+
+
+def weight_gradient(z, g, tile, padding, magnitude=lambda a: a):
+    """The weight's gradient, G^T [sum over tiles of (A g A^T) (B^T z B)] G in float64, of the magnitudes where ``magnitude`` is abs."""
+    a, filters, b = (magnitude(m) for m in matrices(tile))
+    down, across = (-side % tile for side in g.shape[2:])
+    g = pad(magnitude(g.double()), (0, across, 0, down)).unfold(2, tile, tile).unfold(3, tile, tile)
+    v = torch.einsum("pi,nctsij,qj->nctspq", b, tiles(magnitude(z.double()), tile, padding), b)
+    sums = torch.einsum("nctspq,notspq->ocpq", v, torch.einsum("ip,notsij,jq->notspq", a, g, a))
+    return torch.einsum("pi,ocpq,qj->ocij", filters, sums, filters)
+
+
+def weight_gradient_bound(z, g, tile, padding):
+    """Largest possible error of each value of `weight_gradient` in float32, for an exact z.
+
+    As in `bound`: a term carries at most 4 roundings in each of the two passes over z and over g, one product and as many sums as there are
+    tiles, and in each pass back one of G's values, a product and 4 sums.
+    """
+    n = 29 + len(z) * -(-g.shape[2] // tile) * -(-g.shape[3] // tile)
+    gamma = n * 2.0**-24 / (1 - n * 2.0**-24)
+    return gamma * weight_gradient(z, g, tile, padding, torch.abs) + 1e-37
+
+
 def of_bytes(z, narrow, products, units, tile, padding):
     """(A^T M A in float64, the largest possible error of a float32 computation of it), M being integer products times their steps.
 

@@ -81,8 +81,8 @@ def test_cxx_may_carry_arguments(compiler, monkeypatch):
 
 
 def test_a_broken_source_names_the_compiler_and_repeats_its_message(compiler, tmp_path):
-    for name in ("add_noise.cpp", "winograd.cpp", "dispatch.cpp"):
-        (tmp_path / name).write_text("#error of this test\n")
+    for name in (*build.KERNELS, "dispatch"):
+        (tmp_path / f"{name}.cpp").write_text("#error of this test\n")
     with pytest.raises(build.BuildError, match="failed\n(.|\n)*of this test"):
         build.build(tmp_path / "out", source=tmp_path)
     assert not (tmp_path / "out" / build.library_name()).exists()
@@ -209,7 +209,7 @@ def test_the_check_finds_what_it_looks_for(built, compiler, tmp_path):
 def test_units_share_no_symbol(built):
     # A weak symbol (an inline function, a template, its static variable) is kept once, and possibly in its AVX-512 form.
     defined = []
-    entries = {"add_noise": 3, "winograd": 1}
+    entries = {"add_noise": 3, "filters": 4, "winograd": 1}
     for kernel, name in itertools.product(build.KERNELS, build.UNITS):
         path = built[1] / f"{kernel}.{name}.o"
         if not path.exists():

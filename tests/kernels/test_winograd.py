@@ -344,6 +344,11 @@ for unit in cpu.load().units:
             at = NoiseAddress(torch.tensor(1), 0, 2, 2)
             winograd.convolution(x, weight, out, 1, units=units, residual=residual, sigma=sigma, at=at, pool=pool, clean=clean)
         assert (clean == 1).all()
+        if dtype == torch.float32 and not pool and not in_bytes:
+            taps, g = guarded((outputs, inputs, 3, 3), dtype, at_end).fill_(1), guarded((2, outputs, h, w), dtype, at_end).fill_(1)
+            for turn in (False, True):
+                winograd.transform_filters(taps, tile, turn)
+            winograd.weight_grad(x, g, taps, tile, 1, NoiseAddress(torch.tensor(1), 0, 2, 1), torch.ones(1))
         regions.clear()
 print("untouched")
 """
