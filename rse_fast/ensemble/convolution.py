@@ -2,8 +2,8 @@
 
 Both compute the same function: they differ by rounding. Which is faster depends on the layer and the processor, so it is measured, once
 a process for each shape of layer. The measurement is of a full packed batch, whatever a call brings, so that neither rows nor chunks nor
-the order of calls enter the choice: a snapshot computes one function, and one that is taken anew the same one. In int8, where the two
-differ by more, `rse_fast.ensemble.quantize` chooses, among what its limit allows and by the same measurement.
+the order of calls enter the choice: a snapshot computes one function, and one that is taken anew the same one. In int8 the two differ by
+more than rounding. There a rule chooses, see `faster_in_bytes`, among what the limit of `rse_fast.ensemble.quantize` allows.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from rse_fast.nn import NoiseContext
 ALGORITHMS = ("auto", "direct", "winograd")
 CLEARLY = 0.97  # Winograd replaces the direct convolution where it takes less than this share of its time
 _ROUNDS = 4
+FEWEST_BYTE_CHANNELS = 48  # from which on the direct int8 convolution takes longer than F(2x2)
 _MOST_WORK = 1.5e9  # multiplications (of the direct algorithm) of one run that is timed: 40 rows of VGG16
 
 
@@ -63,6 +64,17 @@ def byte_forms() -> list[Form]:
     F(4x4) is not among them: its error is 2.7 times that of F(2x2), and most of it stays when draws are averaged.
     """
     return [Form(2, torch.int8)] if cpu.load().unit == "avx512bf16" else []
+
+
+def faster_in_bytes(layer: nn.Conv2d) -> bool:
+    """Whether products of bytes by F(2x2) take less time than the direct int8 convolution of a layer without `obstacle`.
+
+    A rule and no measurement: an image's answer does not depend on how busy the machine was. On two cores of an AMD EPYC with AVX-512 VNNI
+    each of 34 layers from 48 channels on took 0.22 to 0.94 of the direct one's time, at 80 rows of maps of 2x2 to 64x64; with fewer
+    channels it was 0.82 to 1.13. AMX multiplies bytes several times as fast as what Winograd's products use.
+    """
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return not amx and min(layer.in_channels, layer.out_channels) >= FEWEST_BYTE_CHANNELS
 
 
 def obstacle(layer: nn.Conv2d) -> str | None:
@@ -220,7 +232,7 @@ class _Convolution(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the choice
-_seconds: dict[tuple, dict[Form | None, float]] = {}  # what one run took by form, None being direct; by layer, see `seconds_of`
+_seconds: dict[tuple, dict[Form | None, float]] = {}  # what one run took by form, None being direct; by layer, see `_seconds_of`
 _lock = threading.Lock()  # measured one after the other: two at a time would disturb each other
 
 
@@ -280,10 +292,11 @@ def _shapes(convolutions, run) -> dict[FusedConv, torch.Size]:
 def _measured(fused: FusedConv, shape, rows: int, candidates) -> tuple[int, dict[Form | None, float]]:
     """(rows, seconds of the direct convolution and of ``candidates`` with that many), by looking it up where a layer like it was timed."""
     layer, activation = fused.layer, fused.activation
-    rows = timed_rows(layer, shape, rows, 4 if activation is not None and activation.pool else 1)
+    pooled = 4 if activation is not None and activation.pool else 1
+    rows = max(1, min(rows, int(_MOST_WORK / (9 * math.prod(shape) * layer.out_channels // pooled))))
     before = None if activation is None else (activation.pool, activation.scale is not None, activation.alone, activation.clean_output)
     noisy = getattr(layer, "noise_enabled", False)
-    x = functools.cache(lambda: normal(layer.weight, rows, *shape))
+    x = functools.cache(lambda: _normal(layer.weight, rows, *shape))
 
     def make(form):
         algorithm = None
@@ -302,20 +315,15 @@ def _measured(fused: FusedConv, shape, rows: int, candidates) -> tuple[int, dict
         return run
 
     key = layer.weight.dtype, tuple(shape), layer.out_channels, layer.padding, before, noisy
-    return rows, seconds_of(key, rows, {form: functools.partial(make, form) for form in (None, *candidates)})
+    return rows, _seconds_of(key, rows, {form: functools.partial(make, form) for form in (None, *candidates)})
 
 
-def timed_rows(layer: nn.Conv2d, shape, rows: int, pooled: int = 1) -> int:
-    """Of ``rows`` [*shape], pooled to one of so many values, as many as are worth timing a layer with."""
-    return max(1, min(rows, int(_MOST_WORK / (9 * math.prod(shape) * layer.out_channels // pooled))))
-
-
-def normal(like: torch.Tensor, *shape: int) -> torch.Tensor:
+def _normal(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """Normal numbers, channels last, in the dtype of ``like``. Torch's generator is the caller's, and stays where it is."""
     return _map(like, *shape).normal_(generator=torch.Generator(like.device).manual_seed(0))
 
 
-def seconds_of(key: tuple, rows: int, makers: dict[Form | None, Callable[[], Callable[[], object]]]) -> dict[Form | None, float]:
+def _seconds_of(key: tuple, rows: int, makers: dict[Form | None, Callable[[], Callable[[], object]]]) -> dict[Form | None, float]:
     """What one run takes by form, None being direct. Looked up where a layer of the same ``key`` was timed with so many rows; else each
     maker gives what runs it."""
     with _lock:

@@ -268,7 +268,7 @@ class Preparation:
 
             nonlocal report, fast, chosen
             with torch.no_grad():
-                report, fast, chosen = quantize.quantize(graph, names, run, dtype, forms, plan.SWEET_SPOT["cpu"], self.algorithm)
+                report, fast, chosen = quantize.quantize(graph, names, run, dtype, forms, self.algorithm)
 
         runner.model, _ = fuse.snapshot(self.model, dtype, rewrite, x.shape[1:])
         for fused in runner.model.modules():

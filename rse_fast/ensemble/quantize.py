@@ -5,17 +5,15 @@ one step and zero point a tensor, chosen on calibration batches with the noise o
 The convolution is oneDNN's, and does a ReLU that alone reads it. Where the result goes to quantised layers only, directly or through
 max-pools, it stays in bytes; everything else, additions and concatenations among it, happens in the model's own dtype.
 
-On processors with AVX-512 VNNI a 3x3 convolution of stride 1 runs by Winograd's algorithm with products of bytes where that is faster: it
-reads and gives the higher precision, makes the noise in its input transform, and takes the transformed input to bytes, a step and a zero
-point for each position of a tile. Transformed noise is Gaussian too, and stays the dither. Activation, max-pool and additions around
-such a layer are merged as in floating point.
+On processors with AVX-512 VNNI a 3x3 convolution of stride 1 runs by Winograd's algorithm with products of bytes where that is faster (a
+rule of its channels, `convolution.faster_in_bytes`). It reads and gives the higher precision, makes the noise in its input transform, and
+takes the transformed input to bytes, a step and a zero point for each position of a tile. Transformed noise is Gaussian too, and stays the
+dither. Activation, max-pool and additions around such a layer are merged as in floating point.
 
 Where the calibration shows that bytes would disturb a layer's output by more than `LIMIT` of what the layer's own noise does, it stays in
 the higher precision, and so does what cannot be quantised; the `Report` says which and why.
 """
 
-import copy
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +34,7 @@ from rse_fast.nn import NoiseLayer, NoisyConv2d, note_undefined
 # its output. Errors of layers and noises of layers add up alike, so this bounds the network's error in units of its noise, too.
 LIMIT = 0.5
 
+_WIDE = f"of {convolution.FEWEST_BYTE_CHANNELS} channels or more"
 _SAMPLES = 2**16  # values kept of each batch to choose a step by
 _PATCHES = 2**22  # values of patches that each batch adds to a layer's covariance
 _BLOCK = 64  # weights rounded before the others are told
@@ -109,7 +108,6 @@ def quantize(
     run: Callable[[], None],
     dtype: torch.dtype,
     forms: Sequence[Form],
-    rows: int,
     algorithm: str,
 ) -> tuple[Report, dict[nn.Module, "QuantizedWinograd"], dict[str, Choice]]:
     """Quantises, in place, what it can of a traced model in float32, whose BatchNorms are folded as far as they can be.
@@ -119,8 +117,7 @@ def quantize(
         run: runs the calibration batches through ``model``, with the noise on and the same noise at every call; it is called twice.
         dtype: of the results that are no bytes.
         forms: of Winograd's algorithm with products of bytes, which a layer may run where they are faster than the direct one.
-        rows: of a full packed batch.
-        algorithm: "auto", or "winograd" for the fastest form of it wherever there is one.
+        algorithm: "auto", or "winograd" for it wherever there is a form.
 
     Returns:
         The report; what the layers that stay as they are in ``model`` shall run, once they are fused; what each layer runs, by name.
@@ -130,7 +127,7 @@ def quantize(
     observers = {node: _Observer(layer, forms) for node, layer in layers.items()}
     _replace(model, observers)
     run()
-    comparisons = {node: _Comparison(layer, observers[node], bits, rows, dtype, algorithm) for node, layer in layers.items()}
+    comparisons = {node: _Comparison(layer, observers[node], bits, dtype, algorithm) for node, layer in layers.items()}
     _replace(model, comparisons)
     run()
     quantized, fast, errors, choices = {}, {}, {}, {}
@@ -227,14 +224,6 @@ class QuantizedWinograd(Winograd):
         narrow = (weight / weight_steps[..., None]).round().clamp(-127, 127).to(torch.int8)
         packed = winograd.pack_bytes(narrow, weight_steps * steps[:, None], zeros)
         return cls(layer, form, packed, winograd.pack_units(steps, zeros, factors))
-
-    @classmethod
-    def blank(cls, layer: NoisyConv2d, form: Form):
-        """Of no use but to be timed."""
-        weight = torch.zeros((form.tile + 2) ** 2, *layer.weight.shape[:2], dtype=torch.int8)
-        steps, zeros = torch.ones(weight.shape[:2]), torch.zeros(len(weight))
-        units = winograd.pack_units(steps[:, 0], zeros, torch.ones(layer.in_channels))
-        return cls(layer, form, winograd.pack_bytes(weight, steps, zeros), units)
 
     def __call__(self, x, residual=None):
         check_no_gradient(x)
@@ -375,7 +364,7 @@ class _Observer(nn.Module):
 
     def __init__(self, layer: NoisyConv2d, forms: list[Form]):
         super().__init__()
-        self.layer, self.noisy, self.output, self.shape = layer, _Range(), _Range(), None
+        self.layer, self.noisy, self.output = layer, _Range(), _Range()
         self.count, self.sum, self.products = 0, 0.0, 0.0
         forms = [] if convolution.obstacle(layer) else forms
         self.transformed = {form: _Transformed(form, layer.padding[0]) for form in forms}
@@ -384,7 +373,6 @@ class _Observer(nn.Module):
         layer = self.layer
         noisy = layer.add_noise(input)
         y = layer._conv_forward(noisy, layer.weight, layer.bias)
-        self.shape = input.shape[1:]
         self.noisy.add(noisy)
         self.output.add(y)
         terms, positions = layer.weight[0].numel() * layer.groups, y[0, 0].numel()
@@ -407,16 +395,16 @@ class _Observer(nn.Module):
 class _Comparison(nn.Module):
     """The layer itself, and how its int8 forms differ from it on the same input and noise: the direct one (None), and what is faster."""
 
-    def __init__(self, layer: NoisyConv2d, seen: _Observer, bits: int, rows: int, dtype: torch.dtype, algorithm: str):
+    def __init__(self, layer: NoisyConv2d, seen: _Observer, bits: int, dtype: torch.dtype, algorithm: str):
         super().__init__()
-        self.layer, self.algorithm = layer, algorithm
+        self.layer, self.why = layer, "as asked for" if algorithm == "winograd" else f"a layer {_WIDE}"
         direct = seen.quantized(bits)
         direct.output_dtype = dtype
-        self.forms, self.seconds = {None: direct}, {}
-        if seen.transformed:
-            self.timed, self.seconds = _time(direct, seen.transformed, seen.shape, rows, dtype)
+        self.forms, self.slower = {None: direct}, []
         for form, transformed in seen.transformed.items():
-            if algorithm == "winograd" or self.seconds[form] < convolution.CLEARLY * self.seconds[None]:
+            if algorithm != "winograd" and not convolution.faster_in_bytes(layer):
+                self.slower.append(form)
+            else:
                 self.forms[form] = QuantizedWinograd.calibrated(layer, form, *transformed.choose())
         # Of float minus int8, per channel.
         self.count, self.mean, self.power = 0, dict.fromkeys(self.forms, 0.0), dict.fromkeys(self.forms, 0.0)
@@ -442,44 +430,19 @@ class _Comparison(nn.Module):
         return {form: float((e.clamp_min(0).mean() / noise.mean()).sqrt()) if noise.any() else math.inf for form, e in errors.items()}
 
     def choose(self) -> "tuple[QuantizedConv | QuantizedWinograd, float, Choice]":
-        """(the fastest one whose error is within `LIMIT`, its error, what it is and why); with none, that of the least error."""
+        """(Winograd's form where it may run and its error is within `LIMIT`, else the direct one; its error; what it is and why)."""
         errors = self.relative_errors()
-        share = {form: f"{seconds / self.seconds[None]:.2f}" for form, seconds in self.seconds.items()}
-        allowed = [form for form, error in errors.items() if error <= LIMIT] or [min(errors, key=errors.get)]
-        if self.algorithm == "winograd" and any(allowed):
-            allowed = [form for form in allowed if form]
-        best = min(allowed, key=lambda form: self.seconds.get(form, 0.0))
+        within = [form for form, error in errors.items() if error <= LIMIT]
+        best = within[-1] if within else min(errors, key=errors.get)  # the first is the direct one
         conv = self.forms[best]
         conv.bias += (self.mean[best] / self.count).float()
         if best is not None:
-            return conv, errors[best], Choice(str(best), f"{share[best]} of the direct int8 one's time, at {self.timed} rows")
+            return conv, errors[best], Choice(str(best), f"in int8, {self.why}")
         why = ["in int8", *filter(None, [convolution.obstacle(self.layer)])]
-        for form in filter(None, share):
-            if form in errors:
-                why.append(f"the error of {form} would be {errors[form]:.2f} of its own noise (limit {LIMIT})")
-            else:
-                why.append(f"{form} takes {share[form]} of its time, at {self.timed} rows")
+        why += [f"the error of {form} would be {errors[form]:.2f} of its own noise (limit {LIMIT})" for form in errors if form]
+        if self.slower:
+            why.append(f"{self.slower[0]} is faster for layers {_WIDE} alone, on processors without AMX")
         return conv, errors[best], Choice("direct", "; ".join(why))
-
-
-def _time(direct: QuantizedConv, forms, shape, rows: int, dtype: torch.dtype) -> tuple[int, dict[Form | None, float]]:
-    """(rows, seconds that ``direct`` takes from bytes to bytes, and each form from ``dtype`` to ``dtype``, with so many)."""
-    layer, rows = direct.layer, convolution.timed_rows(direct.layer, shape, rows)
-    x = functools.cache(lambda: convolution.normal(torch.empty(0, dtype=dtype), rows, *shape))
-
-    def in_bytes():
-        conv = copy.copy(direct)
-        conv.reads(*conv.noisy)
-        conv.output, read = conv.noisy, x().mul(32).add_(128).clamp_(0, 255).to(torch.uint8)
-        return lambda: conv(read)
-
-    def by_winograd(form):
-        conv = QuantizedWinograd.blank(layer, form)
-        conv.finite = True
-        return lambda: conv(x())
-
-    makers = {None: in_bytes, **{form: functools.partial(by_winograd, form) for form in forms}}
-    return rows, convolution.seconds_of(("int8", dtype, tuple(shape), layer.out_channels, layer.padding), rows, makers)
 
 
 def _source(model, node) -> torch.fx.Node:

@@ -96,6 +96,11 @@ def plain():
     )  # fmt: skip
 
 
+def wide():
+    """A layer of few channels, and one of many."""
+    return nn.Sequential(nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 48, 3), nn.ReLU(), Head(48))
+
+
 def smooth():
     """No kinks: rounding cannot switch a gradient on or off."""
     return nn.Sequential(
@@ -114,6 +119,7 @@ NETS = {
     "shared": lambda: lively(rse_fast.convert(Shared(), 0.3, 0.2)),
     "norm first": lambda: lively(nn.Sequential(nn.BatchNorm2d(3), NoisyConv2d(3, 6, 3, sigma=0.4), nn.BatchNorm2d(6), Head(6))),
     "smooth": lambda: lively(rse_fast.convert(smooth(), 0.3, 0.2)),
+    "wide": lambda: lively(rse_fast.convert(wide(), 0.3, 0.2)),
     "not traceable": lambda: lively(rse_fast.convert(DataDependent(), 0.3, 0.2)),
 }  # fmt: skip
 
