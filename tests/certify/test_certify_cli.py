@@ -52,7 +52,8 @@ def test_the_table_is_what_certify_says(tmp_path, capsys):
     assert [at["low"], at["high"]] == pytest.approx([float(b) for b in clopper_pearson(int(right.sum()), 12, 0.025)])
     assert summary["covers"] == COVERS and COVERS in (tmp_path / "summary.md").read_text()
     assert (tmp_path / "certified.png").read_bytes().startswith(b"\x89PNG")
-    assert "| 0.1 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| 0.1 |" in said and f"certify: 12 of 12 images, certified {(out.labels == labels).double().mean():.1%}, " in said
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
