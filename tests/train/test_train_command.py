@@ -108,8 +108,8 @@ def test_any_configuration_survives_its_file(tmp_path, rng):
 
 def test_a_field_of_later_versions_that_is_not_used_changes_no_run():
     clip = next(f for f in dataclasses.fields(Config) if f.name == "clip")
-    more = [("later", "float | None", dataclasses.field(default=None, metadata=clip.metadata))]
-    later = dataclasses.make_dataclass("Later", more, bases=(Config,), frozen=True, kw_only=True)
+    added = [("later", "float | None", dataclasses.field(default=None, metadata=clip.metadata))]
+    later = dataclasses.make_dataclass("Later", added, bases=(Config,), frozen=True, kw_only=True)
     assert later().fingerprint == Config().fingerprint != later(later=3.0).fingerprint
     assert Config(clip=1.0).fingerprint != Config().fingerprint
 
@@ -214,8 +214,8 @@ def test_rows_of_the_log(run):
     assert [row["step"] for row in rows] == [0, 2, 4, 6, 6, 8, 10, 12, 12, 12]
     assert rows[0].keys() >= {"defence", "model", "parameters", "processes", "device", "torch"}
     assert all(row.keys() == {"event", "step", "epoch", "loss", "lr", "sigma", "seconds"} for row in rows if row["event"] == "step")
-    more = {"event", "step", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "sigma", "seconds"}
-    assert all(row.keys() == more for row in rows if row["event"] == "epoch")
+    keys = {"event", "step", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "sigma", "seconds"}
+    assert all(row.keys() == keys for row in rows if row["event"] == "epoch")
     best, test = {"best_score", "best_epoch"}, {"test_images", "test_accuracy", "draws", "test_ensemble_accuracy"}
     assert rows[-1].keys() == {"event", "step"} | best | test
     assert rows[-1]["best_score"] == max(row["val_accuracy"] for row in rows if row["event"] == "epoch")
@@ -357,8 +357,8 @@ def test_a_folder_of_images_decoded_once_or_by_workers(tmp_path, monkeypatch):
     monkeypatch.setenv("RSE_FAST_CACHE", str(tmp_path / "cache"))
     make_folder(tmp_path / "images", per_class=12)
     flags = ["--data", str(tmp_path / "images"), "--resize", "8", *TINY, "--batch-size", "4"]
-    for name, more in (("cached", []), ("again", []), ("lazy", ["--lazy", "--workers", "1"]), ("none", ["--lazy", "--workers", "0"])):
-        assert main([*flags, *more, "--out", str(tmp_path / name)]) == 0
+    for name, options in (("cached", []), ("again", []), ("lazy", ["--lazy", "--workers", "1"]), ("none", ["--lazy", "--workers", "0"])):
+        assert main([*flags, *options, "--out", str(tmp_path / name)]) == 0
     logs = [without_times(read(tmp_path / name / "log.jsonl")) for name in ("cached", "again", "lazy", "none")]
     assert all(log == logs[0] for log in logs) and len(list((tmp_path / "cache").rglob("*.npy"))) == 1
     assert json.loads((tmp_path / "cached" / "data.json").read_text())["classes"] == ["cat", "dog"]
