@@ -14,7 +14,7 @@ from rse_fast.ensemble.runner import has_bfloat16
 
 from . import networks, peers
 from .ensemble import DIRECT
-from .measure import Refused, Row, best_peer, compare, device, peak_memory, ratio, selected, target
+from .measure import Refused, Row, best_peer, compare, default_device, peak_memory, ratio, selected, target
 from .networks import SIGMAS
 
 # (network, batch, draws), and the draws at which memory is compared
@@ -88,23 +88,23 @@ class Reference:
 
 
 def measure(kind: str, batch: int, draws: int) -> tuple[list[Row], list[dict]]:
-    where, side = device(), networks.KINDS[kind][1]
-    plain = networks.plain(kind, where).requires_grad_(False)
+    device, side = default_device(), networks.KINDS[kind][1]
+    plain = networks.plain(kind, device).requires_grad_(False)
     noisy = rse_fast.convert(copy.deepcopy(plain), *SIGMAS)
     eager = peers.eager_rse(plain, *SIGMAS).to(memory_format=torch.channels_last)
-    x = networks.images(batch, side, where)
+    x = networks.images(batch, side, device)
     y = plain(x).argmax(-1)
 
     def autocast():
         def run():
-            with torch.autocast(where.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 return separate(eager, x, y, draws)
 
         return run
 
     @functools.cache  # each is built several times
     def checked(dtype):
-        real = torch.float32 if dtype == "float32" or not has_bfloat16(where) else torch.bfloat16
+        real = torch.float32 if dtype == "float32" or not has_bfloat16(device) else torch.bfloat16
         check_exact(noisy, plain, x[:4], y[:4], 5, real)
 
     def ours(dtype, count=draws, algorithm="auto"):
@@ -118,10 +118,10 @@ def measure(kind: str, batch: int, draws: int) -> tuple[list[Row], list[dict]]:
         "foolbox wrapper, weights frozen": lambda: foolbox_wrapper(eager, x, y, draws, weights=False),
         "separate backward passes": lambda: lambda: separate(eager, x, y, draws),
     }
-    if has_bfloat16(where):
+    if has_bfloat16(device):
         builders["rse_fast float32"] = lambda: ours("float32")
         builders["separate backward passes, bfloat16 autocast"] = autocast
-    if where.type == "cpu":
+    if device.type == "cpu":
         builders[f"rse_fast, {DIRECT}"] = lambda: ours("auto", algorithm="direct")
         builders[f"rse_fast float32, {DIRECT}"] = lambda: ours("float32", algorithm="direct")
     case = f"{kind} {side}x{side} B={batch} n={draws}"
@@ -137,11 +137,11 @@ def measure(kind: str, batch: int, draws: int) -> tuple[list[Row], list[dict]]:
         target("attack", case, f"peak memory, n={MORE_DRAWS} over n={draws}",
                ratio(peak.get(f"rse_fast, n={MORE_DRAWS}"), peak.get("rse_fast")), 1.5, "x", at_most=True),
     ]  # fmt: skip
-    if where.type == "cpu" and kind == "VGG16":
+    if device.type == "cpu" and kind == "VGG16":
         own = rates.get("rse_fast float32", rates["rse_fast"])
         wanted.append(target("attack", case, f"float32, against {DIRECT}", ratio(own, rates[f"rse_fast float32, {DIRECT}"]), 1.5, "x"))
     return rows, wanted
 
 
 def cases() -> dict:
-    return {f"{k} B={b} n={n}": functools.partial(measure, k, b, n) for k, b, n in CASES[device().type]}
+    return {f"{k} B={b} n={n}": functools.partial(measure, k, b, n) for k, b, n in CASES[default_device().type]}

@@ -11,7 +11,7 @@ from rse_fast.ensemble.runner import has_bfloat16
 
 from . import networks, peers
 from .ensemble import CHUNK, DIRECT
-from .measure import Refused, Row, compare, device, ratio, target
+from .measure import Refused, Row, compare, default_device, ratio, target
 from .networks import SIGMAS
 
 N0, ALPHA = 100, 1e-3
@@ -23,11 +23,11 @@ CASES = {
 
 
 def measure(kind: str, side: int, count: int, n: int) -> tuple[list[Row], list[dict]]:
-    where = device()
-    plain = networks.plain(kind, where)
+    device = default_device()
+    plain = networks.plain(kind, device)
     noisy = rse_fast.convert(copy.deepcopy(plain), *SIGMAS)
     base = peers.eager_rse(plain, 0, SIGMAS[1])  # smoothing brings the noise at the input
-    x = networks.images(count, side, where)
+    x = networks.images(count, side, device)
     classes = plain(x[:1]).shape[1]
     loop = peers.smoothing_loop(base, SIGMAS[0], classes)
     want = [loop(image, N0, n, ALPHA) for image in x]
@@ -47,9 +47,9 @@ def measure(kind: str, side: int, count: int, n: int) -> tuple[list[Row], list[d
         return lambda: list(zip(*(part.tolist() for part in smoothed.certify(images, n, batch_size=400)), strict=True))
 
     def packed():  # the plain network on as many rows, no noise and no votes
-        dtype = torch.bfloat16 if has_bfloat16(where) else torch.float32
+        dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
         model, rows = peers.deterministic(plain, dtype), x.repeat(n + N0, 1, 1, 1).to(dtype, memory_format=torch.channels_last)
-        return torch.no_grad()(lambda: [model(part) for part in rows.split(CHUNK[where.type])])
+        return torch.no_grad()(lambda: [model(part) for part in rows.split(CHUNK[device.type])])
 
     def check(name, found, _):
         if not name.endswith("(limit)"):
@@ -61,10 +61,10 @@ def measure(kind: str, side: int, count: int, n: int) -> tuple[list[Row], list[d
         "adversarial-robustness-toolbox, 400 rows": toolbox,
         "plain network, packed (limit)": packed,
     }
-    if where.type == "cpu":
+    if device.type == "cpu":
         builders[f"rse_fast, {DIRECT}"] = lambda: ours("direct")
     rows, rates = compare("certify", case_name(kind, side, n), "images", "images/s", count, builders, check, seconds=4, least=2)
-    if where.type != "cpu":
+    if device.type != "cpu":
         return rows, []
     gain = ratio(rates["rse_fast"], rates[f"rse_fast, {DIRECT}"])
     return rows, [target("certify", case_name(kind, side, n), f"against {DIRECT}", gain, 1.4, "x")]
@@ -84,4 +84,6 @@ def check_certificates(found: list, want: list, n: int) -> None:
 
 
 def cases() -> dict:
-    return {case_name(kind, side, n): functools.partial(measure, kind, side, count, n) for kind, side, count, n in CASES[device().type]}
+    return {
+        case_name(kind, side, n): functools.partial(measure, kind, side, count, n) for kind, side, count, n in CASES[default_device().type]
+    }

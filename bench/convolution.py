@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import winograd
 
-from .measure import Refused, Row, compare, device, ratio, target
+from .measure import Refused, Row, compare, default_device, ratio, target
 
 # Distinct 3x3 convolutions of stride 1 behind the first: (inputs, outputs, side), and how many there are.
 SHAPES = {
@@ -88,6 +88,6 @@ def network(name: str, rows: int) -> tuple[list[Row], list[dict]]:
 
 
 def cases() -> dict:
-    if device().type != "cpu" or cpu.load().handle is None:
+    if default_device().type != "cpu" or cpu.load().handle is None:
         return {}
     return {f"{name}, {rows} rows": lambda name=name, rows=rows: network(name, rows) for name in SHAPES for rows in ROWS}

@@ -12,7 +12,7 @@ from rse_fast.ensemble.runner import has_bfloat16
 from rse_fast.kernels.cpu import winograd
 
 from . import networks, peers
-from .measure import Refused, Row, best_peer, compare, device, ratio, selected, target
+from .measure import Refused, Row, best_peer, compare, default_device, ratio, selected, target
 from .networks import SIGMAS
 
 # (network, batch, draws, peers): "few" that show how throughput grows, the "eager" ones, those that torch "compiles" too, or "all". What
@@ -80,13 +80,13 @@ def check_exact(ensemble, model, x, rounding) -> None:
 def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], list[dict]]:
     """One case: rows for every implementation, and the targets it is held to. The images are the same at every call: weights and
     activations, hundreds of times larger, are what goes through the cache."""
-    where, side = device(), networks.KINDS[kind][1]
-    plain = networks.plain(kind, where)
+    device, side = default_device(), networks.KINDS[kind][1]
+    plain = networks.plain(kind, device)
     noisy = rse_fast.convert(copy.deepcopy(plain), *SIGMAS)
     eager = peers.eager_rse(plain, *SIGMAS)
-    x = networks.images(batch, side, where)
+    x = networks.images(batch, side, device)
     reference = Reference(plain, x, draws)
-    low, last = has_bfloat16(where), dict(memory_format=torch.channels_last)
+    low, last = has_bfloat16(device), dict(memory_format=torch.channels_last)
 
     def ours(dtype, algorithm="auto"):
         rounding = ROUNDING if dtype == "float32" else reference.rounding
@@ -96,11 +96,11 @@ def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], l
 
     def limit(dtype, chunk):
         model, cast = peers.deterministic(plain, dtype), x.to(dtype, **last)
-        return lambda: peers.chunked(model, cast, draws, CHUNK[where.type] if chunk else batch * draws)
+        return lambda: peers.chunked(model, cast, draws, CHUNK[device.type] if chunk else batch * draws)
 
     def autocast(run):
         def low_precision():
-            with torch.autocast(where.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 return run()
 
         return low_precision
@@ -112,16 +112,16 @@ def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], l
     dtypes = {"float32": torch.float32, **({"bfloat16": torch.bfloat16} if low else {})}
     builders = {"rse_fast": lambda: ours("auto")}
     if which != "few":
-        for dtype in dtypes if where.type == "cpu" else ["float32"] if low else []:
+        for dtype in dtypes if device.type == "cpu" else ["float32"] if low else []:
             builders[f"rse_fast {dtype}"] = lambda dtype=dtype: ours(dtype)
-        for dtype in dtypes if where.type == "cpu" else []:
+        for dtype in dtypes if device.type == "cpu" else []:
             builders[f"rse_fast {dtype}, {DIRECT}"] = lambda dtype=dtype: ours(dtype, "direct")
     builders["eager loop"] = lambda: lambda: peers.loop(eager, x, draws)
     builders["eager packed"] = lambda: lambda: peers.packed(eager, x, draws)
     if which != "few" and low:
         builders["eager loop, bfloat16 autocast"] = lambda: autocast(lambda: peers.loop(eager, x, draws))
         builders["eager packed, bfloat16 autocast"] = lambda: autocast(lambda: peers.packed(eager, x, draws))
-    searched = ["max-autotune"] if which == "all" and where.type == "cuda" else []
+    searched = ["max-autotune"] if which == "all" and device.type == "cuda" else []
     for mode in ["default", *searched] if which in ("compiled", "all") else []:
         name = f"torch.compile {mode}".removesuffix(" default")
         builders[f"{name} loop"] = lambda mode=mode: bound(peers.compiled, eager, packs=False, mode=mode)
@@ -143,16 +143,16 @@ def measure(kind: str, batch: int, draws: int, which: str) -> tuple[list[Row], l
     if selected("rse_fast"):
         shares = time_shares(rse_fast.Ensemble(noisy, draws, cuda_graphs=False), x)  # a graph does not say which operator a kernel is of
         rows += [Row("ensemble", case, "rse_fast", f"time in {what}", "", *[share] * 3) for what, share in shares.items()]
-    return rows, targets(where, kind, batch, draws, case, rates)
+    return rows, targets(device, kind, batch, draws, case, rates)
 
 
 # Most time of ten float32 draws over the plain network's packed float32 forward.
 WINOGRAD = {("VGG16", 16): 0.6, ("VGG16", 1): 0.75, ("SmallNet", 16): 0.75, ("ResNet-14", 16): 0.75, ("ResNet-50", 1): 0.95}
 
 
-def winograd_targets(where, kind, batch, draws, case, rates) -> list[dict]:
+def winograd_targets(device, kind, batch, draws, case, rates) -> list[dict]:
     """What the choice of the convolutions' algorithm is held to, on CPUs."""
-    if where.type != "cpu" or draws != 10 or (kind, batch) not in WINOGRAD:
+    if device.type != "cpu" or draws != 10 or (kind, batch) not in WINOGRAD:
         return []
     plain = [rate for name, rate in rates.items() if name.startswith("plain network, packed float32") and rate is not None]
     cost = ratio(max(plain, default=None), rates.get("rse_fast float32"))
@@ -217,13 +217,13 @@ def timed(module, name: str, seconds: dict[str, float], what: str):
         setattr(module, name, function)
 
 
-def targets(where, kind, batch, draws, case, rates) -> list[dict]:
+def targets(device, kind, batch, draws, case, rates) -> list[dict]:
     ours, loop = rates["rse_fast"], rates["eager loop"]
     bounds = [rate for name, rate in rates.items() if name.endswith("(limit)") and rate is not None]
     cost = ratio(max(bounds, default=None), ours)
     compiled = [rate for name, rate in rates.items() if name.startswith("torch.compile") and rate is not None]
-    of_algorithms = winograd_targets(where, kind, batch, draws, case, rates)
-    if where.type == "cpu" and kind == "VGG16":
+    of_algorithms = winograd_targets(device, kind, batch, draws, case, rates)
+    if device.type == "cpu" and kind == "VGG16":
         if batch == 1:
             return [
                 *of_algorithms,
@@ -236,7 +236,7 @@ def targets(where, kind, batch, draws, case, rates) -> list[dict]:
             target("ensemble", case, "against the best peer", ratio(ours, best_peer(rates)), 2.6, "x"),
             target("ensemble", case, "cost over the plain network's packed forward", cost, 1.05, "x", at_most=True),
         ]
-    if where.type == "cuda" and kind in ("VGG16", "ResNet-50"):
+    if device.type == "cuda" and kind in ("VGG16", "ResNet-50"):
         if batch <= 8:
             return [target("ensemble", case, "against the eager loop", ratio(ours, loop), 10, "x")]
         return [
@@ -253,5 +253,4 @@ def case_name(kind: str, batch: int, draws: int) -> str:
 
 
 def cases() -> dict:
-    where = device().type
-    return {case_name(*case[:3]): functools.partial(measure, *case) for case in CASES[where]}
+    return {case_name(*case[:3]): functools.partial(measure, *case) for case in CASES[default_device().type]}

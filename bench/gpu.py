@@ -271,7 +271,7 @@ def run() -> tuple[list[measure.Row], list[dict]]:
 
 def cases() -> dict:
     """Empty where there is no GPU."""
-    return {"all": run} if measure.device().type == "cuda" else {}
+    return {"all": run} if measure.default_device().type == "cuda" else {}
 
 
 def cases_of_noise() -> list[tuple[torch.dtype, torch.memory_format]]:

@@ -5,7 +5,7 @@ import functools
 import rse_fast
 
 from . import peers
-from .measure import Row, compare, device, peak_memory, selected
+from .measure import Row, compare, default_device, peak_memory, selected
 from .networks import SIGMAS, Chain, images, settle
 
 # What one case varies, over which values; the others stay at BASE.
@@ -17,9 +17,9 @@ VALUES = {
 
 
 def measure(what: str, value: int) -> tuple[list[Row], list[dict]]:
-    where, size = device(), {**BASE, what: value}
-    x = images(size["batch"], size["side"], where)
-    plain = settle(Chain(size["depth"]).to(where), images(4, size["side"], where))
+    device, size = default_device(), {**BASE, what: value}
+    x = images(size["batch"], size["side"], device)
+    plain = settle(Chain(size["depth"]).to(device), images(4, size["side"], device))
     eager = peers.eager_rse(plain, *SIGMAS)
     ensemble = rse_fast.Ensemble(rse_fast.convert(plain, *SIGMAS), size["draws"])
     runs = {"rse_fast": lambda: ensemble.predict(x), "eager packed": lambda: peers.packed(eager, x, size["draws"])}
@@ -34,4 +34,4 @@ def measure(what: str, value: int) -> tuple[list[Row], list[dict]]:
 
 
 def cases() -> dict:
-    return {f"{what}={v}": functools.partial(measure, what, v) for what, values in VALUES[device().type].items() for v in values}
+    return {f"{what}={v}": functools.partial(measure, what, v) for what, values in VALUES[default_device().type].items() for v in values}

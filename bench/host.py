@@ -18,7 +18,7 @@ from rse_fast.address import NoiseAddress
 from rse_fast.models import SmallNet
 
 from . import peers
-from .measure import Row, device, percentiles, ratio, selected, target
+from .measure import Row, default_device, percentiles, ratio, selected, target
 
 LAUNCH = "launch of 2x64x32x32 bfloat16, nothing runs"
 LAYER = "convolution 3x3 of 2x8x4x4"
@@ -107,12 +107,12 @@ def launch() -> tuple[list[Row], list[dict]]:
 
 
 def layer() -> tuple[list[Row], list[dict]]:
-    where = device()
-    plain = torch.nn.Conv2d(8, 8, 3, padding=1).to(where, memory_format=torch.channels_last)
+    device = default_device()
+    plain = torch.nn.Conv2d(8, 8, 3, padding=1).to(device, memory_format=torch.channels_last)
     noisy = rse_fast.convert(torch.nn.Sequential(copy.deepcopy(plain)), 0.2, 0.1)
     layers = {"rse_fast": noisy, "eager noise layer": peers.eager_rse(torch.nn.Sequential(plain), 0.2, 0.1), "no noise (limit)": plain}
     layers = {name: one for name, one in layers.items() if selected(name)}
-    x = torch.rand(2, 8, 4, 4, device=where).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = torch.rand(2, 8, 4, 4, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     g = torch.rand_like(x)
     forward = {name: lambda one=one: one(x) for name, one in layers.items()}
     both = {name: lambda one=one: torch.autograd.grad(one(x), (x, *one.parameters()), g) for name, one in layers.items()}
@@ -126,9 +126,9 @@ def layer() -> tuple[list[Row], list[dict]]:
 
 def prediction() -> tuple[list[Row], list[dict]]:
     """On images so small that hardly any arithmetic is left; the network alone is its fused snapshot without noise."""
-    where = device()
-    model = SmallNet(width=8).to(where).eval()
-    x = torch.rand(1, 3, 8, 8, device=where)
+    device = default_device()
+    model = SmallNet(width=8).to(device).eval()
+    x = torch.rand(1, 3, 8, 8, device=device)
     ensemble = rse_fast.Ensemble(rse_fast.convert(copy.deepcopy(model), 0.2, 0.1), draws=1, dtype="float32")
     plain = peers.deterministic(model, torch.float32)
 

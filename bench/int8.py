@@ -9,7 +9,7 @@ from rse_fast.ensemble.runner import has_bfloat16
 
 from . import networks, trained
 from .ensemble import distance
-from .measure import Refused, Row, compare, device, ratio, target
+from .measure import Refused, Row, compare, default_device, ratio, target
 from .networks import SIGMAS
 
 # 3x3 convolutions of VGG16 behind its first: (inputs, outputs, side), and how many there are.
@@ -22,16 +22,16 @@ ROWS = 80  # of a packed batch of bfloat16; twice as many are 1 % faster in eith
 
 def speed() -> tuple[list[Row], list[dict]]:
     """The engine in each dtype, with the same noise."""
-    case, x, calm = "VGG16 32x32 B=16 n=10", networks.images(16, 32, device()), "float32"
-    noisy = rse_fast.convert(networks.plain("VGG16", device()), *SIGMAS)
-    bfloat16 = has_bfloat16(device())
+    case, x, calm = "VGG16 32x32 B=16 n=10", networks.images(16, 32, default_device()), "float32"
+    noisy = rse_fast.convert(networks.plain("VGG16", default_device()), *SIGMAS)
+    bfloat16 = has_bfloat16(default_device())
     dtypes = ["int8", *(["bfloat16"] if bfloat16 else []), calm]
     of_bytes, direct = bool(byte_forms()), "rse_fast int8, direct convolutions"
     want = rse_fast.Ensemble(noisy, 10, seed=1, dtype=calm).predict(x).probs
     other = rse_fast.Ensemble(noisy, 10, seed=2, dtype=calm).predict(x).probs
 
     def build(dtype, algorithm="auto"):
-        calibration = networks.images(64, 32, device()) if dtype == "int8" else None
+        calibration = networks.images(64, 32, default_device()) if dtype == "int8" else None
         ensemble = rse_fast.Ensemble(noisy, 10, seed=1, dtype=dtype, calibration=calibration, algorithm=algorithm)
         return lambda: ensemble.predict(x).probs
 
@@ -53,7 +53,7 @@ def speed() -> tuple[list[Row], list[dict]]:
 
 def vendor() -> tuple[list[Row], list[dict]]:
     """oneDNN's convolutions at VGG16's shapes: what any engine on it is bound by."""
-    layers, work = {"int8": [], "float32": [], **({"bfloat16": []} if has_bfloat16(device()) else {})}, 0
+    layers, work = {"int8": [], "float32": [], **({"bfloat16": []} if has_bfloat16(default_device()) else {})}, 0
     for (inputs, outputs, side), count in SHAPES.items():
         work += 2 * 9 * inputs * outputs * side**2 * ROWS * count / 1e9
         geometry, bias = ([1, 1], [1, 1], [1, 1], 1), torch.rand(outputs)
@@ -111,6 +111,6 @@ def compared(case: str, model, x, y, calibration, draws: int = 10) -> tuple[list
 
 
 def cases() -> dict:
-    if device().type != "cpu":
+    if default_device().type != "cpu":
         return {}
     return {"VGG16 32x32 B=16 n=10": speed, "VGG16's 3x3 convolutions": vendor, "VGG16 on digits n=10, labels": agreement}

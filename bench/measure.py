@@ -190,7 +190,7 @@ def cache_bytes(device: torch.device) -> int:
 listed_for = ""  # the device whose cases are listed, "cpu" or "cuda"; "" for this machine's
 
 
-def device() -> torch.device:
+def default_device() -> torch.device:
     """Where suites measure: a GPU if there is one."""
     return torch.device(listed_for or ("cuda" if torch.cuda.is_available() else "cpu"))
 

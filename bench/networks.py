@@ -85,11 +85,11 @@ KINDS = {  # class, image side
 }  # fmt: skip
 
 
-def plain(kind: str, where: torch.device) -> nn.Module:
+def plain(kind: str, device: torch.device) -> nn.Module:
     """A network of random weights in eval mode whose output depends on its input as a trained one's does (`settle`)."""
     network, side = KINDS[kind]
     torch.manual_seed(0)
-    return settle(network().to(where), images(4, side, where))
+    return settle(network().to(device), images(4, side, device))
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def settle(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return model
 
 
-def images(count: int, side: int, where: torch.device) -> torch.Tensor:
+def images(count: int, side: int, device: torch.device) -> torch.Tensor:
     """[count, 3, side, side] in [0, 1]: coarse random patches, which differ from each other more than white noise does."""
-    coarse = torch.rand(count, 3, 4, 4, device=where)
+    coarse = torch.rand(count, 3, 4, 4, device=device)
     return nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")

@@ -14,7 +14,7 @@ from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import build
 
 from . import peers
-from .measure import Inputs, Refused, Row, compare, device, ratio, target
+from .measure import Inputs, Refused, Row, compare, default_device, ratio, target
 
 SIGMA = 0.1
 SIZES = {"cpu": {"64K": 1, "4M": 64, "256M": 4096}, "cuda": {"4M": 64, "64M": 1024, "512M": 8192}}  # images [n, 64, 32, 32]
@@ -24,12 +24,12 @@ FULL = {"cpu": "4M", "cuda": "512M"}  # the size that is measured in every dtype
 ROW = 8  # calls that a GPU is timed over
 
 
-def check_reference(where: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> None:
+def check_reference(device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> None:
     """Raises unless the op equals the float64 reference on a small input: what is timed is what is tested."""
-    x = torch.randn(3, 8, 9, 7, device=where).to(dtype).contiguous(memory_format=layout)
+    x = torch.randn(3, 8, 9, 7, device=device).to(dtype).contiguous(memory_format=layout)
     got = functional.add_noise(x, SIGMA, seed=5).double().cpu()
     want = reference.add_noise(x.double().cpu(), torch.tensor(SIGMA), *NoiseAddress(torch.tensor(5), 0, len(x)))
-    step = want.abs().max() * torch.finfo(dtype).eps + (1e-6 if where.type == "cpu" else 1e-3)
+    step = want.abs().max() * torch.finfo(dtype).eps + (1e-6 if device.type == "cpu" else 1e-3)
     if not (got - want).abs().max() <= step:
         raise Refused(f"add_noise differs from the reference by {(got - want).abs().max():.3g}")
 
@@ -69,18 +69,18 @@ def in_a_row(build):
 
 def measure(dtype: torch.dtype, layout: torch.memory_format, label: str) -> tuple[list[Row], list[dict]]:
     """One case: rows for every implementation, and the targets it is held to."""
-    where = device()
-    images = SIZES[where.type][label]
+    device = default_device()
+    images = SIZES[device.type][label]
     shape, elements, flat = (images, 64, 32, 32), images * 2**16, layout is torch.channels_last
     case = f"{str(dtype)[6:]} {'channels_last' if flat else 'contiguous'} {label}"
-    make = lambda: torch.randn(shape, device=where).to(dtype).contiguous(memory_format=layout)  # noqa: E731
+    make = lambda: torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)  # noqa: E731
     # The smallest size stays in the cache: that is how a layer of a network meets it.
     inputs = Inputs(make, cached=label == "64K")
-    out = torch.empty(shape, device=where, dtype=dtype, memory_format=layout)
-    sigma, seed = torch.tensor(SIGMA, device=where), torch.tensor(7, device=where)
+    out = torch.empty(shape, device=device, dtype=dtype, memory_format=layout)
+    sigma, seed = torch.tensor(SIGMA, device=device), torch.tensor(7, device=device)
 
     def ours():
-        check_reference(where, dtype, layout)
+        check_reference(device, dtype, layout)
         return lambda: functional.add_noise(next(inputs), sigma, seed=seed)
 
     def kernel():  # alone, into memory that is already mapped
@@ -111,7 +111,7 @@ def measure(dtype: torch.dtype, layout: torch.memory_format, label: str) -> tupl
         "pytorch-rse layer": lambda: peers.pytorch_rse_layer(SIGMA, inputs),
         "copy (limit)": lambda: lambda: out.copy_(next(inputs)),
     }
-    if where.type == "cuda":  # its caching allocator has mapped the memory before, so there is no second figure without allocation
+    if device.type == "cuda":  # its caching allocator has mapped the memory before, so there is no second figure without allocation
         builders["torch.compile max-autotune"] = lambda: compiled(mode="max-autotune-no-cudagraphs")
     else:
         builders |= {"rse_fast kernel, no allocation": kernel, "Philox words alone (limit)": words}
@@ -120,16 +120,16 @@ def measure(dtype: torch.dtype, layout: torch.memory_format, label: str) -> tupl
         if not name.endswith("(limit)"):
             check_moments(inputs.current, y)
 
-    if where.type == "cuda":
+    if device.type == "cuda":
         builders = {name: functools.partial(in_a_row, build) for name, build in builders.items()}
-    work = elements / 1e9 * (ROW if where.type == "cuda" else 1)
+    work = elements / 1e9 * (ROW if device.type == "cuda" else 1)
     rows, rates = compare("noise", case, "normals", "G/s", work, builders, check, least=3)
-    return rows, targets(where, dtype, case, label, rates)
+    return rows, targets(device, dtype, case, label, rates)
 
 
-def targets(where, dtype, case, label, rates) -> list[dict]:
+def targets(device, dtype, case, label, rates) -> list[dict]:
     ours = rates["rse_fast"]
-    if where.type == "cuda":
+    if device.type == "cuda":
         share = ratio(ours, rates["copy (limit)"])
         return [target("noise", case, "of the copy's bandwidth", share, 0.9, "")] if dtype == torch.bfloat16 and label == "512M" else []
     if label != "4M":
@@ -146,11 +146,11 @@ def targets(where, dtype, case, label, rates) -> list[dict]:
 
 def cases() -> dict:
     found = {}
-    for label in SIZES[device().type]:
+    for label in SIZES[default_device().type]:
         for dtype in (torch.float32, torch.bfloat16):
             for layout in (torch.contiguous_format, torch.channels_last):
                 flat = layout is torch.channels_last
-                if label != FULL[device().type] and flat != (dtype == torch.bfloat16):
+                if label != FULL[default_device().type] and flat != (dtype == torch.bfloat16):
                     continue  # elsewhere the two combinations that are used
                 name = f"{str(dtype)[6:]} {'channels_last' if flat else 'contiguous'} {label}"
                 found[name] = functools.partial(measure, dtype, layout, label)

@@ -27,8 +27,7 @@ def draw(found: dict, folder: Path) -> list[Path]:
     for name, paint in PICTURES.items():
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         if paint(axes, found):
-            where = results.machine(found["rows"][0])
-            figure.suptitle(where, fontsize="x-small", color="gray")
+            figure.suptitle(results.machine(found["rows"][0]), fontsize="x-small", color="gray")
             axes.grid(alpha=0.3, which="both")
             axes.legend(fontsize="x-small")
             made.append(folder / f"{name}.png")
@@ -95,10 +94,10 @@ def roofline(axes, found) -> bool:
     axes.plot(intensity, [max(copies) * i for i in intensity], "k-", label=f"copy: {max(copies):.3g} GB/s")
     if words:
         axes.axhline(max(words), color="k", linestyle=":", label=f"Philox words alone: {max(words):.3g} G/s")
-    for name, where in points.items():
-        rate = max(y / x for x, y in where)
+    for name, measured in points.items():
+        rate = max(y / x for x, y in measured)
         marker = "o" if role(name) == "rse_fast" else "x"
-        axes.plot(*zip(*where, strict=True), marker, label=f"{name}: at most {rate:.3g} GB/s")
+        axes.plot(*zip(*measured, strict=True), marker, label=f"{name}: at most {rate:.3g} GB/s")
     axes.set(xlabel="normals a byte moved (float32 1/8, bfloat16 1/4)", ylabel="G normals/s", title="noise: roofline")
     axes.set(xscale="log", yscale="log")
     return True

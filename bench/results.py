@@ -14,7 +14,7 @@ import torch
 import rse_fast
 from rse_fast.kernels import cpu
 
-from .measure import COSTS, Row, device, installed, role
+from .measure import COSTS, Row, default_device, installed, role
 
 KEY = ("suite", "case", "implementation", "metric")
 MACHINE = ("device", "driver", "cpu")
@@ -24,7 +24,7 @@ COLUMNS = (*KEY, "unit", "p20", "p50", "p80", *MACHINE, "versions", "commit", "d
 def environment() -> dict[str, str]:
     """What the figures depend on, one short text each: device, driver, cpu, versions, commit, date."""
     library = cpu.load()
-    on_gpu = device().type == "cuda"
+    on_gpu = default_device().type == "cuda"
     versions = {"python": platform.python_version(), **{n: installed(n) for n in ("torch", "rse-fast", *(["triton"] if on_gpu else []))}}
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",

@@ -65,9 +65,9 @@ def imports() -> tuple[list[Row], list[dict]]:
 
     rows = _rows("import", "process start to imported", IMPORTS, seconds, rounds=2)
     # Told by a clock within the process: two starts of a process differ by more than what is asked for.
-    more = _rows("import", "imported behind torch", {"rse_fast": _BEHIND_TORCH}, lambda code: float(_run(code)), rounds=5)
-    extra = next((row.p50 * 1e3 for row in more if row.p50 is not None), None)
-    return rows + more, [target("startup", "import", "on top of torch's import", extra, 50, "ms", at_most=True)]
+    behind_torch = _rows("import", "imported behind torch", {"rse_fast": _BEHIND_TORCH}, lambda code: float(_run(code)), rounds=5)
+    extra = next((row.p50 * 1e3 for row in behind_torch if row.p50 is not None), None)
+    return rows + behind_torch, [target("startup", "import", "on top of torch's import", extra, 50, "ms", at_most=True)]
 
 
 def first_prediction() -> tuple[list[Row], list[dict]]:

@@ -17,7 +17,7 @@ from rse_fast.nn import noise_layers
 from rse_fast.train.captured import Captured
 
 from . import networks, peers
-from .measure import Refused, Row, compare, device, peak_memory, ratio, selected, target
+from .measure import Refused, Row, compare, default_device, peak_memory, ratio, selected, target
 from .networks import SIGMAS
 
 # (network, batch)
@@ -123,16 +123,16 @@ def check(name, first, second) -> None:
 
 def measure(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[dict]]:
     """One case: steps/s, bytes saved for backward, and the allocator's peak, for each implementation, and the targets."""
-    where, side = device(), networks.KINDS[kind][1]
-    plain = networks.plain(kind, where)
-    x = networks.images(batch, side, where)
+    device, side = default_device(), networks.KINDS[kind][1]
+    plain = networks.plain(kind, device)
+    x = networks.images(batch, side, device)
     models = _models(plain)
     steps = {name: Step(model, x, dtype) for name, model in models.items()}
     case = f"{kind} {side}x{side} B={batch} {str(dtype)[6:]}"
     builders = {name: lambda name=name, step=step: ready(name, step) for name, step in steps.items()}
     builders[ALONE] = lambda: NoiseAlone(steps["rse_fast"])
     captured = {name: f"{name.removesuffix(LIMIT)}, one CUDA graph{LIMIT * name.endswith(LIMIT)}" for name in models}
-    if where.type == "cuda":  # what a step takes when nothing waits for its launches
+    if device.type == "cuda":  # what a step takes when nothing waits for its launches
         builders |= {captured[name]: lambda model=model: _captured(Step(model, x, dtype)) for name, model in models.items()}
     rows, medians = compare("train", case, "steps", "steps/s", 1, builders, check, seconds=5, least=7)
     rows = [_milliseconds(row) if row.implementation == ALONE else row for row in rows]
@@ -141,7 +141,7 @@ def measure(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[
     rows += [Row("train", case, name, "saved for backward", "MB", *[value] * 3) for name, value in saved.items()]
     rows += [Row("train", case, name, "peak memory", "MB", *[value] * 3) for name, value in peak.items()]
     ours, eager, limit = models
-    most_time, most_memory = MOST[where.type]
+    most_time, most_memory = MOST[device.type]
     in_graphs = all(medians.get(name) for name in captured.values())
     fast_ours, fast_eager, fast_limit = captured.values() if in_graphs else models
     how = " in a CUDA graph" if in_graphs else ""
@@ -173,10 +173,10 @@ def _models(plain: nn.Module) -> dict[str, nn.Module]:
 
 def measure_compiled(kind: str, batch: int, dtype: torch.dtype) -> tuple[list[Row], list[dict]]:
     """One case under torch.compile: steps/s, and bytes saved for backward by the compiled graphs, for each implementation."""
-    where, side = device(), networks.KINDS[kind][1]
-    x = networks.images(batch, side, where)
+    device, side = default_device(), networks.KINDS[kind][1]
+    x = networks.images(batch, side, device)
     torch._dynamo.reset()
-    steps = {name: Step(model, x, dtype, compiled=True) for name, model in _models(networks.plain(kind, where)).items()}
+    steps = {name: Step(model, x, dtype, compiled=True) for name, model in _models(networks.plain(kind, device)).items()}
     case = f"{kind} {side}x{side} B={batch} {str(dtype)[6:]}, compiled"
     builders = {name: lambda name=name, step=step: ready(name, step) for name, step in steps.items()}
     rows, medians = compare("train", case, "steps", "steps/s", 1, builders, check, seconds=5, least=7)
@@ -204,7 +204,7 @@ def _milliseconds(row: Row) -> Row:
 
 
 def cases() -> dict:
-    dtypes, kind_of_device = (torch.float32, torch.bfloat16), device().type
+    dtypes, kind_of_device = (torch.float32, torch.bfloat16), default_device().type
     eager = itertools.product(((measure, "", *case) for case in CASES[kind_of_device]), dtypes)
     compiled = itertools.product(((measure_compiled, ", compiled", *case) for case in COMPILED[kind_of_device]), dtypes)
     return {

@@ -11,7 +11,7 @@ import rse_fast
 from rse_fast import data
 from rse_fast.models import VGG16
 
-from .measure import device
+from .measure import default_device
 from .networks import SIGMAS
 
 
@@ -23,19 +23,19 @@ def digits(network: type[nn.Module] = VGG16, side: int = 32, steps: int = 120, *
     """
     from sklearn.datasets import load_digits
 
-    found, where = load_digits(), device()
+    found, device = load_digits(), default_device()
     x = torch.from_numpy(found.images).float().unsqueeze(1) / 16
-    x = nn.functional.interpolate(x, size=(side, side), mode="bilinear").expand(-1, 3, -1, -1).contiguous().to(where)
-    y = torch.from_numpy(found.target).to(where)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(where)
+    x = nn.functional.interpolate(x, size=(side, side), mode="bilinear").expand(-1, 3, -1, -1).contiguous().to(device)
+    y = torch.from_numpy(found.target).to(device)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(device)
     train, test = order[:1400], order[1400:]
     torch.manual_seed(0)
-    model = rse_fast.convert(network(**options), *SIGMAS).to(where)
+    model = rse_fast.convert(network(**options), *SIGMAS).to(device)
     folder = Path(os.environ.get("RSE_FAST_CACHE") or Path.home() / ".cache" / "rse-fast")
     kind = "-".join([network.__name__.lower(), *map(str, options.values()), f"digits{side}", str(steps), torch.__version__])
     file = folder / f"bench-{kind}.safetensors"
     if file.exists():
-        model.load_state_dict(load_file(file, device=str(where)))
+        model.load_state_dict(load_file(file, device=str(device)))
         return model.eval(), x[test], y[test]
     model.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)

@@ -11,7 +11,7 @@ from rse_fast import data, run_inputs, train
 from rse_fast.cli import wrapper
 
 from . import early_exit, int8, report, results
-from .measure import device
+from .measure import default_device
 
 
 def of_run(folder: Path, images: int) -> tuple[str, nn.Module, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -19,14 +19,14 @@ def of_run(folder: Path, images: int) -> tuple[str, nn.Module, torch.Tensor, tor
 
     ``images``: so many of the test set, evenly spread over it, since a folder is sorted by class.
     """
-    model = run_inputs.model_of(folder, trust=True, device=device())
+    model = run_inputs.model_of(folder, trust=True, device=default_device())
     config = train.Config.load(folder / "config.json")
     splits = train.load_data(config)
     picked = torch.arange(min(images, len(splits.test))) * len(splits.test) // min(images, len(splits.test))
     (x,) = splits.test.fetch([picked])
     calibration, _ = next(data.batches(splits.val, 256))
-    x, y = x.to(device()).float().div_(255), splits.test.labels[picked].to(device())
-    return f"{config.model} network on {splits.name}", model, x, y, calibration.to(device())
+    x, y = x.to(default_device()).float().div_(255), splits.test.labels[picked].to(default_device())
+    return f"{config.model} network on {splits.name}", model, x, y, calibration.to(default_device())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     name, model, x, y, calibration = of_run(arguments.run, arguments.images)
     pieces = [lambda: early_exit.ten_draws(name, model, x, y), lambda: early_exit.hundred_draws(name, model, x),
               lambda: early_exit.agreement(name, model, x, y)]  # fmt: skip
-    if device().type == "cpu":
+    if default_device().type == "cpu":
         pieces.append(lambda: int8.compared(f"{name} n=10", model, x, y, calibration))
     for piece in pieces:
         found = piece()

@@ -3,50 +3,74 @@
     pip install 'rse-fast[serve]'
     python examples/serve.py runs/small-rse --port 8000
 
-POST /predict takes {"image": C lists of H lists of W numbers}. Each batch has a fresh seed of the operating system. An answer names its
-seed and the image's index in the batch, so the owner of the model can repeat it: `ensemble.predict(image[None], seed, image_offset=index)`.
-Where clients may attack, leave both out of the answer: noise that is known can be attacked.
+POST /predict takes {"image": C lists of H lists of W numbers in [0, 1]}, of the shape that the network was trained on. Anything else is
+answered with status 422 and a sentence, and the other images of its batch are not touched by it. Each batch has a fresh seed of the
+operating system. An answer names its seed and the image's index in the batch, so the owner of the model can repeat it:
+`ensemble.predict(image[None], seed, image_offset=index)`. Where clients may attack, leave both out of the answer: noise that is known can
+be attacked.
 """
 
 import argparse
 import functools
+import json
+import math
 from pathlib import Path
 
 import litserve
 import torch
+from fastapi.responses import JSONResponse
 
 import rse_fast
 from rse_fast import train
 
 
 class Classifier(litserve.LitAPI):
-    """load: gives the ensemble; called once in each process that runs it."""
+    """load: gives the ensemble; called once in each process that runs it. shape: (C, H, W) of an image."""
 
-    def __init__(self, load, **options):
+    def __init__(self, load, shape, **options):
         super().__init__(**options)
-        self.load = load
+        self.load, self.shape = load, tuple(shape)
 
     def setup(self, device):
         self.ensemble = self.load()
 
-    def decode_request(self, request):
-        return torch.tensor(request["image"], dtype=torch.float32)
+    def decode_request(self, request: dict):
+        """The image, or a sentence that refuses it. An exception would become the answer to every request of the batch."""
+        channels, height, width = self.shape
+        expected = f"image must be {channels} lists of {height} lists of {width} numbers in [0, 1]"
+        if "image" not in request:
+            return f'{expected}, got a request without "image"'
+        try:
+            image = torch.tensor(request["image"], dtype=torch.float32)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: nested too deep
+            return f"{expected}, got something that is no array of numbers"
+        if image.shape != self.shape:
+            return f"{expected}, got an array of shape {list(image.shape)}"
+        if not ((image >= 0) & (image <= 1)).all():  # nor NaN
+            return f"{expected}, got others"
+        return image
 
     def batch(self, inputs):
-        return torch.stack(inputs)
+        return inputs
 
-    def predict(self, x):
-        # LitServe hands on a single image where batches have at most one.
-        return self.ensemble.predict(x if x.dim() == 4 else x[None])
+    def predict(self, inputs):
+        # LitServe hands on a single input, and wants a single output, where batches have at most one.
+        return self.answers(inputs) if self.max_batch_size > 1 else self.answers([inputs])[0]
 
-    def unbatch(self, output):
-        return [
-            {"label": label, "probs": probs, "seed": str(output.seed), "index": index}  # a JavaScript number has 53 bits, a seed 64
-            for index, (label, probs) in enumerate(zip(output.labels.tolist(), output.probs.tolist(), strict=True))
-        ]
+    def answers(self, inputs):
+        """A dict for each image, the sentence again for each refusal."""
+        images = [image for image in inputs if not isinstance(image, str)]
+        if not images:
+            return inputs
+        out = self.ensemble.predict(torch.stack(images))
+        found = (
+            {"label": label, "probs": probs, "seed": str(out.seed), "index": index}  # a JavaScript number has 53 bits, a seed 64
+            for index, (label, probs) in enumerate(zip(out.labels.tolist(), out.probs.tolist(), strict=True))
+        )
+        return [refused if isinstance(refused, str) else next(found) for refused in inputs]
 
     def encode_response(self, output):
-        return output
+        return JSONResponse({"detail": output}, 422) if isinstance(output, str) else output
 
 
 class Limit:
@@ -69,10 +93,12 @@ class Limit:
             self.inside -= 1
 
 
-def server(load, batch=8, wait=0.005, most=64):
-    """The server of ``load()``: batches of at most ``batch`` images, for which it waits ``wait`` seconds; ``most`` requests at once."""
-    api = Classifier(load, max_batch_size=batch, batch_timeout=wait)
-    return litserve.LitServer(api, accelerator="cpu", middlewares=[(Limit, {"most": most})])
+def server(load, shape, batch=8, wait=0.005, most=64):
+    """The server of ``load()`` for images of ``shape``: batches of at most ``batch`` images, for which it waits ``wait`` seconds; ``most``
+    requests at once."""
+    api = Classifier(load, shape, max_batch_size=batch, batch_timeout=wait)
+    largest = 1024 + 32 * math.prod(shape)  # bytes of a request: 32 for a number. A larger one gets status 413, unread.
+    return litserve.LitServer(api, accelerator="cpu", middlewares=[(Limit, {"most": most})], max_payload_size=largest)
 
 
 def load(run: Path, draws: int) -> rse_fast.Ensemble:
@@ -87,7 +113,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=64, help="most requests at once; further ones get status 503")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
-    made = server(functools.partial(load, arguments.run, arguments.draws), arguments.batch, most=arguments.most)
+    shape = json.loads((arguments.run / "data.json").read_text())["shape"]
+    made = server(functools.partial(load, arguments.run, arguments.draws), shape, arguments.batch, most=arguments.most)
     made.run(port=arguments.port, generate_client_file=False)
 
 

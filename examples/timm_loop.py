@@ -1,6 +1,6 @@
 """timm's step: a network of timm, mixup, its optimisers and schedules, and the moving average of the weights, which is evaluated.
 
-pip install timm
+pip install timm      # beside torch's CPU build first: pip install torchvision --index-url https://download.pytorch.org/whl/cpu
 python examples/timm_loop.py
 """
 

@@ -137,15 +137,14 @@ def _run(args, ensemble, part, rows, settings, command):
         x = run_inputs.images(part, rows[:1], args.device)
         size = max(1, ensemble.rows(x) // args.n0) if args.every == 1 else 1
         waiting = [i for i in rows if i not in done]
-        with wrapper.progress(len(rows), done=len(rows) - len(waiting)) as bar:
+        with wrapper.Progress("certify", len(rows), done=len(rows) - len(waiting)) as progress:
             for group in run_inputs.neighbours(waiting, size):
                 for row in _certify(args, ensemble, part, group, settings):
                     table.append(row)
                     text = "\t".join(map(str, asdict(row).values()))
                     file.write(f"{text}\t{lines.checksum(text.encode())}\n".encode())
                     file.flush()
-                bar.update(len(group))
-                bar.set_postfix_str(f"certified {sum(r.correct for r in table) / len(table):.1%}")
+                progress.update(len(group), f"certified {sum(r.correct for r in table) / len(table):.1%}")
     wanted = set(rows)
     table = sorted((row for row in table if row.index in wanted), key=lambda row: row.index)
     summary = summarise(table, settings, command)

@@ -72,10 +72,10 @@ def randomised_clopper_pearson(successes: ArrayLike, trials: int, alpha: float, 
     # P(X >= k) is betainc(k, trials - k + 1, p). Between u = 1 and u = 0 the root goes from the bound of k successes to that of k + 1.
     low, _ = clopper_pearson(k, trials, alpha)
     high = np.where(k < trials, clopper_pearson(np.minimum(k + 1, trials), trials, alpha)[0], 1.0)
-    at_least, more = (np.maximum(k, 1), trials - k + 1), (k + 1, np.maximum(trials - k, 1))
+    at_least, above = (np.maximum(k, 1), trials - k + 1), (k + 1, np.maximum(trials - k, 1))
     for _ in range(60):  # halves the bracket below the spacing of float64
         p = (low + high) / 2
-        tail = u * np.where(k > 0, betainc(*at_least, p), 1.0) + (1 - u) * np.where(k < trials, betainc(*more, p), 0.0)
+        tail = u * np.where(k > 0, betainc(*at_least, p), 1.0) + (1 - u) * np.where(k < trials, betainc(*above, p), 0.0)
         low, high = np.where(tail <= alpha, p, low), np.where(tail <= alpha, high, p)
     return low
 
@@ -175,6 +175,6 @@ def estimate(
             rest, share = n - stop, count[active] / stop
             _, likely = clopper_pearson(count[active], stop, GIVE_UP)
             many = np.minimum(np.ceil(rest * likely - ndtri(GIVE_UP) * np.sqrt(rest * likely * (1 - likely))), rest)
-            expected, hoped = (clopper_pearson(count[active] + more, n, looks[-1][1])[0] for more in (rest * share, many))
+            expected, hoped = (clopper_pearson(count[active] + coming, n, looks[-1][1])[0] for coming in (rest * share, many))
             active = active[~enough(best[active], np.maximum(expected, best[active]), np.maximum(hoped, best[active]))]
     return best, taken

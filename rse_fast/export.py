@@ -161,8 +161,8 @@ def _prepare(ensemble, x) -> Prepared:
 def _add_noise(x, sigma, *arguments) -> torch.Tensor:
     """``x + sigma * eps`` in float32, rounded once to the dtype of x [images or draws * images, C, *spatial]."""
     at, spatial = NoiseAddress(*arguments[: len(NoiseAddress._fields)]), x.shape[2:]
-    where = at.image_offset, at.draw_offset, at.sample_ids
-    eps = reference.normal(at.seed, at.stream, at.images, at.draws, x.shape[1], spatial.numel(), *where, real=torch.float32)
+    images = at.image_offset, at.draw_offset, at.sample_ids
+    eps = reference.normal(at.seed, at.stream, at.images, at.draws, x.shape[1], spatial.numel(), *images, real=torch.float32)
     eps = eps.unflatten(1, spatial) if spatial else eps.squeeze(1)
     eps = eps.movedim(-1, 1).unflatten(0, (at.draws, at.images))
     packed = x.float().unflatten(0, (at.draws, at.images)) if x.shape[0] == at.rows else x.float().unsqueeze(0)

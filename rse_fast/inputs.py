@@ -65,8 +65,8 @@ def _check_channels(x, at, model):
             f"x of shape {x.shape} may have its channels first or last; write torch.from_numpy(x).float() / 255 in [B, C, H, W]"
         )
     line = "x.transpose(0, 3, 1, 2)" if at == 1 else "torch.from_numpy(x).float() / 255"
-    where = "[B, C, H, W]" if at == 1 else "[B, H, W, C]"
-    raise ValueError(f"x must be {where} with C = {wanted} channels, got shape {x.shape}; if its channels lie elsewhere, write {line}")
+    shape = "[B, C, H, W]" if at == 1 else "[B, H, W, C]"
+    raise ValueError(f"x must be {shape} with C = {wanted} channels, got shape {x.shape}; if its channels lie elsewhere, write {line}")
 
 
 def _channels(model) -> int | None:

@@ -76,13 +76,13 @@ def _run(args, ranks):
     mine = [i for i in rows[shard(len(rows), ranks.rank, ranks.size)] if i not in done]
     with (
         data.append(args.out / f"predictions-{ranks.rank}.jsonl") as file,
-        wrapper.progress(len(mine), shown=ranks.main) as bar,
+        wrapper.Progress("predict", len(mine), shown=ranks.main) as progress,
     ):
         for group in run_inputs.neighbours(mine, max(1, 4 * ensemble.rows(run_inputs.images(part, rows[:1], args.device)) // args.draws)):
             out = ensemble.predict(run_inputs.images(part, group, args.device), seed=settings["seed"], image_offset=group[0])
             file.write(b"".join(lines.json_line(_row(i, part.labels[i], out, k)) for k, i in enumerate(group)))
             file.flush()
-            bar.update(len(group))
+            progress.update(len(group))
     if ranks.size > 1:
         distributed.barrier()
     if ranks.main:

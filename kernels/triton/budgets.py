@@ -45,6 +45,6 @@ def budget(case: str, target: str) -> dict:
         found.update(NOISE)
     if kind == "conv":
         found["tensor"] = TENSOR[dtype][target]
-    for where in ("", target):
-        found.update(BY_CASE.get(case, {}).get(where, {}))
+    for named in ("", target):
+        found.update(BY_CASE.get(case, {}).get(named, {}))
     return found

@@ -1,4 +1,4 @@
-"""What every command does around its work: errors become one line and an exit status, signals end it cleanly, progress is a bar."""
+"""What every command does around its work: errors become one line and an exit status, signals end it cleanly, progress is shown."""
 
 import contextlib
 import os
@@ -6,8 +6,11 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+TOLD_EVERY = 30  # seconds between lines of progress where no terminal shows a bar
 
 
 class _Terminated(BaseException):
@@ -66,11 +69,47 @@ def _termination_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def progress(total: int, unit: str = "image", done: int = 0, shown: bool = True):
-    """A tqdm bar on stderr where that is a terminal. shown: False for all processes of a run but one."""
-    from tqdm import tqdm
+class Progress:
+    """How far a command is: a bar where stderr is a terminal; elsewhere a line on stdout every half minute, and one at the end.
 
-    return tqdm(total=total, initial=done, unit=unit, disable=None if shown else True)
+    Args:
+        name: what begins the bar and each line.
+        total: how many units there are.
+        unit: their name.
+        done: how many of them were done before.
+        shown: False for all processes of a run but one.
+    """
+
+    def __init__(self, name: str, total: int, unit: str = "image", done: int = 0, shown: bool = True) -> None:
+        from tqdm import tqdm
+
+        self._name, self._total, self._unit, self._done, self._text = name, total, unit, done, ""
+        self._bar = tqdm(desc=name, total=total, unit=unit, initial=done, disable=None if shown else True)
+        self._prints = shown and self._bar.disable
+        self._began = self._told = time.perf_counter()
+        self._untold = False
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        self._bar.close()
+        if error is None and self._untold:
+            self._tell()
+
+    def update(self, count: int, text: str = "") -> None:
+        """``count`` more units are done. text: what is known by now; "" leaves what was known before."""
+        self._done, self._text, self._untold = self._done + count, text or self._text, True
+        self._bar.set_postfix_str(self._text, refresh=False)
+        self._bar.update(count)
+        if time.perf_counter() - self._told > TOLD_EVERY:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told, self._untold = time.perf_counter(), False
+        if self._prints:
+            parts = [f"{self._name}: {self._done} of {self._total} {self._unit}s", self._text, f"{self._told - self._began:.0f} s"]
+            print(", ".join(filter(None, parts)), flush=True)
 
 
 def named(error: Exception) -> str:

@@ -90,8 +90,8 @@ class _ShapedProxy(torch.fx.Proxy):
         tensors = self._tensors()
         if tensors is None:
             return self.__getattr__("shape")
-        few, more = (t.shape for t in tensors)
-        return tuple(a if a == b else self._size(i) for i, (a, b) in enumerate(zip(few, more, strict=True)))
+        first, second = (t.shape for t in tensors)
+        return tuple(a if a == b else self._size(i) for i, (a, b) in enumerate(zip(first, second, strict=True)))
 
     def _size(self, dim):
         return self.tracer.create_proxy("call_method", "size", (self, dim), {})

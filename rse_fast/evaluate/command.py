@@ -13,7 +13,6 @@ import shlex
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from rse_fast import models
 from rse_fast.cli import wrapper
 from rse_fast.evaluate import attacks, calibration, report, rows
 from rse_fast.evaluate.protocols import PROTOCOLS
-from rse_fast.evaluate.run import evaluate
+from rse_fast.evaluate.run import batches, evaluate
 from rse_fast.evaluate.summary import summarise
 from rse_fast.evaluate.target import Target, derive
 from rse_fast.nn import noise_layers
@@ -138,10 +137,12 @@ def run(argv: list[str]) -> dict | None:
     if unknown := set(args.only or ()) - {case.name for case in cases}:
         raise ValueError(f"--only: expected cases of the protocol ({', '.join(c.name for c in cases)}), got {', '.join(sorted(unknown))}")
     begin = time.perf_counter()
-    with _Progress(chosen, len(labels), ranks) as progress:
+    mine = sum(len(batch) for case in chosen for batch in batches(case, len(images), target.device, images[0, 0].numel())[rank::ranks])
+    with wrapper.Progress("evaluate", mine, shown=not rank) as progress:
         evaluate(
-            target, images, labels, chosen, args.out, seed=settings["seed"], repeats=args.repeats, rank=rank, ranks=ranks, progress=progress
-        )
+            target, images, labels, chosen, args.out, seed=settings["seed"], repeats=args.repeats, rank=rank, ranks=ranks,
+            progress=lambda case, count: progress.update(count, case.name),
+        )  # fmt: skip
     found = {key: row for key, row in rows.read(args.out).items() if key[1] < len(labels)}  # others are of a run with more images
     missing = sum((case.name, index) not in found for case in chosen for index in range(len(labels)))
     if missing and ranks > 1:
@@ -251,23 +252,3 @@ def _await(path: Path) -> None:
 
 def _processor(device):
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
-
-
-@dataclass
-class _Progress:
-    """A tqdm bar over all batches of this process, where stderr is a terminal."""
-
-    cases: list
-    images: int
-    ranks: int
-
-    def __enter__(self):
-        self.bar = wrapper.progress(len(self.cases) * self.images // self.ranks)
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-
-    def __call__(self, case, images):
-        self.bar.set_description(case.name)
-        self.bar.update(images)

@@ -13,7 +13,7 @@ from rse_fast.data import read_json, write_atomically
 DEFENCES = ("plain", "rse", "gaussian", "adversarial", "distillation", "brelu", "rse+adversarial")
 
 
-_WHERE = ("data", "device", "workers", "compile", "cuda_graphs", "keep", "save_steps", "log_steps")  # fields that change no result
+_BOOKKEEPING = ("data", "device", "workers", "compile", "cuda_graphs", "keep", "save_steps", "log_steps")  # fields that change no result
 
 
 def _option(default, kind, text, *, low=-math.inf, high=math.inf, above=-math.inf, choices=None, pair=False):
@@ -114,13 +114,13 @@ class Config:
         """Identifies what is computed: equal for configurations that differ in device, compilation, bookkeeping and the place of the data
         only. What the data are is for the run to check. A field that is None counts as absent, so that runs from before there was such a
         field can go on."""
-        what = {name: value for name, value in dataclasses.asdict(self).items() if name not in _WHERE and value is not None}
+        what = {name: value for name, value in dataclasses.asdict(self).items() if name not in _BOOKKEEPING and value is not None}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: "Config") -> list[tuple[str, object, object]]:
         """(field, value here, value there) of what the fingerprints differ in."""
         there = dataclasses.asdict(other)
-        return [(k, v, there[k]) for k, v in dataclasses.asdict(self).items() if k not in _WHERE and v != there[k]]
+        return [(k, v, there[k]) for k, v in dataclasses.asdict(self).items() if k not in _BOOKKEEPING and v != there[k]]
 
     def save(self, path: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rse_fast import data, models
+from rse_fast.cli import wrapper
 from rse_fast.ensemble import Ensemble, fit_temperature, temperature
 from rse_fast.train import checkpoint, defences
 from rse_fast.train.captured import advice
@@ -27,7 +28,6 @@ from rse_fast.train.log import Log, draw_curves, read
 from rse_fast.train.trainer import Trainer
 
 _TEST_DRAWS = 10
-_TOLD_EVERY = 30  # seconds between lines of progress where no terminal shows a bar
 _TEST_STREAM, _TEMPERATURE_STREAM = 4, 5  # of the seeds of a run
 
 
@@ -197,24 +197,19 @@ def _digest(part):
 def _loop(trainer, saved, log, stopped):
     """Trains to the end, or until a signal: then the state is saved and a row says so."""
     row = {"event": "epoch"}
-    began = told = time.perf_counter()
-    with _progress(trainer) if log is not None else nullcontext() as bar:
+    began, config = time.perf_counter(), trainer.config
+    with wrapper.Progress(config.defence, trainer.total_steps, "step", trainer.step, shown=log is not None) as progress:
         while not trainer.complete:
             if trainer.ranks.any(bool(stopped)):
                 saved.checkpoint(trainer)
                 return {"event": "stop", "step": trainer.step, "signal": stopped[-1] if stopped else None}
             before = trainer.step
             found = trainer.advance()
-            if bar is not None:
-                bar.update(trainer.step - before)
+            progress.update(trainer.step - before, "" if found is None else _figures(found, config))
             if found is not None:
                 row = found | {"seconds": round(time.perf_counter() - began, 1)}
                 if log is not None:
                     log.write(row)
-                    if bar.disable and (trainer.complete or time.perf_counter() - told > _TOLD_EVERY):
-                        told = time.perf_counter()
-                        print(_progress_line(row, trainer), flush=True)
-                    bar.set_postfix({name: f"{row[name]:.3g}" for name in ("epoch", "loss", "val_accuracy") if name in row})
             if found is not None and found["event"] == "epoch":
                 saved.best(trainer, row)
                 saved.checkpoint(trainer)
@@ -277,18 +272,11 @@ def _start_row(trainer, begun):
     }  # fmt: skip
 
 
-def _progress(trainer):
-    from tqdm import tqdm
-
-    return tqdm(total=trainer.total_steps, initial=trainer.step, desc=trainer.config.defence, unit="step", disable=None)
-
-
-def _progress_line(row, trainer):
-    """One line for a log, where no bar is shown: epoch, step, what is known of loss and accuracy, and the seconds so far."""
+def _figures(row, config):
+    """What a row of the log says of epoch, loss and accuracy, in words."""
     names = {"loss": "loss {:.3g}", "val_accuracy": "validation accuracy {:.1%}", "val_attacked_accuracy": "attacked {:.1%}"}
     known = [text.format(row[name]) for name, text in names.items() if row.get(name) is not None]
-    where = f"{trainer.config.defence}: epoch {row['epoch']:.3g} of {trainer.config.epochs}, step {row['step']} of {trainer.total_steps}"
-    return ", ".join([where, *known, f"{row['seconds']:.0f} s"])
+    return ", ".join([f"epoch {row['epoch']:.3g} of {config.epochs}", *known])
 
 
 # ----------------------------------------------------------------------------------------------------------------- what is kept

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = ["--model", "certify_model:make", "--n0", "20", "--n", "120", "--alpha", "0.01", "--dtype", "float32"]
 
 
-def run(out, *more):
-    return cli.main(["certify", *BASE, "--out", str(out), *map(str, more)])
+def run(out, *options):
+    return cli.main(["certify", *BASE, "--out", str(out), *map(str, options)])
 
 
 def facts(table):
@@ -52,7 +52,8 @@ def test_the_table_is_what_certify_says(tmp_path, capsys):
     assert [at["low"], at["high"]] == pytest.approx([float(b) for b in clopper_pearson(int(right.sum()), 12, 0.025)])
     assert summary["covers"] == COVERS and COVERS in (tmp_path / "summary.md").read_text()
     assert (tmp_path / "certified.png").read_bytes().startswith(b"\x89PNG")
-    assert "| 0.1 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| 0.1 |" in said and f"certify: 12 of 12 images, certified {(out.labels == labels).double().mean():.1%}, " in said
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
@@ -60,21 +61,21 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
     assert run(whole, "--images", 9, "--every", 3, "--seed", 8, "--radius", 0.05, 0.2) == 0
     expected = facts(read_table(whole / "certified.tsv"))
     assert [row[0] for row in expected] == list(range(0, 27, 3)) and len({row[-1] for row in expected}) > 1
-    more = ["--images", 9, "--every", 3, "--radius", 0.05, 0.2]
-    assert run(parts, *more, "--seed", 8) == 0
+    options = ["--images", 9, "--every", 3, "--radius", 0.05, 0.2]
+    assert run(parts, *options, "--seed", 8) == 0
     text = (parts / "certified.tsv").read_bytes()
     lines = text.splitlines(keepends=True)
     for kept in (b"", lines[0], b"".join(lines[:4]) + lines[4][:7], b"".join(lines[:6]), b"".join([lines[0], *lines[5:]])):
         (parts / "certified.tsv").write_bytes(kept)
-        assert run(parts, *more) == 0  # the seed is the folder's
+        assert run(parts, *options) == 0  # the seed is the folder's
         assert sorted(facts(read_table(parts / "certified.tsv"))) == expected
     before = (parts / "certified.tsv").read_bytes()
-    assert run(parts, *more) == 0 and (parts / "certified.tsv").read_bytes() == before
+    assert run(parts, *options) == 0 and (parts / "certified.tsv").read_bytes() == before
 
 
 def test_bound_and_tolerance_are_those_of_certify_and_part_of_the_folder(tmp_path, capsys):
-    more = ["--images", 6, "--seed", 5, "--tolerance", 0.02, "--bound", "randomised"]
-    assert run(tmp_path, *more) == 0
+    options = ["--images", 6, "--seed", 5, "--tolerance", 0.02, "--bound", "randomised"]
+    assert run(tmp_path, *options) == 0
     x = data.digits().test.images[:6].float() / 255
     ensemble = rse_fast.Ensemble(certify_model.make(), dtype="float32")
     out = rse_fast.certify(ensemble, x, n0=20, n=120, alpha=0.01, seed=5, tolerance=0.02, bound="randomised")
@@ -82,14 +83,14 @@ def test_bound_and_tolerance_are_those_of_certify_and_part_of_the_folder(tmp_pat
     assert [r.radius for r in table] == out.radius.tolist() and [r.draws for r in table] == out.draws.tolist()
     summary = (tmp_path / "summary.md").read_text()
     assert "bound randomised" in summary and "enlarge the radius by more than 0.02" in summary
-    assert run(tmp_path, *more[:-2]) == 2 and "bound 'randomised' there, 'clopper-pearson' here" in capsys.readouterr().err
+    assert run(tmp_path, *options[:-2]) == 2 and "bound 'randomised' there, 'clopper-pearson' here" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run(tmp_path, *more, "--radius", 0.1)
+        run(tmp_path, *options, "--radius", 0.1)
 
 
 def test_a_killed_run_loses_no_line_that_was_written(tmp_path):
-    more = ["--n", "4000", "--images", "60", "--seed", "2", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "rse_fast.cli", "certify", *BASE, *more]
+    options = ["--n", "4000", "--images", "60", "--seed", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "rse_fast.cli", "certify", *BASE, *options]
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[1] / "helpers"),
@@ -171,7 +172,7 @@ def test_other_weights_are_other_settings(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "more, message",
+    "options, message",
     [
         (["--model", "certify_model:plain"], "model must have noisy layers"),
         (["--model", "certify_model:nothing"], "--model: expected package.module:function"),
@@ -184,8 +185,8 @@ def test_other_weights_are_other_settings(tmp_path, capsys, monkeypatch):
         (["--data", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_line(more, message, tmp_path, capsys):
-    assert run(tmp_path / "out", "--images", 1, *more) == 2
+def test_bad_input_is_one_line(options, message, tmp_path, capsys):
+    assert run(tmp_path / "out", "--images", 1, *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("rse-fast certify: ") and message in error and error.count("\n") == 1
 

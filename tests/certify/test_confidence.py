@@ -76,8 +76,8 @@ def test_the_randomised_bound_lies_between_those_of_k_and_one_more(rng):
     n, alpha = int(rng.integers(2, 3000)), float(10 ** rng.uniform(-6, -1))
     k, u = rng.integers(0, n, 500), rng.uniform(1e-6, 1 - 1e-6, 500)
     bound = randomised_clopper_pearson(k, n, alpha, u)
-    plain, more = clopper_pearson(k, n, alpha)[0], clopper_pearson(k + 1, n, alpha)[0]
-    assert (bound >= plain).all() and (bound <= more).all() and (bound > plain)[k > 0].all()
+    plain, one_more = clopper_pearson(k, n, alpha)[0], clopper_pearson(k + 1, n, alpha)[0]
+    assert (bound >= plain).all() and (bound <= one_more).all() and (bound > plain)[k > 0].all()
     assert np.allclose(randomised_clopper_pearson(k, n, alpha, np.ones(500)), plain, rtol=1e-12, atol=0)
 
 

@@ -84,7 +84,7 @@ def counted(function, calls, prepare=lambda call: None):
     return len(graphs)
 
 x = torch.randn(6, 3, 8, 8)
-add = lambda x=x, sigma=0.1, **where: functional.add_noise(x, sigma, **{"seed": 1, "draws": 2, **where})
+add = lambda x=x, sigma=0.1, **address: functional.add_noise(x, sigma, **{"seed": 1, "draws": 2, **address})
 for name, values in {
     "seed": (3, 2, -3, 2**40, 2**63 - 1, -(2**63)),
     "sigma": (0.1, 0.2, 0.3, 0.4),

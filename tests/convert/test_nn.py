@@ -290,11 +290,11 @@ def test_a_scope_gives_each_layer_its_stream(model, rng):
     with NoiseContext(seed, images=2, draws=3, image_offset=4, draw_offset=5):
         y = model(x)
     assert torch.equal(torch.get_rng_state(), state)
-    where = {"seed": 77, "images": 2, "draws": 3, "image_offset": 4, "draw_offset": 5}
+    address = {"seed": 77, "images": 2, "draws": 3, "image_offset": 4, "draw_offset": 5}
     conv, noise, linear = model[0], model[2], model[4]
-    h = functional.noisy_conv2d(x, conv.weight, conv.bias, conv.sigma, padding=1, stream=0, **where).relu()
-    h = functional.add_noise(h, noise.sigma, stream=1, **where).flatten(1)
-    assert torch.equal(y, functional.noisy_linear(h, linear.weight, linear.bias, linear.sigma, stream=2, **where))
+    h = functional.noisy_conv2d(x, conv.weight, conv.bias, conv.sigma, padding=1, stream=0, **address).relu()
+    h = functional.add_noise(h, noise.sigma, stream=1, **address).flatten(1)
+    assert torch.equal(y, functional.noisy_linear(h, linear.weight, linear.bias, linear.sigma, stream=2, **address))
     assert [conv.stream, noise.stream, linear.stream] == [0, 1, 2] and y.shape == (6, 5)
 
 

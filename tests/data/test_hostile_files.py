@@ -91,8 +91,8 @@ def test_a_run_folder_that_names_a_module_is_code_and_needs_trust(run, tmp_path,
     for command in (predict_cli.main, certify_cli.main):
         assert command([str(run), "--out", "out"]) == 2
         assert "--trust" in capsys.readouterr().err
-    for more in (["--resume", str(run)], ["--config", str(run / "config.json"), "--out", "out"]):
-        assert main(more) == 2
+    for arguments in (["--resume", str(run)], ["--config", str(run / "config.json"), "--out", "out"]):
+        assert main(arguments) == 2
         assert capsys.readouterr().err.startswith("rse-fast train: --trust: ")
     assert not place.exists() and not Path("out").exists() and os.getcwd() not in sys.path
     assert predict_cli.main([str(run), "--out", "out", "--trust", "--draws", "2", "--device", "cpu"]) == 0

@@ -128,10 +128,10 @@ def test_fewer_draws_are_a_prefix_of_more(seed):
     with torch.no_grad():
         tolerance = rounding(model, sequential(model, x, 1, seed))
     predictions = {draws: Ensemble(model, draws, dtype="float32", max_rows=8).predict(x, seed) for draws in (1, 2, 3, 7, 20)}
-    for (few, less), (many, more) in itertools.pairwise(predictions.items()):
-        votes = more.votes - less.votes
+    for (few, by_few), (many, by_many) in itertools.pairwise(predictions.items()):
+        votes = by_many.votes - by_few.votes
         assert (votes >= 0).all() and (votes.sum(-1) == many - few).all()
-        sums = more.probs.double() * many - less.probs.double() * few  # of the draws that came to it
+        sums = by_many.probs.double() * many - by_few.probs.double() * few  # of the draws that came to it
         assert (sums >= -many * tolerance).all() and (sums.sum(-1) - (many - few)).abs().max() <= many * tolerance
 
 

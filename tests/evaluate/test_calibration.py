@@ -151,11 +151,11 @@ def runs(tmp_path_factory):
     return folder
 
 
-def evaluated(runs, defence, out, *more):
+def evaluated(runs, defence, out, *further):
     from rse_fast.evaluate import command
 
     options = ["--images", "2", "--only", "clean", "--draws", "4", "--seed", "5", "--device", "cpu", "--trust", "--repeats", "1"]
-    return command.run([str(runs / defence), *options, *more, "--out", str(out)])
+    return command.run([str(runs / defence), *options, *further, "--out", str(out)])
 
 
 @pytest.mark.parametrize("defence", ["rse", "plain"])

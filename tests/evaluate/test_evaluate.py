@@ -362,12 +362,15 @@ def test_the_command_of_a_figure_makes_it_again(whole, tmp_path):
     assert results["attack_seconds"] == pytest.approx(sum(row["seconds"] for row in rows.read(whole).values()))
 
 
-def test_processes_share_the_batches_and_the_last_one_reports(whole, tmp_path):
+def test_processes_share_the_batches_and_the_last_one_reports(whole, tmp_path, capsys):
+    said = []
     for rank in "01":
         assert not (tmp_path / "report.md").exists()
         assert main(*ARGS, *ONLY, "--out", str(tmp_path), RANK=rank, WORLD_SIZE="2") == 0
+        said.append(capsys.readouterr().out)
     lines = [len((tmp_path / f"rows-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
     assert sum(lines) == 4 * 40 and min(lines) > 0
+    assert f"evaluate: {lines[0]} of {lines[0]} images, " in said[0] and "evaluate: " not in said[1]
     assert without_times(rows.read(tmp_path)) == without_times(rows.read(whole))
     assert (tmp_path / "report.md").is_file()
 

@@ -65,7 +65,9 @@ def test_a_killed_run_continues(folder, capsys):
     text = (folder / "whole" / "predictions-0.jsonl").read_text()
     (folder / "part" / "predictions-0.jsonl").write_text(text[: len(text) // 2])  # ends within a line
     kept = text[: len(text) // 2].count("\n")
+    capsys.readouterr()
     assert predict_cli.main([*ARGUMENTS, "--out", "part"]) == 0
+    assert f"predict: {30 - kept} of {30 - kept} images, " in capsys.readouterr().out
     again = lines(folder / "part")
     assert again[:kept] == whole[:kept]
     assert [row["label"] for row in again] == [row["label"] for row in whole]

@@ -61,7 +61,10 @@ def needs_onnx():
 
 
 def check(found, ensemble, x, seed):
-    """``found`` is what `predict` gives, up to what rounding makes of logits."""
+    """``found`` is what `predict` gives, up to what rounding makes of logits. Returns how many images had votes that rounding cannot turn.
+
+    An image in 500 has two logits so close in one of its draws; its votes are not compared. So a single image may leave none.
+    """
     wanted = ensemble.predict(x, seed)
     assert list(found) == ["probs", "labels", "votes", "entropy", "mutual_information"]
     logits = sequential(ensemble.model, x, ensemble.draws, seed % 2**64)
@@ -77,7 +80,8 @@ def check(found, ensemble, x, seed):
     assert torch.equal(torch.as_tensor(found["labels"])[sure], wanted.labels[sure])
     top = logits.topk(2, -1)[0]
     sure = (top[..., 0] - top[..., 1] > 2 * limit).all(0)
-    assert torch.equal(torch.as_tensor(found["votes"])[sure], wanted.votes[sure]) and sure.any()
+    assert torch.equal(torch.as_tensor(found["votes"])[sure], wanted.votes[sure])
+    return int(sure.sum())
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
@@ -93,21 +97,22 @@ def test_a_process_without_this_package_gives_the_same_answers(suffix, run_pytho
     script.write_text(ELSEWHERE)
     done = run_python("-I", script, path, tmp_path / "x.npy", tmp_path / "out.npz")
     assert done.returncode == 0, done.stderr
-    found = np.load(tmp_path / "out.npz")
+    found, compared = np.load(tmp_path / "out.npz"), 0
     for i, (b, seed) in enumerate((b, seed) for b in BATCHES for seed in SEEDS):
         result = {name.partition(" ")[2]: found[name] for name in found.files if name.partition(" ")[0] == str(i)}
-        check(result, ensemble, x[:b], seed)
+        compared += check(result, ensemble, x[:b], seed)
+    assert compared
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in NETS if name not in ("not traceable", "plain prefix")])
 def test_every_kind_of_network(name, tmp_path, rng):
-    ensemble, x = Ensemble(NETS[name](), DRAWS, dtype="float32"), torch.rand(3, 3, 10, 10)
+    ensemble, x = Ensemble(NETS[name](), DRAWS, dtype="float32"), torch.rand(5, 3, 10, 10)
     rse_fast.export(ensemble, x, tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2")
     foreign = {node.target.namespace for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)} - {"aten"}
     assert not foreign
-    check(program.module()(x, torch.tensor(-9)), ensemble, x, -9)
+    assert check(program.module()(x, torch.tensor(-9)), ensemble, x, -9)
 
 
 class Noise(nn.Module):
@@ -164,9 +169,8 @@ def test_an_aot_inductor_package(compiler, tmp_path, rng):
     ensemble, x = Ensemble(NETS["late noise"](), DRAWS, dtype="float32"), torch.rand(5, 3, 10, 10)
     rse_fast.export(ensemble, x, tmp_path / "model.pt2", compiled=True)
     program = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
-    for b in BATCHES:
-        for seed in SEEDS:
-            check(program(x[:b], torch.tensor(seed)), ensemble, x[:b], seed)
+    compared = sum(check(program(x[:b], torch.tensor(seed)), ensemble, x[:b], seed) for b in BATCHES for seed in SEEDS)
+    assert compared
 
 
 # ------------------------------------------------------------------------------------------------------------------------ refusals

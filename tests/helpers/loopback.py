@@ -32,7 +32,7 @@ def serving(batch: int, most: int):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = f"import loopback, serve; serve.server(loopback.ensemble, {batch}, most={most}).run(port={port}, host='127.0.0.1', "
+    code = f"import loopback, serve; serve.server(loopback.ensemble, (3, 32, 32), {batch}, most={most}).run(port={port}, host='127.0.0.1', "
     code = f"if __name__ == '__main__':\n    {code}generate_client_file=False, log_level='error')"
     script = ["-c", code]
     path = os.pathsep.join([str(HERE), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
@@ -63,7 +63,12 @@ def health(port: int) -> int:
 
 def ask(connection: http.client.HTTPConnection, image: torch.Tensor) -> tuple[int, dict]:
     """(status, answer) for one image [C, H, W]."""
-    connection.request("POST", "/predict", json.dumps({"image": image.tolist()}), {"Content-Type": "application/json"})
+    return post(connection, json.dumps({"image": image.tolist()}))
+
+
+def post(connection: http.client.HTTPConnection, body: str) -> tuple[int, dict]:
+    """(status, answer) for any body of a request; {} for an answer that is empty."""
+    connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
-    body = response.read()
-    return response.status, json.loads(body) if response.status == 200 else {}
+    answer = response.read()
+    return response.status, json.loads(answer) if answer else {}

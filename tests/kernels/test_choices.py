@@ -46,7 +46,7 @@ def test_the_default_is_the_break_even_of_instruction_counts():
         ("weight_grad", half): dict.fromkeys(WEIGHTS, "buffer"),
     }
     for (question, dtype), answers in expected.items():
-        assert {name: choices.look_up("Some GPU", dtype, question, *where) for name, where in WEIGHTS.items()} == answers, question
+        assert {name: choices.look_up("Some GPU", dtype, question, *shape) for name, shape in WEIGHTS.items()} == answers, question
 
 
 def test_choose_returns_all_three():

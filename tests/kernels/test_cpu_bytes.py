@@ -15,7 +15,7 @@ from rse_fast.address import NoiseAddress
 from rse_fast.kernels import cpu
 from rse_fast.layout import layout, packed_like
 
-WHERE = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
+ADDRESS = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -82,7 +82,7 @@ def test_bytes_match_float64(backend, lay, dtype, poisoned, rng):
             step, zero_point = float(rng.uniform(0.005, 0.05)), int(rng.integers(0, 256))
             got = functional.add_noise_u8(
                 x, sigma, step, zero_point, images=images, draws=draws, scale=scale, shift=shift, act="relu" if relu else None,
-                pool=pool, backend=backend, **WHERE,
+                pool=pool, backend=backend, **ADDRESS,
             )  # fmt: skip
             low, high = limits(x, sigma, step, zero_point, images, draws, scale, shift, relu, pool)
             what = (shape, affine, relu, per_channel, pool, step, zero_point)
@@ -106,21 +106,21 @@ def test_saturation_ties_and_nan(backend, poisoned):
 def test_the_noise_is_that_of_add_noise(backend, rng):
     """One step is far below the noise, so the bytes show eps itself: same sample_ids, same draws, in every layout and packing."""
     clean, sample_ids = torch.randn(2, 20, 6, 3).clamp(-1, 1), torch.tensor([[9, 2], [4, 0]])
-    for lay, more in itertools.product((torch.clone, channels_last), (WHERE, {**WHERE, "sample_ids": sample_ids})):
-        want = functional.add_noise(clean, 0.05, images=2, draws=3, backend="torch", **more)
+    for lay, options in itertools.product((torch.clone, channels_last), (ADDRESS, {**ADDRESS, "sample_ids": sample_ids})):
+        want = functional.add_noise(clean, 0.05, images=2, draws=3, backend="torch", **options)
         for x in (clean, torch.cat([clean] * 3)):
-            got = functional.add_noise_u8(lay(x), 0.05, 0.01, 128, images=2, draws=3, backend=backend, **more)
+            got = functional.add_noise_u8(lay(x), 0.05, 0.01, 128, images=2, draws=3, backend=backend, **options)
             assert (0.01 * (got.double() - 128) - want).abs().max() <= 0.005 + 1e-6
 
 
 def test_layouts_and_threads_give_the_same_bytes(unit, rng):
     x = torch.randint(0, 256, (6, 68, 19, 33), dtype=torch.uint8)
-    more = dict(seed=4, images=3, draws=2, scale=0.02, shift=-0.5, backend="cpu")
-    want = functional.add_noise_u8(x, 0.1, 0.017, 30, **more)
-    assert torch.equal(functional.add_noise_u8(channels_last(x), 0.1, 0.017, 30, **more), want)
-    assert torch.equal(functional.add_noise_u8(x.transpose(2, 3).contiguous().transpose(2, 3), 0.1, 0.017, 30, **more), want)
+    options = dict(seed=4, images=3, draws=2, scale=0.02, shift=-0.5, backend="cpu")
+    want = functional.add_noise_u8(x, 0.1, 0.017, 30, **options)
+    assert torch.equal(functional.add_noise_u8(channels_last(x), 0.1, 0.017, 30, **options), want)
+    assert torch.equal(functional.add_noise_u8(x.transpose(2, 3).contiguous().transpose(2, 3), 0.1, 0.017, 30, **options), want)
     torch.set_num_threads(3)  # one_thread puts it back
-    assert torch.equal(functional.add_noise_u8(channels_last(x), 0.1, 0.017, 30, **more), want)
+    assert torch.equal(functional.add_noise_u8(channels_last(x), 0.1, 0.017, 30, **options), want)
 
 
 def test_clean_is_written_once_a_row_and_keeps_subnormals(unit, library, poisoned):

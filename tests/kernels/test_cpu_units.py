@@ -13,10 +13,10 @@ import json, torch
 from rse_fast import functional
 from rse_fast.kernels import cpu
 
-noise, where = [], {"seed": -7, "stream": 2**32 - 1, "images": 2, "draws": 2, "image_offset": 3, "draw_offset": 9}
+noise, address = [], {"seed": -7, "stream": 2**32 - 1, "images": 2, "draws": 2, "image_offset": 3, "draw_offset": 9}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for x in (torch.zeros(2, 5, 37), torch.zeros(2, 8, 3, 40), torch.zeros(2, 8, 3, 40).to(memory_format=torch.channels_last)):
-        y = functional.add_noise(x.to(dtype), 1.0, **where, backend="cpu")
+        y = functional.add_noise(x.to(dtype), 1.0, **address, backend="cpu")
         noise.append(y.contiguous().float().flatten().tolist())
 print(json.dumps([cpu.load().unit, noise]))
 """

@@ -31,8 +31,8 @@ def proof(run_python, tmp_path_factory):
 
         def one(file):
             record = folder / file.stem
-            more = dict(RSE_FAST_TEST_LAUNCHED=str(record), OMP_NUM_THREADS="1", **env)
-            done = run_python("-m", "pytest", "-q", "-x", file, timeout=1200, **more)
+            options = dict(RSE_FAST_TEST_LAUNCHED=str(record), OMP_NUM_THREADS="1", **env)
+            done = run_python("-m", "pytest", "-q", "-x", file, timeout=1200, **options)
             return done, record.read_text().splitlines() if record.exists() else []
 
         with ThreadPoolExecutor(2) as pool:
@@ -123,9 +123,9 @@ def test_the_named_backend_never_falls_back():
 
     x = torch.zeros(2, 3, 4, 4)
     for call in (
-        lambda **more: functional.add_noise(x, 0.1, seed=1, **more),
-        lambda **more: functional.noisy_conv2d(x, torch.zeros(4, 3, 3, 3), None, 0.1, seed=1, **more),
-        lambda **more: functional.noisy_linear(x, torch.zeros(5, 4), None, 0.1, seed=1, **more),
+        lambda **options: functional.add_noise(x, 0.1, seed=1, **options),
+        lambda **options: functional.noisy_conv2d(x, torch.zeros(4, 3, 3, 3), None, 0.1, seed=1, **options),
+        lambda **options: functional.noisy_linear(x, torch.zeros(5, 4), None, 0.1, seed=1, **options),
     ):
         with pytest.raises(ValueError, match="backend 'triton' needs tensors on a CUDA device from sm_80 on or a ROCm device, got cpu"):
             call(backend="triton")

@@ -12,7 +12,7 @@ from rse_fast.layout import layout
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
-WHERE = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
+ADDRESS = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -44,7 +44,7 @@ def test_matches_float64(backend, lay, dtype, rng):
         x, sigma = lay(torch.randn(shape).to(dtype)), torch.rand(shape[1])
         scale, shift = torch.randn(shape[1]), torch.randn(shape[1])
         noisy, clean = functional.activate_noise(
-            x, sigma, images=images, draws=draws, scale=scale, shift=shift, act=act, pool=pool, backend=backend, **WHERE
+            x, sigma, images=images, draws=draws, scale=scale, shift=shift, act=act, pool=pool, backend=backend, **ADDRESS
         )
         want_noisy, want_clean, arithmetic, repeats = expected(x, sigma, images, draws, scale, shift, act, pool)
         for got, want, error in (
@@ -60,14 +60,14 @@ def test_matches_float64(backend, lay, dtype, rng):
 def test_noise_is_that_of_add_noise(backend, rng):
     """Without a pool the noisy output is add_noise's, and noise of a pooled activation is keyed by the pooled position."""
     x = torch.randn(2, 6, 5, 4)
-    more = dict(images=2, draws=3, backend=backend, **WHERE)
-    noisy, clean = functional.activate_noise(x, 0.5, act="relu", **more)
-    assert torch.equal(noisy, functional.add_noise(x, 0.5, act="relu", **more)) and torch.equal(clean, x.relu())
-    noisy, clean = functional.activate_noise(x, 0.5, pool=True, **more)
-    assert torch.equal(noisy, functional.add_noise(clean, 0.5, **more))
+    options = dict(images=2, draws=3, backend=backend, **ADDRESS)
+    noisy, clean = functional.activate_noise(x, 0.5, act="relu", **options)
+    assert torch.equal(noisy, functional.add_noise(x, 0.5, act="relu", **options)) and torch.equal(clean, x.relu())
+    noisy, clean = functional.activate_noise(x, 0.5, pool=True, **options)
+    assert torch.equal(noisy, functional.add_noise(clean, 0.5, **options))
     sample_ids = torch.tensor([[9, 2], [4, 0]])
-    noisy, clean = functional.activate_noise(x, 0.5, pool=True, sample_ids=sample_ids, **more)
-    assert torch.equal(noisy, functional.add_noise(clean, 0.5, sample_ids=sample_ids, **more))
+    noisy, clean = functional.activate_noise(x, 0.5, pool=True, sample_ids=sample_ids, **options)
+    assert torch.equal(noisy, functional.add_noise(clean, 0.5, sample_ids=sample_ids, **options))
 
 
 @pytest.mark.parametrize("lay", (torch.clone, channels_last), ids=("planar", "flat"))
@@ -80,11 +80,11 @@ def test_a_pool_is_torchs_then_the_noise_is_add_noises(backend, lay, dtype, rng)
         x.view(-1)[rng.choice(x.numel(), 40, replace=False)] = -math.inf
         x[0, 0, :2, :2], x[0, 1, 0, 1], x[0, 1, 1, 0] = -math.inf, math.nan, math.inf
         x = lay(x.to(dtype))
-        more = dict(images=images, draws=draws, backend=backend, **WHERE)
-        noisy, clean = functional.activate_noise(x, 0.5, pool=True, **more)
+        options = dict(images=images, draws=draws, backend=backend, **ADDRESS)
+        noisy, clean = functional.activate_noise(x, 0.5, pool=True, **options)
         want = torch.nn.functional.max_pool2d(x, 2)
         torch.testing.assert_close(clean, want, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(noisy, functional.add_noise(lay(want), 0.5, **more), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(noisy, functional.add_noise(lay(want), 0.5, **options), rtol=0, atol=0, equal_nan=True)
         assert clean.isnan().any() and clean.isneginf().any()
 
 
@@ -102,7 +102,7 @@ def test_opcheck(rng):
 
 
 def test_a_gradient_is_refused():
-    leaf, at = torch.randn(2, 3, 4, 4).requires_grad_(), dict(images=2, backend="torch", **WHERE)
+    leaf, at = torch.randn(2, 3, 4, 4).requires_grad_(), dict(images=2, backend="torch", **ADDRESS)
     with pytest.raises(RuntimeError, match="has no gradient, but one of its inputs requires one"):
         functional.activate_noise(leaf, 0.1, **at)
     with pytest.raises(RuntimeError, match="has no gradient"):
@@ -138,7 +138,7 @@ def test_in_place_is_add_noise(backend, lay, dtype, rng):
             (each, {"scale": each + 1, "shift": each - 1, "act": "relu"}),
             (each, {"act": "relu", "sample_ids": sample_ids}),
         ):
-            options = {**WHERE, "images": images, "draws": draws, "backend": backend, **options}
+            options = {**ADDRESS, "images": images, "draws": draws, "backend": backend, **options}
             want, y = functional.add_noise(x, sigma, **options), lay(x)
             assert functional.add_noise_(y, sigma, **options) is y
             assert torch.equal(y, want) and y.stride() == x.stride()

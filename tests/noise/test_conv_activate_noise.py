@@ -9,7 +9,7 @@ from rse_fast import functional, ops, reference
 from rse_fast.address import NoiseAddress
 
 OPERAND = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-WHERE = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
+ADDRESS = {"seed": -77, "stream": 3, "image_offset": 5, "draw_offset": 7}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = [  # x, weight, geometry, images, draws
@@ -39,7 +39,7 @@ def test_matches_float64(backend, dtype, rng):
         scale, shift, sigma = torch.randn(weight[0]), torch.randn(weight[0]), torch.rand(weight[0])
         y = functional.conv_activate_noise(
             x, w, sigma, images=images, draws=draws, scale=scale, shift=shift, act="relu" if index else None, backend=backend,
-            **geometry, **WHERE,
+            **geometry, **ADDRESS,
         )  # fmt: skip
         want, size = expected(x, w, sigma, images, draws, scale, shift, index, geometry)
         assert y.dtype == dtype and y.movedim(1, -1).is_contiguous() and y.shape == want.shape
@@ -52,14 +52,14 @@ def test_matches_float64(backend, dtype, rng):
 def test_int8_sums_are_exact_and_rounded_once_with_the_noise(backend, rng):
     x, w = torch.randint(-128, 128, (2, 64, 5, 5), dtype=torch.int8), torch.randint(-128, 128, (6, 64, 3, 3), dtype=torch.int8)
     scale, shift, sigma = torch.rand(6) * 1e-4, torch.randn(6), torch.full((6,), 5.0)
-    more = dict(images=2, draws=2, scale=scale, shift=shift, act="relu", padding=1, backend=backend, **WHERE)
+    options = dict(images=2, draws=2, scale=scale, shift=shift, act="relu", padding=1, backend=backend, **ADDRESS)
     want, size = expected(x, w, sigma, 2, 2, scale, shift, True, {"padding": 1})
-    y = functional.conv_activate_noise(x, w, sigma, **more)
+    y = functional.conv_activate_noise(x, w, sigma, **options)
     assert y.dtype == torch.int8 and ((y.double() - want.clamp(-128, 127)).abs() <= 0.5 + 2e-5 + 4 * 2.0**-24 * size).all()
     assert y.float().std() > 1
-    y = functional.conv_activate_noise(x, w, sigma, dtype=torch.float32, **more)
+    y = functional.conv_activate_noise(x, w, sigma, dtype=torch.float32, **options)
     assert y.dtype == torch.float32 and ((y.double() - want).abs() <= 2e-5 + 4 * 2.0**-24 * size).all()
-    y = functional.conv_activate_noise(x, w, sigma, **{**more, "scale": scale * 1000, "act": None})
+    y = functional.conv_activate_noise(x, w, sigma, **{**options, "scale": scale * 1000, "act": None})
     assert {y.min().item(), y.max().item()} == {-128, 127}
 
 
@@ -67,21 +67,23 @@ def test_int8_sums_are_exact_and_rounded_once_with_the_noise(backend, rng):
 def test_fp8_is_rounded_once_with_the_noise_and_saturates(backend, dtype, rng):
     x, w = torch.randn(2, 16, 5, 5).to(dtype), torch.randn(6, 16, 3, 3).to(dtype)
     scale, shift, sigma = torch.rand(6), torch.randn(6), torch.full((6,), 0.5)
-    more = dict(images=2, draws=2, scale=scale, shift=shift, padding=1, backend=backend, **WHERE)
+    options = dict(images=2, draws=2, scale=scale, shift=shift, padding=1, backend=backend, **ADDRESS)
     want, size = expected(x, w, sigma, 2, 2, scale, shift, False, {"padding": 1})
-    y = functional.conv_activate_noise(x, w, sigma, **more)
+    y = functional.conv_activate_noise(x, w, sigma, **options)
     error = 2.0**-4 * want.abs() + 2.0**-10 + 2e-6 + (16 * 9 + 8) * 2.0**-24 * size
     assert y.dtype == dtype and ((y.double() - want).abs() <= error).all()
-    y = functional.conv_activate_noise(x, w, sigma, **{**more, "scale": scale * 1000})
+    y = functional.conv_activate_noise(x, w, sigma, **{**options, "scale": scale * 1000})
     assert y.float().abs().max() == torch.finfo(dtype).max and y.float().isfinite().all()
 
 
 def test_a_result_of_another_dtype_is_rounded_once(backend, rng):
     x, w = torch.zeros(2, 3, 4, 4).bfloat16(), torch.randn(5, 3, 1, 1).bfloat16()
-    more = dict(images=2, draws=2, backend=backend, **WHERE)
-    noise = functional.add_noise(torch.zeros(2, 5, 4, 4), 30.0, **more)
-    assert torch.equal(functional.conv_activate_noise(x, w, 30.0, dtype=torch.float32, **more), noise)
-    assert torch.equal(functional.conv_activate_noise(x, w, 30.0, dtype=torch.int8, **more), noise.round().clamp(-128, 127).to(torch.int8))
+    options = dict(images=2, draws=2, backend=backend, **ADDRESS)
+    noise = functional.add_noise(torch.zeros(2, 5, 4, 4), 30.0, **options)
+    assert torch.equal(functional.conv_activate_noise(x, w, 30.0, dtype=torch.float32, **options), noise)
+    assert torch.equal(
+        functional.conv_activate_noise(x, w, 30.0, dtype=torch.int8, **options), noise.round().clamp(-128, 127).to(torch.int8)
+    )
 
 
 def test_opcheck(rng):

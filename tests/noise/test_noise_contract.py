@@ -299,8 +299,8 @@ def test_counters_up_to_their_top(backend, rng):
     x = torch.zeros(3, *shape)
     corners = ((TOP - 3, TOP - 2, TOP - 1), (TOP - 3, 0, 0), (0, TOP - 2, 0), (0, 0, TOP - 1), (2**31 - 1, 2**31 - 1, 2**31))
     for image_offset, draw_offset, stream in corners:
-        where = dict(stream=stream, images=3, draws=2, image_offset=image_offset, draw_offset=draw_offset)
-        y = functional.add_noise(x, 1.0, seed=1, **where, backend=backend)
+        address = dict(stream=stream, images=3, draws=2, image_offset=image_offset, draw_offset=draw_offset)
+        y = functional.add_noise(x, 1.0, seed=1, **address, backend=backend)
         assert (y - eps_rows(1, stream, 3, 2, shape, image_offset, draw_offset)).abs().max() <= 1e-6, (image_offset, draw_offset, stream)
 
 

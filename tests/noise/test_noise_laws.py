@@ -18,7 +18,7 @@ def noise(backend, rng):
     """``add_noise`` of the backend with one seed; the result as bits."""
     seed = int(rng.integers(0, 2**63))
     plain = functools.partial(functional.add_noise, backend=backend)
-    return lambda x, sigma=0.7, **where: plain(x, sigma, **{"seed": seed, **where})
+    return lambda x, sigma=0.7, **address: plain(x, sigma, **{"seed": seed, **address})
 
 
 def channels_last(x):
@@ -44,7 +44,7 @@ def test_every_argument_gives_other_and_independent_noise(noise):
         )
         for value in values
     ] + [{**base, "image_offset": 20, "draw_offset": 10}, {**base, "stream": 10, "image_offset": 1}]
-    fields = [noise(torch.zeros(1, *shape), 1.0, **where).double().flatten() for where in (base, *others)]
+    fields = [noise(torch.zeros(1, *shape), 1.0, **address).double().flatten() for address in (base, *others)]
     for (i, a), (j, b) in itertools.combinations(enumerate(fields), 2):
         assert (a == b).double().mean() < 1e-4, (i, j)
         for power in (1, 2):  # correlation of z, and of z^2: 5.5 standard deviations of it for independent fields
@@ -86,9 +86,9 @@ def test_lazy_packing_equals_packing(noise):
     for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16, torch.float16)):
         x = torch.randn(3, *shape).to(dtype)
         for layout, affine in itertools.product((torch.clone, channels_last), (False, True)):
-            more = {"scale": torch.randn(shape[0]), "shift": torch.randn(shape[0]), "act": "relu"} if affine else {}
-            lazy = noise(layout(x), images=3, draws=4, **more)
-            assert torch.equal(noise(layout(torch.cat([x] * 4)), images=3, draws=4, **more), lazy), (shape, dtype, layout)
+            options = {"scale": torch.randn(shape[0]), "shift": torch.randn(shape[0]), "act": "relu"} if affine else {}
+            lazy = noise(layout(x), images=3, draws=4, **options)
+            assert torch.equal(noise(layout(torch.cat([x] * 4)), images=3, draws=4, **options), lazy), (shape, dtype, layout)
 
 
 def test_memory_layout_does_not_matter(noise, backend):
@@ -97,10 +97,10 @@ def test_memory_layout_does_not_matter(noise, backend):
     for shape, dtype in itertools.product(shapes if backend == "cpu" else shapes[-5:], (torch.float32, torch.bfloat16, torch.float16)):
         x = torch.randn(2, *shape).to(dtype)
         affine = {"scale": torch.randn(shape[0]), "shift": torch.randn(shape[0])}
-        for sigma, more in itertools.product((0.3, torch.rand(shape[0])), ({}, affine)):
+        for sigma, options in itertools.product((0.3, torch.rand(shape[0])), ({}, affine)):
             for act in (None, "relu"):
-                planar, flat = (noise(a, sigma, images=2, draws=2, act=act, **more) for a in (x, channels_last(x)))
-                assert torch.equal(planar, flat), (shape, dtype, sigma, more, act)
+                planar, flat = (noise(a, sigma, images=2, draws=2, act=act, **options) for a in (x, channels_last(x)))
+                assert torch.equal(planar, flat), (shape, dtype, sigma, options, act)
         strange = x.transpose(0, 1).contiguous().transpose(0, 1)
         assert torch.equal(noise(strange), noise(x)), (shape, dtype)
 

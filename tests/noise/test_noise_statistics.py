@@ -24,8 +24,8 @@ SHAPE = (16, 64, 64)  # C, H, W: 65536 normals a row
 def field(backend, seed=1234567890123, stream=3, image_offset=0, draw_offset=0, images=16, draws=16):
     """eps as a float32 array [draws, images, S, C]: channels last, so that neighbouring quads and lanes are neighbours in memory."""
     zeros = torch.zeros(images, *SHAPE).to(memory_format=torch.channels_last)
-    where = dict(seed=seed, stream=stream, images=images, draws=draws, image_offset=image_offset, draw_offset=draw_offset)
-    y = functional.add_noise(zeros, 1.0, **where, backend=backend)
+    address = dict(seed=seed, stream=stream, images=images, draws=draws, image_offset=image_offset, draw_offset=draw_offset)
+    y = functional.add_noise(zeros, 1.0, **address, backend=backend)
     return y.permute(0, 2, 3, 1).reshape(draws, images, -1, SHAPE[0]).numpy()
 
 

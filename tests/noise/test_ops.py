@@ -23,7 +23,7 @@ def backend(request):
     return request.param
 
 
-def where(images, draws):
+def noise_of(images, draws):
     return {"seed": SEED, "images": images, "draws": draws, "image_offset": 4, "draw_offset": 1}
 
 
@@ -93,13 +93,13 @@ def away_from_zero(*shape):
 
 def gradient_cases(per_channel):
     """Name, function and float64 inputs."""
-    at = {"stream": 2, "backend": "torch", **where(2, 3)}
+    at = {"stream": 2, "backend": "torch", **noise_of(2, 3)}
 
     def sigma(channels):
         return (torch.rand((channels,) if per_channel else ()).double() + 0.1).requires_grad_()
 
-    def noise(x, s, scale, shift, **more):
-        return functional.add_noise(x, s, scale=scale, shift=shift, **more, **at)
+    def noise(x, s, scale, shift, **options):
+        return functional.add_noise(x, s, scale=scale, shift=shift, **options, **at)
 
     for act in (None, "relu"):
         scale, shift = away_from_zero(3).requires_grad_(), double(3)
@@ -191,7 +191,7 @@ def test_gradients_of_noisy_conv(backend, case, rng):
         return convolution(packed(x, eps) + column(s, x) * eps, w, b, **options)
 
     for (images, draws, rows), (per_channel, bias) in zip(PACKINGS, ((0, 1), (1, 0), (0, 1)), strict=True):
-        call = functools.partial(functional.noisy_conv, backend=backend, **where(images, draws), **options)
+        call = functools.partial(functional.noisy_conv, backend=backend, **noise_of(images, draws), **options)
         for layout in (torch.clone, channels_last):
             x, w, b = layout(torch.randn(rows, *shape)), torch.randn(weight), torch.randn(weight[0]) if bias else None
             sigma = torch.rand(shape[0]) + 0.1 if per_channel else torch.tensor(0.3)
@@ -204,7 +204,7 @@ def test_gradients_of_noisy_linear(backend, rng):
         return plain.linear(packed(x, eps) + s * eps, w, b)
 
     for shape, (images, draws, rows), bias in itertools.product(((9,), (5, 12)), PACKINGS, (False, True)):
-        call = functools.partial(functional.noisy_linear, backend=backend, **where(images, draws))
+        call = functools.partial(functional.noisy_linear, backend=backend, **noise_of(images, draws))
         for sigma in (torch.tensor(0.3), torch.rand(shape[-1]) + 0.1):
             x, w, b = torch.randn(rows, *shape), torch.randn(7, shape[-1]), torch.randn(7) if bias else None
             eps = eps_like(x.movedim(-1, 1), images, draws).movedim(1, -1)
@@ -222,7 +222,7 @@ def test_gradients_of_add_noise(backend, act, rng):
         def model(x, s, scale, shift, eps, kept=kept):
             return kept * packed(x * column(scale, x) + column(shift, x), eps) + column(s, x) * eps
 
-        def call(x, s, scale, shift, at=where(images, draws)):  # noqa: B008 - bound now, in the loop
+        def call(x, s, scale, shift, at=noise_of(images, draws)):  # noqa: B008 - bound now, in the loop
             return functional.add_noise(x, s, scale=scale, shift=shift, act=act, backend=backend, **at)
 
         for sigma in (torch.tensor(0.3), torch.rand(shape[0]) + 0.1):
@@ -233,7 +233,7 @@ def test_gradients_of_add_noise(backend, act, rng):
 def test_noise_alone_passes_the_gradient_through(backend, rng):
     x, g = leaf(2, 3, 5), torch.randn(4, 3, 5)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        y = functional.add_noise(x.to(dtype), 0.5, backend=backend, **where(2, 2))
+        y = functional.add_noise(x.to(dtype), 0.5, backend=backend, **noise_of(2, 2))
         assert torch.equal(torch.autograd.grad(y, x, g.to(dtype))[0], (g[:2].to(dtype) + g[2:].to(dtype)).float())
 
 
@@ -260,7 +260,7 @@ def test_a_noisy_layer_holds_what_the_plain_one_holds(backend, rng):
     for x in (torch.randn(2, 8, 24, 24), leaf(2, 8, 24, 24)):
         bytes_plain, _ = held(plain.conv2d, x, w, b, padding=1)
         for draws in (1, 4):  # lazy packing: the images are held once, for all their draws
-            bytes_noisy, addresses = held(functional.noisy_conv2d, x, w, b, 0.1, padding=1, backend=backend, **where(2, draws))
+            bytes_noisy, addresses = held(functional.noisy_conv2d, x, w, b, 0.1, padding=1, backend=backend, **noise_of(2, draws))
             assert bytes_noisy == bytes_plain + SMALL and x.data_ptr() in addresses
     x, w = leaf(150, 32), leaf(5, 32)
     bytes_noisy, addresses = held(functional.noisy_linear, x, w, None, 0.1, seed=SEED, backend=backend)

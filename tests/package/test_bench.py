@@ -254,17 +254,17 @@ def test_a_gpu_is_not_told_that_it_needs_a_gpu():
 def test_every_target_of_noise_and_ensemble_is_judged_by_what_they_measure():
     """With figures for every implementation, each target of these suites has to find its own."""
     found = []
-    for where, label, gpu in ((CPU, "4M", ""), (torch.device("cuda"), "512M", "a GPU")):
+    for device, label, gpu in ((CPU, "4M", ""), (torch.device("cuda"), "512M", "a GPU")):
         rates = dict.fromkeys(("rse_fast", "rse_fast kernel, no allocation", "eager", "torch.compile", "copy (limit)"), 1.0)
         for dtype, layout in ((torch.float32, "contiguous"), (torch.bfloat16, "channels_last")):
-            measured = noise.targets(where, dtype, f"{str(dtype)[6:]} {layout} {label}", label, rates)
+            measured = noise.targets(device, dtype, f"{str(dtype)[6:]} {layout} {label}", label, rates)
             found += [{**t, "device": gpu or "cpu"} for t in measured]
         ours = ("rse_fast", "rse_fast float32", "rse_fast bfloat16", f"rse_fast bfloat16, {ensemble.DIRECT}")
         rates = dict.fromkeys((*ours, "eager loop", "torch.compile loop", "plain network, packed float32 (limit)"), 1.0)
-        for kind, batch, draws, which in ensemble.CASES[where.type]:
+        for kind, batch, draws, which in ensemble.CASES[device.type]:
             if which == "few":
                 continue
-            measured = ensemble.targets(where, kind, batch, draws, ensemble.case_name(kind, batch, draws), rates)
+            measured = ensemble.targets(device, kind, batch, draws, ensemble.case_name(kind, batch, draws), rates)
             found += [{**t, "device": gpu or "cpu"} for t in measured]
     judged = {(p.hardware, p.suite, p.task): t for p, t in targets.judge(found)}
     assert len(judged) == len(targets.TARGETS)

@@ -1,6 +1,8 @@
 """What every command does with errors, signals and unknown runs."""
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,3 +73,47 @@ def test_both_spellings_of_defence_are_read(spelling, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", spelling, "nothing"])
     assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+LAST = "certify: 100 of 100 images, certified 60%"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lines"),
+    [(-1, ["certify: 30 of 100 images, certified 50%", "certify: 40 of 100 images, certified 50%", LAST]), (3600, [LAST])],
+)
+def test_without_a_terminal_a_line_comes_now_and_then_and_at_the_end(seconds, lines, monkeypatch, capsys):
+    monkeypatch.setattr(wrapper, "TOLD_EVERY", seconds)
+    with wrapper.Progress("certify", 100, done=10) as progress:
+        for count, text in ((20, "certified 50%"), (10, ""), (60, "certified 60%")):
+            progress.update(count, text)
+    out = capsys.readouterr().out
+    assert re.sub(r", \d+ s$", "", out, flags=re.MULTILINE).splitlines() == lines and out.count(" s\n") == len(lines)
+
+
+def test_progress_is_a_bar_on_a_terminal_and_silent_in_other_processes(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with wrapper.Progress("evaluate", 4) as progress:
+        progress.update(4, "pgd")
+    shown = sys.stderr.getvalue().split("\r")[-1]
+    assert re.match(r"evaluate: 100%.*4/4.*pgd", shown) and capsys.readouterr().out == ""
+    for error in (io.StringIO(), Terminal()):
+        monkeypatch.setattr(sys, "stderr", error)
+        with wrapper.Progress("evaluate", 4, shown=False) as progress:
+            progress.update(4, "pgd")
+        assert error.getvalue() == "" == capsys.readouterr().out
+
+
+def test_no_line_after_an_error_or_where_nothing_was_left_to_do(monkeypatch, capsys):
+    with wrapper.Progress("predict", 0):
+        pass
+    with pytest.raises(ValueError), wrapper.Progress("predict", 4) as progress:
+        progress.update(2)
+        raise ValueError
+    assert capsys.readouterr().out == ""

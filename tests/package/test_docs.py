@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -192,3 +193,18 @@ def test_files_that_pages_name_are_there():
     for path in TEXTS:
         missing = [name for name in pattern.findall(path.read_text()) if not (ROOT / name).exists()]
         assert not missing, f"{path.name}: {missing}"
+
+
+def test_the_table_of_speed_is_what_was_measured():
+    machine = json.loads((ROOT / "bench" / "results" / "epyc-avx512bf16.json").read_text())
+    rates = {
+        (row["case"], row["implementation"]): row["p50"]
+        for row in machine["rows"]
+        if row["suite"] == "ensemble" and row["metric"] == "images"
+    }
+    names = ("rse_fast", "rse_fast float32", "eager loop", "eager packed, bfloat16 autocast", "torch.compile packed, bfloat16 autocast",
+             "plain network, packed bfloat16 in chunks (limit)", "plain network, packed float32 in chunks (limit)")  # fmt: skip
+    table = (ROOT / "README.md").read_text().partition("## Speed")[2].partition("## Robustness")[0]
+    shown = [tuple(map(float, cells)) for cells in re.findall(r"^\| .* \| ([\d.]+) \| ([\d.]+) \|$", table, re.M)]
+    measured = [tuple(float(f"{rates[f'VGG16 32x32 B={batch} n=10', name]:.3g}") for batch in (16, 1)) for name in names]
+    assert shown == measured

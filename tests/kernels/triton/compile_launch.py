@@ -33,7 +33,9 @@ def apart(value, offset):
     return torch.tensor([value] * (offset + 1))[offset]
 
 
-def noise(dtype, shape, images=None, *, flat=True, offset=0, small_offset=0, draws=1, affine=False, varies=False, at=0, pool=False, **more):
+def noise(
+    dtype, shape, images=None, *, flat=True, offset=0, small_offset=0, draws=1, affine=False, varies=False, at=0, pool=False, **options
+):
     """A launch of add_noise on an input that begins ``offset`` elements behind an aligned address, sigma and seed ``small_offset``."""
     n = torch.Size(shape).numel()
     x = laid(torch.zeros(n + offset, dtype=dtype)[offset:], shape, flat)
@@ -41,30 +43,30 @@ def noise(dtype, shape, images=None, *, flat=True, offset=0, small_offset=0, dra
     out = packed_like(x, images * draws, pool)
     scale, shift = (torch.ones(shape[1]), torch.ones(shape[1])) if affine else (None, None)
     sigma = torch.ones(shape[1]) if varies else apart(0.1, small_offset)
-    clean = packed_like(x, shape[0], pool) if more.pop("clean", False) else None
-    sample_ids = torch.zeros(images, 2, dtype=torch.int64) if more.pop("sample_ids", False) else None
-    where = NoiseAddress(apart(3, small_offset), 5 + at, images, draws, 2**31 + at, at, sample_ids)
-    return lambda: add_noise.add_noise(x, out, flat, sigma, where, scale, shift, clean=clean, pool=pool, **more)
+    clean = packed_like(x, shape[0], pool) if options.pop("clean", False) else None
+    sample_ids = torch.zeros(images, 2, dtype=torch.int64) if options.pop("sample_ids", False) else None
+    address = NoiseAddress(apart(3, small_offset), 5 + at, images, draws, 2**31 + at, at, sample_ids)
+    return lambda: add_noise.add_noise(x, out, flat, sigma, address, scale, shift, clean=clean, pool=pool, **options)
 
 
 def gradient(dtype, shape, *, flat=True, per_channel=False, at=0):
     g = laid(torch.zeros(torch.Size(shape).numel(), dtype=dtype), shape, flat)
-    where = NoiseAddress(torch.tensor(3), 5, shape[0], image_offset=at)
-    return lambda: sigma_grad.sigma_grad(g, flat, where, per_channel)
+    address = NoiseAddress(torch.tensor(3), 5, shape[0], image_offset=at)
+    return lambda: sigma_grad.sigma_grad(g, flat, address, per_channel)
 
 
 def convolution(dtype, c_in, c_out, *, size=8, stride=1, at=0):
     x = torch.zeros(2, size, size, c_in, dtype=dtype).movedim(-1, 1)
     w = torch.zeros(c_out, 1, 1, c_in, dtype=dtype).movedim(-1, 1)
-    where = NoiseAddress(torch.tensor(3), 5, 2, image_offset=at)
-    return lambda: conv.noisy_conv(x, w, None, torch.tensor(0.1), where, (stride, stride), (0, 0), (1, 1))
+    address = NoiseAddress(torch.tensor(3), 5, 2, image_offset=at)
+    return lambda: conv.noisy_conv(x, w, None, torch.tensor(0.1), address, (stride, stride), (0, 0), (1, 1))
 
 
 def to_dtype(dtype):
     x = torch.zeros(2, 8, 8, 64, dtype=torch.int8).movedim(-1, 1)
     w, ones = torch.zeros(32, 1, 1, 64, dtype=torch.int8).movedim(-1, 1), torch.ones(32)
-    where = NoiseAddress(torch.tensor(3), 5, 2)
-    return lambda: conv.conv_activate_noise(x, w, torch.tensor(0.1), where, ones, ones, True, (1, 1), (0, 0), (1, 1), dtype)
+    address = NoiseAddress(torch.tensor(3), 5, 2)
+    return lambda: conv.conv_activate_noise(x, w, torch.tensor(0.1), address, ones, ones, True, (1, 1), (0, 0), (1, 1), dtype)
 
 
 CASES = {
@@ -193,8 +195,8 @@ def test_it_goes_to_the_current_stream_of_the_tensors_device(launches, monkeypat
         launches.clear()
         x = torch.zeros(4, 16, 8, 8).as_subclass(kind)
         add_noise.add_noise(x, x, False, torch.tensor(0.1), NoiseAddress(torch.tensor(3), 0, 4))
-        ((_, stream, (_, _, where), *_),) = launches
-        return stream, where
+        ((_, stream, (_, _, address), *_),) = launches
+        return stream, address
 
     for _ in range(2):  # searched, then remembered
         assert launch(OnSecond) == (11, 1) and current == [0]

@@ -89,10 +89,10 @@ def test_opcheck(seed):
     torch.library.opcheck(torch.ops.rse_fast.noisy_conv, (x, weight, None, sigma, *at, *conv), rtol=1e-2, atol=1e-2)
     linear = (torch.randn(2, 4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True), None, sigma)
     torch.library.opcheck(torch.ops.rse_fast.noisy_linear, (*linear, *at, "triton"))
-    more = (torch.rand(5), *at, *affine)
+    options = (torch.rand(5), *at, *affine)
     for layout in (torch.contiguous_format, torch.channels_last):
         image = torch.randn(2, 5, 6, 7).to(memory_format=layout)
-        torch.library.opcheck(torch.ops.rse_fast.activate_noise, (image, *more, True, "triton", True))
+        torch.library.opcheck(torch.ops.rse_fast.activate_noise, (image, *options, True, "triton", True))
     one, x32 = ([1, 1], [0, 0], [1, 1], 1, None, "triton"), torch.randint(-9, 9, (2, 32, 6, 7), dtype=torch.int8)
     half = torch.randn(2, 5, 6, 7).half()
     for image, weight in (
@@ -100,13 +100,13 @@ def test_opcheck(seed):
         (half, torch.randn(5, 5, 3, 3).half()),  # the vendor's convolution, then one pass
         (x32, torch.randint(-9, 9, (5, 32, 3, 3), dtype=torch.int8)),
     ):
-        torch.library.opcheck(torch.ops.rse_fast.conv_activate_noise, (image, weight, *more, *one))
+        torch.library.opcheck(torch.ops.rse_fast.conv_activate_noise, (image, weight, *options, *one))
 
 
 def test_each_key_has_its_own_meaning_of_auto():
     """One schema: CUDA tensors get the kernels, CPU tensors the library or the plain form; values agree within the contract."""
     x, sigma = torch.randn(2, 5, 6, 7), torch.rand(5)
-    for function in (functional.add_noise, lambda *args, **more: functional.activate_noise(*args, **more)[1]):
+    for function in (functional.add_noise, lambda *args, **options: functional.activate_noise(*args, **options)[1]):
         here, there = function(x, sigma, seed=3), function(x.cpu(), sigma.cpu(), seed=3)
         assert here.is_cuda and not there.is_cuda and (here.cpu() - there).abs().max() <= 1e-3
 

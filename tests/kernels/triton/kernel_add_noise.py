@@ -31,9 +31,9 @@ def address(x, seed, *, images=None, draws=1, stream=3, image_offset=5, draw_off
     return NoiseAddress(seed, stream, images or x.shape[0], draws, image_offset, draw_offset, sample_ids)
 
 
-def launch(x, sigma, seed, *, scale=None, shift=None, relu=False, clean=False, pool=False, **where):
+def launch(x, sigma, seed, *, scale=None, shift=None, relu=False, clean=False, pool=False, **fields):
     """(y, clean) of the launcher, outputs poisoned."""
-    at, flat = address(x, seed, **where), layout(x) == "flat"
+    at, flat = address(x, seed, **fields), layout(x) == "flat"
     like = torch.nn.functional.max_pool2d(x.float(), 2).to(x.dtype) if pool else x
     out = (channels_last if flat else torch.clone)(like.new_full((at.rows, *like.shape[1:]), math.nan))
     kept = (channels_last if flat else torch.clone)(like.new_full(like.shape, math.nan)) if clean else None
@@ -41,10 +41,10 @@ def launch(x, sigma, seed, *, scale=None, shift=None, relu=False, clean=False, p
     return out, kept
 
 
-def check(x, sigma, seed, *, scale=None, shift=None, relu=False, clean=False, pool=False, **where):
+def check(x, sigma, seed, *, scale=None, shift=None, relu=False, clean=False, pool=False, **fields):
     """The launcher's result is within the contract's distance of float64: eps within NORMAL, float32 arithmetic, one rounding."""
-    at = address(x, seed, **where)
-    y, kept = launch(x, sigma, seed, scale=scale, shift=shift, relu=relu, clean=clean, pool=pool, **where)
+    at = address(x, seed, **fields)
+    y, kept = launch(x, sigma, seed, scale=scale, shift=shift, relu=relu, clean=clean, pool=pool, **fields)
     value = x.double()
     size = value.abs()
     if scale is not None:
@@ -112,8 +112,8 @@ def test_pool_takes_the_largest_and_keys_noise_by_the_pooled_position(lay, seed)
         ((2, 6, 3, 2), torch.float32),  # to one position
     ):
         x = lay(torch.randn(shape).to(dtype))
-        more = dict(scale=torch.randn(shape[1]), shift=torch.randn(shape[1]), relu=True)
-        check(x, torch.tensor(0.5), seed, images=shape[0], draws=2, pool=True, clean=True, **more)
+        options = dict(scale=torch.randn(shape[1]), shift=torch.randn(shape[1]), relu=True)
+        check(x, torch.tensor(0.5), seed, images=shape[0], draws=2, pool=True, clean=True, **options)
         check(x, torch.tensor(0.5), seed, pool=True)
 
 
@@ -217,8 +217,8 @@ def test_activation_and_noise_from_one_pass(lay, seed):
     each = torch.rand(6)
     for dtype, pool, images in ((torch.float32, True, 2), (torch.bfloat16, True, 1), (torch.float16, False, 2)):
         x = lay(torch.randn(2, 6, 5, 7).to(dtype))
-        more = dict(seed=seed, images=images, draws=2, scale=each, shift=-each, act="relu", pool=pool)
-        got, want = (functional.activate_noise(x, each, backend=backend, **more) for backend in ("triton", "torch"))
+        options = dict(seed=seed, images=images, draws=2, scale=each, shift=-each, act="relu", pool=pool)
+        got, want = (functional.activate_noise(x, each, backend=backend, **options) for backend in ("triton", "torch"))
         for a, b in zip(got, want, strict=True):
             assert layout(a) == layout(b) and len(a) == len(b)
             assert ((a.double() - b.double()).abs() <= 1e-3 + 2 * ROUNDING[dtype] * b.double().abs()).all()
@@ -230,8 +230,8 @@ def test_activation_and_noise_from_one_pass(lay, seed):
 def test_opcheck(seed):
     x = torch.randn(2, 5, 4, requires_grad=True)
     sigma = torch.rand(5, requires_grad=True)
-    at, more = NoiseAddress(seed, 1, 2, 3), (torch.rand(5), torch.rand(5), True, "triton")
+    at, options = NoiseAddress(seed, 1, 2, 3), (torch.rand(5), torch.rand(5), True, "triton")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.rse_fast.add_noise, (x, sigma, *at, *more), test_utils=tests)
+    torch.library.opcheck(torch.ops.rse_fast.add_noise, (x, sigma, *at, *options), test_utils=tests)
     g = torch.randn(6, 5, 4, requires_grad=True)
     torch.library.opcheck(torch.ops.rse_fast.sigma_grad, (g, *at, True, "triton"), test_utils=tests)

@@ -49,9 +49,9 @@ def test_noise_at_the_input(case, dtype, seed):
     at = NoiseAddress(seed, 3, images, draws, 5, 9, sample_ids)
     y = conv.noisy_conv(x, w, bias, sigma, at, stride, padding, dilation)
     noisy = reference.add_noise(x.double(), sigma.double(), *at)
-    more = (stride, padding, dilation, False, (0, 0), 1)
-    want = torch.convolution(noisy, w.double(), None if bias is None else bias.double(), *more)
-    scale = torch.convolution(noisy.abs(), w.double().abs(), None, *more)
+    options = (stride, padding, dilation, False, (0, 0), 1)
+    want = torch.convolution(noisy, w.double(), None if bias is None else bias.double(), *options)
+    scale = torch.convolution(noisy.abs(), w.double().abs(), None, *options)
     assert close(y, want, 3 * scale, dtype)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last) or y.shape[1] == 1
     # The same numbers enter as in the two steps: with weights of one nonzero they come out alike.
@@ -77,9 +77,9 @@ def test_noise_in_the_epilogue(case, dtype, seed):
     sigma = torch.rand(c_out) if dtype == torch.float32 else torch.tensor(0.5)
     at = NoiseAddress(seed, 3, images, draws, 5, 9)
     y = conv.conv_activate_noise(x, w, sigma, at, scale, shift, True, stride, padding, dilation)
-    more = (stride, padding, dilation, False, (0, 0), 1)
-    clean = torch.convolution(x.double(), w.double(), None, *more)
-    size = torch.convolution(x.double().abs(), w.double().abs(), None, *more) * scale.abs().double().view(-1, 1, 1)
+    options = (stride, padding, dilation, False, (0, 0), 1)
+    clean = torch.convolution(x.double(), w.double(), None, *options)
+    size = torch.convolution(x.double().abs(), w.double().abs(), None, *options) * scale.abs().double().view(-1, 1, 1)
     want = reference.add_noise(clean, sigma.double(), *at, scale.double(), shift.double(), True)
     size = size.repeat(len(want) // len(size), 1, 1, 1)
     assert close(y, want, 2 * size + 4e-4, dtype)
@@ -157,8 +157,8 @@ def test_the_op_of_the_epilogue(seed):
         x, w = (x * 40, w * 40) if dtype == torch.int8 else (x, w)
         x, w, each = x.clamp(-120, 120).to(dtype), w.clamp(-120, 120).to(dtype), torch.rand(c_out)
         scale = each * 1e-3 if dtype == torch.int8 else each
-        more = dict(seed=seed, images=2, draws=2, scale=scale, shift=-each, act="relu", padding=kernel // 2, groups=groups)
-        got, want = (functional.conv_activate_noise(x, w, each, backend=backend, **more) for backend in ("triton", "torch"))
+        options = dict(seed=seed, images=2, draws=2, scale=scale, shift=-each, act="relu", padding=kernel // 2, groups=groups)
+        got, want = (functional.conv_activate_noise(x, w, each, backend=backend, **options) for backend in ("triton", "torch"))
         assert got.stride() == want.stride() and got.dtype == dtype
         off = (got.float() - want.float()).abs()
         assert (off <= (1.01 if dtype == torch.int8 else 0.02 + 2.0**-9 * want.float().abs())).all(), (kernel, groups, dtype)
@@ -187,5 +187,5 @@ def test_what_the_fake_promises(seed):
     for shape, c_out, kernel in (((2, 3, 7, 6), 8, 3), ((2, 16, 5, 5), 12, 1), ((2, 8, 5, 5), 8, 3)):
         for layout in (torch.clone, channels_last):
             arguments = (layout(torch.randn(shape)).half(), torch.randn(c_out, shape[1], kernel, kernel).half(), None, torch.tensor(0.3))
-            more = (*NoiseAddress(seed, 0, 2, 2), [1, 1], [1, 1], [1, 1], 1, "triton")
-            torch.library.opcheck(torch.ops.rse_fast.noisy_conv, (*arguments, *more), test_utils=("test_schema", "test_faketensor"))
+            options = (*NoiseAddress(seed, 0, 2, 2), [1, 1], [1, 1], [1, 1], 1, "triton")
+            torch.library.opcheck(torch.ops.rse_fast.noisy_conv, (*arguments, *options), test_utils=("test_schema", "test_faketensor"))
