@@ -400,7 +400,8 @@ class NoisyInput(NoiseLayer):
         """Raises what is wrong with x or with the layer's own attributes, after torch's own convolution has refused them."""
         own = next(cls for cls in type(self).__mro__ if "forward" in vars(cls) and not issubclass(cls, NoiseLayer))
         if own.__module__ == nn.modules.conv.__name__ and "_conv_forward" not in vars(self):
-            arguments.check_convolution_layer(self, *functional.autocast(x, self.weight, self.bias))
+            layer: Any = self
+            arguments.check_convolution_layer(self, *functional.autocast(x, layer.weight, layer.bias))
 
 
 class NoisyConv(NoisyInput):

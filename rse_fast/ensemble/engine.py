@@ -121,6 +121,9 @@ class Ensemble(nn.Module):
     The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
     fewer draws are a prefix of more. One ensemble may be called from many threads.
 
+    ``draws``, ``seed``, ``max_rows``, ``early_exit`` and ``temperature`` may be set later, with the checks of the constructor, and the next
+    call follows. The other arguments are fixed, since a snapshot is made by them: setting one is an AttributeError.
+
     Raises:
         TypeError: an argument has a wrong type.
         ValueError: an argument is out of range, or the model has no noisy layers.
@@ -165,12 +168,9 @@ class Ensemble(nn.Module):
         if cuda_graphs not in (None, True, False):
             raise ValueError(f"cuda_graphs must be None, True or False, got {cuda_graphs!r}")
         outputs.check(model, logits)
-        self.draws = _count("draws", draws)
-        self.seed = None if seed is None else _seed(seed)
-        self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
-        self.logits, self.temperature = logits, temperature
-        make_criterion(early_exit, self.draws, 1)  # raises if it names none
-        self.dtype, self.fuse, self.early_exit, self.backend, self.cuda_graphs = dtype, bool(fuse), early_exit, backend, cuda_graphs
+        self.draws, self.seed, self.max_rows = draws, seed, max_rows
+        self.early_exit, self.temperature = early_exit, temperature
+        self.dtype, self.fuse, self.backend, self.cuda_graphs, self.logits = dtype, bool(fuse), backend, cuda_graphs, logits
         convolution.check(model, algorithm, DTYPES.get(dtype), self.fuse, dtype == "int8", backend)
         self.algorithm = algorithm
         self.calibration = quantize.check_calibration(calibration) if dtype == "int8" else None
@@ -180,6 +180,13 @@ class Ensemble(nn.Module):
         self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration, algorithm, logits)
         self._live = Preparation(model, compute, False, backend, False, None, logits=logits)  # for the gradient of its weights
         self._live.said = self._preparation.said
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and hasattr(self, name):
+            raise AttributeError(
+                f"{name} of an Ensemble is fixed, since its snapshot is made by it; make another: Ensemble(model, {name}=...)"
+            )
+        super().__setattr__(name, _SETTABLE[name](value) if name in _SETTABLE else value)
 
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
@@ -222,23 +229,27 @@ class Ensemble(nn.Module):
         if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
             weights = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.requires_grad]
 
-        def live(x: Tensor, seed: Tensor, draws: int = self.draws) -> Tensor:
+        draws, temperature = self.draws, self.temperature  # backward may run when they are set to others
+
+        def live(x: Tensor, seed: Tensor) -> Tensor:
             with self._live.ready(x) as model:
-                return self._log_mean(self._live, model, x, seed, draws)
+                return self._log_mean(self._live, model, x, seed, draws, temperature)
 
         # What torch.func.functional_call has put in place, and a buffer that wants a gradient, is there for this call only.
         if weights and (autograd.is_transformed() or not all(isinstance(t, nn.Parameter) for t in weights)):
             return live(x, seed)
         with self._preparation.ready(x) as model:
             if not weights:
-                return self._log_mean(self._preparation, model, x, seed, self.draws)
+                return self._log_mean(self._preparation, model, x, seed, draws, temperature)
             if not model.once:
                 guarded = gradient.FirstDerivative.apply(x, weights) if x.requires_grad else x
-                result = self._log_mean(self._preparation, model, guarded, seed, self.draws)
+                result = self._log_mean(self._preparation, model, guarded, seed, draws, temperature)
                 return result + gradient.OfWeights.apply(live, model.watch, result.detach(), x.detach(), seed, *weights)
         return live(x, seed)
 
-    def _log_mean(self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, draws: int) -> Tensor:
+    def _log_mean(
+        self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, draws: int, temperature: float
+    ) -> Tensor:  # fmt: skip
         """Log of the mean softmax of ``draws`` draws, float32 [B, K, ...]."""
         rows = []
         for _, draw, logits in self._passes(preparation, model, x, seed, 0, draws):
@@ -248,7 +259,7 @@ class Ensemble(nn.Module):
                 rows[-1].add(logits)
         if not rows:  # no images: for the sake of their gradient
             return x.new_zeros((0, model.classes, *model.runner.pixels), dtype=torch.float32) + x.sum()
-        mean = calibrated.rescale(torch.cat([part.value() for part in rows]) - math.log(draws), self.temperature)
+        mean = calibrated.rescale(torch.cat([part.value() for part in rows]) - math.log(draws), temperature)
         return mean.movedim(-1, 1).contiguous()
 
     @_left_by_compilers
@@ -345,15 +356,6 @@ class Ensemble(nn.Module):
         It is needed only after a change that no version counter shows, such as ``weight.data.copy_(...)``.
         """
         self._preparation.refresh()
-
-    @property
-    def temperature(self) -> float:
-        """Of the probabilities; may be set to another number in [0.1, 10]. Raises TypeError or ValueError for anything else."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._temperature = calibrated.check(value)
 
     @property
     def quantization(self) -> quantize.Report | None:
@@ -592,3 +594,19 @@ def _count(name: str, value: int) -> int:
 
 def _seed(seed: int) -> int:
     return arguments.integer("seed", seed) % 2**64
+
+
+def _criterion(early_exit: str | float | None) -> str | float | None:
+    make_criterion(early_exit, 1, 1)  # raises if it names none
+    return early_exit
+
+
+# Attributes that may be set at any time, and what checks them; those that a snapshot is made by, and are fixed.
+_SETTABLE: dict[str, Callable[[Any], Any]] = {
+    "draws": functools.partial(_count, "draws"),
+    "max_rows": lambda value: None if value is None else _count("max_rows", value),
+    "seed": lambda value: None if value is None else _seed(value),
+    "early_exit": _criterion,
+    "temperature": calibrated.check,
+}
+_FIXED = ("model", "dtype", "fuse", "backend", "cuda_graphs", "logits", "algorithm", "calibration")
