@@ -144,15 +144,16 @@ def _prepare(ensemble, x) -> Prepared:
     dtype = _dtype(ensemble)
     noisy = any(layer.noise_enabled for layer in noise_layers(ensemble.model).values())
 
-    def unfused(dtype):
-        return fuse.copy(ensemble.model, dtype)
+    def run(model):
+        runner = Runner(model, dtype, dtype, noisy, x, logits=ensemble.logits)
+        if runner.called is None and (refused := unfit(ensemble.model, x.shape, "example")):
+            raise ValueError(refused)
+        return runner
 
     model, problem = fuse.snapshot(ensemble.model, dtype, shape=x.shape[1:], merge=False)
-    runner = Runner(model, dtype, dtype, noisy, x, logits=ensemble.logits)
-    if runner.called is None and (refused := unfit(ensemble.model, x.shape, "example")):
-        raise ValueError(refused)
-    if problem is not None or mismatch(runner, unfused(torch.float32), x, False) is not None:
-        runner = Runner(unfused(dtype), dtype, dtype, noisy, x, logits=ensemble.logits)
+    runner = run(model)
+    if problem is not None or mismatch(runner, fuse.copy(ensemble.model, torch.float32), x, False) is not None:
+        runner = run(fuse.copy(ensemble.model, dtype))
     if runner.random:
         raise ValueError("model cannot be exported: its forward draws random numbers of its own, which no seed addresses")
     return Prepared(runner, runner, plan.Planner(x.device))

@@ -58,10 +58,27 @@ def test_the_layer_behind_that_gets_a_wrong_size_is_named(tmp_path):
 def test_a_normalisation_that_gets_other_channels_is_told():
     wrapped = rse_fast.with_input_noise(image_network(), 0.1, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
     first = nn.Sequential(nn.BatchNorm2d(3), *image_network()).eval()
-    for model in (wrapped, first):
-        with pytest.raises(ValueError, match=r"^x must be \[N, C, \.\.\.\] with C = 3 channels, got shape \(2, 4, 8, 8\)$"):
+    for model, rest in ((wrapped, "H, W"), (first, r"\.\.\.")):
+        with pytest.raises(ValueError, match=rf"^x must be \[N, C, {rest}\] with C = 3 channels, got shape \(2, 4, 8, 8\)$"):
             Ensemble(model, 3).predict(torch.rand(2, 4, 8, 8))
         assert Ensemble(model, 3).predict(torch.rand(2, 3, 8, 8)).labels.shape == (2,)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 3), (2, 3, 3, 8, 8), (3, 8, 8), (2, 8, 8, 3)])
+@pytest.mark.parametrize("behind", ["convolution", "any number of channels"])
+def test_a_normalisation_makes_no_channels(shape, behind, tmp_path):
+    """torch's subtraction would give a grey picture three channels, and a network behind it an answer."""
+    network = image_network() if behind == "convolution" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    model, x = rse_fast.with_input_noise(network.eval(), 0.1, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)), torch.rand(shape)
+    text = r" must be \[N, C, H, W\] with C = 3 channels.*, got shape " + re.escape(str(shape))
+    kept = Ensemble(model, 3)
+    kept.predict(torch.rand(2, 3, 8, 8))
+    calls = [kept, Ensemble(model, 3), Ensemble(model, 3).predict, Ensemble(model, 3, fuse=False), lambda x: rse_fast.certify(kept, x, n=9)]
+    for call in calls if len(shape) == 3 else [model, *calls]:  # one image without a batch dimension is no mistake there
+        with pytest.raises(ValueError, match="^x" + text):
+            call(x)
+    with pytest.raises(ValueError, match="^example" + text):
+        rse_fast.export(kept, x, tmp_path / "model.pt2")
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
