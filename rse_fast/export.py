@@ -82,7 +82,7 @@ def _check(ensemble, example, path, compiled) -> torch.Tensor:
         raise ValueError(f"ensemble must take all its draws to be exported: early_exit must be None, got {ensemble.early_exit!r}")
     if ensemble.dtype == "int8":
         raise ValueError("ensemble must have dtype 'float32', 'bfloat16' or 'float16' to be exported, got 'int8'")
-    x = ensemble.images(example)
+    x = ensemble.images(example, "example")
     if not x.shape[0]:
         raise ValueError(f"example must hold at least one image, got shape {tuple(x.shape)}")
     if not isinstance(path, (str, os.PathLike)):

@@ -330,9 +330,12 @@ class Ensemble(nn.Module):
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
     @_left_by_compilers
-    def prepared(self, x: torch.Tensor) -> Prepared:
-        """The model as it is run for images like x [B, ...]: what it returns, how it is packed, and how large packed batches are."""
-        with self._preparation.ready(self.images(x)) as model:
+    def prepared(self, x: torch.Tensor, argument: str = "x") -> Prepared:
+        """The model as it is run for images like x [B, ...]: what it returns, how it is packed, and how large packed batches are.
+
+        argument: as in `images`.
+        """
+        with self._preparation.ready(self.images(x, argument), argument) as model:
             return model
 
     def rows(self, x: torch.Tensor) -> int:
@@ -362,7 +365,7 @@ class Ensemble(nn.Module):
         """Which layers run in int8, and which do not and why; None for other dtypes. Calibrates, if no call has done so yet."""
         if self.calibration is None:
             return None
-        return self.prepared(self.calibration[0]).report
+        return self.prepared(self.calibration[0], "calibration").report
 
     @property
     def algorithms(self) -> dict[str, convolution.Choice]:
@@ -377,21 +380,21 @@ class Ensemble(nn.Module):
         layers = [f"({name}): {choice.algorithm}, {choice.why}" for name, choice in self.algorithms.items()]
         return "\n".join([f"{text}, algorithm={self.algorithm!r}", *layers])
 
-    def images(self, x: torch.Tensor) -> torch.Tensor:
+    def images(self, x: torch.Tensor, argument: str = "x") -> torch.Tensor:
         """``x``, checked to be a batch [B, ...] of images, on the device of the model; NumPy arrays and PIL images as
-        `rse_fast.inputs.batch` takes them. Raises TypeError or ValueError."""
-        x = inputs.batch(x, self.model)
-        if x.layout != torch.strided:
-            raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
+        `rse_fast.inputs.batch` takes them. Raises TypeError or ValueError, which call the images by the name of the ``argument``."""
+        x = inputs.batch(x, self.model, argument)
+        if not arguments.is_dense(x):
+            arguments.check_dense(argument, x)
         if not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
+            raise TypeError(f"{argument} must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
         if x.dim() < 2:
-            raise ValueError(f"x must be a batch [B, ...], got shape {tuple(x.shape)}")
+            raise ValueError(f"{argument} must be a batch [B, ...], got shape {tuple(x.shape)}")
         if 0 in x.shape[1:]:
-            raise ValueError(f"x must be a batch [B, ...] of images that have pixels, got shape {tuple(x.shape)}")
+            raise ValueError(f"{argument} must be a batch [B, ...] of images that have pixels, got shape {tuple(x.shape)}")
         parameter = next(self.model.parameters(), None)
         if x.is_meta and (parameter is None or not parameter.is_meta):
-            raise ValueError("x must have data, got a tensor on the meta device")
+            raise ValueError(f"{argument} must have data, got a tensor on the meta device")
         return x if parameter is None or parameter.device == x.device else x.to(parameter.device)
 
     def draw_seed(self, seed: int | None) -> int:
@@ -428,9 +431,9 @@ class Ensemble(nn.Module):
                 statistics[-1].add(log_softmax(logits))
         return DrawStatistics.cat([t for t in statistics if len(t.index)] or statistics)
 
-    def _scheduler(self, x: Tensor, seed: int, draws: int) -> Scheduler:
+    def _scheduler(self, x: Tensor, seed: int, draws: int, argument: str = "x") -> Scheduler:
         """A `Scheduler` for images like ``x``, which runs them through the model."""
-        key, model = arguments.seed_tensor(seed, x.device), self.prepared(x)
+        key, model = arguments.seed_tensor(seed, x.device), self.prepared(x, argument)
         if model.runner.pixels and self.early_exit is not None:
             raise ValueError(
                 f"early_exit must be None for a model that classifies pixels, got {self.early_exit!r}: an image has one number of draws, "
@@ -554,7 +557,7 @@ class Stream:
         return self._scheduler.occupancy if self._scheduler else math.nan
 
     def _checked(self, x: Tensor, first: Tensor) -> Tensor:
-        x = self._ensemble.images(x)
+        x = self._ensemble.images(x, "batch")
         if x.shape[1:] != first.shape[1:]:
             raise ValueError(f"batches must have images of one shape, got {tuple(x.shape[1:])} after {tuple(first.shape[1:])}")
         return x
@@ -565,9 +568,9 @@ class Stream:
         except StopIteration:
             return
         device = inputs.device(first)
-        first = self._ensemble.images(first)
+        first = self._ensemble.images(first, "batch")
         checked = (self._checked(x, first) for x in itertools.chain([first], batches))
-        scheduler = self._scheduler = self._ensemble._scheduler(first, self.seed, self._draws)
+        scheduler = self._scheduler = self._ensemble._scheduler(first, self.seed, self._draws, "batch")
         results = in_order(checked, scheduler, self.BACKLOG * scheduler.slots)
         while True:
             with torch.no_grad():  # not around the yield: it would reach into the consumer's code

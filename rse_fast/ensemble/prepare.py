@@ -92,8 +92,11 @@ class Preparation:
         self._lock, self._current, self._layers = threading.Lock(), None, []
 
     @contextlib.contextmanager
-    def ready(self, x: torch.Tensor):
-        """The `Prepared` model for images like ``x`` [B, ...], in eval mode while the context lasts."""
+    def ready(self, x: torch.Tensor, argument: str = "x"):
+        """The `Prepared` model for images like ``x`` [B, ...], in eval mode while the context lasts.
+
+        argument: what the caller's user knows the images as, where the model does not take them.
+        """
         tensors = [*self.model.parameters(), *self.model.buffers()] if autograd.is_transformed() else []
         if any(map(is_functorch_wrapped_tensor, tensors)):
             # torch.func.functional_call has put other tensors in place, for this call only.
@@ -113,7 +116,7 @@ class Preparation:
                 for _ in range(TRIES if self.fuse else 1):
                     watch = Watch(self.model)
                     prepared = _on_a_thread_of_its_own(
-                        lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device
+                        lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape), argument), device
                     )
                     if not watch.changed():
                         break
@@ -171,13 +174,13 @@ class Preparation:
 
     # ------------------------------------------------------------------------------------------------------------------ anew
     @hooks.without_hooks()
-    def _prepare(self, x) -> Prepared:
+    def _prepare(self, x, argument) -> Prepared:
         numbers = torch.get_rng_state()
         compute = self.dtype or best_dtype(x.device)
         noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
         report, problem, algorithms = None, None, {}
         if self.fuse:
-            runner, problem, algorithms = self._fused(x, compute, noisy)
+            runner, problem, algorithms = self._fused(x, compute, noisy, argument)
             if self.calibration is not None:
                 report, chosen = self._to_int8(runner, x, compute)
                 algorithms = {**algorithms, **chosen}
@@ -190,7 +193,7 @@ class Preparation:
             except Exception:  # a module that cannot be copied
                 tried = self.model
             with eval_mode(self.model):
-                runner = self._runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
+                runner = self._runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, argument, own=False)
             runner.model = self.model
         if runner.random:  # a forward that draws numbers of its own did so in dry runs, too
             torch.set_rng_state(numbers)
@@ -206,20 +209,20 @@ class Preparation:
         run = Graphs(runner, always=self.cuda_graphs is True) if captures else runner
         return Prepared(runner, run, planner, report, problem, algorithms)
 
-    def _runner(self, model, dtype, compute, noisy, x, own=True) -> Runner:
+    def _runner(self, model, dtype, compute, noisy, x, argument, own=True) -> Runner:
         """Raises ValueError where the images ``x`` are of a shape that the model does not take."""
         runner = Runner(model, dtype, compute, noisy, x, own, self.logits)
-        if runner.called is None and (problem := unfit(self.model, x.shape)):
+        if runner.called is None and (problem := unfit(self.model, x.shape, argument)):
             raise ValueError(problem)
         return runner
 
-    def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None, dict[str, convolution.Choice]]:
+    def _fused(self, x, dtype, noisy, argument) -> tuple[Runner, str | None, dict[str, convolution.Choice]]:
         """(runner of a fused snapshot, None, its algorithms), or (of an unfused one, why, none) where that cannot be had."""
         if any(GLOBAL_HOOKS):
             problem = "hooks of all modules are registered, which a fused model would not call for each"
-            return self._runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
+            return self._runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, argument), problem, {}
         fused, problem = fuse.snapshot(self.model, dtype, shape=x.shape[1:])
-        runner = self._runner(fused, dtype, dtype, noisy, x)
+        runner = self._runner(fused, dtype, dtype, noisy, x, argument)
         if problem is None:
             direct = self._why_direct(runner, x.device)
             # Forms of Winograd's algorithm: where the probe refuses them, those with products in float32, then none.
@@ -230,7 +233,7 @@ class Preparation:
                 problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
                 if problem is None:
                     return runner, None, algorithms
-        return self._runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
+        return self._runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, argument), problem, {}
 
     def _why_direct(self, runner, device) -> str | None:
         if self.algorithm == "direct":

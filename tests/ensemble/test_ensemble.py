@@ -432,6 +432,7 @@ INPUTS = {
     "list of lists": (lambda e: e.predict([[0.0, 1.0]]), TypeError, "x must be a tensor.*list"),
     "bytes": (lambda e: e.predict(torch.zeros(2, 3, 10, 10, dtype=torch.uint8)), TypeError, "x must be a floating-point.*uint8"),
     "integers": (lambda e: e(torch.zeros(2, 3, 10, 10, dtype=torch.int64)), TypeError, "x must be a floating-point.*int64"),
+    "nested": (lambda e: e(torch.nested.nested_tensor([torch.ones(3)])), TypeError, "x must be a dense tensor, got a nested one"),
     "vector": (lambda e: e.predict(torch.zeros(3)), ValueError, r"x must be a batch.*\(3,\)"),
     "seed": (lambda e: e.predict(images(2), seed="7"), TypeError, "seed.*str"),
     "image_offset float": (lambda e: e.predict(images(2), image_offset=1.0), TypeError, "image_offset.*float"),

@@ -18,7 +18,8 @@ ENTRIES = {
     "stream": lambda ensemble, x: list(ensemble.stream([x])),
     "certify": lambda ensemble, x: rse_fast.certify(ensemble, x, n0=1, n=20),
 }
-BATCH = r"x must be \[N, C, H, W\] with C = 3 channels, got shape "
+NAMES = {"stream": "batch"}  # what each knows the images as, where that is not x
+BATCH = r"must be \[N, C, H, W\] with C = 3 channels, got shape "
 
 
 def image_network():
@@ -31,14 +32,14 @@ def image_network():
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 8), (2, 3, 8, 8, 8), (2, 1, 8, 8), (2, 4, 8, 8), (0, 4, 8, 8)])
 @pytest.mark.parametrize("entry", ["rows", "predict", "forward", "stream"])
 def test_a_wrong_rank_or_number_of_channels_is_told(entry, shape, fuse, recwarn):
-    with pytest.raises(ValueError, match=f"^{BATCH}{re.escape(str(shape))}$"):
+    with pytest.raises(ValueError, match=f"^{NAMES.get(entry, 'x')} {BATCH}{re.escape(str(shape))}$"):
         ENTRIES[entry](Ensemble(image_network(), 3, fuse=fuse), torch.rand(shape))
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("shape, advice", [((3, 8, 9), r"x\[None\] for one image"), ((2, 8, 9, 3), r"x\.movedim\(-1, 1\) if its channels")])
 def test_a_likely_mistake_comes_with_the_line_to_write(shape, advice):
-    with pytest.raises(ValueError, match=f"^{BATCH}.*; write {advice}"):
+    with pytest.raises(ValueError, match=f"^x {BATCH}.*; write {advice}"):
         Ensemble(image_network(), 3).predict(torch.rand(shape))
 
 
@@ -46,8 +47,8 @@ def test_the_layer_behind_that_gets_a_wrong_size_is_named(tmp_path):
     model = rse_fast.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)))
     wrong = torch.rand(2, 3, 9, 8)
     text = r" of shape \(2, 3, 9, 8\) does not fit the model: its layer '2' must get \[N, ..., F\] with F = 144 features, got \[N, 168\]$"
-    for entry in ENTRIES.values():
-        with pytest.raises(ValueError, match="^x" + text):
+    for name, entry in ENTRIES.items():
+        with pytest.raises(ValueError, match=f"^{NAMES.get(name, 'x')}{text}"):
             entry(Ensemble(model, 3), wrong)
     with pytest.raises(ValueError, match="^example" + text):
         rse_fast.export(Ensemble(model, 3), wrong, tmp_path / "model.pt2")
