@@ -26,6 +26,7 @@ from rse_fast.ensemble.unfit import unfit
 from rse_fast.ensemble.warn import warn_caller
 from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
+from rse_fast.trace import Generators
 
 FAR = (-1.0, 2.0)  # pixels scaled to [0, 1] stay within, changed by an attack or by noise of their own; bytes and normalised ones do not
 
@@ -175,8 +176,27 @@ class Preparation:
     # ------------------------------------------------------------------------------------------------------------------ anew
     @hooks.without_hooks()
     def _prepare(self, x, argument) -> Prepared:
-        numbers = torch.get_rng_state()
-        compute = self.dtype or best_dtype(x.device)
+        generators, compute, drew = Generators(self.model, x), self.dtype or best_dtype(x.device), True
+        try:
+            runner, report, problem, algorithms = self._tried(x, compute, argument)
+            drew = runner.random
+        finally:
+            if drew:  # a forward that draws numbers of its own did so in probes, too; one that failed may have
+                generators.restore()
+        kind = x.shape[1:], compute if self.calibration is None else "int8", self.fuse
+        kept = (gradient.KEEP + 1) * runner.saved_bytes if runner.saved_bytes else None  # and one that is run again
+        in_bytes = report is not None and bool(report.quantized)
+        planner = plan.planner(self.model, kind, x.device, runner.row_bytes, kept, in_bytes)
+        if x.device.type != "cuda":
+            return Prepared(runner, runner, planner, report, problem, algorithms)
+        torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them
+        captures = not hooked if self.cuda_graphs is None else self.cuda_graphs
+        run = Graphs(runner, always=self.cuda_graphs is True) if captures else runner
+        return Prepared(runner, run, planner, report, problem, algorithms)
+
+    def _tried(self, x, compute, argument) -> tuple[Runner, quantize.Report | None, str | None, dict[str, convolution.Choice]]:
+        """(runner, report, problem, algorithms) as in `Prepared`, of a snapshot or of the live model, tried by probes."""
         noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
         report, problem, algorithms = None, None, {}
         if self.fuse:
@@ -195,19 +215,7 @@ class Preparation:
             with eval_mode(self.model):
                 runner = self._runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, argument, own=False)
             runner.model = self.model
-        if runner.random:  # a forward that draws numbers of its own did so in dry runs, too
-            torch.set_rng_state(numbers)
-        kind = x.shape[1:], compute if self.calibration is None else "int8", self.fuse
-        kept = (gradient.KEEP + 1) * runner.saved_bytes if runner.saved_bytes else None  # and one that is run again
-        in_bytes = report is not None and bool(report.quantized)
-        planner = plan.planner(self.model, kind, x.device, runner.row_bytes, kept, in_bytes)
-        if x.device.type != "cuda":
-            return Prepared(runner, runner, planner, report, problem, algorithms)
-        torch.cuda.current_stream(x.device).synchronize()  # a call on another stream may be the next to read the snapshot
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())  # a replay does not call them
-        captures = not hooked if self.cuda_graphs is None else self.cuda_graphs
-        run = Graphs(runner, always=self.cuda_graphs is True) if captures else runner
-        return Prepared(runner, run, planner, report, problem, algorithms)
+        return runner, report, problem, algorithms
 
     def _runner(self, model, dtype, compute, noisy, x, argument, own=True) -> Runner:
         """Raises ValueError where the images ``x`` are of a shape that the model does not take."""
