@@ -342,8 +342,8 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, got bool")
     try:
         return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    except (TypeError, RuntimeError):  # the latter of a tensor without data
+        raise TypeError(f"{name} must be an integer, got {describe(value)}") from None
 
 
 def first_image(image_offset: int, images: int) -> int:

@@ -223,8 +223,6 @@ class Ensemble(nn.Module):
         seed = arguments.seed_tensor(self.draw_seed(None), x.device)
         if self.seed is None and autograd.is_vectorised():  # its randomness says: other noise for each entry, the same, or an error
             seed = seed ^ torch.randint(-(2**63), 2**63 - 1, (), device=x.device)
-        if torch.is_grad_enabled() and x.requires_grad:
-            self._preparation.want_gradients()
         weights = []  # those that want a gradient, and that a snapshot only holds copies of
         if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
             weights = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.requires_grad]
@@ -238,7 +236,7 @@ class Ensemble(nn.Module):
         # What torch.func.functional_call has put in place, and a buffer that wants a gradient, is there for this call only.
         if weights and (autograd.is_transformed() or not all(isinstance(t, nn.Parameter) for t in weights)):
             return live(x, seed)
-        with self._preparation.ready(x) as model:
+        with self._preparation.ready(x, gradients=torch.is_grad_enabled() and x.requires_grad) as model:
             if not weights:
                 return self._log_mean(self._preparation, model, x, seed, draws, temperature)
             if not model.once:

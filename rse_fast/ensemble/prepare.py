@@ -93,10 +93,11 @@ class Preparation:
         self._lock, self._current, self._layers = threading.Lock(), None, []
 
     @contextlib.contextmanager
-    def ready(self, x: torch.Tensor, argument: str = "x"):
+    def ready(self, x: torch.Tensor, argument: str = "x", gradients: bool = False):
         """The `Prepared` model for images like ``x`` [B, ...], in eval mode while the context lasts.
 
-        argument: what the caller's user knows the images as, where the model does not take them.
+        argument: what the user knows the images as, where the model does not take them. gradients: whether a gradient of the images
+        is wanted; from then on, a snapshot is checked for its gradients as well.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()] if autograd.is_transformed() else []
         if any(map(is_functorch_wrapped_tensor, tensors)):
@@ -107,13 +108,17 @@ class Preparation:
                 yield Prepared(runner, runner, plan.Planner(x.device))
             return
         with self._lock:
-            state = x.shape[1:], x.device, self._gradients
+            shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
+            state = shape[1:], device, self._gradients or gradients
             if self._current is None or self._current[0] != state or self._current[1].watch.changed():
-                self._current = None
+                if self._current is not None and self._current[0][0] != shape[1:]:  # refused before what other images need is dropped
+                    problem = _on_a_thread_of_its_own(lambda: unfit(self.model, shape, argument), device)
+                    if problem is not None:
+                        raise ValueError(problem)
+                self._current, self._gradients = None, state[-1]
                 self._layers = list(number_layers(self.model).values())
                 if not self._layers:
                     raise ValueError(no_layers(self.model))
-                shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
                 for _ in range(TRIES if self.fuse else 1):
                     watch = Watch(self.model)
                     prepared = _on_a_thread_of_its_own(
@@ -151,10 +156,6 @@ class Preparation:
         """Numbers the layers again where an ensemble of a part of the model, or of more than it, has numbered them otherwise."""
         if any(layer.stream != index for index, layer in enumerate(self._layers)):
             number_layers(self.model)
-
-    def want_gradients(self) -> None:
-        """From now on a snapshot is checked for its gradients as well."""
-        self._gradients = True
 
     @property
     def algorithms(self) -> dict[str, convolution.Choice]:

@@ -1,5 +1,6 @@
 """Images of a shape that the model does not take: every entry says what they must be, before anything runs."""
 
+import math
 import re
 
 import pytest
@@ -120,9 +121,33 @@ def test_neither_the_model_nor_its_hooks_notice():
     assert not seen and before == [len(m._forward_pre_hooks) for m in model.modules()]
 
 
-def test_a_wrong_batch_leaves_the_ensemble_as_it_was(rng):
-    ensemble, x = Ensemble(image_network(), 3, seed=int(rng.integers(2**62))), torch.rand(2, 3, 8, 8)
-    before = ensemble.predict(x).probs
-    with pytest.raises(ValueError, match=BATCH):
-        ensemble.predict(torch.rand(2, 1, 8, 8))
-    assert torch.equal(ensemble.predict(x).probs, before)
+WRONG = {
+    "channels": lambda e, entry: entry(e, torch.rand(2, 1, 8, 8)),
+    "rank": lambda e, entry: entry(e, torch.rand(3, 8, 8)),
+    "too small": lambda e, entry: entry(e, torch.rand(2, 3, 2, 8)),
+    "no pixels": lambda e, entry: entry(e, torch.rand(2, 3, 0, 8)),
+    "no images": lambda e, entry: entry(e, torch.rand(0, 1, 8, 8)),
+    "wants a gradient": lambda e, entry: entry(e, torch.rand(2, 1, 8, 8, requires_grad=True)),
+    "bytes": lambda e, entry: entry(e, torch.zeros(2, 3, 8, 8, dtype=torch.uint8)),
+    "no data": lambda e, entry: entry(e, torch.rand(2, 3, 8, 8, device="meta")),
+    "sparse": lambda e, entry: entry(e, torch.rand(2, 3, 8, 8).to_sparse()),
+    "NaN seed": lambda e, entry: e.predict(torch.rand(2, 3, 8, 8), seed=torch.tensor(math.nan)),
+    "seed without data": lambda e, entry: e.predict(torch.rand(2, 3, 8, 8), seed=torch.tensor(1, device="meta")),
+    "offset": lambda e, entry: e.predict(torch.rand(2, 3, 8, 8), image_offset=2**32),
+    "no draws": lambda e, entry: e.stream([torch.rand(2, 3, 8, 8)], draws=0),
+    "draws": lambda e, entry: setattr(e, "draws", 0),
+    "fixed": lambda e, entry: setattr(e, "dtype", "float16"),
+    "export": lambda e, entry: rse_fast.export(e, torch.rand(2, 1, 8, 8), "never.pt2"),
+}
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_refused_leaves_what_was_made_ready(wrong, fuse, rng):
+    """The next call is as quick as the one before: nothing is made anew."""
+    ensemble, x = Ensemble(image_network(), 3, seed=int(rng.integers(2**62)), fuse=fuse), torch.rand(2, 3, 8, 8)
+    ready, before = ensemble.prepared(x), ensemble.predict(x).probs
+    for entry in ENTRIES.values():
+        with pytest.raises((ValueError, TypeError, AttributeError)):
+            WRONG[wrong](ensemble, entry)
+    assert ensemble.prepared(x) is ready and torch.equal(ensemble.predict(x).probs, before)
