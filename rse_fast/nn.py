@@ -22,6 +22,9 @@ from rse_fast.layout import packed_like
 
 __all__ = ["GaussianNoise", "NoisyConv1d", "NoisyConv2d", "NoisyConv3d", "NoisyLinear"]
 
+_PROGRAM = "rse_fast.export(rse_fast.Ensemble(model), example, 'model.pt2') writes a program whose seed is an input"
+NO_GRAPH = f"torch.fx cannot trace into a noisy layer or an ensemble, only a model around it, in which it is one node: {_PROGRAM}"
+NO_SCRIPT = f"torch.jit.script cannot take noisy layers, whose seed comes from outside of TorchScript: {_PROGRAM}"
 LARGE = 2**20  # bytes from which on the C library may take fresh memory from the operating system
 _LEAST, _MOST = -(2**63), 2**63 - 1  # of a seed
 _active = threading.local()  # one context a thread: two threads may run one model with different seeds
@@ -325,6 +328,9 @@ class NoiseLayer(nn.Module):
         else:
             self.__dict__.pop("_remembered_sigma", None)
 
+    def __prepare_scriptable__(self) -> None:  # what torch.jit.script asks first
+        raise ValueError(NO_SCRIPT)
+
     def extra_repr(self) -> str:
         plain = super().extra_repr()
         sigma = self.current_sigma()
@@ -368,7 +374,7 @@ class GaussianNoise(NoiseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
-            return _one_node(self, x)
+            return one_node(self, x)
         if not self.noise_enabled:
             return x
         return self.add_noise(x)
@@ -382,7 +388,7 @@ class NoisyInput(NoiseLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, Proxy):
-            return _one_node(self, input, *args, **kwargs)
+            return one_node(self, input, *args, **kwargs)
         if not self.noise_enabled:
             return super().forward(input, *args, **kwargs)
         arguments.check_batch(input)
@@ -421,7 +427,7 @@ class NoisyConv(NoisyInput):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.ConvNd gives it: callers may use it
         if isinstance(input, Proxy):
-            return _one_node(self, input)
+            return one_node(self, input)
         weight, bias = self.weight, self.bias
         if not self.noise_enabled:
             return self._conv_forward(input, weight, bias)
@@ -524,7 +530,7 @@ class NoisyLinear(NoisyInput, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
-            return _one_node(self, input)
+            return one_node(self, input)
         weight, bias = self.weight, self.bias
         if not self.noise_enabled:
             return nn.functional.linear(input, weight, bias)
@@ -561,10 +567,12 @@ def _has_data(weight: Tensor, bias: Tensor | None) -> bool:
     return not weight.is_meta and (bias is None or not bias.is_meta)
 
 
-def _one_node(layer: NoiseLayer, *args: Any, **kwargs: Any) -> Any:
-    """A noisy layer as one node of a graph that torch.fx traces, as torch's own layers are: it draws noise when the graph runs, and
-    branches on shapes that a tracer does not know."""
+def one_node(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A noisy layer, or an ensemble, as one node of a graph that torch.fx traces, as torch's own layers are: it draws noise when the graph
+    runs, and branches on shapes that a tracer does not know."""
     tracer = args[0].tracer
+    if tracer.root is layer:
+        raise ValueError(NO_GRAPH)
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
+from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from rse_fast import arguments, autograd, inputs, ops, outputs
@@ -21,7 +22,7 @@ from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
 from rse_fast.ensemble.stream import DrawStatistics, Scheduler, in_order
 from rse_fast.ensemble.warn import warn_caller
-from rse_fast.nn import NoiseContext, is_checkpointed, noise_layers, number_layers
+from rse_fast.nn import NO_GRAPH, NO_SCRIPT, NoiseContext, is_checkpointed, noise_layers, number_layers, one_node
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -188,6 +189,9 @@ class Ensemble(nn.Module):
             )
         super().__setattr__(name, _SETTABLE[name](value) if name in _SETTABLE else value)
 
+    def __prepare_scriptable__(self) -> None:  # what torch.jit.script asks first
+        raise ValueError(NO_SCRIPT)
+
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -212,6 +216,8 @@ class Ensemble(nn.Module):
         Examples:
             >>> loss = torch.nn.functional.nll_loss(ensemble(images), labels)
         """
+        if isinstance(x, Proxy):
+            return one_node(self, x)
         x = self.images(x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)
@@ -381,6 +387,8 @@ class Ensemble(nn.Module):
     def images(self, x: torch.Tensor, argument: str = "x") -> torch.Tensor:
         """``x``, checked to be a batch [B, ...] of images, on the device of the model; NumPy arrays and PIL images as
         `rse_fast.inputs.batch` takes them. Raises TypeError or ValueError, which call the images by the name of the ``argument``."""
+        if isinstance(x, Proxy):  # of predict, say: its results are no single node
+            raise ValueError(NO_GRAPH)
         x = inputs.batch(x, self.model, argument)
         if not arguments.is_dense(x):
             arguments.check_dense(argument, x)
