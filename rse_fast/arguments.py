@@ -18,6 +18,7 @@ from rse_fast.kernels import cpu, triton
 BACKENDS = ("auto", "triton", "cpu", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WORD = 2**32
+_PIXELS = 2**31  # no image has so many; sums of a few such numbers fit 64 bits
 LARGEST = torch.finfo(torch.float32).max  # number that the noise arithmetic holds
 
 Seed: TypeAlias = int | Tensor  # an int, or an int64 tensor of one value
@@ -29,9 +30,9 @@ Padding: TypeAlias = Sizes | str
 def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
     """``seed`` as the int64 tensor that ops take: an int modulo 2^64, or an int64 tensor of one value."""
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
+        if seed.dtype != torch.int64 or seed.is_nested or seed.numel() != 1:
             raise TypeError(f"seed must be an int or an int64 tensor of one value, got {describe(seed)}")
-        if seed.layout != torch.strided or (seed.is_meta and torch.device(device).type != "meta"):
+        if not has_numbers(seed) or (seed.is_meta and torch.device(device).type != "meta"):
             raise ValueError(f"seed must be a dense tensor with data, got {seed.layout} on {seed.device}")
         seed = seed.resolve_neg()
         seed = seed.reshape(()) if seed.dim() else seed
@@ -46,8 +47,7 @@ def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
 def check_sigma(name: str, sigma: object) -> None:
     """Raises unless ``sigma`` is a finite number >= 0 or a float tensor of such (a tensor on an accelerator is trusted)."""
     if isinstance(sigma, Tensor):
-        if sigma.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {sigma.layout}")
+        check_dense(name, sigma)
         if not sigma.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {describe(sigma)}")
         if torch.compiler.is_compiling() or sigma.device.type != "cpu":
@@ -114,10 +114,26 @@ def _sigma(sigma: PerChannel, channels: int, x: Tensor) -> Tensor:
     return sigma.float() if sigma.dtype == torch.float64 and x.dtype != torch.float64 else sigma
 
 
+def is_dense(value: Tensor) -> bool:
+    """Whether the tensor has one value at each place: it is not sparse, packed by a vendor's library, or a list of tensors."""
+    return value.layout == torch.strided and not value.is_nested
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raises TypeError unless `is_dense`, and where the tensor stands for zeros without memory (`torch._efficientzerotensor`)."""
+    if not has_numbers(value):
+        got = "a nested one" if value.is_nested else "zeros without memory" if is_dense(value) else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {got}")
+
+
+def has_numbers(value: Tensor) -> bool:
+    """Whether memory holds the values, which a kernel reads."""
+    return is_dense(value) and (torch.compiler.is_compiling() or not value._is_zerotensor())
+
+
 def _check_data(name: str, value: Tensor, x: Tensor) -> None:
     """Raises where ``value`` has no data for a call on ``x`` that has, or is no plain dense tensor."""
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    check_dense(name, value)
     if value.is_meta and not x.is_meta:
         raise ValueError(f"{name} must have data, got a tensor on the meta device for x on {x.device}")
 
@@ -125,9 +141,14 @@ def _check_data(name: str, value: Tensor, x: Tensor) -> None:
 def _sample_ids(sample_ids: Tensor | None, images: int, draws: int, device: torch.device) -> Tensor | None:
     if sample_ids is None:
         return None
-    if not isinstance(sample_ids, Tensor) or sample_ids.dtype != torch.int64 or tuple(sample_ids.shape) != (images, 2):
+    if (
+        not isinstance(sample_ids, Tensor)
+        or sample_ids.is_nested
+        or sample_ids.dtype != torch.int64
+        or tuple(sample_ids.shape) != (images, 2)
+    ):
         raise ValueError(f"sample_ids must be an int64 tensor [{images}, 2], got {describe(sample_ids)}")
-    if sample_ids.layout != torch.strided or (sample_ids.is_meta and torch.device(device).type != "meta"):
+    if not has_numbers(sample_ids) or (sample_ids.is_meta and torch.device(device).type != "meta"):
         raise ValueError(f"sample_ids must be a dense tensor with data, got {sample_ids.layout} on {sample_ids.device}")
     if sample_ids.device.type == "cpu" and images and not torch.compiler.is_compiling():
         if sample_ids.min() < 0 or sample_ids[:, 0].max() >= _WORD or sample_ids[:, 1].max() + draws > _WORD:
@@ -151,8 +172,8 @@ def affine(name: str, value: PerChannel | None, channels: int, x: Tensor) -> Ten
 def check_input(name: str, x: Tensor, minimum: int, maximum: int | None = None, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if not is_dense(x):
+        check_dense(name, x)
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {listed(dtypes)}, got {x.dtype}")
     if x.dim() < minimum or (maximum is not None and x.dim() > maximum):
@@ -164,8 +185,8 @@ def check_batch(x: Tensor) -> None:
     """Raises unless a layer's input is a dense tensor of one dimension or more."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
+    if not is_dense(x):
+        check_dense("x", x)
     if not x.dim():
         raise ValueError("x must have at least 2 dimensions, got shape ()")
 
@@ -176,7 +197,7 @@ def check_windows(x: Tensor, pool: bool) -> None:
 
 
 def check_bias(bias: Tensor | None, channels: int) -> None:
-    if bias is not None and (not isinstance(bias, Tensor) or tuple(bias.shape) != (channels,)):
+    if bias is not None and (not isinstance(bias, Tensor) or bias.is_nested or tuple(bias.shape) != (channels,)):
         raise ValueError(f"bias must be None or a tensor [{channels}], got {describe(bias)}")
 
 
@@ -242,8 +263,42 @@ def convolution(
     if weight.shape[0] % groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} output channels of weight, got {groups}")
     if x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(f"x must have weight.shape[1] * groups = {weight.shape[1] * groups} channels, got shape {tuple(x.shape)}")
+        wanted = f"{weight.shape[1]} * {groups} = {weight.shape[1] * groups}"
+        raise ValueError(f"x must have weight.shape[1] * groups = {wanted} channels, got shape {tuple(x.shape)}")
     return _tuple("stride", stride, spatial, 1), _tuple("dilation", dilation, spatial, 1), groups
+
+
+def check_convolution_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises what says why torch's convolution ``layer``, transposed or padded by pixels of the image, does not take ``x``, a batch."""
+    spatial = len(layer.kernel_size)
+    check_input("x", x, minimum=2 + spatial, maximum=2 + spatial)
+    if not layer.transposed:
+        stride, dilation, _ = convolution(x, weight, layer.stride, layer.dilation, layer.groups)
+        check_bias(bias, weight.shape[0])
+        check_operands(x, weight, bias)
+        sides = list(zip(*[iter(layer._reversed_padding_repeated_twice[::-1])] * 2, strict=True))
+        most = {"reflect": 1, "circular": 0}.get(layer.padding_mode)
+        if most is not None and any(max(pair) > n - most for pair, n in zip(sides, x.shape[2:], strict=True)):
+            relation = "larger than" if most else "as large as"
+            wanted = [max(pair) for pair in sides]
+            raise ValueError(f"x must be {relation} its padding {wanted} of mode {layer.padding_mode!r}, got shape {tuple(x.shape)}")
+        output_sizes(x, weight, stride, [sum(pair) for pair in sides], dilation)
+        return
+    if not isinstance(weight, Tensor) or weight.dim() != 2 + spatial:
+        raise ValueError(f"weight must be a tensor [Cin, Cout / groups, *kernel] with {spatial} kernel dimensions, got {describe(weight)}")
+    groups = integer("groups", layer.groups)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} input channels of weight, got {groups}")
+    if x.shape[1] != weight.shape[0]:
+        raise ValueError(f"x must have weight.shape[0] = {weight.shape[0]} channels, got shape {tuple(x.shape)}")
+    check_bias(bias, weight.shape[1] * groups)
+    check_operands(x, weight, bias)
+    stride, dilation = _tuple("stride", layer.stride, spatial, 1), _tuple("dilation", layer.dilation, spatial, 1)
+    zeros, more = _tuple("padding", layer.padding, spatial, 0), _tuple("output_padding", layer.output_padding, spatial, 0)
+    geometry = zip(x.shape[2:], weight.shape[2:], stride, zeros, dilation, more, strict=True)
+    sizes = [(n - 1) * s - 2 * p + d * (k - 1) + m + 1 for n, k, s, p, d, m in geometry]
+    if min(x.shape[2:]) < 1 or min(sizes) < 1:
+        raise ValueError(f"x must be large enough for an output of one pixel or more, got shape {tuple(x.shape)} for one of {sizes} pixels")
 
 
 def padding(
@@ -268,12 +323,14 @@ def _string_padding(padding: str, kernel: Sequence[int], stride: tuple[int, ...]
 
 
 def _tuple(name: str, value: Sizes, n: int, minimum: int) -> tuple[int, ...]:
-    if type(value) is tuple and len(value) == n and all(type(v) is int and v >= minimum for v in value):  # a layer's, at every call
+    if type(value) is tuple and len(value) == n and all(type(v) is int and minimum <= v < _PIXELS for v in value):  # a layer's
         return value
     several = tuple(integer(name, v) for v in (value if isinstance(value, (tuple, list)) else (value,)))
     several = several * n if len(several) == 1 else several
     if len(several) != n or any(v < minimum for v in several):
         raise ValueError(f"{name} must be an integer >= {minimum} or {n} of them, got {several}")
+    if max(several) >= _PIXELS:
+        raise ValueError(f"{name} must be below 2^31, got {several}")
     return several
 
 
@@ -285,8 +342,8 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, got bool")
     try:
         return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    except (TypeError, RuntimeError):  # the latter of a tensor without data
+        raise TypeError(f"{name} must be an integer, got {describe(value)}") from None
 
 
 def first_image(image_offset: int, images: int) -> int:
@@ -303,4 +360,6 @@ def listed(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def describe(value: object) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "a nested tensor" if value.is_nested else f"{value.dtype} of shape {tuple(value.shape)}"

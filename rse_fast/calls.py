@@ -28,8 +28,12 @@ def calls(copied: nn.Module, first: nn.Module) -> Calls | None:
         for module, name in names.items()
         for own, parameter in module.named_parameters(recurse=False)
     }
-    for size in SIZES:
-        shape = (2, first.in_features) if isinstance(first, nn.Linear) else (2, first.in_channels, *[size] * len(first.kernel_size))
+    if isinstance(first, nn.Linear):
+        shapes = [(2, first.in_features)]
+    else:  # a convolution that forward does by itself may stand before the first layer: then pictures in colour, or grey ones, may fit
+        channels = dict.fromkeys((first.in_channels, 3, 1))
+        shapes = [(2, c, *[size] * len(first.kernel_size)) for c in channels for size in SIZES]
+    for shape in shapes:
         seen = _Seen(owners)
         handles = []
         for module in names:

@@ -12,6 +12,7 @@ from rse_fast import ops
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble
 from rse_fast.nn import NoiseContext, NoiseLayer, noise_layers
+from rse_fast.trace import Generators
 
 _aten = torch.ops.aten
 _REARRANGE = {  # what may stand between the image and its noise: the same numbers, in another shape or order of memory
@@ -102,7 +103,11 @@ def check_rows(ensemble: Ensemble, x: Tensor) -> None:
     images = torch.cat([x[:1], torch.where(x[:1] < 0.5, x[:1] + 0.5, x[:1] - 0.5)])  # another one at every pixel, whatever the first is
     sample_ids, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
 
+    rule = "model must treat each row of a batch by itself to be certified; it"
+    random = f"{rule} draws random numbers of its own, which the rows of a batch may share"
     runner = ensemble.prepared(x).runner
+    if runner.random:
+        raise ValueError(random)
 
     def logits(rows: int) -> Tensor:
         return ensemble.logits_at(images[:rows], sample_ids[:rows], 1, seed)[0, :1].float()
@@ -110,9 +115,8 @@ def check_rows(ensemble: Ensemble, x: Tensor) -> None:
     expected = logits(2)
     compute = torch.bfloat16 if ensemble.dtype == "int8" else runner.compute
     limit = torch.finfo(compute).eps ** 0.5 * expected.norm()
-    rule = "model must treat each row of a batch by itself to be certified; it"
-    if runner.random or (logits(2) - expected).norm() > limit:
-        raise ValueError(f"{rule} draws random numbers of its own, which the rows of a batch may share")
+    if (logits(2) - expected).norm() > limit:
+        raise ValueError(random)
     if (logits(1) - expected).norm() > limit:
         raise ValueError(f"{rule} gives an image other logits beside another image, as BatchNorm without running statistics does")
 
@@ -122,13 +126,16 @@ def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tenso
     copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
     for layer in noise_layers(copied).values():
         layer.noise_enabled = True
-    numbers = torch.get_rng_state()
+    generators = Generators(model, x)
     with torch.inference_mode(False), torch.no_grad():
         image = x[:1].to(next(model.parameters(), x).dtype, copy=True)
-        with NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 1), _Readers(image) as readers, _Leaves(readers):
-            copied(image)
-    if readers.random:
-        torch.set_rng_state(numbers)
+        readers = _Readers(image)
+        try:
+            with NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 1), readers, _Leaves(readers):
+                copied(image)
+        finally:
+            if readers.random:
+                generators.restore()
     rule = "model must pass the image unchanged to the noise of one layer, and to nothing else, to be certified"
     if readers.others:
         raise ValueError(f"{rule}; got {', '.join(dict.fromkeys(readers.others))} reading it")

@@ -17,10 +17,10 @@ from rse_fast import noise, reference
 from rse_fast.address import NoiseAddress
 from rse_fast.ensemble import fuse, plan
 from rse_fast.ensemble.engine import DTYPES, Ensemble
+from rse_fast.ensemble.prediction import DrawStatistics
 from rse_fast.ensemble.prepare import Prepared
 from rse_fast.ensemble.runner import Runner, mismatch, probe_images
 from rse_fast.ensemble.softmax import log_softmax
-from rse_fast.ensemble.stream import DrawStatistics
 from rse_fast.ensemble.unfit import unfit
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
 
@@ -82,7 +82,7 @@ def _check(ensemble, example, path, compiled) -> torch.Tensor:
         raise ValueError(f"ensemble must take all its draws to be exported: early_exit must be None, got {ensemble.early_exit!r}")
     if ensemble.dtype == "int8":
         raise ValueError("ensemble must have dtype 'float32', 'bfloat16' or 'float16' to be exported, got 'int8'")
-    x = ensemble.images(example)
+    x = ensemble.images(example, "example")
     if not x.shape[0]:
         raise ValueError(f"example must hold at least one image, got shape {tuple(x.shape)}")
     if not isinstance(path, (str, os.PathLike)):
@@ -144,15 +144,16 @@ def _prepare(ensemble, x) -> Prepared:
     dtype = _dtype(ensemble)
     noisy = any(layer.noise_enabled for layer in noise_layers(ensemble.model).values())
 
-    def unfused(dtype):
-        return fuse.copy(ensemble.model, dtype)
+    def run(model):
+        runner = Runner(model, dtype, dtype, noisy, x, logits=ensemble.logits)
+        if runner.called is None and (refused := unfit(ensemble.model, x.shape, "example")):
+            raise ValueError(refused)
+        return runner
 
     model, problem = fuse.snapshot(ensemble.model, dtype, shape=x.shape[1:], merge=False)
-    runner = Runner(model, dtype, dtype, noisy, x, logits=ensemble.logits)
-    if runner.called is None and (refused := unfit(ensemble.model, x.shape, "example")):
-        raise ValueError(refused)
-    if problem is not None or mismatch(runner, unfused(torch.float32), x, False) is not None:
-        runner = Runner(unfused(dtype), dtype, dtype, noisy, x, logits=ensemble.logits)
+    runner = run(model)
+    if problem is not None or mismatch(runner, fuse.copy(ensemble.model, torch.float32), x, False) is not None:
+        runner = run(fuse.copy(ensemble.model, dtype))
     if runner.random:
         raise ValueError("model cannot be exported: its forward draws random numbers of its own, which no seed addresses")
     return Prepared(runner, runner, plan.Planner(x.device))

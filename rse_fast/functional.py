@@ -348,8 +348,10 @@ def noisy_linear(
         >>> y = noisy_linear(torch.rand(4, 32), torch.randn(10, 32), None, 0.1, seed=7)  # [4, 10]
     """
     arguments.check_input("x", x, minimum=2)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight must be a tensor [out_features, {x.shape[-1]}], got {arguments.describe(weight)}")
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"weight must be a tensor [out_features, in_features], got {arguments.describe(weight)}")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must have weight.shape[1] = {weight.shape[1]} features in its last dimension, got shape {tuple(x.shape)}")
     arguments.check_bias(bias, weight.shape[0])
     x, weight, bias = autocast(x, weight, bias)
     sigma, at = arguments.address(x, x.shape[-1], sigma, seed, stream, images, draws, image_offset, draw_offset, sample_ids)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 from rse_fast.nn import GaussianNoise
 
@@ -23,7 +24,15 @@ class Normalize(nn.Module):
         self.register_buffer("std", std.view(-1, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # torch would make a picture of three channels of a grey one. A tracer knows no shape; what runs its graph compares it with this.
+        if not isinstance(x, Proxy) and not self.takes(x.shape):
+            wanted = f"[N, C, H, W] with C = {len(self.mean)} channels, as many as mean and std have numbers"
+            raise ValueError(f"x must be {wanted}, got shape {tuple(x.shape)}")
         return (x - self.mean) / self.std
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether images of the shape have the channels that mean and std are of; one image may come without a batch dimension."""
+        return len(shape) in (3, 4) and shape[-3] == len(self.mean)
 
     def extra_repr(self) -> str:
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 
-def batch(x: object, model: nn.Module) -> Tensor:
+def batch(x: object, model: nn.Module, argument: str = "x") -> Tensor:
     """A batch of images as a tensor.
 
     Args:
         x: a tensor, as it is; a NumPy array of floats [B, C, H, W], as the model takes them, or of uint8 [B, H, W, C] or [H, W, C],
             which are scaled to [0, 1]; a PIL image, or a list of PIL images of one size.
         model: its first convolution says how many channels C an image has.
+        argument: what the caller's user knows the images as.
 
     Returns:
         The tensor itself; of floats a tensor of the model's dtype, else float32 [B, C, H, W], both on the CPU.
@@ -26,22 +27,25 @@ def batch(x: object, model: nn.Module) -> Tensor:
         return x
     if isinstance(x, (list, tuple)) and x and all(map(_is_pil, x)):
         if len({image.size for image in x}) > 1:
-            raise ValueError("x must have PIL images of one size; write image.resize((width, height)) for each first")
-        return batch(np.stack([_pixels(image, model) for image in x]), model)
+            raise ValueError(f"{argument} must have PIL images of one size; write image.resize((width, height)) for each first")
+        return batch(np.stack([_pixels(image, model, argument) for image in x]), model, argument)
     if _is_pil(x):
-        return batch(_pixels(x, model), model)
+        return batch(_pixels(x, model, argument), model, argument)
     if not isinstance(x, np.ndarray):
-        raise TypeError(f"x must be a tensor, a NumPy array, a PIL image or a list of PIL images, got {type(x).__name__}")
+        raise TypeError(f"{argument} must be a tensor, a NumPy array, a PIL image or a list of PIL images, got {type(x).__name__}")
     if x.dtype.kind == "f":
-        _check_channels(x, 1, model)
+        _check_channels(x, 1, model, argument)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
     if x.dtype != np.uint8:
-        raise TypeError(f"x must be an array of floats or of uint8, got {x.dtype}; write torch.from_numpy(x).float() / scale")
+        raise TypeError(
+            f"{argument} must be an array of floats or of uint8, got {x.dtype}; write torch.from_numpy({argument}).float() / scale"
+        )
     if x.ndim not in (3, 4):
-        raise ValueError(f"x of uint8 must be [B, H, W, C] or [H, W, C], got shape {x.shape}; write torch.from_numpy(x).float() / 255")
+        line = f"torch.from_numpy({argument}).float() / 255"
+        raise ValueError(f"{argument} of uint8 must be [B, H, W, C] or [H, W, C], got shape {x.shape}; write {line}")
     x = x[None] if x.ndim == 3 else x
-    _check_channels(x, 3, model)
+    _check_channels(x, 3, model, argument)
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).float().div_(255)
 
 
@@ -50,23 +54,22 @@ def device(x: object) -> torch.device:
     return x.device if isinstance(x, Tensor) else torch.device("cpu")
 
 
-def _check_channels(x, at, model):
+def _check_channels(x, at, model, argument):
     """Raises ValueError unless dimension ``at`` alone of an array [B, ., ., .] can be the channels."""
     if x.ndim != 4:
         if at == 1 and x.ndim > 1:  # a model of sequences or volumes; what it takes, it knows
             return
-        raise ValueError(f"x must be a batch [B, ...], got shape {x.shape}; write x[None] for one image")
+        raise ValueError(f"{argument} must be a batch [B, ...], got shape {x.shape}; write {argument}[None] for one image")
     wanted = _channels(model)
     other = 3 if at == 1 else 1
     if wanted is None or x.shape[at] == wanted and (x.shape[other] != wanted or at == 1):
         return
     if x.shape[at] == x.shape[other]:
-        raise ValueError(
-            f"x of shape {x.shape} may have its channels first or last; write torch.from_numpy(x).float() / 255 in [B, C, H, W]"
-        )
-    line = "x.transpose(0, 3, 1, 2)" if at == 1 else "torch.from_numpy(x).float() / 255"
-    shape = "[B, C, H, W]" if at == 1 else "[B, H, W, C]"
-    raise ValueError(f"x must be {shape} with C = {wanted} channels, got shape {x.shape}; if its channels lie elsewhere, write {line}")
+        line = f"torch.from_numpy({argument}).float() / 255 in [B, C, H, W]"
+        raise ValueError(f"{argument} of shape {x.shape} may have its channels first or last; write {line}")
+    line = f"{argument}.transpose(0, 3, 1, 2)" if at == 1 else f"torch.from_numpy({argument}).float() / 255"
+    shape = f"{'[B, C, H, W]' if at == 1 else '[B, H, W, C]'} with C = {wanted} channels"
+    raise ValueError(f"{argument} must be {shape}, got shape {x.shape}; if its channels lie elsewhere, write {line}")
 
 
 def _channels(model) -> int | None:
@@ -79,10 +82,11 @@ def _is_pil(x) -> bool:
     return pil is not None and isinstance(x, pil.Image)
 
 
-def _pixels(image, model) -> np.ndarray:
+def _pixels(image, model, argument) -> np.ndarray:
     """uint8 [H, W, C] of a PIL image in the mode that the model's channels ask for."""
     wanted = {1: "L", 3: "RGB"}.get(_channels(model), "RGB")
     if image.mode != wanted:
-        raise ValueError(f"x must be a PIL image of mode {wanted!r} for this model, got {image.mode!r}; write image.convert({wanted!r})")
+        line = f"image.convert({wanted!r})"
+        raise ValueError(f"{argument} must be a PIL image of mode {wanted!r} for this model, got {image.mode!r}; write {line}")
     pixels = np.array(image, dtype=np.uint8)
     return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -22,6 +22,9 @@ from rse_fast.layout import packed_like
 
 __all__ = ["GaussianNoise", "NoisyConv1d", "NoisyConv2d", "NoisyConv3d", "NoisyLinear"]
 
+_PROGRAM = "rse_fast.export(rse_fast.Ensemble(model), example, 'model.pt2') writes a program whose seed is an input"
+NO_GRAPH = f"torch.fx cannot trace into a noisy layer or an ensemble, only a model around it, in which it is one node: {_PROGRAM}"
+NO_SCRIPT = f"torch.jit.script cannot take noisy layers, whose seed comes from outside of TorchScript: {_PROGRAM}"
 LARGE = 2**20  # bytes from which on the C library may take fresh memory from the operating system
 _LEAST, _MOST = -(2**63), 2**63 - 1  # of a seed
 _active = threading.local()  # one context a thread: two threads may run one model with different seeds
@@ -325,6 +328,9 @@ class NoiseLayer(nn.Module):
         else:
             self.__dict__.pop("_remembered_sigma", None)
 
+    def __prepare_scriptable__(self) -> None:  # what torch.jit.script asks first
+        raise ValueError(NO_SCRIPT)
+
     def extra_repr(self) -> str:
         plain = super().extra_repr()
         sigma = self.current_sigma()
@@ -368,7 +374,7 @@ class GaussianNoise(NoiseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
-            return _one_node(self, x)
+            return one_node(self, x)
         if not self.noise_enabled:
             return x
         return self.add_noise(x)
@@ -382,10 +388,26 @@ class NoisyInput(NoiseLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, Proxy):
-            return _one_node(self, input, *args, **kwargs)
-        if self.noise_enabled:
-            input = self.add_noise(input)
-        return super().forward(input, *args, **kwargs)
+            return one_node(self, input, *args, **kwargs)
+        if not self.noise_enabled:
+            return super().forward(input, *args, **kwargs)
+        arguments.check_batch(input)
+        if not input.is_meta and (gone := [name for name, p in self._parameters.items() if p is not None and p.is_meta]):
+            raise ValueError(f"{gone[0]} must have data, got a tensor on the meta device for x on {input.device}")
+        one = isinstance(self, nn.modules.conv._ConvNd) and input.dim() == len(self.kernel_size) + 1  # a sample without a batch dimension
+        noisy = self.add_noise(input.unsqueeze(0)).squeeze(0) if one else self.add_noise(input)
+        try:
+            return super().forward(noisy, *args, **kwargs)
+        except RuntimeError:
+            self._refuse(input.unsqueeze(0) if one else input)
+            raise
+
+    def _refuse(self, x: Tensor) -> None:
+        """Raises what is wrong with x or with the layer's own attributes, after torch's own convolution has refused them."""
+        own = next(cls for cls in type(self).__mro__ if "forward" in vars(cls) and not issubclass(cls, NoiseLayer))
+        if own.__module__ == nn.modules.conv.__name__ and "_conv_forward" not in vars(self):
+            layer: Any = self
+            arguments.check_convolution_layer(self, *functional.autocast(x, layer.weight, layer.bias))
 
 
 class NoisyConv(NoisyInput):
@@ -405,27 +427,31 @@ class NoisyConv(NoisyInput):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.ConvNd gives it: callers may use it
         if isinstance(input, Proxy):
-            return _one_node(self, input)
+            return one_node(self, input)
         weight, bias = self.weight, self.bias
         if not self.noise_enabled:
             return self._conv_forward(input, weight, bias)
         stride, padding = self.stride, self.padding
         arguments.check_batch(input)
         dimensions = input.dim()
-        if dimensions == len(stride) + 1:  # one sample without a batch dimension
+        if dimensions == weight.dim() - 1 and input.shape[0] == self.in_channels:  # one sample without a batch dimension
             return self.forward(input.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":  # the padding repeats noisy pixels, so noise comes first
             return super().forward(input)
         sigma, at, backend = self.noise(input)
         input, weight, bias = functional.autocast(input, weight, bias)
         if (
-            type(padding) is tuple
-            and dimensions == len(stride) + 2
+            type(padding) is type(stride) is tuple
+            and dimensions == weight.dim()
             and input.shape[1] == self.in_channels
             and input.dtype == weight.dtype
             and _fits(input, 1, sigma, backend)
+            and _has_data(weight, bias)
         ):
-            return autograd.noisy_conv(input, weight, bias, sigma, at, stride, padding, self.dilation, self.groups)
+            try:
+                return autograd.noisy_conv(input, weight, bias, sigma, at, stride, padding, self.dilation, self.groups)
+            except (RuntimeError, TypeError):  # the long way says what is wrong with the arguments, if they are the cause
+                pass
         return functional.noisy_conv(
             input, weight, bias, sigma, **at._asdict(), stride=stride, padding=padding, dilation=self.dilation, groups=self.groups,
             backend=backend,
@@ -504,7 +530,7 @@ class NoisyLinear(NoisyInput, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
-            return _one_node(self, input)
+            return one_node(self, input)
         weight, bias = self.weight, self.bias
         if not self.noise_enabled:
             return nn.functional.linear(input, weight, bias)
@@ -514,8 +540,11 @@ class NoisyLinear(NoisyInput, nn.Linear):
         sigma, at, backend = self.noise(input)
         input, weight, bias = functional.autocast(input, weight, bias)
         same = input.shape[-1] == self.in_features and input.dtype == weight.dtype
-        if input.dim() >= 2 and same and _fits(input, -1, sigma, backend):
-            return autograd.noisy_linear(input, weight, bias, sigma, at)
+        if input.dim() >= 2 and same and _fits(input, -1, sigma, backend) and _has_data(weight, bias):
+            try:
+                return autograd.noisy_linear(input, weight, bias, sigma, at)
+            except RuntimeError:  # as in a convolution
+                pass
         return functional.noisy_linear(input, weight, bias, sigma, **at._asdict(), backend=backend)
 
 
@@ -533,10 +562,17 @@ def _fits(x: Tensor, channel_dim: int, sigma: Tensor, backend: str) -> bool:
     )
 
 
-def _one_node(layer: NoiseLayer, *args: Any, **kwargs: Any) -> Any:
-    """A noisy layer as one node of a graph that torch.fx traces, as torch's own layers are: it draws noise when the graph runs, and
-    branches on shapes that a tracer does not know."""
+def _has_data(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether neither is on the meta device: torch's convolution takes such a one beside an input with data, and gives what memory held."""
+    return not weight.is_meta and (bias is None or not bias.is_meta)
+
+
+def one_node(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A noisy layer, or an ensemble, as one node of a graph that torch.fx traces, as torch's own layers are: it draws noise when the graph
+    runs, and branches on shapes that a tracer does not know."""
     tracer = args[0].tracer
+    if tracer.root is layer:
+        raise ValueError(NO_GRAPH)
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
 
 

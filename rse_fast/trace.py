@@ -3,6 +3,7 @@
 import threading
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _one_at_a_time = threading.RLock()
@@ -41,3 +42,20 @@ class RandomOpDetector(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.any |= torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
+
+
+class Generators:
+    """The states of torch's generators that a pass of ``model`` on ``x`` may draw from: of the CPU, and of the CUDA devices they are on.
+
+    Other threads share the generators, so `restore` is for where a pass has drawn.
+    """
+
+    def __init__(self, model: nn.Module, x: torch.Tensor):
+        devices = {t.device for t in (x, *model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+        self._cpu, self._cuda = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def restore(self) -> None:
+        """The generators give again what they gave since."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)

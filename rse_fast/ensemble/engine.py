@@ -5,23 +5,24 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
+from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from rse_fast import arguments, autograd, inputs, ops, outputs
 from rse_fast.ensemble import convolution, gradient, quantize
 from rse_fast.ensemble import temperature as calibrated
 from rse_fast.ensemble.early_exit import make as make_criterion
+from rse_fast.ensemble.prediction import DrawStatistics, Prediction
 from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
-from rse_fast.ensemble.stream import DrawStatistics, Scheduler, in_order
+from rse_fast.ensemble.stream import Scheduler, in_order
 from rse_fast.ensemble.warn import warn_caller
-from rse_fast.nn import NoiseContext, is_checkpointed, noise_layers, number_layers
+from rse_fast.nn import NO_GRAPH, NO_SCRIPT, NoiseContext, is_checkpointed, noise_layers, number_layers, one_node
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -51,36 +52,6 @@ def _left_by_compilers(function: Function) -> Function:
     skip = eval_frame._FrameAction.SKIP
     eval_frame.set_code_exec_strategy(run.__code__, eval_frame._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]  # and what it calls
     return cast(Function, run)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What `Ensemble.predict` returns for B images and K classes, all on the device of the images that were given.
-
-    A model that classifies pixels, by logits [N, K, H, W], gives labels, entropy and mutual_information [B, H, W], and probs and votes
-    [B, K, H, W].
-
-    An image for which the model gives NaN in any draw has label -1 and NaN probs, and a RuntimeWarning says so at each call
-    (``warnings.simplefilter("error", RuntimeWarning)`` makes it an error). Infinite logits count as numbers without bound.
-
-    Attributes:
-        labels: int64 [B], argmax of probs; -1 where they are NaN.
-        probs: float32 [B, K], mean softmax over the draws, at the ensemble's temperature.
-        entropy: float32 [B], of probs, in nats: total uncertainty.
-        mutual_information: float32 [B], entropy of the mean softmax minus the mean entropy of the draws, in nats, >= 0: how much the draws
-            disagree. The same at every temperature.
-        votes: int64 [B, K], how many draws had each class on top; a draw that is NaN has none.
-        draws_used: int64 [B].
-        seed: the seed that reproduces this prediction, in [0, 2^64).
-    """
-
-    labels: torch.Tensor
-    probs: torch.Tensor
-    entropy: torch.Tensor
-    mutual_information: torch.Tensor
-    votes: torch.Tensor
-    draws_used: torch.Tensor
-    seed: int
 
 
 class Ensemble(nn.Module):
@@ -120,6 +91,9 @@ class Ensemble(nn.Module):
 
     The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
     fewer draws are a prefix of more. One ensemble may be called from many threads.
+
+    ``draws``, ``seed``, ``max_rows``, ``early_exit`` and ``temperature`` may be set later, with the checks of the constructor, and the next
+    call follows. The other arguments are fixed, since a snapshot is made by them: setting one is an AttributeError.
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -165,12 +139,9 @@ class Ensemble(nn.Module):
         if cuda_graphs not in (None, True, False):
             raise ValueError(f"cuda_graphs must be None, True or False, got {cuda_graphs!r}")
         outputs.check(model, logits)
-        self.draws = _count("draws", draws)
-        self.seed = None if seed is None else _seed(seed)
-        self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
-        self.logits, self.temperature = logits, temperature
-        make_criterion(early_exit, self.draws, 1)  # raises if it names none
-        self.dtype, self.fuse, self.early_exit, self.backend, self.cuda_graphs = dtype, bool(fuse), early_exit, backend, cuda_graphs
+        self.draws, self.seed, self.max_rows = draws, seed, max_rows
+        self.early_exit, self.temperature = early_exit, temperature
+        self.dtype, self.fuse, self.backend, self.cuda_graphs, self.logits = dtype, bool(fuse), backend, cuda_graphs, logits
         convolution.check(model, algorithm, DTYPES.get(dtype), self.fuse, dtype == "int8", backend)
         self.algorithm = algorithm
         self.calibration = quantize.check_calibration(calibration) if dtype == "int8" else None
@@ -180,6 +151,16 @@ class Ensemble(nn.Module):
         self._preparation = Preparation(model, compute, self.fuse, backend, cuda_graphs, self.calibration, algorithm, logits)
         self._live = Preparation(model, compute, False, backend, False, None, logits=logits)  # for the gradient of its weights
         self._live.said = self._preparation.said
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and hasattr(self, name):
+            raise AttributeError(
+                f"{name} of an Ensemble is fixed, since its snapshot is made by it; make another: Ensemble(model, {name}=...)"
+            )
+        super().__setattr__(name, _SETTABLE[name](value) if name in _SETTABLE else value)
+
+    def __prepare_scriptable__(self) -> None:  # what torch.jit.script asks first
+        raise ValueError(NO_SCRIPT)
 
     # ------------------------------------------------------------------------------------------------------------------ public
     @_left_by_compilers
@@ -205,6 +186,8 @@ class Ensemble(nn.Module):
         Examples:
             >>> loss = torch.nn.functional.nll_loss(ensemble(images), labels)
         """
+        if isinstance(x, Proxy):
+            return one_node(self, x)
         x = self.images(x)
         if self.dtype == "int8":
             quantize.check_no_gradient(x)
@@ -216,29 +199,31 @@ class Ensemble(nn.Module):
         seed = arguments.seed_tensor(self.draw_seed(None), x.device)
         if self.seed is None and autograd.is_vectorised():  # its randomness says: other noise for each entry, the same, or an error
             seed = seed ^ torch.randint(-(2**63), 2**63 - 1, (), device=x.device)
-        if torch.is_grad_enabled() and x.requires_grad:
-            self._preparation.want_gradients()
         weights = []  # those that want a gradient, and that a snapshot only holds copies of
         if self.fuse and self.dtype != "int8" and torch.is_grad_enabled():
             weights = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.requires_grad]
 
-        def live(x: Tensor, seed: Tensor, draws: int = self.draws) -> Tensor:
+        draws, temperature = self.draws, self.temperature  # backward may run when they are set to others
+
+        def live(x: Tensor, seed: Tensor) -> Tensor:
             with self._live.ready(x) as model:
-                return self._log_mean(self._live, model, x, seed, draws)
+                return self._log_mean(self._live, model, x, seed, draws, temperature)
 
         # What torch.func.functional_call has put in place, and a buffer that wants a gradient, is there for this call only.
         if weights and (autograd.is_transformed() or not all(isinstance(t, nn.Parameter) for t in weights)):
             return live(x, seed)
-        with self._preparation.ready(x) as model:
+        with self._preparation.ready(x, gradients=torch.is_grad_enabled() and x.requires_grad) as model:
             if not weights:
-                return self._log_mean(self._preparation, model, x, seed, self.draws)
+                return self._log_mean(self._preparation, model, x, seed, draws, temperature)
             if not model.once:
                 guarded = gradient.FirstDerivative.apply(x, weights) if x.requires_grad else x
-                result = self._log_mean(self._preparation, model, guarded, seed, self.draws)
+                result = self._log_mean(self._preparation, model, guarded, seed, draws, temperature)
                 return result + gradient.OfWeights.apply(live, model.watch, result.detach(), x.detach(), seed, *weights)
         return live(x, seed)
 
-    def _log_mean(self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, draws: int) -> Tensor:
+    def _log_mean(
+        self, preparation: Preparation, model: Prepared, x: Tensor, seed: Tensor, draws: int, temperature: float
+    ) -> Tensor:  # fmt: skip
         """Log of the mean softmax of ``draws`` draws, float32 [B, K, ...]."""
         rows = []
         for _, draw, logits in self._passes(preparation, model, x, seed, 0, draws):
@@ -248,7 +233,7 @@ class Ensemble(nn.Module):
                 rows[-1].add(logits)
         if not rows:  # no images: for the sake of their gradient
             return x.new_zeros((0, model.classes, *model.runner.pixels), dtype=torch.float32) + x.sum()
-        mean = calibrated.rescale(torch.cat([part.value() for part in rows]) - math.log(draws), self.temperature)
+        mean = calibrated.rescale(torch.cat([part.value() for part in rows]) - math.log(draws), temperature)
         return mean.movedim(-1, 1).contiguous()
 
     @_left_by_compilers
@@ -319,9 +304,12 @@ class Ensemble(nn.Module):
         return Stream(self, batches, self.draws if draws is None else _count("draws", draws))
 
     @_left_by_compilers
-    def prepared(self, x: torch.Tensor) -> Prepared:
-        """The model as it is run for images like x [B, ...]: what it returns, how it is packed, and how large packed batches are."""
-        with self._preparation.ready(self.images(x)) as model:
+    def prepared(self, x: torch.Tensor, argument: str = "x") -> Prepared:
+        """The model as it is run for images like x [B, ...]: what it returns, how it is packed, and how large packed batches are.
+
+        argument: as in `images`.
+        """
+        with self._preparation.ready(self.images(x, argument), argument) as model:
             return model
 
     def rows(self, x: torch.Tensor) -> int:
@@ -347,20 +335,11 @@ class Ensemble(nn.Module):
         self._preparation.refresh()
 
     @property
-    def temperature(self) -> float:
-        """Of the probabilities; may be set to another number in [0.1, 10]. Raises TypeError or ValueError for anything else."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._temperature = calibrated.check(value)
-
-    @property
     def quantization(self) -> quantize.Report | None:
         """Which layers run in int8, and which do not and why; None for other dtypes. Calibrates, if no call has done so yet."""
         if self.calibration is None:
             return None
-        return self.prepared(self.calibration[0]).report
+        return self.prepared(self.calibration[0], "calibration").report
 
     @property
     def algorithms(self) -> dict[str, convolution.Choice]:
@@ -375,21 +354,23 @@ class Ensemble(nn.Module):
         layers = [f"({name}): {choice.algorithm}, {choice.why}" for name, choice in self.algorithms.items()]
         return "\n".join([f"{text}, algorithm={self.algorithm!r}", *layers])
 
-    def images(self, x: torch.Tensor) -> torch.Tensor:
+    def images(self, x: torch.Tensor, argument: str = "x") -> torch.Tensor:
         """``x``, checked to be a batch [B, ...] of images, on the device of the model; NumPy arrays and PIL images as
-        `rse_fast.inputs.batch` takes them. Raises TypeError or ValueError."""
-        x = inputs.batch(x, self.model)
-        if x.layout != torch.strided:
-            raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
+        `rse_fast.inputs.batch` takes them. Raises TypeError or ValueError, which call the images by the name of the ``argument``."""
+        if isinstance(x, Proxy):  # of predict, say: its results are no single node
+            raise ValueError(NO_GRAPH)
+        x = inputs.batch(x, self.model, argument)
+        if not arguments.is_dense(x):
+            arguments.check_dense(argument, x)
         if not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
+            raise TypeError(f"{argument} must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
         if x.dim() < 2:
-            raise ValueError(f"x must be a batch [B, ...], got shape {tuple(x.shape)}")
+            raise ValueError(f"{argument} must be a batch [B, ...], got shape {tuple(x.shape)}")
         if 0 in x.shape[1:]:
-            raise ValueError(f"x must be a batch [B, ...] of images that have pixels, got shape {tuple(x.shape)}")
+            raise ValueError(f"{argument} must be a batch [B, ...] of images that have pixels, got shape {tuple(x.shape)}")
         parameter = next(self.model.parameters(), None)
         if x.is_meta and (parameter is None or not parameter.is_meta):
-            raise ValueError("x must have data, got a tensor on the meta device")
+            raise ValueError(f"{argument} must have data, got a tensor on the meta device")
         return x if parameter is None or parameter.device == x.device else x.to(parameter.device)
 
     def draw_seed(self, seed: int | None) -> int:
@@ -426,9 +407,9 @@ class Ensemble(nn.Module):
                 statistics[-1].add(log_softmax(logits))
         return DrawStatistics.cat([t for t in statistics if len(t.index)] or statistics)
 
-    def _scheduler(self, x: Tensor, seed: int, draws: int) -> Scheduler:
+    def _scheduler(self, x: Tensor, seed: int, draws: int, argument: str = "x") -> Scheduler:
         """A `Scheduler` for images like ``x``, which runs them through the model."""
-        key, model = arguments.seed_tensor(seed, x.device), self.prepared(x)
+        key, model = arguments.seed_tensor(seed, x.device), self.prepared(x, argument)
         if model.runner.pixels and self.early_exit is not None:
             raise ValueError(
                 f"early_exit must be None for a model that classifies pixels, got {self.early_exit!r}: an image has one number of draws, "
@@ -552,7 +533,7 @@ class Stream:
         return self._scheduler.occupancy if self._scheduler else math.nan
 
     def _checked(self, x: Tensor, first: Tensor) -> Tensor:
-        x = self._ensemble.images(x)
+        x = self._ensemble.images(x, "batch")
         if x.shape[1:] != first.shape[1:]:
             raise ValueError(f"batches must have images of one shape, got {tuple(x.shape[1:])} after {tuple(first.shape[1:])}")
         return x
@@ -563,9 +544,9 @@ class Stream:
         except StopIteration:
             return
         device = inputs.device(first)
-        first = self._ensemble.images(first)
+        first = self._ensemble.images(first, "batch")
         checked = (self._checked(x, first) for x in itertools.chain([first], batches))
-        scheduler = self._scheduler = self._ensemble._scheduler(first, self.seed, self._draws)
+        scheduler = self._scheduler = self._ensemble._scheduler(first, self.seed, self._draws, "batch")
         results = in_order(checked, scheduler, self.BACKLOG * scheduler.slots)
         while True:
             with torch.no_grad():  # not around the yield: it would reach into the consumer's code
@@ -592,3 +573,19 @@ def _count(name: str, value: int) -> int:
 
 def _seed(seed: int) -> int:
     return arguments.integer("seed", seed) % 2**64
+
+
+def _criterion(early_exit: str | float | None) -> str | float | None:
+    make_criterion(early_exit, 1, 1)  # raises if it names none
+    return early_exit
+
+
+# Attributes that may be set at any time, and what checks them; those that a snapshot is made by, and are fixed.
+_SETTABLE: dict[str, Callable[[Any], Any]] = {
+    "draws": functools.partial(_count, "draws"),
+    "max_rows": lambda value: None if value is None else _count("max_rows", value),
+    "seed": lambda value: None if value is None else _seed(value),
+    "early_exit": _criterion,
+    "temperature": calibrated.check,
+}
+_FIXED = ("model", "dtype", "fuse", "backend", "cuda_graphs", "logits", "algorithm", "calibration")

@@ -26,6 +26,7 @@ from rse_fast.ensemble.unfit import unfit
 from rse_fast.ensemble.warn import warn_caller
 from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
 from rse_fast.nn import NoiseContext, noise_layers, number_layers
+from rse_fast.trace import Generators
 
 FAR = (-1.0, 2.0)  # pixels scaled to [0, 1] stay within, changed by an attack or by noise of their own; bytes and normalised ones do not
 
@@ -92,8 +93,12 @@ class Preparation:
         self._lock, self._current, self._layers = threading.Lock(), None, []
 
     @contextlib.contextmanager
-    def ready(self, x: torch.Tensor):
-        """The `Prepared` model for images like ``x`` [B, ...], in eval mode while the context lasts."""
+    def ready(self, x: torch.Tensor, argument: str = "x", gradients: bool = False):
+        """The `Prepared` model for images like ``x`` [B, ...], in eval mode while the context lasts.
+
+        argument: what the user knows the images as, where the model does not take them. gradients: whether a gradient of the images
+        is wanted; from then on, a snapshot is checked for its gradients as well.
+        """
         tensors = [*self.model.parameters(), *self.model.buffers()] if autograd.is_transformed() else []
         if any(map(is_functorch_wrapped_tensor, tensors)):
             # torch.func.functional_call has put other tensors in place, for this call only.
@@ -103,17 +108,21 @@ class Preparation:
                 yield Prepared(runner, runner, plan.Planner(x.device))
             return
         with self._lock:
-            state = x.shape[1:], x.device, self._gradients
+            shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
+            state = shape[1:], device, self._gradients or gradients
             if self._current is None or self._current[0] != state or self._current[1].watch.changed():
-                self._current = None
+                if self._current is not None and self._current[0][0] != shape[1:]:  # refused before what other images need is dropped
+                    problem = _on_a_thread_of_its_own(lambda: unfit(self.model, shape, argument), device)
+                    if problem is not None:
+                        raise ValueError(problem)
+                self._current, self._gradients = None, state[-1]
                 self._layers = list(number_layers(self.model).values())
                 if not self._layers:
                     raise ValueError(no_layers(self.model))
-                shape, dtype, device = x.shape, x.dtype, x.device  # x itself may belong to a transform of the caller's thread
                 for _ in range(TRIES if self.fuse else 1):
                     watch = Watch(self.model)
                     prepared = _on_a_thread_of_its_own(
-                        lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape)), device
+                        lambda: self._prepare(torch.empty((), dtype=dtype, device=device).expand(shape), argument), device
                     )
                     if not watch.changed():
                         break
@@ -148,10 +157,6 @@ class Preparation:
         if any(layer.stream != index for index, layer in enumerate(self._layers)):
             number_layers(self.model)
 
-    def want_gradients(self) -> None:
-        """From now on a snapshot is checked for its gradients as well."""
-        self._gradients = True
-
     @property
     def algorithms(self) -> dict[str, convolution.Choice]:
         """Of the snapshot that there is, none before the first call."""
@@ -171,29 +176,14 @@ class Preparation:
 
     # ------------------------------------------------------------------------------------------------------------------ anew
     @hooks.without_hooks()
-    def _prepare(self, x) -> Prepared:
-        numbers = torch.get_rng_state()
-        compute = self.dtype or best_dtype(x.device)
-        noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
-        report, problem, algorithms = None, None, {}
-        if self.fuse:
-            runner, problem, algorithms = self._fused(x, compute, noisy)
-            if self.calibration is not None:
-                report, chosen = self._to_int8(runner, x, compute)
-                algorithms = {**algorithms, **chosen}
-            if self.algorithm == "winograd" and all(choice.algorithm == "direct" for choice in algorithms.values()):
-                raise convolution.refusal(problem or "; ".join(dict.fromkeys(choice.why for choice in algorithms.values())))
-        else:
-            parameter = next(self.model.parameters(), None)
-            try:
-                tried = hooks.twin(self.model)
-            except Exception:  # a module that cannot be copied
-                tried = self.model
-            with eval_mode(self.model):
-                runner = self._runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, own=False)
-            runner.model = self.model
-        if runner.random:  # a forward that draws numbers of its own did so in dry runs, too
-            torch.set_rng_state(numbers)
+    def _prepare(self, x, argument) -> Prepared:
+        generators, compute, drew = Generators(self.model, x), self.dtype or best_dtype(x.device), True
+        try:
+            runner, report, problem, algorithms = self._tried(x, compute, argument)
+            drew = runner.random
+        finally:
+            if drew:  # a forward that draws numbers of its own did so in probes, too; one that failed may have
+                generators.restore()
         kind = x.shape[1:], compute if self.calibration is None else "int8", self.fuse
         kept = (gradient.KEEP + 1) * runner.saved_bytes if runner.saved_bytes else None  # and one that is run again
         in_bytes = report is not None and bool(report.quantized)
@@ -206,20 +196,42 @@ class Preparation:
         run = Graphs(runner, always=self.cuda_graphs is True) if captures else runner
         return Prepared(runner, run, planner, report, problem, algorithms)
 
-    def _runner(self, model, dtype, compute, noisy, x, own=True) -> Runner:
+    def _tried(self, x, compute, argument) -> tuple[Runner, quantize.Report | None, str | None, dict[str, convolution.Choice]]:
+        """(runner, report, problem, algorithms) as in `Prepared`, of a snapshot or of the live model, tried by probes."""
+        noisy = any(layer.noise_enabled for layer in noise_layers(self.model).values())
+        report, problem, algorithms = None, None, {}
+        if self.fuse:
+            runner, problem, algorithms = self._fused(x, compute, noisy, argument)
+            if self.calibration is not None:
+                report, chosen = self._to_int8(runner, x, compute)
+                algorithms = {**algorithms, **chosen}
+            if self.algorithm == "winograd" and all(choice.algorithm == "direct" for choice in algorithms.values()):
+                raise convolution.refusal(problem or "; ".join(dict.fromkeys(choice.why for choice in algorithms.values())))
+        else:
+            parameter = next(self.model.parameters(), None)
+            try:
+                tried = hooks.twin(self.model)
+            except Exception:  # a module that cannot be copied
+                tried = self.model
+            with eval_mode(self.model):
+                runner = self._runner(tried, compute if parameter is None else parameter.dtype, compute, noisy, x, argument, own=False)
+            runner.model = self.model
+        return runner, report, problem, algorithms
+
+    def _runner(self, model, dtype, compute, noisy, x, argument, own=True) -> Runner:
         """Raises ValueError where the images ``x`` are of a shape that the model does not take."""
         runner = Runner(model, dtype, compute, noisy, x, own, self.logits)
-        if runner.called is None and (problem := unfit(self.model, x.shape)):
+        if runner.called is None and (problem := unfit(self.model, x.shape, argument)):
             raise ValueError(problem)
         return runner
 
-    def _fused(self, x, dtype, noisy) -> tuple[Runner, str | None, dict[str, convolution.Choice]]:
+    def _fused(self, x, dtype, noisy, argument) -> tuple[Runner, str | None, dict[str, convolution.Choice]]:
         """(runner of a fused snapshot, None, its algorithms), or (of an unfused one, why, none) where that cannot be had."""
         if any(GLOBAL_HOOKS):
             problem = "hooks of all modules are registered, which a fused model would not call for each"
-            return self._runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
+            return self._runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, argument), problem, {}
         fused, problem = fuse.snapshot(self.model, dtype, shape=x.shape[1:])
-        runner = self._runner(fused, dtype, dtype, noisy, x)
+        runner = self._runner(fused, dtype, dtype, noisy, x, argument)
         if problem is None:
             direct = self._why_direct(runner, x.device)
             # Forms of Winograd's algorithm: where the probe refuses them, those with products in float32, then none.
@@ -230,7 +242,7 @@ class Preparation:
                 problem = mismatch(runner, fuse.copy(self.model, torch.float32), x, self._gradients)
                 if problem is None:
                     return runner, None, algorithms
-        return self._runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x), problem, {}
+        return self._runner(fuse.copy(self.model, dtype), dtype, dtype, noisy, x, argument), problem, {}
 
     def _why_direct(self, runner, device) -> str | None:
         if self.algorithm == "direct":

@@ -15,13 +15,13 @@ the higher precision, and so does what cannot be quantised; the `Report` says wh
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from rse_fast import autograd, functional
+from rse_fast import arguments, autograd, functional
 from rse_fast.address import NoiseAddress
 from rse_fast.ensemble import convolution
 from rse_fast.ensemble.convolution import Choice, Form, Winograd
@@ -73,11 +73,15 @@ def check_calibration(batches) -> tuple[torch.Tensor, ...]:
     """
     if batches is None:
         raise ValueError("calibration must give batches of images [N, C, H, W] for dtype 'int8', got None; some hundred images will do")
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping)):
+        raise TypeError(f"calibration must be an iterable of batches of images [N, C, H, W], got {type(batches).__name__}")
     batches = (batches,) if isinstance(batches, torch.Tensor) else tuple(batches)
     for batch in batches:
         if not isinstance(batch, torch.Tensor) or not batch.is_floating_point():
             got = batch.dtype if isinstance(batch, torch.Tensor) else type(batch).__name__
             raise TypeError(f"calibration must give floating-point tensors (images scaled to [0, 1]), got {got}")
+        if not arguments.is_dense(batch) or batch.is_meta:
+            raise TypeError(f"calibration must give dense tensors with data, got {batch.layout} on {batch.device}")
         if batch.dim() != 4 or batch.shape[1:] != batches[0].shape[1:]:
             shapes = ", ".join(str(tuple(b.shape)) for b in (batches[0], batch))
             raise ValueError(f"calibration must give batches [N, C, H, W] of one image shape, got {shapes}")

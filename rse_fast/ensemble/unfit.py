@@ -58,9 +58,10 @@ def _wanted(layer: nn.Module, got: tuple[int, ...], is_image: bool) -> str | Non
     """What a layer's input must be; None if it is."""
     if isinstance(layer, nn.Linear):
         return None if got[-1] == layer.in_features else f"[N, ..., F] with F = {layer.in_features} features"
+    if isinstance(layer, Normalize):
+        return None if layer.takes(got) and not (is_image and len(got) == 3) else f"{_BATCH[2]} with C = {len(layer.mean)} channels"
     if not isinstance(layer, nn.modules.conv._ConvNd):
-        channels = len(layer.mean) if isinstance(layer, Normalize) else layer.num_features
-        return None if channels in (0, *got[1:2]) else f"[N, C, ...] with C = {channels} channels"
+        return None if layer.num_features in (0, *got[1:2]) else f"[N, C, ...] with C = {layer.num_features} channels"
     spatial, batch = len(layer.kernel_size), _BATCH[len(layer.kernel_size)]
     if len(got) == spatial + 1 and not is_image:  # one map without a batch, which all images may share
         return None
@@ -79,11 +80,14 @@ def _wanted(layer: nn.Module, got: tuple[int, ...], is_image: bool) -> str | Non
 
 
 def _advice(layer: nn.Module, argument: str, shape: torch.Size) -> str:
-    if not isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, Normalize):
+        rank, channels = 4, len(layer.mean)
+    elif isinstance(layer, nn.modules.conv._ConvNd):
+        rank, channels = len(layer.kernel_size) + 2, layer.in_channels
+    else:
         return ""
-    rank = len(layer.kernel_size) + 2
-    if len(shape) == rank - 1 and shape[0] == layer.in_channels:
+    if len(shape) == rank - 1 and shape[0] == channels:
         return f"; write {argument}[None] for one image"
-    if len(shape) == rank and shape[-1] == layer.in_channels != shape[1]:
+    if len(shape) == rank and shape[-1] == channels != shape[1]:
         return f"; write {argument}.movedim(-1, 1) if its channels lie last"
     return ""

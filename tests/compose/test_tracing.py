@@ -133,3 +133,33 @@ def test_make_fx_of_an_ensemble_with_a_seed_is_that_ensemble(rng):
     ensemble, x = Ensemble(NETS["plain"]().requires_grad_(False), 3, seed=5, dtype="float32"), torch.rand(2, 3, 10, 10)
     graph = make_fx(ensemble)(x)
     assert (graph(x) - ensemble(x)).norm() <= 1e-5 * ensemble(x).norm()
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_an_ensemble_is_one_node_of_a_model_around_it(seed, rng):
+    ensemble, x = Ensemble(NETS["plain"](), 3, seed=seed, dtype="float32"), torch.rand(2, 3, 10, 10)
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Hardtanh(0, 1), ensemble, nn.Softmax(1)))
+    assert [node.op for node in graph.graph.nodes] == ["placeholder", "call_module", "call_module", "call_module", "output"]
+    first, second = graph(x), graph(x)
+    assert torch.equal(first, second) == (seed is not None)
+    if seed is not None:
+        assert torch.equal(first, ensemble(x).softmax(1))
+
+
+NEITHER = {
+    "trace of an ensemble": lambda e: torch.fx.symbolic_trace(e),
+    "trace of predict": lambda e: torch.fx.symbolic_trace(lambda x: e.predict(x).probs),
+    "trace of a layer": lambda e: torch.fx.symbolic_trace(rse_fast.nn.NoisyConv2d(3, 4, 1)),
+    "script of an ensemble": lambda e: torch.jit.script(e),
+    "script around an ensemble": lambda e: torch.jit.script(nn.Sequential(nn.ReLU(), e)),
+    "script of a model": lambda e: torch.jit.script(e.model),
+    "script of a layer": lambda e: torch.jit.script(rse_fast.nn.GaussianNoise(0.1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+@pytest.mark.parametrize("name", NEITHER)
+def test_what_torch_cannot_trace_or_script_names_export(name):
+    tool = "torch.fx cannot trace into" if name.startswith("trace") else "torch.jit.script cannot take"
+    with pytest.raises(ValueError, match=rf"^{tool} .*: rse_fast\.export\(rse_fast\.Ensemble\(model\), example, .* seed is an input"):
+        NEITHER[name](Ensemble(NETS["plain"](), 3))

@@ -129,3 +129,18 @@ def test_a_network_with_transposed_convolutions_in_an_ensemble(rng):
     model, x = rse_fast.convert(net.eval()), torch.rand(3, 3, 8, 8)
     fused, live = (Ensemble(model, 4, seed=3, fuse=fuse, dtype="float32").predict(x).probs for fuse in (True, False))
     assert (fused - live).abs().max() <= 1e-5
+
+
+def test_a_weight_of_forwards_own_before_the_first_layer_is_named():
+    """The first layer's channels are then not those of the images."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel, self.conv = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.conv(nn.functional.conv2d(x, self.kernel)).mean((2, 3))
+
+    with pytest.warns(RuntimeWarning, match="gives no noise to 'kernel'"):
+        rse_fast.convert(Own())

@@ -470,3 +470,95 @@ def test_a_layer_names_weights_of_another_dtype():
             layer(torch.zeros(shape).double())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(torch.zeros(shape)).dtype == torch.bfloat16
+
+
+def transposed(sigma=0.1):
+    return rse_fast.convert(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, padding=2)), sigma)[0]
+
+
+MAKE = {
+    "convolution": lambda: NoisyConv2d(4, 6, 3), "padded by pixels": lambda: NoisyConv2d(4, 6, 3, padding=2, padding_mode="reflect"),
+    "transposed": transposed, "linear": lambda: NoisyLinear(4, 6),
+}  # fmt: skip
+CONVOLUTIONS, ALL = ("convolution", "padded by pixels", "transposed"), tuple(MAKE)
+X = torch.zeros(2, 4, 8, 8)
+
+
+def parameter(name, change):
+    """Sets a parameter of a layer to what ``change`` makes of it."""
+    return lambda layer: setattr(layer, name, nn.Parameter(change(getattr(layer, name).data)))
+
+
+def sparse_weight(layer):
+    value = layer.weight.data.to_sparse()
+    del layer.weight
+    layer.weight = value
+
+
+REFUSED = [  # layers, what is done to one, what is done to images [2, 4, 8, 8] or features [2, 4], the error
+    (ALL, None, lambda x: x.double(), TypeError, "weight must be float64 as x is, got float32"),
+    (ALL, None, lambda x: x.long(), TypeError, "x must be float32, bfloat16, float16 or float64, got torch.int64"),
+    (ALL, None, lambda x: torch.nested.nested_tensor([x[0], x[0]]), TypeError, "x must be a dense tensor, got a nested one"),
+    (ALL, None, lambda x: x.to_mkldnn(), TypeError, "x must be a dense tensor, got layout torch._mkldnn"),
+    (ALL, parameter("weight", torch.Tensor.double), None, TypeError, "weight must be float32 as x is, got float64"),
+    (ALL, parameter("bias", torch.Tensor.double), None, TypeError, "bias must be float32 as x is, got float64"),
+    (ALL, parameter("bias", lambda b: b[:3]), None, ValueError, r"bias must be None or a tensor \[6\], got torch.float32 of shape \(3,\)"),
+    (ALL, parameter("weight", lambda w: w.to("meta")), None, ValueError, "weight must have data, got .* on the meta device for x on cpu"),
+    (ALL, parameter("bias", lambda b: b.to("meta")), None, ValueError, "bias must have data, got a tensor on the meta device for x on cpu"),
+    (("linear",), sparse_weight, None, TypeError, "weight must be a dense tensor, got layout torch.sparse_coo"),
+    (("linear",), parameter("weight", lambda w: w[:, :3]), None, ValueError, r"x must have weight.shape\[1\] = 3 features .* \(2, 4\)"),
+    (("linear",), None, lambda x: x[..., :3], ValueError, r"x must have weight.shape\[1\] = 4 features .* got shape \(2, 3\)"),
+    (CONVOLUTIONS, sparse_weight, None, TypeError, "weight must be a dense tensor, got layout torch.sparse_coo"),
+    (CONVOLUTIONS[:2], None, lambda x: x[:, :3], ValueError, r"x must have .* = 4 channels, got shape \(2, 3, 8, 8\)"),
+    (CONVOLUTIONS[:2], parameter("weight", lambda w: w[:, :1]), None, ValueError, r"x must have .* = 1 channels, got shape \(2, 4, 8, 8\)"),
+    (CONVOLUTIONS[:2], {"groups": 3}, None, ValueError, r"x must have weight.shape\[1\] \* groups = 4 \* 3 = 12 channels, got shape"),
+    (CONVOLUTIONS[:2], {"groups": 4}, None, ValueError, "groups must divide the 6 output channels of weight, got 4"),
+    (CONVOLUTIONS[:2], {"dilation": (9, 9)}, None, ValueError, r"x must be as large as the kernel's reach \[19, 19\] less its padding"),
+    (CONVOLUTIONS, {"stride": (0, 0)}, None, ValueError, r"stride must be an integer >= 1 or 2 of them, got \(0, 0\)"),
+    (CONVOLUTIONS, {"dilation": (0, 1)}, None, ValueError, r"dilation must be an integer >= 1 or 2 of them, got \(0, 1\)"),
+    (("convolution", "transposed"), {"padding": (-1, 0)}, None, ValueError, r"padding must be an integer >= 0 or 2 of them, got \(-1, 0\)"),
+    (("convolution",), None, lambda x: x[:, :, :2], ValueError, r"x must be as large as .* reach \[3, 3\] .* got shape \(2, 4, 2, 8\)"),
+    (("convolution",), None, lambda x: x[0, :3], ValueError, r"x must have 4 dimensions, got shape \(3, 8, 8\)"),
+    (("padded by pixels",), None, lambda x: x[:, :, :2], ValueError, r"x must be larger than its padding \[2, 2\] of mode 'reflect', got"),
+    (("transposed",), None, lambda x: x[:, :3], ValueError, r"x must have weight.shape\[0\] = 4 channels, got shape \(2, 3, 8, 8\)"),
+    (("transposed",), None, lambda x: x[:, :, :1], ValueError, r"x must be large enough .* got shape \(2, 4, 1, 8\) for one of \[-1, 6\]"),
+    (("transposed",), {"groups": 3}, None, ValueError, "groups must divide the 4 input channels of weight, got 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("names", "spoil", "change", "error", "message"), REFUSED, ids=[f"{i} {r[4][:40]}" for i, r in enumerate(REFUSED)])
+def test_what_torch_would_not_take_is_named(names, spoil, change, error, message, grad):
+    for name in names:
+        layer, x = MAKE[name](), X if name != "linear" else X[:, :, 0, 0]
+        for key, value in (spoil if isinstance(spoil, dict) else {}).items():
+            setattr(layer, key, value)
+        if callable(spoil):
+            spoil(layer)
+        with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
+            layer(x if change is None else change(x))
+
+
+def test_the_reason_that_torch_gives_is_kept_where_the_arguments_are_right(monkeypatch):
+    """Memory that ran out, or a forward of somebody's own, is nobody's wrong argument."""
+
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            raise RuntimeError("of my own")
+
+    own = rse_fast.convert(nn.Sequential(Own(4, 6, 3)))[0]
+    with pytest.raises(RuntimeError, match="of my own"):
+        own(X[:, :, :1])
+    full = MAKE["padded by pixels"]()
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        full(X)
+
+
+def test_one_sample_for_a_transposed_convolution_has_the_sigma_of_its_channels(rng):
+    """A sigma a channel on one sample [C, H, W] without a batch dimension; as many lines as channels."""
+    layer = transposed()
+    layer.sigma = torch.tensor([0.0, 0.0, 1.0, 0.0])
+    layer.weight.data[2] = 0  # what the one noisy channel goes to
+    x = torch.randn(4, 4, 5)
+    torch.testing.assert_close(layer(x), nn.functional.conv_transpose2d(x, layer.weight, layer.bias, padding=2))

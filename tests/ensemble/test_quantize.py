@@ -257,6 +257,10 @@ def test_the_same_seed_gives_the_same_bits_and_chunks_change_nothing(algorithm, 
         ({"calibration": torch.rand(3, 10, 10)}, ValueError, r"calibration must give batches \[N, C, H, W\] .* got \(3, 10, 10\)"),
         ({"calibration": [torch.rand(1, 3, 4, 4), torch.rand(1, 3, 5, 5)]}, ValueError, "of one image shape, got"),
         ({"calibration": torch.zeros(1, 3, 10, 10).byte()}, TypeError, "calibration must give floating-point tensors .* torch.uint8"),
+        ({"calibration": torch.rand(1, 3, 10, 10, device="meta")}, TypeError, "calibration must give dense tensors with data, got .* meta"),
+        ({"calibration": [torch.rand(1, 3, 10, 10).to_sparse()]}, TypeError, "calibration must give dense tensors .* got torch.sparse_coo"),
+        ({"calibration": 4}, TypeError, "calibration must be an iterable of batches of images .* got int"),
+        ({"calibration": {"train": torch.rand(1, 3, 10, 10)}}, TypeError, "calibration must be an iterable .* got dict"),
         ({"calibration": ["x"]}, TypeError, "calibration must give floating-point tensors .* got str"),
         ({"calibration": torch.full((1, 3, 10, 10), math.nan)}, ValueError, "calibration must give finite images"),
         ({"calibration": torch.rand(1, 3, 10, 10), "fuse": False}, ValueError, "fuse must be True for dtype 'int8'"),
@@ -272,8 +276,18 @@ def test_calibration_of_another_shape_or_for_another_model(rng):
     ensemble = int8(NETS["plain"](), torch.rand(4, 3, 8, 8))
     with pytest.raises(ValueError, match=r"calibration must have images of the shape of x, \(3, 10, 10\), got \(3, 8, 8\)"):
         ensemble.predict(torch.rand(2, 3, 10, 10))
-    with pytest.raises((ValueError, RuntimeError), match="channels"):
-        int8(NETS["plain"](), torch.rand(4, 2, 10, 10)).predict(torch.rand(1, 2, 10, 10))
+    for channels in (1, 2, 4):
+        ensemble = int8(NETS["plain"](), torch.rand(4, channels, 10, 10))
+        with pytest.raises(
+            ValueError, match=rf"^calibration must be \[N, C, H, W\] with C = 3 channels, got shape \(4, {channels}, 10, 10\)"
+        ):
+            ensemble.quantization  # noqa: B018
+        with pytest.raises(
+            ValueError, match=rf"^calibration must have images of the shape of x, \(3, 10, 10\), got \({channels}, 10, 10\)"
+        ):
+            ensemble.predict(torch.rand(1, 3, 10, 10))
+        with pytest.raises(ValueError, match=rf"^x must be \[N, C, H, W\] with C = 3 channels, got shape \(1, {channels}, 10, 10\)"):
+            ensemble.predict(torch.rand(1, channels, 10, 10))
 
 
 @algorithms()

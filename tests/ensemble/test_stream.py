@@ -117,14 +117,14 @@ def test_streams_of_nothing_and_of_empty_batches():
     assert list(ensemble.stream([])) == []
     sizes = [len(p.labels) for p in ensemble.stream([images(0), images(2), images(0)])]
     assert sizes == [0, 2, 0]
-    with pytest.raises(TypeError, match="x must be a tensor.*, got NoneType"):  # not an end
+    with pytest.raises(TypeError, match="^batch must be a tensor.*, got NoneType"):  # not an end
         list(ensemble.stream([None, images(2)]))
 
 
 def test_images_without_pixels_are_refused():
     ensemble = rse_fast.Ensemble(network(), 2)
     for run in (ensemble, ensemble.predict, ensemble.rows, lambda x: list(ensemble.stream([x]))):
-        with pytest.raises(ValueError, match=r"x must be a batch .* that have pixels, got shape \(2, 3, 0, 10\)"):
+        with pytest.raises(ValueError, match=r"must be a batch .* that have pixels, got shape \(2, 3, 0, 10\)"):
             run(torch.zeros(2, 3, 0, 10))
 
 

@@ -1,5 +1,6 @@
 """Attacks on a deployed ensemble, for real on a tiny network: the noise each part gets, interrupts, sharing among processes, errors."""
 
+import functools
 import json
 import os
 import shlex
@@ -75,12 +76,13 @@ def test_attacks_that_reseed_or_switch_modes_change_nothing(noisy, digits, monke
         return attack
 
     for fuse in (True, False):
+        chosen = {"__init__": functools.partialmethod(rse_fast.Ensemble.__init__, fuse=fuse)}
+        monkeypatch.setattr("rse_fast.evaluate.target.Ensemble", type("Chosen", (rse_fast.Ensemble,), chosen))
         seen.clear()
         statistics = {name: buffer.clone() for name, buffer in noisy.named_buffers()}
         for name in ("rude", "polite"):
             monkeypatch.setitem(attacks.METHODS, name, method(name, name == "rude"))
             target = Target(noisy, 4, dtype="float32")
-            target.classifier("deployed", 4).fuse = fuse
             before = torch.get_rng_state()
             attacks.run(Case(name, name, eot=4), target.queries(Case(name, name, eot=4), 7), None, x, y, 1)
             assert torch.equal(torch.get_rng_state(), before)

@@ -189,6 +189,10 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path, rng
         export(ensemble_of(early_exit="exact"), x, path)
     with pytest.raises(ValueError, match="got 'int8'"):
         export(ensemble_of(dtype="int8", calibration=[x]), x, path)
+    for wrong, error, words in ((torch.rand(3), ValueError, "be a batch"), (x.long(), TypeError, "be a floating-point"),
+                                ("x", TypeError, "be a tensor"), (x.to("meta"), ValueError, "have data")):  # fmt: skip
+        with pytest.raises(error, match=f"^example must {words}"):
+            export(ensemble_of(), wrong, path)
     with pytest.raises(ValueError, match="example must hold at least one image"):
         export(ensemble_of(), x[:0], path)
     with pytest.raises(ValueError, match=r"path must end in \.pt2"):

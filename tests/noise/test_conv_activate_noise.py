@@ -139,7 +139,7 @@ def test_bad_input_is_named():
         (TypeError, dict(dtype=torch.int16), "dtype must be None, float32, .* got torch.int16"),
         (TypeError, dict(x=byte.short()), "x must be float32, bfloat16, float16, float64, int8, float8_e4m3fn or float8_e4m3fnuz"),
         (ValueError, dict(sigma=torch.ones(3)), "sigma must be a scalar or one value for each of 5 channels"),
-        (ValueError, dict(weight=torch.randn(5, 4, 3, 3)), r"x must have weight.shape\[1\] \* groups = 4 channels"),
+        (ValueError, dict(weight=torch.randn(5, 4, 3, 3)), r"x must have weight.shape\[1\] \* groups = 4 \* 1 = 4 channels"),
         (ValueError, dict(x=x[..., :2]), r"x must be as large as the kernel's reach \[3, 3\]"),
         (ValueError, dict(weight=torch.randn(5, 3, 2, 3), padding="same"), "padding must be symmetric"),
         (ValueError, dict(act="gelu"), "act must be None or 'relu', got 'gelu'"),
