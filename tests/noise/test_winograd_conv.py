@@ -4,7 +4,7 @@ import pytest
 import torch
 from winograd_bound import bound, weight_gradient_bound
 
-from rse_fast import functional, noise
+from rse_fast import functional, nn, noise
 from rse_fast.kernels.cpu import winograd
 
 AT = {"seed": 11, "stream": 3, "image_offset": 5}
@@ -132,3 +132,26 @@ def test_every_layout_of_a_weight(rng):
         assert torch.equal(functional.noisy_conv2d(x, other, strided, 0.1, padding=1, **AT), want)
     negative = torch.complex(torch.zeros_like(weight), -weight).conj().imag
     assert negative.is_neg() and torch.equal(functional.noisy_conv2d(x, negative, bias, 0.1, padding=1, **AT), want)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    (
+        ("weight", torch.zeros(64, 32, 3, 3)),
+        ("weight", torch.zeros(48, 64, 3, 3)),
+        ("bias", torch.zeros(5)),
+        ("bias", torch.zeros(64, dtype=torch.float64)),
+    ),
+)
+def test_parameters_that_were_put_into_a_layer(name, value, rng):
+    """What does not go with the layer is refused as torch refuses it, and not read as what it is not."""
+    layer = nn.NoisyConv2d(64, 64, 3, padding=1, sigma=0.1)
+    setattr(layer, name, torch.nn.Parameter(value))
+    assert winograd.best_tile(winograd.CONVOLUTION, 16, 64, 64, 16, 16, 1) is not None
+    with pytest.raises(RuntimeError, match="channels|bias"):
+        layer(channels_last(torch.randn(16, 64, 16, 16)))
+
+
+def test_a_weight_without_memory(rng):
+    zeros, x = torch._efficientzerotensor((64, 64, 3, 3)), channels_last(torch.randn(16, 64, 16, 16))
+    assert not functional.noisy_conv2d(x, zeros, None, 0.1, padding=1, **AT).any()
