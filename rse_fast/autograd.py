@@ -34,8 +34,11 @@ NO_GRADIENT = (
 )
 
 
-def is_direct(x: torch.Tensor) -> bool:
-    """Whether a call on ``x`` may go straight to its kernel: nothing traces or watches it, and x is a plain tensor with data."""
+def is_direct(x: torch.Tensor, named: bool = False) -> bool:
+    """Whether a call on ``x`` may go straight to its kernel: nothing traces or watches it, and x is a plain tensor with data.
+
+    named: the call is below the registered op, whose name a profile has already.
+    """
     return not (
         torch.compiler.is_compiling()  # first: a compiler knows the answer, and what follows is not for it
         or torch._C._len_torch_dispatch_stack()
@@ -45,7 +48,7 @@ def is_direct(x: torch.Tensor) -> bool:
         or x.is_meta
         or x._is_zerotensor()  # which has no memory either
         or torch._C._get_tracing_state()
-        or torch.autograd.profiler._is_profiler_enabled  # a profile names the op
+        or (torch.autograd.profiler._is_profiler_enabled and not named)  # a profile names the op
     )
 
 
@@ -285,7 +288,7 @@ class NoisyConv(torch.autograd.Function):
         else:
             ctx.save_for_backward(x, weight, sigma, at.seed, at.sample_ids)
         ctx.rest = None if bias is None else [bias.shape[0]], at[1:6], geometry, groups, backend
-        if is_direct(x):
+        if is_direct(x, named=True):
             return noise.noisy_conv(x, weight, bias, sigma, at, *geometry, groups, backend)
         with torch._C._AutoDispatchBelowAutograd():
             return noise.convolution(_below(x, sigma, at, None, None, False, backend), weight, bias, *geometry, groups)
@@ -296,7 +299,7 @@ class NoisyConv(torch.autograd.Function):
         bias_sizes, coordinates, (stride, padding, dilation), groups, backend = ctx.rest
         needs_x, needs_w, needs_b, needs_sigma, *_ = ctx.needs_input_grad
         at, zeros = NoiseAddress(seed[0], *coordinates, *seed[1:]), (0,) * len(stride)
-        needs_noisy, direct = needs_x or needs_sigma, is_direct(x) and is_direct(g) and not torch.is_grad_enabled()
+        needs_noisy, direct = needs_x or needs_sigma, is_direct(x, True) and is_direct(g, True) and not torch.is_grad_enabled()
         g_noisy = g_w = g_b = tile = None
         if direct and x.dim() == 4 and max(*stride, *dilation, groups) == 1 and backend != "torch":
             if layout(x) == "flat":  # torch would lay g out like it as well

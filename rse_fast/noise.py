@@ -123,7 +123,12 @@ def noisy_conv(x, weight, bias, sigma, at: NoiseAddress, stride, padding, dilati
         if triton.convolves("input", x, weight, groups):
             sigma, bias = _dense(sigma, bias)
             return triton.launcher("noisy_conv")(x, weight, bias, sigma, at, stride, padding, dilation)
-    if backend == "cpu" and max(*stride, *dilation, groups) == 1 and (tile := winograd_tile(CONVOLUTION, x, at.rows, weight, padding)):
+    if (
+        backend == "cpu"
+        and max(*stride, *dilation, groups) == 1
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == torch.float32 and _is_plain(bias)))
+        and (tile := winograd_tile(CONVOLUTION, x, at.rows, weight, padding))
+    ):
         sigma, bias, weight = *_dense(sigma, bias), weight.resolve_neg()
         out = _map(x, at.rows, weight.shape[0], padding[0])
         winograd.convolution(x, winograd.transform_filters(weight, tile), out, padding[0], bias=bias, at=at, sigma=sigma)
@@ -136,18 +141,21 @@ def winograd_tile(cost, x, rows, weight, padding) -> int | None:
     """The tile of the form of Winograd's algorithm that a convolution of stride, dilation and groups 1 is to take, or None.
 
     It is taken on CPUs where it is the faster one, see `rse_fast.kernels.cpu.winograd.best_tile`: the noisy input is then never stored.
-    x: [rows or fewer, C, H, W]. cost: `CONVOLUTION`, or `WEIGHT_GRAD` for the gradient of the weight.
+    x: [rows or fewer, C, H, W]. cost: `CONVOLUTION`, or `WEIGHT_GRAD` for the gradient of the weight. A weight that does not go with x,
+    such as one that was put into a layer, is left to torch, which says so.
     """
     if not (x.dtype == weight.dtype == torch.float32 and weight.shape[2:] == (3, 3) and padding[0] == padding[1] <= 2):
         return None
-    if not (x.is_cpu and layout(x) == "flat") or x.is_neg() or cpu.load().handle is None:
+    if not (x.is_cpu and layout(x) == "flat") or x.is_neg() or weight.shape[1] != x.shape[1] or not _is_plain(weight):
+        return None
+    if cpu.load().handle is None:
         return None
     return winograd.best_tile(cost, rows, x.shape[1], weight.shape[0], *x.shape[2:], padding[0])
 
 
 def input_grad_tile(g, weight, padding) -> int | None:
     """`winograd_tile` of `convolution_input_grad`."""
-    return winograd_tile(CONVOLUTION, g, len(g), weight.transpose(0, 1), [2 - p for p in padding])
+    return winograd_tile(CONVOLUTION, g, len(g), weight.transpose(0, 1), [2 - p for p in padding]) if _is_plain(weight) else None
 
 
 def convolution_input_grad(g, weight, padding, tile) -> torch.Tensor:
@@ -213,6 +221,11 @@ def sigma_grad(g, at: NoiseAddress, per_channel, backend) -> torch.Tensor:
         eps = add_noise(zeros, one, one_draw, None, None, False, backend)
         total += (eps * g[d * at.images : (d + 1) * at.images]).sum(over, dtype=torch.float64)
     return total.float()
+
+
+def _is_plain(parameter):
+    """Whether the values are in memory of the CPU, and a tensor's own: subclasses keep theirs elsewhere."""
+    return type(parameter) in (torch.Tensor, torch.nn.Parameter) and parameter.is_cpu and not parameter._is_zerotensor()
 
 
 def _dense(*parameters):

@@ -165,6 +165,8 @@ torch.library.register_torch_dispatch("rse_fast::add_noise", FunctionalTensorMod
 def _noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend):
     if autograd.wants_gradient(x, weight, bias, sigma):
         return autograd.NoisyConv.apply(x, weight, bias, sigma, at, (stride, padding, dilation), groups, backend)
+    if autograd.is_direct(x, named=True) and autograd.is_direct(weight, named=True):
+        return noise.noisy_conv(x, weight, bias, sigma, at, stride, padding, dilation, groups, backend)
     return noise.convolution(add_noise.default(x, sigma, *at, None, None, False, backend), weight, bias, stride, padding, dilation, groups)
 
 

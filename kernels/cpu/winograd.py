@@ -35,15 +35,16 @@ class Cost(NamedTuple):
     weight_tiles: int
     channels: int
     tiles: tuple[int, ...]  # forms that are faster than the direct algorithm anywhere
+    line_bytes: int  # most that both sides' transforms of a line of tiles may take
 
 
-CONVOLUTION = Cost(1.4, 60, 16, (2, 4))  # and the gradient of its input
-WEIGHT_GRAD = Cost(1.75, 60, 64, (4,))
+CONVOLUTION = Cost(1.4, 60, 16, (2, 4), 2**27)  # and the gradient of its input. Each thread holds an input line, about a quarter of it
+WEIGHT_GRAD = Cost(1.75, 60, 64, (4,), 2**23)  # holds whole lines: longer ones leave the caches, and take several times the maps' memory
 _CLEARLY = 0.9
 _MOST_BYTES = 2**25  # of a transformed weight: what the C library gives back to the system, to be mapped again at the next call
 
 
-@functools.cache
+@functools.lru_cache(2**12)  # images of changing sizes would fill an endless one
 def best_tile(cost: Cost, rows: int, inputs: int, outputs: int, height: int, width: int, padding: int) -> int | None:
     """The tile of the form that is faster than the direct convolution where the weight is transformed at every call; None: none is.
 
@@ -60,9 +61,10 @@ def best_tile(cost: Cost, rows: int, inputs: int, outputs: int, height: int, wid
         return None
     best, least = None, _CLEARLY * 9 * rows * down * across
     for tile in cost.tiles:
-        positions, tiles = (tile + 2) ** 2, rows * -(-down // tile) * -(-across // tile)
-        work = cost.overhead * positions * (tiles + cost.weight_tiles)
-        if work < least and 4 * positions * inputs * outputs < _MOST_BYTES:
+        positions, columns = (tile + 2) ** 2, -(-across // tile)
+        work = cost.overhead * positions * (rows * -(-down // tile) * columns + cost.weight_tiles)
+        fits = 4 * positions * inputs * outputs < _MOST_BYTES and 4 * positions * columns * (inputs + outputs) < cost.line_bytes
+        if work < least and fits:
             best, least = tile, work
     return best
 

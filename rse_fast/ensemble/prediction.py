@@ -56,7 +56,7 @@ class DrawStatistics:
     def empty(cls, index: torch.Tensor, row: tuple[int, ...]) -> "DrawStatistics":
         """Of images without draws; ``row``: shape of an image's logits, the classes last."""
 
-        def zeros(*shape, dtype):
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(index.shape[0], *shape, dtype=dtype, device=index.device)
 
         counts, real = torch.int64, torch.float64
@@ -95,7 +95,7 @@ class DrawStatistics:
             "draws_used": self.used,
         }
 
-    def select(self, rows) -> "DrawStatistics":
+    def select(self, rows: torch.Tensor | slice) -> "DrawStatistics":
         """The statistics of some images: ``rows`` is an index or a mask over A, or a slice."""
         return DrawStatistics(*(t[rows] for t in vars(self).values()))
 

@@ -90,7 +90,8 @@ def test_the_gradient_of_rows_known_by_sample_ids(unit, rng):
 
 
 def test_which_layers_are_worth_it(library):
-    """What is computed depends on shapes alone: never narrow layers, tiny maps, or weights that would be mapped anew at each call."""
+    """What is computed depends on shapes alone: never narrow layers, tiny maps, lines without end, or weights that would be
+    mapped anew at each call."""
     best, convolution, gradient = winograd.best_tile, winograd.CONVOLUTION, winograd.WEIGHT_GRAD
     if library.unit == "baseline":
         assert best(convolution, 128, 64, 64, 32, 32, 1) is None
@@ -98,4 +99,9 @@ def test_which_layers_are_worth_it(library):
     assert best(convolution, 128, 64, 64, 32, 32, 1) == best(gradient, 128, 64, 64, 32, 32, 1) == 4
     assert best(convolution, 128, 512, 512, 4, 4, 1) == 2 and best(gradient, 128, 512, 512, 4, 4, 1) is None
     for shape in ((128, 3, 64, 32, 32, 1), (128, 64, 10, 32, 32, 1), (2, 512, 512, 2, 2, 1), (0, 64, 64, 32, 32, 1), (1, 64, 64, 1, 1, 0)):
+        assert best(convolution, *shape) is None and best(gradient, *shape) is None
+    # long lines: the gradient of the weight would hold transforms of several times the maps' size
+    for width, tiles in ((1000, (4, 4)), (16000, (4, None)), (10**6, (None, None))):
+        assert (best(convolution, 1, 64, 64, 4, width, 1), best(gradient, 1, 64, 64, 4, width, 1)) == tiles
+    for shape in ((2**31, 10**6, 10**6, 10**6, 10**6, 1), (2**62, 64, 64, 10**9, 10**9, 2)):
         assert best(convolution, *shape) is None and best(gradient, *shape) is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from winograd_bound import bound, weight_gradient_bound
 
-from rse_fast import functional, noise
+from rse_fast import functional, nn, noise
 from rse_fast.kernels.cpu import winograd
 
 AT = {"seed": 11, "stream": 3, "image_offset": 5}
@@ -132,3 +132,71 @@ def test_every_layout_of_a_weight(rng):
         assert torch.equal(functional.noisy_conv2d(x, other, strided, 0.1, padding=1, **AT), want)
     negative = torch.complex(torch.zeros_like(weight), -weight).conj().imag
     assert negative.is_neg() and torch.equal(functional.noisy_conv2d(x, negative, bias, 0.1, padding=1, **AT), want)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    (
+        ("weight", torch.zeros(64, 32, 3, 3)),
+        ("weight", torch.zeros(48, 64, 3, 3)),
+        ("bias", torch.zeros(5)),
+        ("bias", torch.zeros(64, dtype=torch.float64)),
+    ),
+)
+def test_parameters_that_were_put_into_a_layer(name, value, rng):
+    """What does not go with the layer is refused as torch refuses it, and not read as what it is not."""
+    layer = nn.NoisyConv2d(64, 64, 3, padding=1, sigma=0.1)
+    setattr(layer, name, torch.nn.Parameter(value))
+    assert winograd.best_tile(winograd.CONVOLUTION, 16, 64, 64, 16, 16, 1) is not None
+    with pytest.raises(RuntimeError, match="channels|bias"):
+        layer(channels_last(torch.randn(16, 64, 16, 16)))
+
+
+def test_a_weight_without_memory(rng):
+    zeros, x = torch._efficientzerotensor((64, 64, 3, 3)), channels_last(torch.randn(16, 64, 16, 16))
+    assert not functional.noisy_conv2d(x, zeros, None, 0.1, padding=1, **AT).any()
+
+
+class Wrapped(torch.Tensor):
+    """A subclass with no memory of its own, as of quantised and of distributed weights."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*(t.inner if isinstance(t, Wrapped) else t for t in args), **(kwargs or {}))
+
+
+def test_parameters_of_a_subclass(rng):
+    x, weight, bias, _ = made(*SHAPES[1], per_channel=False)
+    want = functional.noisy_conv2d(x, weight, bias, 0.1, **AT)
+    for w, b in ((Wrapped(weight.detach()), bias), (weight, Wrapped(bias.detach()))):
+        got = functional.noisy_conv2d(x, w, b, 0.1, **AT)
+        assert (got - want).abs().max() <= 1e-4
+        with torch.no_grad():
+            assert (functional.noisy_conv2d(x, w, b, 0.1, **AT) - want).abs().max() <= 1e-4
+        (g,) = torch.autograd.grad(got.sum(), x)
+        assert (g - torch.autograd.grad(want.sum(), x, retain_graph=True)[0]).abs().max() <= 1e-4
+
+
+def test_a_profile_is_of_what_a_step_computes(rng):
+    """A profiler names the op, and changes neither the algorithm nor a bit of what it computes."""
+    leaves = made(*SHAPES[1], per_channel=True)
+
+    def step():
+        y = functional.noisy_conv2d(*leaves, **AT)
+        with torch.no_grad():
+            assert torch.equal(functional.noisy_conv2d(*leaves, **AT), y)
+        return y, *torch.autograd.grad(y.square().sum(), leaves)
+
+    want = step()
+    with torch.profiler.profile() as profile:
+        got = step()
+    names = {event.name for event in profile.events()}
+    assert "rse_fast::noisy_conv" in names and not any("mkldnn" in name for name in names)
+    assert all(map(torch.equal, got, want))

@@ -25,6 +25,12 @@ int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, int64_t row
                  int64_t width, int32_t pool, const float* sigma, int64_t sigma_count, const float* scale, const float* shift, int32_t relu_in,
                  const void* weight, int32_t products, const float* units, int64_t form, int64_t outputs, int64_t padding,
                  const float* bias, const void* residual, int32_t relu, int64_t block, int32_t threads);
+void rse_winograd_filters(float* taps, int64_t output, int64_t input, int64_t row, int64_t column, int64_t outputs, int64_t inputs, int64_t form,
+                          float* transformed, int32_t threads);
+int rse_winograd_weight_grad(const float* x, const float* g, float* taps, int64_t output, int64_t input, int64_t row, int64_t column, int64_t rows,
+                             int64_t images, int64_t draws, const int64_t* seed, uint32_t stream, uint32_t image_offset, uint32_t draw_offset,
+                             const int64_t* sample_ids, int64_t channels, int64_t height, int64_t width, const float* sigma,
+                             int64_t sigma_count, int64_t form, int64_t outputs, int64_t padding, int64_t block, int32_t threads);
 void rse_sample(const int64_t* seed, uint32_t stream, uint32_t image, uint32_t draw, int64_t quad, int64_t count, const uint32_t* given,
                 uint32_t* words, float* uniforms, float* normals);
 }
@@ -180,6 +186,66 @@ static void winograd(bool narrow_products) {
     check(x.content() == before, "a changed input");
 }
 
+// A weight [outputs, inputs, 3, 3] in one of its memory layouts, perhaps turned round.
+struct Weight {
+    int64_t outputs, inputs, strides[4], first = 0;
+    Weight(int64_t outputs_, int64_t inputs_, bool turned) : outputs(outputs_), inputs(inputs_) {
+        const bool last = !often(2), swapped = !often(3);
+        const int64_t tap = last ? swapped ? outputs : inputs : 1, pixels = last ? 1 : 9, sides[] = {swapped ? inputs : outputs, swapped ? outputs : inputs};
+        const int64_t outer = 9 * sides[1], inner = pixels;
+        strides[0] = swapped ? inner : outer, strides[1] = swapped ? outer : inner, strides[2] = 3 * tap, strides[3] = tap;
+        if (turned) first = 2 * (strides[2] + strides[3]), strides[2] = -strides[2], strides[3] = -strides[3];
+    }
+    int64_t bytes() const { return 4 * 9 * outputs * inputs; }
+};
+
+static void winograd_filters() {
+    const int64_t form = often(2) ? 4 : 2, positions = (form + 2) * (form + 2);
+    const Weight w(pick(1, 100), pick(1, 70), !often(2));
+    Array taps(w.bytes()), transformed(4 * ((w.outputs + 31) / 32 * 32) * positions * w.inputs);
+    fill_values(taps, 0);
+    const int threads = int(pick(1, 3));
+    describe("winograd_filters", form, w.outputs, w.inputs, w.strides[0], w.strides[1], w.strides[2], w.strides[3], threads);
+    const std::string before = taps.content();
+    std::string results[2];
+    for (int i = 0; i < 2; ++i) {
+        transformed.fill(i ? 0x5A : 0xA5);
+        rse_winograd_filters(taps.as<float>() + w.first, w.strides[0], w.strides[1], w.strides[2], w.strides[3], w.outputs, w.inputs, form,
+                             transformed.as<float>(), threads);
+        results[i] = transformed.content();
+    }
+    check(results[0] == results[1], "an element that was not written");
+    check(taps.content() == before, "a changed input");
+}
+
+static void winograd_weight_grad() {
+    const int64_t form = often(2) ? 4 : 2, padding = pick(0, 2), images = pick(1, 3), draws = pick(1, 3), rows = often(2) ? images : images * draws;
+    const int64_t least = padding == 0 ? 3 : 1, height = pick(least, 13), width = pick(least, 13);
+    const int64_t channels = often(2) ? pick(1, 12) : pick(1, 70), outputs = pick(1, 70);
+    const int64_t out = (height + 2 * padding - 2) * (width + 2 * padding - 2);
+    const Weight w(outputs, channels, false);
+    const bool varies = !often(2);
+    Array x(4 * rows * channels * height * width), g(4 * images * draws * outputs * out), taps(w.bytes()), sigma(4 * (varies ? channels : 1));
+    fill_values(x, 0), fill_values(g, 0), fill_floats(sigma, true);
+    const Where at(images);
+    const int64_t block = often(2) ? 0 : pick(1, 50);
+    describe("winograd_weight_grad", form, padding, rows, images, draws, channels, outputs, height, width, varies, w.strides[0], w.strides[1], block,
+             at.has_ids);
+    const std::string before = x.content() + g.content();
+    std::string results[2];
+    for (int i = 0; i < 2; ++i) {  // whatever threads there are
+        taps.fill(i ? 0x5A : 0xA5);
+        const int status = rse_winograd_weight_grad(
+            x.as<float>(), g.as<float>(), taps.as<float>(), w.strides[0], w.strides[1], w.strides[2], w.strides[3], rows, images, draws,
+            at.seed.as<int64_t>(), at.stream, at.image, at.draw, at.sample_ids(), channels, height, width, sigma.as<float>(),
+            varies ? channels : 1, form, outputs, padding, block, int(pick(1, 3)));
+        check(status == 0, "a refusal");
+        results[i] = taps.content();
+    }
+    check(results[0] == results[1], "an element that was not written, or depends on the threads");
+    check(x.content() + g.content() == before, "a changed input");
+}
+
 static void sample() {
     const int64_t count = 16 * pick(1, 5);
     const Where at(1);
@@ -199,8 +265,12 @@ int main(int argc, char** argv) {
         rng.seed(std::strtoull(argv[1], nullptr, 10));
         check(rse_select_unit(unit.c_str()) == 0, "a unit that is not there");
         for (int64_t i = 0; i < cases; ++i) {
-            const int64_t kind = pick(0, 9);
-            kind < 6 ? add_noise() : kind < 9 ? winograd(unit == "avx512bf16") : sample();
+            const int64_t kind = pick(0, 12);
+            if (kind < 6) add_noise();
+            else if (kind < 9) winograd(unit == "avx512bf16");
+            else if (kind < 11) winograd_weight_grad();
+            else if (kind < 12) winograd_filters();
+            else sample();
         }
         std::printf("unit %s: %lld calls, nothing found\n", unit.c_str(), static_cast<long long>(cases));
         std::fflush(stdout);
