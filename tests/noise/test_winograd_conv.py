@@ -84,6 +84,17 @@ def test_a_part_of_the_gradients_is_the_same(rng):
         assert torch.equal(got, want) if leaf is not bias else torch.allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
+def test_batched_gradients(rng):
+    """As of torch.autograd.grad(..., is_grads_batched=True) and of vectorised Jacobians."""
+    leaves = made(*SHAPES[1], per_channel=False)
+    y = functional.noisy_conv2d(*leaves, **AT)
+    gs = torch.randn(2, *y.shape)
+    together = torch.autograd.grad(y, leaves, gs, is_grads_batched=True, retain_graph=True)
+    for i, g in enumerate(gs):
+        for got, want in zip(together, torch.autograd.grad(y, leaves, g, retain_graph=True), strict=True):
+            assert (got[i] - want).abs().max() <= 1e-4 * want.abs().max()
+
+
 def test_second_derivatives(rng):
     """The gradient of a gradient takes torch's own convolutions: it agrees with that of the direct algorithm."""
     x, weight, bias, _ = made(*SHAPES[1], per_channel=False)
