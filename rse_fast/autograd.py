@@ -300,6 +300,7 @@ class NoisyConv(torch.autograd.Function):
         needs_x, needs_w, needs_b, needs_sigma, *_ = ctx.needs_input_grad
         at, zeros = NoiseAddress(seed[0], *coordinates, *seed[1:]), (0,) * len(stride)
         needs_noisy, direct = needs_x or needs_sigma, is_direct(x, True) and is_direct(g, True) and not torch.is_grad_enabled()
+        direct = direct and not is_legacy_batchedtensor(g)  # of autograd's is_grads_batched
         g_noisy = g_w = g_b = tile = None
         if direct and x.dim() == 4 and max(*stride, *dilation, groups) == 1 and backend != "torch":
             if layout(x) == "flat":  # torch would lay g out like it as well

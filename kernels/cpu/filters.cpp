@@ -87,18 +87,19 @@ template <int kForm> void transform_block(const WeightGradient& w, float* work, 
     }
 }
 
-// sums[kInputs][2 * kLanes of kColumns] of kInputs channels of the input: tile after tile.
+// sums[kInputs][2 * kLanes of kColumns] of kInputs channels of the input: tile after tile. A block is summed on its own, then added: one long
+// sum would round each tile to the precision of all.
 template <int kInputs>
 __attribute__((noinline)) void add_products(const float* a, int64_t a_tile, const float* b, int64_t b_tile, int64_t tiles, bool first, float* sums) {
     vf sum[kInputs][2] = {};
-    if (!first) {
-#pragma GCC unroll 14
-        for (int i = 0; i < kInputs; ++i) sum[i][0] = read<vf>(sums + i * kColumns), sum[i][1] = read<vf>(sums + i * kColumns + kLanes);
-    }
     for (int64_t n = 0; n < tiles; ++n, a += a_tile, b += b_tile) {
         const vf low = read<vf>(b), high = read<vf>(b + kLanes);
 #pragma GCC unroll 14
         for (int i = 0; i < kInputs; ++i) sum[i][0] = madd(splat(a[i]), low, sum[i][0]), sum[i][1] = madd(splat(a[i]), high, sum[i][1]);
+    }
+    if (!first) {
+#pragma GCC unroll 14
+        for (int i = 0; i < kInputs; ++i) sum[i][0] += read<vf>(sums + i * kColumns), sum[i][1] += read<vf>(sums + i * kColumns + kLanes);
     }
 #pragma GCC unroll 14
     for (int i = 0; i < kInputs; ++i) put(sums + i * kColumns, sum[i][0]), put(sums + i * kColumns + kLanes, sum[i][1]);

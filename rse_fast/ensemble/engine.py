@@ -79,8 +79,8 @@ class Ensemble(nn.Module):
             machine: the vendor's "direct" one, or Winograd's, which makes the noise inside and needs 4/9 or 1/4 of the multiplications.
             "winograd" takes it for all such layers. `algorithms` tells which runs what. They differ by rounding alone: what a machine
             has measured moves float32 logits by less than 1e-5 of the largest one for every layer, and bfloat16 ones by no more than
-            bfloat16 itself does. In int8 they differ by their errors (`quantization`). Within a process the choice for a layer is made
-            once and stays, whatever the calls.
+            bfloat16 itself does. In int8 they differ by their errors (`quantization`), and a rule of the layer's channels takes the
+            place of the measurement. Within a process the choice for a layer is made once and stays, whatever the calls.
         temperature: of `probs` and of what `forward` returns, in [0.1, 10]: the mean softmax to the power of 1 / temperature, normalised
             again. It changes no label, vote or certificate. `rse_fast.fit_temperature` finds the one for validation images.
         cuda_graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, and if no module has a hook,

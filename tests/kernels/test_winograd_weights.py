@@ -79,6 +79,16 @@ def test_bits_of_the_gradient_do_not_depend_on_threads(unit, tile, rng):
         assert ((got - exact).abs() <= weight_gradient_bound(noisy_input(x, address(7, 2), arguments[-1]), g, tile, 1)).all()
 
 
+@pytest.mark.parametrize("tile", (2, 4))
+def test_blocks_are_summed_apart(unit, tile, rng):
+    """One long sum would round each tile of a large batch to the precision of all tiles together."""
+    x, g, at = channels_last(torch.full((64, 4, 64, 64), 0.7)), channels_last(torch.full((64, 3, 64, 64), 0.3)), address(64)
+    want = 64 * 64 * 64 * x[0, 0, 0, 0].double() * g[0, 0, 0, 0].double()  # of the tap in the middle, which meets every pixel
+    short, long = (winograd.weight_grad(x, g, torch.empty(3, 4, 3, 3), tile, 1, at, torch.zeros(1), block) for block in (0, 10**6))
+    errors = [(got[:, :, 1, 1] - want).abs().max() for got in (short, long)]
+    assert errors[0] <= 0.25 * errors[1]
+
+
 def test_the_gradient_of_rows_known_by_sample_ids(unit, rng):
     """The noise of a row is that of its image and draw, however the call names them."""
     x, g, like = channels_last(torch.randn(3, 5, 6, 7)), channels_last(torch.randn(6, 4, 6, 7)), torch.empty(4, 5, 3, 3)
