@@ -74,6 +74,7 @@ def _parser():
     parser.add_argument("--images", type=count, metavar="N", help="test images (default: by protocol)")
     parser.add_argument("--repeats", type=count, default=5, metavar="R", help="scorings with fresh noise (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases of the protocol, by their names in the report")
+    parser.add_argument("--report", action="store_true", help="attack nothing: write the report of what is in the folder")
     parser.add_argument(
         "--calibration",
         type=int,
@@ -123,7 +124,7 @@ def run(argv: list[str]) -> dict | None:
     cases = protocol.cases(args.eps, args.l2, target.draws, plain is not None)
     cases = [case for case in cases if len(splits.classes) >= attacks.CLASSES.get(case.method, 2)]
     settings = {
-        "protocol": args.protocol, "model": args.model or str(args.run), "weights": run_inputs.digest(model.state_dict()),
+        "model": args.model or str(args.run), "weights": run_inputs.digest(model.state_dict()),
         "plain": args.plain, "plain_weights": run_inputs.digest(plain.state_dict()) if plain is not None else None,
         "data": splits.name, "part": args.part, "order": order, "labels": run_inputs.digest({"labels": torch.as_tensor(part.labels)}),
         "draws": target.draws, "sigmas": sorted({float(f"{s:.6g}") for layer in noise_layers(model).values()
@@ -133,10 +134,14 @@ def run(argv: list[str]) -> dict | None:
     }  # fmt: skip
     if rank:
         _await(args.out / _SETTINGS)
+    if args.report and not (args.out / _SETTINGS).exists():
+        raise ValueError(f"--report: no evaluation at {str(args.out)!r}")
     settings = run_inputs.open_folder(args.out, _SETTINGS, settings, args.seed)
     chosen = [case for case in cases if not args.only or case.name in args.only]
     if unknown := set(args.only or ()) - {case.name for case in cases}:
         raise ValueError(f"--only: expected cases of the protocol ({', '.join(c.name for c in cases)}), got {', '.join(sorted(unknown))}")
+    if args.report:
+        chosen = []
     begin = time.perf_counter()
     with _Progress(chosen, len(labels), ranks) as progress:
         evaluate(
@@ -148,7 +153,7 @@ def run(argv: list[str]) -> dict | None:
         print(f"process {rank} is done; {missing} rows are left to others, and the last of them writes the report", flush=True)
         return None
     results = {
-        "settings": settings | {"images": len(labels)},
+        "settings": settings | {"protocol": args.protocol, "images": len(labels)},
         "defence": None if args.run is None else train.Config.load(args.run / "config.json").defence,
         "classes": list(splits.classes), "shape": list(images.shape[1:]),
         "command": command,
