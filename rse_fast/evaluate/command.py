@@ -165,12 +165,22 @@ def run(argv: list[str]) -> dict | None:
     }  # fmt: skip
     results["calibration"] = _calibration(args, target, part, indices, settings["seed"], temperature, others, chosen_by)
     for name, entry in results["cases"].items():
-        entry["command"] = shlex.join(["rse-fast", "evaluate", *argv, "--seed", str(settings["seed"]), "--only", name])
+        entry["command"] = shlex.join(["rse-fast", "evaluate", *_all_cases(argv), "--seed", str(settings["seed"]), "--only", name])
     certified = args.certified or (args.run / "certified" if args.run else None)
     report.write(args.out, results, images, list(found.values()), certified)
     print(report.headline(results))
     print(f"report: {args.out / 'report.md'}")
     return results
+
+
+def _all_cases(argv: list[str]) -> list[str]:
+    """The options, but for those that say which cases are attacked."""
+    kept, option = [], ""
+    for word in argv:
+        option = word if word.startswith("--") else option
+        if option != "--only" and word != "--report":
+            kept.append(word)
+    return kept
 
 
 def load(source: str, weights: Path | None, device: str, trust: bool = False) -> nn.Module:
