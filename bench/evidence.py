@@ -130,7 +130,7 @@ def _keys(part) -> list[bytes]:
 def duplicates(args) -> None:
     """For each test image, and each image of the half of the training images with the smaller hashes: the nearest images of the other half
     by features of the run's network, and how alike the closest is in pixels (correlation, mirrored or not)."""
-    model = run_inputs.model_of(args.run, trust=False)
+    model = run_inputs.model_of(args.run, trust=True)
     splits = train.load_data(dataclasses.replace(train.Config.load(args.run / "config.json"), data=args.data, val_fraction=0.5))
     reference = splits.train
     features = _features(model, reference)
@@ -167,7 +167,7 @@ def _standard(images) -> torch.Tensor:
 def draws(args) -> None:
     """The mean softmax over 1 .. 1000 draws: accuracy, NLL, calibration error, with intervals. The bound: by Jensen's inequality the mean
     loss of single draws, which noisy SGD minimises, is at least the loss of the mean softmax."""
-    model = run_inputs.model_of(args.run, trust=False)
+    model = run_inputs.model_of(args.run, trust=True)
     config = train.Config.load(args.run / "config.json")
     splits = train.load_data(config)
     found = {"run": str(args.run), "model": config.model, "images": args.images, "parts": {}}
@@ -180,7 +180,7 @@ def draws(args) -> None:
 
 
 def _by_draws(model, x, y) -> dict:
-    total, single, done, points = torch.zeros(len(x), 10, dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64), 0, []
+    total, single, done, points = 0.0, torch.zeros(len(x), dtype=torch.float64), 0, []
     one, ten = Ensemble(model, 1), Ensemble(model, 10)
     labels = []
     while done < DRAWS[-1]:
