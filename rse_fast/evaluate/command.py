@@ -113,7 +113,7 @@ def run(argv: list[str]) -> dict | None:
         raise ValueError(f"--calibration: expected at least 0, got {args.calibration}")
     if args.ood and not args.calibration:
         raise ValueError("--ood: these images are for the section on calibration, which --calibration 0 leaves out")
-    indices, order = _order(part)
+    indices, order = image_order(part)
     images, labels = _images(part, indices[: args.images or protocol.images])
     temperature = 1.0 if args.run is None else train.load_temperature(args.run)
     # The run's own validation part, in another size too; or the same under another name.
@@ -140,13 +140,15 @@ def run(argv: list[str]) -> dict | None:
     chosen = [case for case in cases if not args.only or case.name in args.only]
     if unknown := set(args.only or ()) - {case.name for case in cases}:
         raise ValueError(f"--only: expected cases of the protocol ({', '.join(c.name for c in cases)}), got {', '.join(sorted(unknown))}")
-    if args.report:
-        chosen = []
     begin = time.perf_counter()
-    with _Progress(chosen, len(labels), ranks) as progress:
-        evaluate(
-            target, images, labels, chosen, args.out, seed=settings["seed"], repeats=args.repeats, rank=rank, ranks=ranks, progress=progress
-        )
+    if args.report:  # also while another process attacks
+        chosen = []
+    else:
+        with _Progress(chosen, len(labels), ranks) as progress:
+            evaluate(
+                target, images, labels, chosen, args.out, seed=settings["seed"], repeats=args.repeats, rank=rank, ranks=ranks,
+                progress=progress,
+            )  # fmt: skip
     found = {key: row for key, row in rows.read(args.out).items() if key[1] < len(labels)}  # others are of a run with more images
     missing = sum((case.name, index) not in found for case in chosen for index in range(len(labels)))
     if missing and ranks > 1:
@@ -211,7 +213,7 @@ def load(source: str, weights: Path | None, device: str, trust: bool = False) ->
     return model.to(device).eval()
 
 
-def _order(part):
+def image_order(part):
     """The indices of a part's images, and in words how they are ordered: a part sorted by class is shuffled, always alike."""
     labels = torch.as_tensor(part.labels)
     sorted_by_class = bool((labels[1:] >= labels[:-1]).all())
@@ -235,7 +237,7 @@ def _others(source, count, images):
         splits = data.load(source, progress=True)
     except ValueError as error:
         raise ValueError(f"--ood: {error}") from error
-    found, _ = _images(splits.test, _order(splits.test)[0][:count])
+    found, _ = _images(splits.test, image_order(splits.test)[0][:count])
     if found.shape[1] != images.shape[1]:
         raise ValueError(f"--ood: expected images of {images.shape[1]} channels, as those of the data set, got {found.shape[1]}")
     if found.shape[2:] != images.shape[2:]:

@@ -208,13 +208,13 @@ class _Row:
             *(["--seed", str(args.seed)] if args.seed is not None else []), *(["--only", *only] if only else ["--report"]),
         ])  # fmt: skip
         self.facts["settings"], self.facts["versions"] = results["settings"], results["versions"]
-        self._take(results, rows.read(out), args.images)
+        self._take(results, rows.read(out), args.images, cases)
         self.facts["notes"] = [f"{c['name']}: {c['text']}" for c in results["checks"] if not c["passed"]]
 
     def _noisy(self) -> bool:
         return train.Config.load(self.run / "config.json").noisy
 
-    def _take(self, results, scored, images) -> None:
+    def _take(self, results, scored, images, cases) -> None:
         for column, what in ATTACKED.items():
             found = [
                 max((e for e in results[kind].values() if what.items() <= e.items()), key=lambda e: (e["images"], e["eot"]), default=None)
@@ -224,6 +224,7 @@ class _Row:
                 continue
             kept = ("accuracy", "name", "mean_l2", "eot", "seconds_per_image", "images", "median_l2", "won")
             cell = {name: e[name] for name in kept if name in e} | {"command": e.get("command")}
+            cell["most_draws"] = max(case.eot for case in cases if what.items() <= vars(case).items())
             if self.facts["config"]["defence"] == self.name:
                 cell["paper"] = dict(zip(COLUMNS, PAPER.get(self.name, ()), strict=False)).get(column)
             self._add(column, cell)
@@ -252,7 +253,7 @@ class _Row:
         else:
             splits = train.load_data(train.Config.load(self.run / "config.json"))
             # Where the part is sorted by class the attacks take a shuffle of it, and certificates every so many-th.
-            every = 1 if self.facts["settings"]["order"] == "first" else max(1, len(splits.test) // args.images)
+            every = 1 if command.image_order(splits.test)[1] == "first" else max(1, len(splits.test) // args.images)
             summary = certify_cli.run([
                 str(self.run), "--images", str(args.images), "--every", str(every), "--n", str(args.n), "--radius", str(RADIUS),
                 "--device", args.device, "--out", str(out), "--trust",
@@ -320,8 +321,8 @@ def markdown(table: dict) -> str:
         parts.append(markdown_table([("accuracy %", *columns), *lines]))
     parts.append(
         "Mean ± sd over scorings with fresh noise (95 % interval for the choice of images). c: the paper's C&W L2 with fixed c. PGD-40: "
-        "the most draws behind each gradient of those tried; a check fails where the accuracy still falls between the last two. PGD-20: 20 "
-        "draws. AutoAttack: version rand for networks with noise, standard for others; APGD: what the two attacks of rand find alone. "
+        "50 draws behind each gradient, or as many as the cell says; a check fails where the accuracy still falls between the last two. "
+        "PGD-20: 20 draws. AutoAttack: version rand for networks with noise, standard for others; APGD: what the two attacks of rand find alone. "
         "Square: 5000 queries. Transfer: PGD-20 on the plain network; noise off, fixed draw: on the network without noise, and with the "
         "same noise at each step. C&W median L2: the distance within which half of the images are wrong in most scorings. Certified: share "
         f"of images whose label, by votes, is right and holds within {RADIUS:g}. In italics the paper's figures (CIFAR-10, VGG16)."
@@ -332,7 +333,7 @@ def markdown(table: dict) -> str:
     if trained := {name: row for name, row in rows.items() if row["trained"]}:
         parts += ["## What training cost", *_cost(trained)]
         parts += ["## What was measured", "\n".join(f"- {name}: {_facts(row)}" for name, row in trained.items())]
-    if measured := {name: row for name, row in rows.items() if row["cells"]}:
+    if measured := {name: row for name, row in rows.items() if "settings" in row}:
         parts += ["## Beside the paper's figures", _differences(measured)]
     parts += ["## How to repeat it", f"`{table['command']}`. The command behind each figure, every configuration and seed: table.json."]
     return "\n\n".join(parts) + "\n"
@@ -358,6 +359,8 @@ def _cell(cell, reason, images):
     text = percent(cell["accuracy"])
     if "won" in cell:
         text = f"{cell['median_l2']:.3f}" if cell["median_l2"] is not None else f"more: {100 * cell['won']:.0f} % won"
+    if cell.get("eot", 0) < cell.get("most_draws", 0):  # the case with more is not complete
+        text += f", EOT {cell['eot']}"
     return text + (f", {cell['images']} of {images} images" if cell["images"] < images else "")
 
 

@@ -140,6 +140,8 @@ def test_a_table_is_made_continued_and_reused(tiny, tmp_path, monkeypatch, capsy
     assert reused["rse"]["settings"]["weights"] == found["rse"]["settings"]["weights"]
     assert set(reused["plain"]["absent"]) == set(table.COLUMNS) and "not complete" in reused["plain"]["absent"]["clean"]
     assert not (again / "rse/run").exists() and "plain: train: " in capsys.readouterr().err
+    alone = ["--columns", table.CERTIFIED, "--defences", "--reuse", str(whole), "--out", str(tmp_path / "alone")]
+    assert table.main([*tiny, *alone]) == 1 and read(tmp_path / "alone")["rows"]["rse"]["cells"].keys() == {table.CERTIFIED}
     assert table.main([*tiny, *fewer, "--images", "6", "--report", "--out", str(again), "--reuse", str(whole)]) == 1
     assert "4 of 6 images" in (again / "table.md").read_text() and read(again)["rows"]["rse"]["cells"]["clean"]["accuracy"]["images"] == 4
     assert "not complete" in (again / "table.md").read_text()
@@ -183,6 +185,15 @@ def test_failed_checks_stand_first_and_rows_of_other_images_are_told():
     assert "JPEG, which is lossy" in text and "against PGD" in text and "clean -42.0 (outside the interval), c = 0.01 +0.0." in text
     for other in (row("rse", "y"), row("rse", "x", images=8)):
         assert "different images" not in text and "different images" in table.markdown(whole | {"rows": same | {"rse": other}})
+
+
+def test_a_cell_of_fewer_draws_or_images_says_so():
+    figure = {"mean": 0.5, "sd": None, "low": 0.4, "high": 0.6, "images": 9}
+    cell = {"accuracy": figure, "images": 9, "eot": 5, "most_draws": 50}
+    assert table._cell(cell, None, 9) == "50.0 (40.0–60.0), EOT 5"
+    assert table._cell(cell | {"eot": 50}, None, 10) == "50.0 (40.0–60.0), 9 of 10 images"
+    assert table._cell(cell | {"eot": 50, "won": 0.3, "median_l2": None}, None, 9) == "more: 30 % won"
+    assert (table._cell(None, "not done yet", 9), table._cell(None, "x", 9)) == ("not yet", "–")
 
 
 def test_bad_options_are_one_line(tmp_path, capsys):

@@ -83,7 +83,9 @@ def test_an_ensemble_of_more_and_more_draws(measured):
     assert hundred["nll"]["mean"] == pytest.approx(float(mean), rel=1e-4)
     assert hundred["accuracy"]["mean"] == pytest.approx(float((torch.stack(probs).mean(0).argmax(-1) == y).double().mean()))
     assert all(p[key]["low"] <= p[key]["mean"] <= p[key]["high"] for p in e["points"] for key in ("accuracy", "nll"))
-    assert 0 < float(losses.mean()) - float(mean)  # Jensen's inequality
+    assert e["loss_of_ensemble"]["mean"] == pytest.approx(float(mean), rel=1e-4)
+    assert 0 < e["gap"]["mean"] == pytest.approx(e["loss_of_one_draw"]["mean"] - e["loss_of_ensemble"]["mean"])  # Jensen's inequality
+    assert e["images_below_the_bound"] == 0
 
 
 def test_curves_of_certificates_and_the_report(measured):
