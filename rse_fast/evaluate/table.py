@@ -322,7 +322,7 @@ def markdown(table: dict) -> str:
     parts.append(
         "Mean ± sd over scorings with fresh noise (95 % interval for the choice of images). c: the paper's C&W L2 with fixed c. PGD-40: "
         "50 draws behind each gradient, or as many as the cell says; a check fails where the accuracy still falls between the last two. "
-        "PGD-20: 20 draws. AutoAttack: version rand for networks with noise, standard for others; APGD: what the two attacks of rand find alone. "
+        "PGD-20: 20 draws. AutoAttack: version rand for networks with noise, standard for others; APGD: what the two of rand find alone. "
         "Square: 5000 queries. Transfer: PGD-20 on the plain network; noise off, fixed draw: on the network without noise, and with the "
         "same noise at each step. C&W median L2: the distance within which half of the images are wrong in most scorings. Certified: share "
         f"of images whose label, by votes, is right and holds within {RADIUS:g}. In italics the paper's figures (CIFAR-10, VGG16)."
