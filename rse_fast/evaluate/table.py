@@ -403,7 +403,7 @@ def _cost(trained):
             ]
         lines.append(tuple(line))
     yield markdown_table([header, *lines])
-    yield "CPU minutes: processor time of the training process over all its threads, the images decoded before. Per CPU minute: points."
+    yield "CPU minutes: processor time of the training process, all its threads. Per CPU minute: points of accuracy."
 
 
 def _facts(row):
