@@ -19,11 +19,13 @@ from rse_fast.evaluate.target import Answer, Queries, derive
 
 @dataclass(frozen=True)
 class Found:
-    """images float32 [B, ...] in [0, 1]; verdict bool [B]: what the library itself counts as adversarial; queries: images asked about."""
+    """images float32 [B, ...] in [0, 1]; verdict bool [B]: what the library itself counts as adversarial; queries: images asked about;
+    parts: of an attack that is several, the images that each of them would have found alone."""
 
     images: Tensor
     verdict: Tensor
     queries: int
+    parts: dict[str, Tensor]
 
 
 def run(case: Case, queries: Queries, select: Callable[[Tensor], Answer], x: Tensor, y: Tensor, seed: int) -> Found:
@@ -34,24 +36,29 @@ def run(case: Case, queries: Queries, select: Callable[[Tensor], Answer], x: Ten
     """
     if case.method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {case.method!r}")
-    candidates, verdict = [], torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    parts, candidates, verdict = [], [], torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for restart in range(case.restarts):
         with seeded(derive(seed, restart), x.device):
             found, lucky = METHODS[case.method](case, queries, x, y)
-        candidates += [_sendable(images.detach().to(torch.float32), x, queries) for images in found]
+        for part, images in found.items() if isinstance(found, dict) else [("", found)]:
+            parts += [part] * len(images)
+            candidates += [_sendable(image.detach().to(torch.float32), x, queries) for image in images]
         verdict |= lucky
     for images in candidates:
         _check(case, images, x)
-    best = candidates[0]
-    if len(candidates) > 1:
-        answers = [select(images) for images in candidates]
-        rank = torch.stack([answer.probs.gather(-1, y[:, None])[:, 0] for answer in answers])
-        if case.method == "cw":
-            l2 = torch.stack([(images - x).flatten(1).norm(dim=-1) for images in candidates])
-            rank = torch.where(torch.stack([answer.labels for answer in answers]) != y, l2, l2.max() + 1 + rank)
-        choice = rank.argmin(0)
-        best = torch.stack(candidates)[choice, torch.arange(len(x), device=x.device)]
-    return Found(best, verdict, queries.images)
+    if len(candidates) == 1:
+        return Found(candidates[0], verdict, queries.images, {})
+    answers = [select(images) for images in candidates]
+    rank = torch.stack([answer.probs.gather(-1, y[:, None])[:, 0] for answer in answers])
+    if case.method == "cw":
+        l2 = torch.stack([(images - x).flatten(1).norm(dim=-1) for images in candidates])
+        rank = torch.where(torch.stack([answer.labels for answer in answers]) != y, l2, l2.max() + 1 + rank)
+    best = {}
+    for part in dict.fromkeys(["", *parts]):
+        others = torch.tensor([part not in ("", other) for other in parts], device=x.device)
+        choice = rank.masked_fill(others[:, None], float("inf")).argmin(0)
+        best[part] = torch.stack(candidates)[choice, torch.arange(len(x), device=x.device)]
+    return Found(best.pop(""), verdict, queries.images, best)
 
 
 def _sendable(images, x, queries):
@@ -105,6 +112,15 @@ def _pgd(case, queries, x, y):
 
     kind = {"Linf": attacks.LinfProjectedGradientDescentAttack, "L2": attacks.L2ProjectedGradientDescentAttack}[case.norm]
     images, verdict = _foolbox(kind(rel_stepsize=2.5 / case.steps, steps=case.steps), queries, x, y, case.eps)
+    return [images], verdict
+
+
+def _momentum(case, queries, x, y):
+    from foolbox import attacks
+
+    kinds = {"Linf": attacks.LinfMomentumIterativeFastGradientMethod, "L2": attacks.L2MomentumIterativeFastGradientMethod}
+    attack = kinds[case.norm](rel_stepsize=2.5 / case.steps, steps=case.steps, random_start=True)
+    images, verdict = _foolbox(attack, queries, x, y, case.eps)
     return [images], verdict
 
 
@@ -181,12 +197,13 @@ def _autoattack(case, queries, x, y):
         return [images], answers != y
     # The attacks of the version, on every image and for the largest loss. Run by the library they pass over an image that one query found
     # wrong, and give the original where no query was: scored again, both would flatter the defence.
-    candidates = []
+    candidates = {}
     for name in attack.attacks_to_run:
         attack.apgd.loss = name.removeprefix("apgd-")
-        candidates += [attack.apgd.perturb(x, y, best_loss=True), queries.last]
+        candidates[name] = [attack.apgd.perturb(x, y, best_loss=True), queries.last]
     with torch.no_grad():
-        return candidates, torch.stack([queries(images).argmax(-1) != y for images in candidates]).any(0)
+        wrong = [queries(images).argmax(-1) != y for found in candidates.values() for images in found]
+    return candidates, torch.stack(wrong).any(0)
 
 
 def _seed() -> int:
@@ -198,6 +215,6 @@ MARGINS = (0.0, 1.0, 2.0, 4.0)  # of log-probabilities
 _LEAST = 64.0  # log-probabilities below -64 are all the same to Square
 CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # without which the loss of an attack is not defined
 METHODS = {
-    "clean": _clean, "noise": _noise, "fgsm": _fgsm, "pgd": _pgd, "cw": _cw, "cw-c": _cw_c, "apgd-ce": _apgd, "apgd-dlr": _apgd,
-    "square": _square, "autoattack": _autoattack,
+    "clean": _clean, "noise": _noise, "fgsm": _fgsm, "pgd": _pgd, "momentum": _momentum, "cw": _cw, "cw-c": _cw_c, "apgd-ce": _apgd,
+    "apgd-dlr": _apgd, "square": _square, "autoattack": _autoattack,
 }  # fmt: skip

@@ -73,6 +73,7 @@ def _parser():
     parser.add_argument("--images", type=count, metavar="N", help="test images (default: by protocol)")
     parser.add_argument("--repeats", type=count, default=5, metavar="R", help="scorings with fresh noise (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases of the protocol, by their names in the report")
+    parser.add_argument("--report", action="store_true", help="attack nothing: write the report of what is in the folder")
     parser.add_argument(
         "--calibration",
         type=int,
@@ -111,7 +112,7 @@ def run(argv: list[str]) -> dict | None:
         raise ValueError(f"--calibration: expected at least 0, got {args.calibration}")
     if args.ood and not args.calibration:
         raise ValueError("--ood: these images are for the section on calibration, which --calibration 0 leaves out")
-    indices, order = _order(part)
+    indices, order = image_order(part)
     images, labels = _images(part, indices[: args.images or protocol.images])
     temperature = 1.0 if args.run is None else train.load_temperature(args.run)
     # The run's own validation part, in another size too; or the same under another name.
@@ -122,7 +123,7 @@ def run(argv: list[str]) -> dict | None:
     cases = protocol.cases(args.eps, args.l2, target.draws, plain is not None)
     cases = [case for case in cases if len(splits.classes) >= attacks.CLASSES.get(case.method, 2)]
     settings = {
-        "protocol": args.protocol, "model": args.model or str(args.run), "weights": run_inputs.digest(model.state_dict()),
+        "model": args.model or str(args.run), "weights": run_inputs.digest(model.state_dict()),
         "plain": args.plain, "plain_weights": run_inputs.digest(plain.state_dict()) if plain is not None else None,
         "data": splits.name, "part": args.part, "order": order, "labels": run_inputs.digest({"labels": torch.as_tensor(part.labels)}),
         "draws": target.draws, "sigmas": sorted({float(f"{s:.6g}") for layer in noise_layers(model).values()
@@ -132,24 +133,29 @@ def run(argv: list[str]) -> dict | None:
     }  # fmt: skip
     if rank:
         _await(args.out / _SETTINGS)
+    if args.report and not (args.out / _SETTINGS).exists():
+        raise ValueError(f"--report: no evaluation at {str(args.out)!r}")
     settings = run_inputs.open_folder(args.out, _SETTINGS, settings, args.seed)
     chosen = [case for case in cases if not args.only or case.name in args.only]
     if unknown := set(args.only or ()) - {case.name for case in cases}:
         raise ValueError(f"--only: expected cases of the protocol ({', '.join(c.name for c in cases)}), got {', '.join(sorted(unknown))}")
     begin = time.perf_counter()
-    mine = sum(len(batch) for case in chosen for batch in batches(case, len(images), target.device, images[0, 0].numel())[rank::ranks])
-    with wrapper.Progress("evaluate", mine, shown=not rank) as progress:
-        evaluate(
-            target, images, labels, chosen, args.out, seed=settings["seed"], repeats=args.repeats, rank=rank, ranks=ranks,
-            progress=lambda case, count: progress.update(count, case.name),
-        )  # fmt: skip
+    if args.report:  # also while another process attacks
+        chosen = []
+    else:
+        mine = sum(len(batch) for case in chosen for batch in batches(case, len(images), target.device, images[0, 0].numel())[rank::ranks])
+        with wrapper.Progress("evaluate", mine, shown=not rank) as progress:
+            evaluate(
+                target, images, labels, chosen, args.out, seed=settings["seed"], repeats=args.repeats, rank=rank, ranks=ranks,
+                progress=lambda case, count: progress.update(count, case.name),
+            )  # fmt: skip
     found = {key: row for key, row in rows.read(args.out).items() if key[1] < len(labels)}  # others are of a run with more images
     missing = sum((case.name, index) not in found for case in chosen for index in range(len(labels)))
     if missing and ranks > 1:
         print(f"process {rank} is done; {missing} rows are left to others, and the last of them writes the report", flush=True)
         return None
     results = {
-        "settings": settings | {"images": len(labels)},
+        "settings": settings | {"protocol": args.protocol, "images": len(labels)},
         "defence": None if args.run is None else train.Config.load(args.run / "config.json").defence,
         "classes": list(splits.classes), "shape": list(images.shape[1:]),
         "command": command,
@@ -161,12 +167,22 @@ def run(argv: list[str]) -> dict | None:
     }  # fmt: skip
     results["calibration"] = _calibration(args, target, part, indices, settings["seed"], temperature, others, chosen_by)
     for name, entry in results["cases"].items():
-        entry["command"] = shlex.join(["rse-fast", "evaluate", *argv, "--seed", str(settings["seed"]), "--only", name])
+        entry["command"] = shlex.join(["rse-fast", "evaluate", *_all_cases(argv), "--seed", str(settings["seed"]), "--only", name])
     certified = args.certified or (args.run / "certified" if args.run else None)
     report.write(args.out, results, images, list(found.values()), certified)
     print(report.headline(results))
     print(f"report: {args.out / 'report.md'}")
     return results
+
+
+def _all_cases(argv: list[str]) -> list[str]:
+    """The options, but for those that say which cases are attacked."""
+    kept, option = [], ""
+    for word in argv:
+        option = word if word.startswith("--") else option
+        if option != "--only" and word != "--report":
+            kept.append(word)
+    return kept
 
 
 def load(source: str, weights: Path | None, device: str, trust: bool = False) -> nn.Module:
@@ -197,7 +213,7 @@ def load(source: str, weights: Path | None, device: str, trust: bool = False) ->
     return model.to(device).eval()
 
 
-def _order(part):
+def image_order(part):
     """The indices of a part's images, and in words how they are ordered: a part sorted by class is shuffled, always alike."""
     labels = torch.as_tensor(part.labels)
     sorted_by_class = bool((labels[1:] >= labels[:-1]).all())
@@ -221,7 +237,7 @@ def _others(source, count, images):
         splits = data.load(source, progress=True)
     except ValueError as error:
         raise ValueError(f"--ood: {error}") from error
-    found, _ = _images(splits.test, _order(splits.test)[0][:count])
+    found, _ = _images(splits.test, image_order(splits.test)[0][:count])
     if found.shape[1] != images.shape[1]:
         raise ValueError(f"--ood: expected images of {images.shape[1]} channels, as those of the data set, got {found.shape[1]}")
     if found.shape[2:] != images.shape[2:]:

@@ -32,3 +32,15 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
     differences = [a - b for a, b in zip(first, second, strict=True)]
     spread = statistics.stdev(differences) if len(differences) > 1 else 1.0
     return statistics.fmean(differences), max(_Z95 * spread / math.sqrt(len(differences)), 1 / len(differences))
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict:
+    """Whether two classifiers, each right or wrong on the same images, differ in accuracy: McNemar's exact test (1947).
+
+    Of the images on which just one of them is right, each is as likely if the two are equally good. Returns first, second: how many images
+    only the first, only the second had right; p: two-sided, the probability of a split at least as uneven.
+    """
+    from scipy.stats import binomtest
+
+    only = [sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((first, second), (second, first))]
+    return {"first": only[0], "second": only[1], "p": float(binomtest(only[0], sum(only)).pvalue) if sum(only) else 1.0}

@@ -13,11 +13,13 @@ class Case:
     """One attack.
 
     name: unique in a protocol; the key of its rows.
-    method: clean, noise, fgsm, pgd, cw (binary search for the smallest L2), cw-c (fixed c), apgd-ce, apgd-dlr, square, autoattack.
+    method: clean, noise, fgsm, pgd, momentum (PGD on a running sum of gradients), cw (binary search for the smallest L2), cw-c (fixed c),
+        apgd-ce, apgd-dlr, square, autoattack.
     norm: Linf or L2. eps: its radius, pixels in [0, 1]; None for clean, cw, cw-c.
     steps: iterations of the attack; queries for square. eot: draws behind each query of the attack.
-    source: whose gradient is followed: "deployed" (the classifier itself); "noise-off" (its network without noise), "fixed-draw" (one
-        draw, the same at every step), "plain" (another network). All but the first are transfers.
+    source: whose gradient is followed: "deployed" (the classifier itself); "mean-logits" (its draws, averaged before the softmax),
+        "noise-off" (its network without noise), "fixed-draw" (one draw, the same at every step), "plain" (another network). All but the
+        first are transfers.
     victim: what is scored: "deployed"; "noise-off", "fixed-seed" (the ensemble with one seed for all), both ablations.
     restarts: independent starts; the one with the lowest probability of the true class, in draws of their own, counts.
     c: weight of the margin in the loss of cw-c.
@@ -51,7 +53,7 @@ class Protocol:
         for case in _CASES[self](tuple(eps), l2, draws or 1):
             if case.source == "plain" and not plain:
                 continue
-            if not draws and (case.source in ("noise-off", "fixed-draw") or case.victim != "deployed"):
+            if not draws and (case.source not in ("deployed", "plain") or case.victim != "deployed"):
                 continue
             if not draws:  # one pass says it all
                 case = replace(case, eot=1, name=case.name.replace(f"-eot{case.eot}", ""))
@@ -110,8 +112,25 @@ def _table(eps, l2, draws):
     yield Case(f"fgsm-Linf-{eps[-1]:.4g}-eot20", "fgsm", eps=eps[-1], eot=20)
     yield pgd(LARGE, 40, 5)
     yield from (case for case in _paper(eps, l2, draws) if case.c <= 0.2)
+    yield from (pgd(e, 20, 20) for e in eps[:-1])
+    yield _main(eps, 20)
     yield from (pgd(eps[-1], 40, eot) for eot in EOT)
-    yield Case(f"autoattack-Linf-{eps[-1]:.4g}-eot20", "autoattack", "Linf", eps[-1], 100, 20)
+    yield pgd(l2, 40, 20, "L2")
+    yield from (pgd(eps[-1], 20, 20, source=source) for source in ("plain", "noise-off", "fixed-draw"))
+    yield from (Case(f"autoattack-{norm}-{e:.4g}-eot20", "autoattack", norm, e, 100, 20) for norm, e in (("Linf", eps[-1]), ("L2", l2)))
+    yield Case(f"cw-eot{draws}", "cw", "L2", None, 200, draws)
+    yield _square(eps[-1], 5000, draws)
+
+
+def _plateau(eps, l2, draws):
+    main = eps[-1]
+    for eot in (*EOT, 100):
+        yield _main(eps, eot)
+    yield from (pgd(main, steps, 20) for steps in (100, 400))
+    yield pgd(main, 100, 100)
+    yield from (pgd(main, 20, 20, source=source) for source in ("plain", "noise-off", "fixed-draw", "mean-logits"))
+    yield Case(f"momentum20-Linf-{main:.4g}-eot20", "momentum", eps=main, steps=20, eot=20)
+    yield pgd(main, 20, 20, restarts=10)
 
 
 def _sanity(eps, l2, draws):
@@ -131,6 +150,7 @@ PROTOCOLS = {
     "paper": Protocol(1600, "replication of the paper: C&W L2 with fixed c on the first 1600 test images"),
     "adaptive": Protocol(500, "everything we know: EOT to a plateau, restarts, APGD, AutoAttack, C&W, Square, transfers, sanity"),
     "sanity": Protocol(100, "whether the attacks work at all"),
-    "table": Protocol(200, "the columns of a table of defences: C&W with fixed c, PGD over EOT, AutoAttack"),
+    "table": Protocol(500, "the columns of a table of defences: C&W, PGD, AutoAttack, Square and transfers"),
+    "plateau": Protocol(500, "PGD over draws and steps until two settings agree, and what a cheaper attacker might find instead"),
 }
-_CASES = dict(zip(PROTOCOLS.values(), (_quick, _paper, _adaptive, _sanity, _table), strict=True))
+_CASES = dict(zip(PROTOCOLS.values(), (_quick, _paper, _adaptive, _sanity, _table, _plateau), strict=True))

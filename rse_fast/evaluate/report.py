@@ -26,6 +26,7 @@ _PICTURES = {
     "accuracy-eps.png": "Accuracy against the strength of the attack, for each EOT",
     "accuracy-c.png": "Accuracy against c",
     "eot.png": "Accuracy against EOT: is there a plateau?",
+    "steps.png": "Accuracy against steps: is there a plateau?",
     "accuracy-draws.png": "Accuracy against the number of draws",
     "examples.png": "Images and their adversarial versions",
     "cost.png": "Cost per image",
@@ -36,8 +37,9 @@ _CALIBRATION = {  # pictures of a section of their own
 }
 _METHODS = {
     "clean": "no attack", "noise": "uniform random noise (foolbox)", "fgsm": "FGSM (foolbox)", "pgd": "PGD (foolbox)",
-    "cw": "C&W L2, binary search (foolbox)", "cw-c": "C&W L2, fixed c (foolbox)", "apgd-ce": "APGD-CE (pyautoattack)",
-    "apgd-dlr": "APGD-DLR (pyautoattack)", "square": "Square (pyautoattack)", "autoattack": "AutoAttack (pyautoattack)",
+    "momentum": "MI-FGSM (foolbox)", "cw": "C&W L2, binary search (foolbox)", "cw-c": "C&W L2, fixed c (foolbox)",
+    "apgd-ce": "APGD-CE (pyautoattack)", "apgd-dlr": "APGD-DLR (pyautoattack)", "square": "Square (pyautoattack)",
+    "autoattack": "AutoAttack (pyautoattack)",
 }  # fmt: skip
 
 
@@ -60,7 +62,9 @@ def write(out: Path, results: dict, images: Tensor, rows: list[dict], certified:
     """Writes everything into ``out``, each file atomically. images: uint8 [N, C, H, W]. certified: a folder of rse-fast certify."""
     base = colour(results.get("defence"), bool(results["settings"]["draws"]))
     figures = {
-        "accuracy-eps.png": _eps_figure(results, base), "accuracy-c.png": _c_figure(results, base), "eot.png": _eot_figure(results, base),
+        "accuracy-eps.png": _eps_figure(results, base), "accuracy-c.png": _c_figure(results, base),
+        "eot.png": _plateau_figure(results, base, "eot", "EOT: draws behind each gradient of the attack"),
+        "steps.png": _plateau_figure(results, base, "steps", "steps of the attack"),
         "accuracy-draws.png": _draws_figure(results, base), "examples.png": _examples(results, images, rows),
         "cost.png": _cost_figure(results, base), "reliability.png": _reliability_figure(results.get("calibration"), base),
         "risk-coverage.png": _risk_figure(results.get("calibration"), base),
@@ -160,8 +164,9 @@ def _tables(results):
 
 
 def _incomplete(results):
-    if names := results["incomplete"]:
-        yield f"Left out, as not all images were attacked yet: {', '.join(names)}."
+    if found := results["incomplete"]:
+        names = ", ".join(f"{name} ({e['images']} of {results['settings']['images']} images)" for name, e in found.items())
+        yield f"Left out, as not all images were attacked yet: {names}."
 
 
 def _queries(entries):
@@ -339,22 +344,24 @@ def _c_figure(results, base):
     return figure
 
 
-def _eot_figure(results, base):
-    if not results["eot"]:
+def _plateau_figure(results, base, along, title):
+    found = results[along]
+    if not found:
         return None
     figure = new_figure(6.4, 4.2)
     axes = figure.add_subplot()
-    prepare(axes, "EOT: draws behind each gradient of the attack")
-    for place, (plateau, style) in enumerate(zip(results["eot"], shades(base, len(results["eot"])), strict=True)):
-        draws, estimates = zip(*((p["eot"], p["accuracy"]) for p in plateau["points"]), strict=True)
-        label = f"PGD-{plateau['steps']}, {plateau['norm']} {radius(plateau['eps'])}" + ("" if plateau["plateau"] else " (no plateau)")
-        beside = [n * 1.04 ** (place - (len(results["eot"]) - 1) / 2) for n in draws]
+    prepare(axes, title)
+    for place, (plateau, style) in enumerate(zip(found, shades(base, len(found)), strict=True)):
+        values, estimates = zip(*((p[along], p["accuracy"]) for p in plateau["points"]), strict=True)
+        label = f"PGD-{plateau['steps']}" if along == "eot" else f"PGD, EOT {plateau['eot']}"
+        label += f", {plateau['norm']} {radius(plateau['eps'])}" + ("" if plateau["plateau"] else " (no plateau)")
+        beside = [n * 1.04 ** (place - (len(found) - 1) / 2) for n in values]
         axes.errorbar(beside, [100 * e["mean"] for e in estimates], errors(estimates), label=label, capsize=3, **style)
     axes.set_xscale("log")
     axes.minorticks_off()
-    ticks = sorted({p["eot"] for plateau in results["eot"] for p in plateau["points"]})
+    ticks = sorted({p[along] for plateau in found for p in plateau["points"]})
     axes.set_xticks(ticks, map(str, ticks))
-    _finish(axes, results, "Robust accuracy against EOT (bars: 95 % intervals)")
+    _finish(axes, results, f"Robust accuracy against {'EOT' if along == 'eot' else along} (bars: 95 % intervals)")
     return figure
 
 

@@ -15,6 +15,7 @@ _FIELDS = {
 }  # fmt: skip
 _OPTIONAL = {
     "by_draws": lambda value: isinstance(value, dict) and all(map(lines.is_integer, value.values())),
+    "parts": lambda value: isinstance(value, dict) and all(map(lines.are_integers, value.values())),
     "example": lines.is_text,
 }
 

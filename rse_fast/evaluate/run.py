@@ -82,7 +82,11 @@ def _batch(target: Target, case: Case, x: Tensor, y: Tensor, batch: range, seed:
         seeds, image_offset = [queries.seed] * repeats, 0
     else:
         seeds, image_offset = [derive(seed, "score", repeat) for repeat in range(repeats)], batch.start
-    answers = torch.stack([target.answer(case.victim, found.images, s, image_offset).labels for s in seeds]).T.tolist()
+
+    def scored(images: Tensor) -> list[list[int]]:
+        return torch.stack([target.answer(case.victim, images, s, image_offset).labels for s in seeds]).T.tolist()
+
+    answers, parts = scored(found.images), {part: scored(images) for part, images in found.parts.items()}
     by_draws = {}
     if case.by_draws and target.draws:
         for n in sorted({*DRAWS, target.draws}):
@@ -98,6 +102,7 @@ def _batch(target: Target, case: Case, x: Tensor, y: Tensor, batch: range, seed:
             "gradients": queries.gradients,
         }
         | ({"by_draws": {n: labels[i] for n, labels in by_draws.items()}} if by_draws else {})
+        | ({"parts": {part: labels[i] for part, labels in parts.items()}} if parts else {})
         | ({"example": _example(found.images[i])} if index < EXAMPLES else {})
         for i, index in enumerate(batch)
     ]  # fmt: skip

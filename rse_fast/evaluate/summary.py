@@ -11,21 +11,22 @@ TOLD_APART = 0.02  # a plateau that could hide more than this says so
 
 
 def summarise(cases: list[Case], rows: dict[tuple[str, int], dict], images: int) -> dict:
-    """``cases``: name -> figures of those with rows of all ``images``; ``incomplete``: names of those with fewer; ``eot``, ``draws``,
-    ``replication``: see their functions; ``checks``: see `checks`."""
-    table, incomplete = {}, []
+    """``cases``: name -> figures of those with rows of all ``images``; ``incomplete``: the same of those with fewer, of the images that are
+    there; ``eot``, ``steps``: `plateaus` over these; ``draws``, ``replication``, ``checks``: see their functions."""
+    table, incomplete = {}, {}
     for case in cases:
         own = [rows[key] for key in sorted(key for key in rows if key[0] == case.name)]
         if len(own) == images:
             table[case.name] = {**vars(case), **_figures(case, own)}
         elif own:
-            incomplete.append(case.name)
+            incomplete[case.name] = {**vars(case), **_figures(case, own)}
     shares = {name: {row["index"]: _share(row) for row in rows.values() if row["case"] == name} for name in table}
     l2 = {name: {row["index"]: row["l2"] for row in rows.values() if row["case"] == name} for name in table}
     return {
         "cases": table,
         "incomplete": incomplete,
-        "eot": plateaus(table, shares),
+        "eot": plateaus(table, shares, "eot"),
+        "steps": plateaus(table, shares, "steps"),
         "draws": _by_draws(table, rows),
         "replication": replication(table),
         "checks": checks(table, shares, l2),
@@ -57,6 +58,11 @@ def _figures(case, rows):
     gradients = [row["gradients"] for row in rows if row.get("gradients")]
     if gradients:
         figures["gradients"] = {kind: statistics.fmean(g[kind] for g in gradients) for kind in ("nan", "zero")}
+    if parts := rows[0].get("parts"):
+        figures["parts"] = {
+            part: estimate([sum(row["parts"][part][r] == row["target"] for row in rows) / count for r in range(repeats)], count)
+            for part in parts
+        }
     if case.method == "cw":
         # An image whose scorings do not mostly come out wrong was not won at any distance.
         won = [row["l2"] if _share(row) < 0.5 else float("inf") for row in rows]
@@ -65,23 +71,27 @@ def _figures(case, rows):
     return figures
 
 
-def plateaus(table: dict, shares: dict) -> list[dict]:
-    """Robust accuracy against EOT for each PGD of two or more. plateau: the largest EOT takes no more than the one before, within the 95 %
-    margin of the paired difference; then its accuracy is the one to quote."""
+def plateaus(table: dict, shares: dict, along: str) -> list[dict]:
+    """Robust accuracy against EOT, or against steps, for each PGD of two or more that differ in nothing else; against steps at
+    the largest EOT alone. plateau: the last takes no more than the one before, within the 95 % margin of the paired difference; then its
+    accuracy is the one to quote."""
     groups: dict = {}
     for entry in table.values():
         plain_attack = entry["source"] == entry["victim"] == "deployed" and entry["restarts"] == 1
         if entry["method"] == "pgd" and plain_attack and entry["eps"] < LARGE:
-            groups.setdefault((entry["norm"], entry["eps"], entry["steps"]), []).append(entry)
+            key = {name: entry[name] for name in ("norm", "eps", "steps", "eot") if name != along}
+            groups.setdefault(tuple(key.items()), []).append(entry)
     found = []
-    for (norm, eps, steps), entries in groups.items():
-        entries = sorted(entries, key=lambda e: e["eot"])
+    for key, entries in groups.items():
+        entries = sorted(entries, key=lambda e: e[along])
         if len(entries) < 2:
             continue
         gain, margin = _compare(shares, entries[-2]["name"], entries[-1]["name"])
-        points = [{"eot": e["eot"], "accuracy": e["accuracy"]} for e in entries]
-        attack = {"norm": norm, "eps": eps, "steps": steps}
-        found.append({**attack, "points": points, "gain": gain, "margin": margin, "plateau": gain <= margin})
+        points = [{along: e[along], "accuracy": e["accuracy"]} for e in entries]
+        found.append({**dict(key), "points": points, "gain": gain, "margin": margin, "plateau": gain <= margin})
+    if along == "steps":  # steps along a gradient of few draws settle elsewhere
+        best = {(f["norm"], f["eps"]): f for f in sorted(found, key=lambda f: f["eot"])}
+        found = [f for f in found if f in best.values()]
     return found
 
 
@@ -179,7 +189,7 @@ def checks(table: dict, shares: dict, l2: dict) -> list[dict]:
             meaning = "an attack without gradients finds more, so the gradient is masked and the white-box figures flatter the defence"
             at_least_as_strong("white box against black box", best["name"], e["name"], meaning)
         elif e["source"] != "deployed":
-            meaning = "images made for another network find more than the attack on the defence itself, so its figures flatter the defence"
+            meaning = "images made for something else find more than the attack on the defence itself, so its figures flatter the defence"
             at_least_as_strong(f"white box against transfer from {e['source']}", best["name"], e["name"], meaning)
     for e in table.values():
         if e["method"] != "cw":
@@ -190,15 +200,18 @@ def checks(table: dict, shares: dict, l2: dict) -> list[dict]:
                 meaning = "an attack within a given distance finds more than the search for the smallest, whose distances are too large"
                 name = f"smallest distance against {w['method']}, L2 {radius(w['eps'])}"
                 at_least_as_strong(name, e["name"], w["name"], meaning, shares | {e["name"]: within})
-    for plateau in plateaus(table, shares):
-        one, before, last = (plateau["points"][i] for i in (0, -2, -1))
-        text = f"PGD-{plateau['steps']} {plateau['norm']} {radius(plateau['eps'])}: from EOT {before['eot']} to {last['eot']} the accuracy "
-        text += f"changes by {0 - 100 * plateau['gain']:+.1f} ± {100 * plateau['margin']:.1f} points, to "
-        text += f"{100 * last['accuracy']['mean']:.1f} % (EOT {one['eot']}: {100 * one['accuracy']['mean']:.1f} %)"
-        if plateau["plateau"] and plateau["gain"] + plateau["margin"] > TOLD_APART:
-            text += f"; of so few images, a fall of {100 * (plateau['gain'] + plateau['margin']):.1f} points would look the same"
-        text += "" if plateau["plateau"] else ": more draws in the gradient still find more, so no figure of it is final"
-        add("plateau over EOT", plateau["plateau"], text)
+    for along, title in (("eot", "EOT"), ("steps", "steps")):
+        for plateau in plateaus(table, shares, along):
+            one, before, last = (plateau["points"][i] for i in (0, -2, -1))
+            what = f"-{plateau['steps']}" if along == "eot" else f" EOT {plateau['eot']}"
+            text = f"PGD{what} {plateau['norm']} {radius(plateau['eps'])}: from {title} {before[along]} to {last[along]} the accuracy "
+            text += f"changes by {0 - 100 * plateau['gain']:+.1f} ± {100 * plateau['margin']:.1f} points, to "
+            text += f"{100 * last['accuracy']['mean']:.1f} % ({title} {one[along]}: {100 * one['accuracy']['mean']:.1f} %)"
+            if plateau["plateau"] and plateau["gain"] + plateau["margin"] > TOLD_APART:
+                text += f"; of so few images, a fall of {100 * (plateau['gain'] + plateau['margin']):.1f} points would look the same"
+            meaning = {"eot": "draws in the gradient", "steps": "steps"}[along]
+            text += "" if plateau["plateau"] else f": more {meaning} still find more, so no figure of it is final"
+            add(f"plateau over {title}", plateau["plateau"], text)
     for e in table.values():
         if e["victim"] == "fixed-seed":
             fresh = min((w for w in white if (w["norm"], w["eps"], w["steps"]) == (e["norm"], e["eps"], e["steps"])),

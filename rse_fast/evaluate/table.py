@@ -1,12 +1,14 @@
-"""The paper's table of defences on a data set of one's own, from training to Markdown: ``python -m rse_fast.evaluate.table``.
+"""A table of defences on a data set of one's own, from training to Markdown: ``python -m rse_fast.evaluate.table``.
 
 For each defence a network is trained, attacked by protocol ``table`` of `rse-fast evaluate` and, where it has noise, certified by `rse-fast
-certify`, each in a folder below OUT/DEFENCE. After each of these OUT/table.md and OUT/table.json are written anew from what is there, with
-the reason for whatever is not. The same command continues after a kill; what is complete is not done again.
+certify`, each in a folder below OUT/DEFENCE. Cheap attacks come first, on all networks, so a table that is not complete says most. After
+each step OUT/table.md and OUT/table.json are written anew from what is there, with the number of images where not all were attacked and
+the reason for whatever is absent. The same command continues after a kill; what is complete is not done again.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shlex
 import sys
@@ -17,21 +19,48 @@ import torch
 
 from rse_fast import certify_cli, data, run_inputs, train
 from rse_fast.cli import wrapper
-from rse_fast.evaluate import command
+from rse_fast.evaluate import command, rows
+from rse_fast.evaluate.estimate import mcnemar
 from rse_fast.evaluate.protocols import PROTOCOLS
 from rse_fast.render import markdown_table, percent
 from rse_fast.train.log import read
 
-EPS, RADIUS = "8/255", 0.25  # L-infinity of PGD and AutoAttack; L2 that is certified
-# Of a column, what its cases have in common; of several the one with the most draws behind each gradient is shown.
-ATTACKED = {
-    "clean": {"method": "clean"},
-    **{f"c = {c:g}": {"method": "cw-c", "c": c} for c in (0.01, 0.03, 0.06, 0.1, 0.2)},
-    f"PGD {EPS}": {"method": "pgd", "eps": 8 / 255},
-    f"AutoAttack {EPS}": {"method": "autoattack"},
-}
+EPS, L2 = ("2/255", "4/255", "8/255"), 0.5  # L-infinity radii, the last is the main one; L2 radius
+RADIUS = 0.25  # L2 that is certified
+
+
+def _pgd(steps, eps, norm="Linf"):
+    return {"method": "pgd", "steps": steps, "norm": norm, "eps": eps, "source": "deployed"}
+
+
+# The columns, by section and in the order of what they cost. Of a column, what its cases have in common; of several the one with the most
+# draws behind each gradient is shown.
+_MAIN = 8 / 255
+SECTIONS = {
+    "Accuracy under the paper's attack": {
+        "clean": {"method": "clean"}, **{f"c = {c:g}": {"method": "cw-c", "c": c} for c in (0.01, 0.03, 0.06, 0.1, 0.2)},
+    },
+    "Accuracy under attack: L-infinity": {
+        **{f"PGD-20 {text}": _pgd(20, number / 255) for text, number in zip(EPS, (2, 4, 8), strict=True)},
+        "PGD-40 8/255": _pgd(40, _MAIN), "AutoAttack 8/255": {"method": "autoattack", "eps": _MAIN}, "Square 8/255": {"method": "square"},
+        "transfer": {"source": "plain"}, "noise off": {"source": "noise-off"}, "fixed draw": {"source": "fixed-draw"},
+    },
+    "L2": {
+        "PGD-40 L2 0.5": _pgd(40, L2, "L2"), "AutoAttack L2 0.5": {"method": "autoattack", "eps": L2}, "C&W median L2": {"method": "cw"},
+    },
+}  # fmt: skip
+ATTACKED = dict(itertools.chain.from_iterable(columns.items() for columns in SECTIONS.values()))
+PARTS = {"APGD-CE 8/255": "apgd-ce", "APGD-DLR 8/255": "apgd-dlr"}  # what AutoAttack's version rand is made of
+SECTIONS["Accuracy under attack: L-infinity"] |= dict.fromkeys(PARTS)
 CERTIFIED = f"certified L2 {RADIUS:g}"
-COLUMNS = (*ATTACKED, CERTIFIED)
+SECTIONS["L2"][CERTIFIED] = None
+COLUMNS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
+CHECKS = ({"method": "noise"}, {"method": "fgsm"}, {"method": "pgd", "eps": 1.0})  # cases that no column shows
+STAGES = (
+    ("clean", "PGD-20 8/255"), ("PGD-20 2/255", "PGD-20 4/255", "transfer", "noise off", "fixed draw", "PGD-40 L2 0.5"),
+    ("c = 0.03", "c = 0.1"), ("PGD-40 8/255",), ("AutoAttack 8/255",), ("c = 0.01", "c = 0.06", "c = 0.2"), ("AutoAttack L2 0.5",),
+    ("Square 8/255",), ("C&W median L2",),
+)  # fmt: skip
 PAPER = {  # Liu et al. 2018: CIFAR-10, VGG16, accuracy in % of the columns clean and c
     "plain": (92.0, 30.4, 8.9, 5.1, 3.6, 2.2), "adversarial": (91.6, 27.0, 9.8, 4.1, 3.7, 1.4),
     "distillation": (84.1, 49.9, 17.7, 4.6, 3.1, 1.4), "brelu": (90.3, 75.1, 47.9, 30.9, 20.7, 13.5),
@@ -49,87 +78,105 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _make(args, argv) -> int:
+    if unknown := set(args.columns) - {*COLUMNS}:
+        raise ValueError(f"--columns: expected some of {', '.join(COLUMNS)}, got {', '.join(sorted(unknown))}")
     runs = _runs(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    found = [_Row(name, run, config) for name, (run, config) in runs.items()]
     table = {
-        "command": shlex.join(["python", "-m", "rse_fast.evaluate.table", *argv]), "columns": list(COLUMNS),
-        "rows": {defence: _Row(defence, run, config).facts for defence, (run, config) in runs.items()},
+        "command": shlex.join(["python", "-m", "rse_fast.evaluate.table", *argv]), "images": args.images,
+        "sections": {title: list(columns) for title, columns in SECTIONS.items()}, "rows": {row.name: row.facts for row in found},
     }  # fmt: skip
-    _write(args.out, table)
-    for defence, (run, config) in runs.items():
-        row = _Row(defence, run, config)
-        table["rows"][defence] = row.facts
-        for stage in (row.train, row.attack, row.certify):
-            print(f"{defence}: {stage.__name__}", flush=True)
-            go_on = row.attempt(stage, args)
-            _write(args.out, table)  # after each stage: whatever ends the process, the table is that of now
-            if not go_on:
-                break
+    _write(args.out, table, found)
+
+    def do(stage: str, action: Callable) -> None:
+        for row in [row for row in found if not row.failed]:
+            print(f"{row.name}: {stage}", flush=True)
+            row.attempt(stage.partition(":")[0], action)
+            _write(args.out, table, found)  # after each step: whatever ends the process, the table is that of now
+
+    do("train", lambda row: row.train(args))
+    plain = next((str(row.run) for row in found if row.name == "plain" and not row.failed), None)
+    if args.report:
+        do("attack", lambda row: row.attack(args, plain, ()))
+    for stage in STAGES if not args.report else ():
+        if columns := [column for column in stage if column in args.columns]:
+            do(f"attack: {', '.join(columns)}", lambda row, columns=columns: row.attack(args, plain, columns))
+    if CERTIFIED in args.columns:
+        do("certify", lambda row: row.certify(args))
     print(f"table: {args.out / 'table.md'}")
-    return 1 if any(row["absent"] for row in table["rows"].values()) else 0
+    return 1 if any(row.facts["absent"] for row in found) else 0
 
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m rse_fast.evaluate.table", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--data", metavar="DATA", help="data set to train on, as in rse-fast train (default: the configuration's)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, or to continue")
-    parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=DEFENCES, help="default: all")
+    parser.add_argument("--defences", nargs="*", choices=DEFENCES, default=DEFENCES, help="to train, or to reuse (default: all)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of rse-fast train for all networks, their defence apart")
-    parser.add_argument("--reuse", type=Path, nargs="+", default=[], metavar="RUN", help="run folders that are trained; only read")
+    text = "run folders that are trained; only read. NAME is that of the row (default: the run's defence)"
+    parser.add_argument("--reuse", nargs="+", default=[], metavar="[NAME=]RUN", help=text)
+    parser.add_argument(
+        "--columns", nargs="+", default=COLUMNS, metavar="COLUMN", help=f"what to measure (default: all): {', '.join(COLUMNS)}"
+    )
+    parser.add_argument("--report", action="store_true", help="train, attack and certify nothing: the table of what is there")
     images = PROTOCOLS["table"].images
     parser.add_argument("--images", type=int, default=images, metavar="N", help="test images of attacks and certificates (%(default)s)")
     parser.add_argument("--draws", type=int, default=10, metavar="N", help="of the deployed ensembles (default: %(default)s)")
     parser.add_argument("--n", type=int, default=10_000, help="draws of a certificate, fewer where that decides it (default: %(default)s)")
+    parser.add_argument("--seed", type=int, metavar="SEED", help="of attacks and scoring (default: fresh, kept in the folders)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     return parser
 
 
 def _runs(args) -> dict[str, tuple[Path, train.Config | None]]:
-    """The run folder of each defence, and the configuration to train it with; None: it is another's, and only read."""
+    """The run folder of each row, and the configuration to train it with; None: it is another's, and only read."""
     reused = {}
-    for run in args.reuse:
+    for text in args.reuse:
+        name, equals, path = text.partition("=")
+        run = Path(path if equals else text)
         run_inputs.check_run(run, "--reuse")
-        if (defence := train.Config.load(run / "config.json").defence) in reused:
-            raise ValueError(f"--reuse: {str(reused[defence])!r} and {str(run)!r} are both of the defence {defence}")
-        reused[defence] = run
-    if unwanted := reused.keys() - set(args.defences):
-        raise ValueError(f"--reuse: {', '.join(sorted(unwanted))} is not among --defences")
+        name = name if equals else train.Config.load(run / "config.json").defence
+        if name in reused:
+            raise ValueError(f"--reuse: {str(reused[name])!r} and {str(run)!r} are both called {name}; name them by NAME=RUN")
+        reused[name] = run
     base = train.Config.load(args.config) if args.config else train.Config()
     base = dataclasses.replace(base, data=args.data or base.data, device=args.device)
     found = {}
-    for defence in args.defences:
-        config = dataclasses.replace(base, defence=defence, temperature=None)  # a defence brings its own temperature
-        found[defence] = (reused[defence], None) if defence in reused else (args.out / defence / "run", config)
+    for name in dict.fromkeys([*args.defences, *reused]):
+        if name in reused:
+            found[name] = reused[name], None
+        else:  # a defence brings its own temperature
+            found[name] = args.out / name / "run", dataclasses.replace(base, defence=name, temperature=None)
     return found
 
 
 class _Row:
-    """A defence on its way through the stages, and what the table knows of it: ``facts``, JSON-serialisable.
+    """A network on its way through the stages, and what the table knows of it: ``facts``, JSON-serialisable.
 
     facts: run (folder), config (fields), trained (last row of the log), cells (column -> accuracy with its interval, and the command that
-    made it), absent (column -> why), notes (failed checks).
+    made it), absent (column -> why), notes (failed checks). right: column -> image -> whether its first scoring was right.
     """
 
-    def __init__(self, defence: str, run: Path, config: train.Config | None):
-        self.defence, self.run, self.config = defence, run, config
+    def __init__(self, name: str, run: Path, config: train.Config | None):
+        self.name, self.run, self.config, self.failed, self.right = name, run, config, False, {}
         self.facts = {"run": str(run), "config": None, "trained": None, "cells": {}, "absent": dict.fromkeys(COLUMNS, "not done yet")}
         self.facts["notes"] = []
 
-    def attempt(self, stage: Callable, args) -> bool:
-        """Whether the stage succeeded. A defence that fails is a row with a reason; the others are not held up."""
+    def attempt(self, stage: str, action: Callable) -> None:
+        """A defence that fails is a row with a reason; the others are not held up."""
         try:
-            stage(args)
+            action(self)
         except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
-            self.facts["absent"] = {column: f"{stage.__name__}: {error}" for column in COLUMNS if column not in self.facts["cells"]}
-            print(f"{self.defence}: {stage.__name__}: {error}", file=sys.stderr)
-            return False
-        return True
+            self.failed = True
+            self.facts["absent"] = {column: f"{stage}: {error}" for column in COLUMNS if column not in self.facts["cells"]}
+            print(f"{self.name}: {stage}: {error}", file=sys.stderr)
 
     def train(self, args) -> None:
         path = self.run / "config.json"
         found = train.Config.load(path) if path.exists() else None
-        if self.config is None:
-            last = (read(self.run / "log.jsonl") or [{"event": "no row"}])[-1]
+        if self.config is None or args.report:
+            last = (read(self.run / "log.jsonl") or [{"event": "no row"}])[-1] if found else {"event": "no row"}
             if last["event"] != "end":
                 raise ValueError(f"the run {str(self.run)!r} is not complete (its log ends with {last['event']!r})")
         else:
@@ -140,42 +187,117 @@ class _Row:
                 raise KeyboardInterrupt
         self.facts |= {"config": dataclasses.asdict(train.Config.load(path)), "trained": last}
 
-    def attack(self, args) -> None:
+    def attack(self, args, plain: str | None, columns) -> None:
+        """Attacks for some columns, or for none, and takes over all that is there."""
+        out = args.out / self.name / "evaluation"
+        cases = PROTOCOLS["table"].cases(
+            [_eps(text) for text in EPS], L2, args.draws if self._noisy() else 0, plain not in (None, str(self.run))
+        )
+        wanted = [ATTACKED[column] for column in columns] + [what for what in CHECKS if "clean" in columns]
+        if args.report and not (out / "evaluation.json").exists():
+            return
+        only = [case.name for case in cases if any(what.items() <= vars(case).items() for what in wanted)]
+        if columns and not only:
+            for column in columns:
+                self.facts["absent"][column] = "not for this network"
+            return
         results = command.run([
-            str(self.run), "--protocol", "table", "--eps", EPS, "--draws", str(args.draws), "--images", str(args.images),
-            "--device", args.device, "--out", str(args.out / self.defence / "evaluation"), "--trust",
+            str(self.run), "--protocol", "table", "--eps", *EPS, "--l2", str(L2), "--draws", str(args.draws), "--images", str(args.images),
+            "--device", args.device, "--out", str(out), "--trust", "--calibration", "0",
+            *(["--plain", plain] if plain not in (None, str(self.run)) else []),
+            *(["--seed", str(args.seed)] if args.seed is not None else []), *(["--only", *only] if only else ["--report"]),
         ])  # fmt: skip
         self.facts["settings"], self.facts["versions"] = results["settings"], results["versions"]
-        for column, what in ATTACKED.items():
-            e = max((e for e in results["cases"].values() if what.items() <= e.items()), key=lambda e: e["eot"])
-            cell = {name: e[name] for name in ("accuracy", "name", "command", "mean_l2", "eot", "seconds_per_image")}
-            self._add(column, cell | {"paper": dict(zip(COLUMNS, PAPER.get(self.defence, ()), strict=False)).get(column)})
+        self._take(results, rows.read(out), args.images, cases)
         self.facts["notes"] = [f"{c['name']}: {c['text']}" for c in results["checks"] if not c["passed"]]
 
+    def _noisy(self) -> bool:
+        return train.Config.load(self.run / "config.json").noisy
+
+    def _take(self, results, scored, images, cases) -> None:
+        for column, what in ATTACKED.items():
+            found = [
+                max((e for e in results[kind].values() if what.items() <= e.items()), key=lambda e: (e["images"], e["eot"]), default=None)
+                for kind in ("cases", "incomplete")
+            ]
+            if (e := found[0] or found[1]) is None:
+                continue
+            kept = ("accuracy", "name", "mean_l2", "eot", "seconds_per_image", "images", "median_l2", "won")
+            cell = {name: e[name] for name in kept if name in e} | {"command": e.get("command")}
+            cell["most_draws"] = max(case.eot for case in cases if what.items() <= vars(case).items())
+            if self.facts["config"]["defence"] == self.name:
+                cell["paper"] = dict(zip(COLUMNS, PAPER.get(self.name, ()), strict=False)).get(column)
+            self._add(column, cell)
+            own = {index: row for (name, index), row in scored.items() if name == e["name"] and index < images}
+            self.right[column] = {index: row["answers"][0] == row["target"] for index, row in own.items()}
+            for part in e.get("parts", {}) if column == "AutoAttack 8/255" else ():
+                (title,) = [title for title, name in PARTS.items() if name == part]
+                self._add(title, cell | {"accuracy": e["parts"][part]})
+                self.right[title] = {index: row["parts"][part][0] == row["target"] for index, row in own.items()}
+        for column, what in ATTACKED.items():
+            noise_alone = what.get("source") in ("noise-off", "fixed-draw") and not results["settings"]["draws"]
+            if noise_alone or (what.get("source") == "plain" and not results["settings"]["plain"]):
+                self.facts["absent"][column] = "not for this network"
+        if "AutoAttack 8/255" in self.facts["cells"] and not results["settings"]["draws"]:
+            self.facts["absent"] |= dict.fromkeys(PARTS, "AutoAttack's version standard scores no part alone")
+
     def certify(self, args) -> None:
-        if not self.facts["settings"]["draws"]:
+        if not self._noisy():
             self.facts["absent"][CERTIFIED] = "a deterministic network has no certificate of this kind"
             return
-        splits = train.load_data(train.Config.load(self.run / "config.json"))
-        # Where the part is sorted by class the attacks take a shuffle of it, and certificates every so many-th.
-        every = 1 if self.facts["settings"]["order"] == "first" else max(1, len(splits.test) // args.images)
-        summary = certify_cli.run([
-            str(self.run), "--images", str(args.images), "--every", str(every), "--n", str(args.n), "--radius", str(RADIUS),
-            "--device", args.device, "--out", str(args.out / self.defence / "certified"), "--trust",
-        ])  # fmt: skip
-        (found,) = summary["certified"]
+        out = args.out / self.name / "certified"
+        if args.report:
+            if not (out / "summary.json").exists():
+                return
+            summary = data.read_json(out / "summary.json")
+        else:
+            splits = train.load_data(train.Config.load(self.run / "config.json"))
+            # Where the part is sorted by class the attacks take a shuffle of it, and certificates every so many-th.
+            every = 1 if command.image_order(splits.test)[1] == "first" else max(1, len(splits.test) // args.images)
+            summary = certify_cli.run([
+                str(self.run), "--images", str(args.images), "--every", str(every), "--n", str(args.n), "--radius", str(RADIUS),
+                "--device", args.device, "--out", str(out), "--trust",
+            ])  # fmt: skip
+        (found,) = [c for c in summary["certified"] if c["radius"] == RADIUS]
         accuracy = {"mean": found["accuracy"], "sd": None, "low": found["low"], "high": found["high"], "images": summary["images"]}
-        self._add(CERTIFIED, {"accuracy": accuracy, "command": summary["command"], "seconds_per_image": summary["seconds_per_image"]})
+        cell = {"accuracy": accuracy, "command": summary["command"], "seconds_per_image": summary["seconds_per_image"]}
+        self._add(CERTIFIED, cell | {"images": summary["images"]})
 
     def _add(self, column, cell):
         self.facts["cells"][column] = cell
-        self.facts["absent"].pop(column)
+        self.facts["absent"].pop(column, None)
+
+
+def _eps(text: str) -> float:
+    numerator, _, denominator = text.partition("/")
+    return float(numerator) / float(denominator)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the files
-def _write(out, table):
+def _write(out, table, found):
+    table["compared"] = compare({row.name: row.right for row in found})
     data.write_atomically(out / "table.json", lambda file: file.write(json.dumps(table, indent=1).encode()))
     data.write_atomically(out / "table.md", lambda file: file.write(markdown(table).encode()))
+
+
+def compare(right: dict[str, dict[str, dict[int, bool]]]) -> list[dict]:
+    """McNemar's test of each network against the one called rse (the first, if there is none) in each column, on the images that both have:
+    {column, first, second, images, only_first, only_second, p, holm}. right: network -> column -> image -> whether it was right. holm: p,
+    corrected for the number of tests (Holm 1979)."""
+    reference = "rse" if "rse" in right else next(iter(right), None)
+    made = []
+    for column in [*ATTACKED, *PARTS]:
+        for name in right:
+            mine, other = right[name].get(column, {}), right[reference].get(column, {})
+            common = sorted(mine.keys() & other.keys())
+            if name != reference and common and column != "C&W median L2":
+                split = mcnemar([mine[i] for i in common], [other[i] for i in common])
+                made.append({"column": column, "first": name, "second": reference, "images": len(common), "only_first": split["first"],
+                             "only_second": split["second"], "p": split["p"]})  # fmt: skip
+    largest = 0.0
+    for rank, test in enumerate(sorted(made, key=lambda test: test["p"])):
+        largest = test["holm"] = min(1.0, max(largest, test["p"] * (len(made) - rank)))
+    return made
 
 
 def markdown(table: dict) -> str:
@@ -183,23 +305,35 @@ def markdown(table: dict) -> str:
     rows, notes = table["rows"], []
     if len({tuple(row["settings"][key] for key in ("labels", "order", "images")) for row in rows.values() if "settings" in row}) > 1:
         notes = ["- The rows are of different images: compare none of them."]
-    notes += [f"- {defence}: {note}." for defence, row in rows.items() for note in row["notes"]]
-    absent = [f"- {defence}{columns}: {reason}." for defence, row in rows.items() for reason, columns in _by_reason(row)]
+    notes += [f"- {name}: {note}." for name, row in rows.items() for note in row["notes"]]
+    absent = [f"- {name}{columns}: {reason}." for name, row in rows.items() for reason, columns in _by_reason(row)]
     parts = ["# Defences under attack"]
     if notes:
         parts += ["**Checks that failed. Until they are explained, read these rows as too favourable.**", "\n".join(notes)]
-    parts.append(markdown_table([("accuracy %", *COLUMNS)] + [line for defence, row in rows.items() for line in _lines(defence, row)]))
+    partial = [c for row in rows.values() for c in row["cells"].values() if c["images"] < table["images"]]
+    todo = sum(reason == "not done yet" for row in rows.values() for reason in row["absent"].values())
+    if partial or todo:
+        text = f"**This table is not complete.** {todo} cells are not yet measured"
+        parts.append(text + f", and {len(partial)} are of fewer than {table['images']} images, with their number in the cell.")
+    for title, columns in table["sections"].items():
+        parts.append(f"## {title}")
+        lines = [line for name, row in rows.items() for line in _lines(name, row, columns, table["images"])]
+        parts.append(markdown_table([("accuracy %", *columns), *lines]))
     parts.append(
-        "Mean ± sd over scorings with fresh noise (95 % interval for the choice of images). c: the paper's C&W L2 with fixed c. PGD: 40 "
-        "steps, the most draws behind each gradient of those tried; a check fails where the accuracy still falls between the last two. "
-        "AutoAttack: version rand for networks with noise, standard for others. Certified: share of images whose label, by votes, is right "
-        f"and holds within {RADIUS:g}. In italics the paper's figures (CIFAR-10, VGG16)."
+        "Mean ± sd over scorings with fresh noise (95 % interval for the choice of images). c: the paper's C&W L2 with fixed c. PGD-40: "
+        "50 draws behind each gradient, or as many as the cell says; a check fails where the accuracy still falls between the last two. "
+        "PGD-20: 20 draws. AutoAttack: version rand for networks with noise, standard for others; APGD: what the two of rand find alone. "
+        "Square: 5000 queries. Transfer: PGD-20 on the plain network; noise off, fixed draw: on the network without noise, and with the "
+        "same noise at each step. C&W median L2: the distance within which half of the images are wrong in most scorings. Certified: share "
+        f"of images whose label, by votes, is right and holds within {RADIUS:g}. In italics the paper's figures (CIFAR-10, VGG16)."
     )
+    parts += _comparisons(table["compared"])
     if absent:
         parts += ["## What is absent", "\n".join(absent)]
-    if trained := [f"- {defence}: {_facts(row)}" for defence, row in rows.items() if row["trained"]]:
-        parts += ["## What was measured", "\n".join(trained)]
-    if measured := {defence: row for defence, row in rows.items() if row["cells"]}:
+    if trained := {name: row for name, row in rows.items() if row["trained"]}:
+        parts += ["## What training cost", *_cost(trained)]
+        parts += ["## What was measured", "\n".join(f"- {name}: {_facts(row)}" for name, row in trained.items())]
+    if measured := {name: row for name, row in rows.items() if "settings" in row}:
         parts += ["## Beside the paper's figures", _differences(measured)]
     parts += ["## How to repeat it", f"`{table['command']}`. The command behind each figure, every configuration and seed: table.json."]
     return "\n\n".join(parts) + "\n"
@@ -212,11 +346,64 @@ def _by_reason(row):
         yield reason, f" ({', '.join(columns)})" * (len(columns) < len(COLUMNS))
 
 
-def _lines(defence, row):
-    yield defence, *(percent(row["cells"][column]["accuracy"]) if column in row["cells"] else "–" for column in COLUMNS)
-    if defence in PAPER:
-        figures = [f"*{figure:.1f}*" for figure in PAPER[defence]]
-        yield f"*{defence}, paper*", *figures, *["–"] * (len(COLUMNS) - len(figures))
+def _lines(name, row, columns, images):
+    yield name, *(_cell(row["cells"].get(column), row["absent"].get(column), images) for column in columns)
+    published = dict(zip(COLUMNS, PAPER.get(name, ()), strict=False))
+    if published.keys() & columns:
+        yield f"*{name}, paper*", *(f"*{published[column]:.1f}*" if column in published else "–" for column in columns)
+
+
+def _cell(cell, reason, images):
+    if cell is None:
+        return "not yet" if reason == "not done yet" else "–"
+    text = percent(cell["accuracy"])
+    if "won" in cell:
+        text = f"{cell['median_l2']:.3f}" if cell["median_l2"] is not None else f"more: {100 * cell['won']:.0f} % won"
+    if cell.get("eot", 0) < cell.get("most_draws", 0):  # the case with more is not complete
+        text += f", EOT {cell['eot']}"
+    return text + (f", {cell['images']} of {images} images" if cell["images"] < images else "")
+
+
+def _comparisons(compared):
+    if not compared:
+        return
+    reference, columns = compared[0]["second"], list(dict.fromkeys(test["column"] for test in compared))
+    yield f"## Which differences from {reference} are more than chance"
+    lines = []
+    for name in dict.fromkeys(test["first"] for test in compared):
+        own = {test["column"]: test for test in compared if test["first"] == name}
+        lines.append((name, *(_verdict(own.get(column)) for column in columns)))
+    yield markdown_table([(f"against {reference}", *columns), *lines])
+    yield (
+        f"+a −b: images that only this network had right, and only {reference}, in the first scoring of each. McNemar's exact test, "
+        f"corrected for {len(compared)} tests (Holm): **bold** where p < 0.05; otherwise the two are not told apart."
+    )
+
+
+def _verdict(test):
+    if test is None:
+        return "–"
+    text = f"+{test['only_first']} −{test['only_second']}"
+    if test["holm"] >= 0.05:
+        return text
+    return f"**{'better' if test['only_first'] > test['only_second'] else 'worse'}** {text}"
+
+
+def _cost(trained):
+    header = ("network", "epochs", "CPU minutes", "clean %", "per CPU minute", "PGD-40 8/255 %", "per CPU minute")
+    lines = []
+    for name, row in trained.items():
+        minutes = row["trained"]["cpu_seconds"] / 60 if "cpu_seconds" in row["trained"] else None
+        line = [name, str(row["config"]["epochs"]), f"{minutes:.1f}" if minutes else "–"]
+        for column in ("clean", "PGD-40 8/255"):
+            accuracy = 100 * row["cells"][column]["accuracy"]["mean"] if column in row["cells"] else None
+            line += [
+                f"{accuracy:.1f}" if accuracy is not None else "–",
+                f"{accuracy / minutes:.2f}" if accuracy is not None and minutes else "–",
+            ]
+        lines.append(tuple(line))
+    yield markdown_table([header, *lines])
+    yield "CPU minutes: processor time of the training process, all its threads. Per CPU minute: points of accuracy."
 
 
 def _facts(row):

@@ -36,6 +36,18 @@ class Plain(nn.Module):
         return take(self.model(x), self.logits).float().log_softmax(-1)
 
 
+class MeanLogits(nn.Module):
+    """The log of the softmax of the mean logits of ``draws`` passes, where an ensemble takes the mean softmax. For an attack's gradient."""
+
+    def __init__(self, ensemble: Ensemble, draws: int):
+        super().__init__()
+        self.ensemble, self.draws = ensemble, draws
+
+    def forward(self, x: Tensor) -> Tensor:
+        passes = self.ensemble(x.repeat(self.draws, *[1] * (x.dim() - 1)))  # one draw of each row: its logits, but for a constant
+        return passes.unflatten(0, (self.draws, len(x))).mean(0).log_softmax(-1)
+
+
 class Target:
     """A network and the classifier that is made of it.
 
@@ -55,8 +67,8 @@ class Target:
         return next(self.model.parameters()).device
 
     def classifier(self, kind: str, draws: int = 1) -> nn.Module:
-        """ "deployed" in ``draws`` draws; "noise-off"; "plain"; one module for each."""
-        key = kind, draws if kind == "deployed" and self.draws else 1
+        """ "deployed" in ``draws`` draws; "mean-logits" of as many; "noise-off"; "plain"; one module for each."""
+        key = kind, draws if kind in ("deployed", "mean-logits") and self.draws else 1
         if key not in self._made:
             self._made[key] = self._make(*key)
         return self._made[key]
@@ -68,6 +80,8 @@ class Target:
             return Plain(self.plain.requires_grad_(False))
         if not self.draws:
             return Plain(self.model, self.logits)
+        if kind == "mean-logits":
+            return MeanLogits(self._make("deployed", 1), draws)
         model = self.model
         if kind == "noise-off":
             model = copy.deepcopy(model)
@@ -120,11 +134,17 @@ class Queries(nn.Module):
 
     @property
     def random(self) -> bool:
-        return isinstance(self.classifier, Ensemble) and not self.fixed
+        return self._ensemble is not None and not self.fixed
+
+    @property
+    def _ensemble(self) -> Ensemble | None:
+        """Which draws the noise."""
+        found = self.classifier.ensemble if isinstance(self.classifier, MeanLogits) else self.classifier
+        return found if isinstance(found, Ensemble) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.classifier, Ensemble):
-            self.classifier.seed = self.seed if self.fixed else derive(self.seed, self.calls)
+        if self._ensemble is not None:
+            self._ensemble.seed = self.seed if self.fixed else derive(self.seed, self.calls)
         self.calls += 1
         self.images += len(x)
         self.last = x.detach()

@@ -164,10 +164,12 @@ def _train(config, out, resume, from_step, ranks: Ranks, teacher=None, student=N
                 log.write(_start_row(trainer, begun))
                 if student is None and (line := advice(config, ranks.device, ranks.size)) is not None:
                     print(line)
+            before = next((row["cpu_seconds"] for row in reversed(read(out / "log.jsonl")) if "cpu_seconds" in row), 0.0)
+            spent = _ProcessorTime(before)
             with _stop_signals() as stopped:
-                row = _loop(trainer, saved, log, stopped)
+                row = _loop(trainer, saved, log, stopped, spent)
             if row["event"] != "stop":
-                row = _end(trainer, saved, out) if ranks.main else row
+                row = _end(trainer, saved, out) | {"cpu_seconds": spent()} if ranks.main else row
             if log is not None and row["event"] in ("stop", "end"):
                 log.write(row)
             return row
@@ -194,7 +196,17 @@ def _digest(part):
     return digest.hexdigest()
 
 
-def _loop(trainer, saved, log, stopped):
+class _ProcessorTime:
+    """Seconds of processor time, all threads of this process, since it was made; before: of the calls that this one continues."""
+
+    def __init__(self, before: float):
+        self._began = time.process_time() - before
+
+    def __call__(self) -> float:
+        return round(time.process_time() - self._began, 3)
+
+
+def _loop(trainer, saved, log, stopped, spent):
     """Trains to the end, or until a signal: then the state is saved and a row says so."""
     row = {"event": "epoch"}
     began, config = time.perf_counter(), trainer.config
@@ -207,7 +219,7 @@ def _loop(trainer, saved, log, stopped):
             found = trainer.advance()
             progress.update(trainer.step - before, "" if found is None else _figures(found, config))
             if found is not None:
-                row = found | {"seconds": round(time.perf_counter() - began, 1)}
+                row = found | {"seconds": round(time.perf_counter() - began, 1), "cpu_seconds": spent()}
                 if log is not None:
                     log.write(row)
             if found is not None and found["event"] == "epoch":

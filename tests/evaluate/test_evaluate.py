@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,11 +151,12 @@ def test_fixed_seed_and_noise_off_are_what_their_attack_saw(noisy, digits):
 # ------------------------------------------------------------------------------------------------------------------------ attacks
 SHORT = [
     Case("clean", "clean"), Case("noise", "noise", eps=0.2), Case("noise-l2", "noise", "L2", eps=1.0), Case("fgsm", "fgsm", eps=0.2, eot=2),
-    Case("pgd", "pgd", eps=0.2, steps=5, eot=2), Case("pgd-l2", "pgd", "L2", eps=1.0, steps=5, eot=2, restarts=2),
+    Case("pgd", "pgd", eps=0.2, steps=5, eot=2), Case("momentum", "momentum", eps=0.2, steps=5, eot=2),
+    Case("pgd-l2", "pgd", "L2", eps=1.0, steps=5, eot=2, restarts=2),
     Case("apgd-ce", "apgd-ce", eps=0.2, steps=6, eot=2), Case("apgd-dlr", "apgd-dlr", "L2", eps=1.0, steps=6, eot=2),
     Case("autoattack", "autoattack", eps=0.2, steps=6, eot=2), Case("square", "square", eps=0.2, steps=20, eot=2),
     Case("cw", "cw", "L2", steps=10, eot=2), Case("cw-c", "cw-c", "L2", steps=10, eot=2, c=0.1),
-    Case("transfer", "pgd", eps=0.2, steps=5, source="plain"),
+    Case("transfer", "pgd", eps=0.2, steps=5, source="plain"), Case("logits", "pgd", eps=0.2, steps=5, eot=2, source="mean-logits"),
 ]  # fmt: skip
 
 
@@ -175,7 +177,7 @@ def test_every_method_stays_in_its_ball_and_uses_it(short):
             assert max(norms) <= case.eps * (1 + 1e-5) + 1e-6, case.name
         if case.method != "clean":
             assert min(norms) > 0, case.name
-        if case.method in ("fgsm", "pgd"):
+        if case.method in ("fgsm", "pgd", "momentum"):
             assert min(norms) > (0.95 if case.norm == "Linf" else 0.8) * case.eps, case.name
 
 
@@ -183,7 +185,7 @@ def test_attacks_attack(short):
     def right(name):
         return sum(answer == short[name, i]["target"] for i in range(6) for answer in short[name, i]["answers"])
 
-    assert right("pgd") < right("noise") and right("apgd-ce") < right("noise")
+    assert all(right(name) < right("noise") for name in ("pgd", "momentum", "logits", "apgd-ce"))
     assert [short["pgd", i]["queries"] for i in range(6)] == [6.0] * 6
     assert [short["square", i]["queries"] for i in range(6)] == [20 + 3.0] * 6  # a lucky query ends nothing; start, classes, verdict
 
@@ -225,6 +227,50 @@ def test_autoattack_with_few_classes(classes, convert, digits, rng):
     changed = (found.images != x).flatten(1).any(1)
     assert changed.all() if convert else not changed[0]  # a random answer that was wrong once is not taken for good
     assert convert or (found.verdict == (target.answer("deployed", found.images, 5, 0).labels != y)).all()
+
+
+def test_the_attacks_of_autoattack_are_scored_alone_too(short, noisy, digits):
+    """Each with the best of its own candidates; of all candidates the best is that of one of them."""
+    for i in range(6):
+        assert short["autoattack", i]["parts"].keys() == {"apgd-ce", "apgd-dlr"}
+        assert all(len(answers) == 5 for answers in short["autoattack", i]["parts"].values())
+    assert not any("parts" in row for (name, _), row in short.items() if name != "autoattack")
+    x, y = digits.images[:5].float() / 255, digits.labels[:5]
+    target, given = Target(noisy, 3), {"a": [x, 1 - x], "b": [x.flip(-1), x.flip(-2)]}
+    select = lambda images: target.answer("deployed", images, 3, 0)  # noqa: E731
+    probs = {part: torch.stack([select(c).probs.gather(-1, y[:, None])[:, 0] for c in images]) for part, images in given.items()}
+    case = Case("a", "autoattack", eps=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attacks.METHODS, "autoattack", lambda *args: (given, torch.zeros(5, dtype=torch.bool)))
+        found = attacks.run(case, target.queries(case, 1), select, x, y, 2)
+    for i in range(5):
+        for part in given:
+            assert torch.equal(found.parts[part][i], given[part][probs[part][:, i].argmin()][i])
+        strongest = min(given, key=lambda part: probs[part][:, i].min())
+        assert torch.equal(found.images[i], found.parts[strongest][i])
+
+
+def test_mean_logits_are_those_of_the_draws(digits, rng):
+    """Of a linear network with noise at its input they are the logits without noise, which the mean softmax is not."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 8), torch.nn.Flatten())
+    with torch.no_grad():
+        net[0].weight.copy_(torch.from_numpy(rng.normal(size=(4, 1, 8, 8))))
+    x = digits.images[:3].float() / 255
+    with torch.no_grad():
+        clean = net(x).double()
+    target, draws = Target(rse_fast.convert(net, 0.5, 0.5), 3, dtype="float32"), 4000
+    queries = target.queries(Case("a", "pgd", eot=draws, source="mean-logits"), 1)
+    assert queries.random
+    mean, again = queries(x).double(), queries(x).double()
+    centred = lambda logits: logits - logits.mean(-1, keepdim=True)  # noqa: E731
+    spread = (
+        0.5 * net[0].weight.flatten(1).norm(dim=-1).max().item() / draws**0.5
+    )  # sd of a mean logit; a difference from the mean less than 2
+    assert (centred(mean) - centred(clean)).abs().max() < 6 * 2 * spread and not torch.equal(mean, again)
+    assert (mean.exp().sum(-1) - 1).abs().max() < 1e-5
+    softmax = target.classifier("deployed", draws)
+    softmax.seed = 1
+    assert (centred(softmax(x).double()) - centred(clean)).abs().max() > 6 * 2 * spread
 
 
 def test_restarts_keep_the_image_with_the_lowest_probability_of_the_truth(noisy, digits):
@@ -391,9 +437,31 @@ def test_a_folder_goes_on_to_more_images(whole, tmp_path):
     assert evaluated(24)[0] == few != all_figures and rows.read(tmp_path) == every_row
 
 
+def test_a_folder_serves_several_protocols_and_reports_without_attacking(whole, tmp_path, monkeypatch):
+    """What two protocols have in common is attacked once."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = rows.read(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks, "run", lambda *args: pytest.fail("attacked again"))
+        other = ["--protocol", "plateau", "--only", "pgd20-Linf-0.2-eot20", "--out", str(out)]
+        assert main(*ARGS, *other) == 0
+        writer = rows.Writer(out, 0)  # another process attacks
+        assert main(*ARGS, "--protocol", "plateau", "--report", "--out", str(out)) == 0
+        writer.close()
+    results = json.loads((out / "results.json").read_text())
+    assert results["cases"].keys() == {"clean", "pgd20-Linf-0.2-eot20"} and results["settings"]["protocol"] == "plateau"
+    assert rows.read(out) == before
+    assert main(*ARGS, "--report", "--images", "48", "--out", str(out)) == 0  # not all of these were attacked
+    results = json.loads((out / "results.json").read_text())
+    assert not results["cases"] and {e["images"] for e in results["incomplete"].values()} == {40}
+    assert "pgd20-Linf-0.2-eot20 (40 of 48 images)" in (out / "report.md").read_text()
+    assert main(*ARGS, "--report", "--out", str(tmp_path / "nowhere")) == 2 and not (tmp_path / "nowhere").exists()
+
+
 def test_the_folder_of_another_evaluation_is_refused(whole, capsys):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
-    for change in (["--draws", "4"], ["--seed", "4"], ["--repeats", "4"], ["--protocol", "sanity"]):
+    for change in (["--draws", "4"], ["--seed", "4"], ["--repeats", "4"], ["--l2", "0.4"]):
         assert main(*ARGS, *change, "--out", str(whole)) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert change[0].lstrip("-") in line and change[1] in line
@@ -435,7 +503,7 @@ def test_a_part_that_is_sorted_by_class_is_shuffled():
     images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1)
     for labels, given in (([0, 0, 0, 1, 1, 1, 2, 2], False), ([0, 1, 0, 2, 0, 1, 2, 2], True)):
         part = data.Part(images, torch.tensor(labels))
-        indices, order = command._order(part)
+        indices, order = command.image_order(part)
         found, chosen = command._images(part, indices[:5])
         assert (found.flatten().tolist() == [0, 1, 2, 3, 4]) == given and ("shuffle" in order) != given
         assert chosen.tolist() == [labels[i] for i in found.flatten().tolist()]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from rse_fast.evaluate import PROTOCOLS, Case, report
-from rse_fast.evaluate.estimate import paired_difference, wilson_interval
+from rse_fast.evaluate.estimate import mcnemar, paired_difference, wilson_interval
 from rse_fast.evaluate.summary import summarise
 from rse_fast.render import NETWORKS, markdown_table
 
@@ -117,7 +118,8 @@ def test_cases_of_fewer_images_are_left_out_by_name():
     whole, part = Case("a", "fgsm", eps=0.1), Case("b", "pgd", eps=0.1)
     rows = made(whole, 0.5) | {key: row for key, row in made(part, 0.0).items() if key[1] < IMAGES - 1}
     results = summarise([whole, part], rows, IMAGES)
-    assert results["cases"].keys() == {"a"} and results["incomplete"] == ["b"]
+    assert results["cases"].keys() == {"a"} and results["incomplete"].keys() == {"b"}
+    assert results["incomplete"]["b"]["images"] == results["incomplete"]["b"]["accuracy"]["images"] == IMAGES - 1
 
 
 def test_plateau_over_eot():
@@ -131,6 +133,32 @@ def test_plateau_over_eot():
         assert found["plateau"] == plateau == (failed(results) == [])
         assert [point["eot"] for point in found["points"]] == [1, 5, 20]
         assert found["gain"] == pytest.approx(0.4 - last)
+
+
+def test_plateau_over_steps_is_that_of_the_most_draws():
+    cases = [Case(f"p{steps}-{eot}", "pgd", eps=0.1, steps=steps, eot=eot) for steps in (20, 100, 400) for eot in (1, 20)]
+    for last, plateau in ((0.4, True), (0.3, False)):
+        rows = {}
+        for case in cases:
+            rows |= made(case, 0.9 - case.steps / 1000 if case.eot == 1 else {20: 0.5, 100: 0.4, 400: last}[case.steps])
+        results = summarise(cases, rows, IMAGES)
+        (found,) = results["steps"]
+        assert found["eot"] == 20 and found["plateau"] == plateau and [point["steps"] for point in found["points"]] == [20, 100, 400]
+        assert ("plateau over steps" in failed(results)) == (not plateau)
+
+
+def test_mcnemar_is_what_counting_gives(rng):
+    """Against the sum over all splits that are as likely or less."""
+    for size in (1, 12, 60):
+        first, second = (rng.random((2, size)) < [[0.7], [0.4]]).tolist()
+        found = mcnemar(first, second)
+        pairs = list(zip(first, second, strict=True))
+        only = [pairs.count((True, False)), pairs.count((False, True))]
+        likely = [math.comb(sum(only), k) for k in range(sum(only) + 1)]
+        expected = sum(v for v in likely if v <= likely[only[0]]) / 2 ** sum(only)
+        assert [found["first"], found["second"]] == only and found["p"] == pytest.approx(expected)
+    same = rng.random(9) < 0.5
+    assert mcnemar(same, same) == {"first": 0, "second": 0, "p": 1.0}
 
 
 def test_gradients_that_lead_nowhere_are_a_failed_check_said_first():
@@ -219,7 +247,15 @@ def test_report_pictures_and_json(results, tmp_path):
     report.write(tmp_path, results, images, list(rows.values()))
     text = (tmp_path / "report.md").read_text()
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert sorted(pictures) == ["accuracy-c.png", "accuracy-draws.png", "accuracy-eps.png", "cost.png", "eot.png", "examples.png"]
+    assert sorted(pictures) == [
+        "accuracy-c.png",
+        "accuracy-draws.png",
+        "accuracy-eps.png",
+        "cost.png",
+        "eot.png",
+        "examples.png",
+        "steps.png",
+    ]
     for name in pictures:
         with Image.open(tmp_path / name) as picture:
             picture.load()
@@ -248,7 +284,7 @@ def test_every_picture_has_the_colour_of_its_network_alone(results, defence, tmp
     report.write(tmp_path, results | {"defence": defence}, torch.zeros(IMAGES, 3, 5, 4, dtype=torch.uint8), list(rows.values()))
     Image.new("RGB", (1, 1), NETWORKS[defence or "rse"]).save(tmp_path / "expected.png")
     (expected,) = hues(tmp_path / "expected.png")
-    for name in ("accuracy-c.png", "accuracy-draws.png", "accuracy-eps.png", "cost.png", "eot.png"):
+    for name in ("accuracy-c.png", "accuracy-draws.png", "accuracy-eps.png", "cost.png", "eot.png", "steps.png"):
         found = hues(tmp_path / name)
         assert len(found) > 100 and (abs((found - expected + 128) % 256 - 128) < 8).all(), name
 

@@ -12,7 +12,7 @@ for package in ("foolbox", "pyautoattack", "matplotlib", "safetensors", "scipy",
     pytest.importorskip(package)
 
 from rse_fast import certify_cli, train  # noqa: E402
-from rse_fast.evaluate import PROTOCOLS, command, protocols, table  # noqa: E402
+from rse_fast.evaluate import PROTOCOLS, attacks, command, rows, table  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEFENCES = ("plain", "rse")
@@ -23,9 +23,8 @@ def tiny(tmp_path, rng, monkeypatch):
     """Options for networks of a fifth of a second, with few images; attacks of the protocol's kinds with few steps."""
     write_images(tmp_path / "images.npz", rng)
     config(tmp_path / "images.npz", epochs=2).save(tmp_path / "config.json")
-    cases = protocols._CASES[PROTOCOLS["table"]]
-    short = lambda *args: (dataclasses.replace(case, steps=2) for case in cases(*args))  # noqa: E731
-    monkeypatch.setitem(protocols._CASES, PROTOCOLS["table"], short)
+    for name, method in attacks.METHODS.items():
+        monkeypatch.setitem(attacks.METHODS, name, lambda case, *args, method=method: method(dataclasses.replace(case, steps=2), *args))
     return ["--config", str(tmp_path / "config.json"), "--data", str(tmp_path / "images.npz"), "--defences", *DEFENCES, "--images", "4",
             "--draws", "2", "--n", "200", "--out", str(tmp_path / "out")]  # fmt: skip
 
@@ -54,18 +53,25 @@ def test_a_table_is_made_continued_and_reused(tiny, tmp_path, monkeypatch, capsy
         patch.setattr(table.command, "run", lambda argv: attack(argv) if "plain" in argv[0] else (_ for _ in ()).throw(KeyboardInterrupt))
         assert table.main(tiny) == 130
     half = read(out)["rows"]
-    assert half["plain"]["absent"].keys() == {table.CERTIFIED} and half["plain"]["cells"].keys() == set(table.ATTACKED)
-    assert half["rse"]["trained"] and set(half["rse"]["absent"].values()) == {"not done yet"}
-    assert "\n- rse: not done yet.\n" in (out / "table.md").read_text()
+    assert half["plain"]["cells"].keys() == set(table.STAGES[0]) and half["rse"]["trained"] and not half["rse"]["cells"]
+    text = (out / "table.md").read_text()
+    assert (
+        set(half["rse"]["absent"].values()) == {"not done yet"}
+        and "\n- rse: not done yet.\n" in text
+        and "**This table is not complete.**" in text
+    )
     kept = contents(out)
+    assert table.main([*tiny, "--report"]) == 1 and contents(out) == kept  # the table of what is there
+    assert read(out)["rows"]["plain"]["cells"] == half["plain"]["cells"]
 
     assert table.main(tiny) == 1  # plain has no certificate
     after = contents(out)
-    assert {path: after[path] for path in kept} == kept and len(after) == len(kept) + 2
+    assert all(content == after[path][: len(content)] for path, content in kept.items()) and len(after) == len(kept) + 2
     found = read(out)["rows"]
-    assert not found["rse"]["absent"] and found["plain"]["cells"] == half["plain"]["cells"]
+    assert not found["rse"]["absent"] and found["plain"]["cells"].items() >= half["plain"]["cells"].items()
     assert "deterministic" in found["plain"]["absent"][table.CERTIFIED]
-    assert f"\n- plain ({table.CERTIFIED}): a deterministic" in (out / "table.md").read_text()
+    text = (out / "table.md").read_text()
+    assert f"\n- plain ({table.CERTIFIED}): a deterministic" in text and "not complete" not in text and "not yet" not in text
 
     # Figures are those of the parts, each with an interval and the command that made it.
     results = json.loads((out / "rse/evaluation/results.json").read_text())
@@ -73,33 +79,71 @@ def test_a_table_is_made_continued_and_reused(tiny, tmp_path, monkeypatch, capsy
     for defence, row in found.items():
         assert row["config"]["defence"] == defence and row["config"]["temperature"] == 1 and row["settings"]["images"] == 4
         for column, cell in row["cells"].items():
-            assert cell["accuracy"]["low"] <= cell["accuracy"]["mean"] <= cell["accuracy"]["high"] and cell["accuracy"]["images"] == 4
+            assert (
+                cell["images"] == 4
+                and cell["accuracy"]["low"] <= cell["accuracy"]["mean"] <= cell["accuracy"]["high"]
+                and cell["accuracy"]["images"] == 4
+            )
             ours = shlex.split(cell["command"])
             assert ours[:2] == ["rse-fast", "certify" if column == table.CERTIFIED else "evaluate"]
             assert column == table.CERTIFIED or ours[-1] == cell["name"]
-    names = {"clean": "clean", "PGD 8/255": "pgd40-Linf-0.03137-eot50", "AutoAttack 8/255": "autoattack-Linf-0.03137-eot20"}
-    names |= {f"c = {c}": f"cw-c{c}-eot2" for c in ("0.01", "0.03", "0.06", "0.1", "0.2")}
+    main = "Linf-0.03137"
+    names = {"clean": "clean", "PGD-40 8/255": f"pgd40-{main}-eot50", "AutoAttack 8/255": f"autoattack-{main}-eot20"}
+    names |= {f"c = {c}": f"cw-c{c}-eot2" for c in ("0.01", "0.03", "0.06", "0.1", "0.2")} | {"Square 8/255": f"square-{main}-5000"}
+    names |= {"transfer": f"pgd20-{main}-eot20-plain", "noise off": f"pgd20-{main}-eot20-noise-off", "C&W median L2": "cw-eot2"}
+    names |= {
+        "fixed draw": f"pgd20-{main}-eot20-fixed-draw",
+        "AutoAttack L2 0.5": "autoattack-L2-0.5-eot20",
+        "PGD-40 L2 0.5": "pgd40-L2-0.5-eot20",
+    }
+    names |= {f"PGD-20 {eps}/255": f"pgd20-Linf-{eps / 255:.4g}-eot20" for eps in (2, 4, 8)}
     cells = found["rse"]["cells"]
-    assert {column: cell["name"] for column, cell in cells.items() if column != table.CERTIFIED} == names
+    alone = {"APGD-CE 8/255": "apgd-ce", "APGD-DLR 8/255": "apgd-dlr"}
+    assert {column: cell["name"] for column, cell in cells.items() if column not in (table.CERTIFIED, *alone)} == names
     assert all(cells[column]["accuracy"] == results["cases"][name]["accuracy"] for column, name in names.items())
+    parts = results["cases"][names["AutoAttack 8/255"]]["parts"]
+    assert all(cells[column]["accuracy"] == parts[part] for column, part in alone.items())
     assert cells[table.CERTIFIED]["accuracy"]["mean"] == summary["certified"][0]["accuracy"]
 
-    text = (out / "table.md").read_text()
-    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
-    assert list(lines) == ["accuracy %", "plain", "*plain, paper*", "rse", "*rse, paper*"]
-    assert len({line.count("|") for line in lines.values()}) == 1
-    assert len(re.findall(r"\(\d+\.\d–\d+\.\d\)", lines["rse"])) == len(table.COLUMNS) and "–" in lines["plain"].split("|")[-2]
+    for title, columns in table.SECTIONS.items():
+        section = text.partition(f"\n## {title}\n\n")[2].partition("\n\n")[0]
+        lines = {line.split(" | ")[0].strip("| "): line for line in section.splitlines() if line.startswith("| ")}
+        assert list(lines) == (
+            ["accuracy %", "plain", "*plain, paper*", "rse", "*rse, paper*"] if "clean" in columns else ["accuracy %", "plain", "rse"]
+        )
+        assert len({line.count("|") for line in lines.values()}) == 1
+        assert len(re.findall(r"\(\d+\.\d–\d+\.\d\)", lines["rse"])) == len(columns) - ("C&W median L2" in columns)
+    assert "–" in lines["plain"].split("|")[-2] and re.search(r"\| plain \| 2 \| \d+\.\d \| \d+\.\d \|", text)  # training's cost
+
+    # Who is better, on the same images: what the rows say.
+    scored = {name: rows.read(out / name / "evaluation") for name in DEFENCES}
+    tests = {test["column"]: test for test in read(out)["compared"]}
+    assert {test["first"] for test in tests.values()} == {"plain"} and {test["second"] for test in tests.values()} == {"rse"}
+    for column, (mine, other) in {"clean": ("clean", "clean"), "PGD-40 8/255": (f"pgd40-{main}", f"pgd40-{main}-eot50")}.items():
+        right = [
+            [scored[n][case, i]["answers"][0] == scored[n][case, i]["target"] for i in range(4)]
+            for n, case in (("plain", mine), ("rse", other))
+        ]
+        counts = [list(zip(*right, strict=True)).count(pair) for pair in ((True, False), (False, True))]
+        assert [tests[column]["only_first"], tests[column]["only_second"]] == counts and tests[column]["images"] == 4
 
     # The same runs, read from elsewhere, give the same weights; a run that has not ended is a row with a reason.
     capsys.readouterr()
     whole, torn = out / "rse/run", tmp_path / "torn"
     train.Config.load(out / "plain/run/config.json").save(_made(torn) / "config.json")
     again = tmp_path / "again"
-    assert table.main([*tiny, "--out", str(again), "--reuse", str(whole), str(torn)]) == 1
+    fewer = ["--columns", "clean", "AutoAttack 8/255", table.CERTIFIED]
+    assert table.main([*tiny, *fewer, "--out", str(again), "--reuse", str(whole), str(torn), f"twin={whole}"]) == 1
     reused = read(again)["rows"]
-    assert reused["rse"]["settings"]["weights"] == found["rse"]["settings"]["weights"] and not reused["rse"]["absent"]
+    assert list(reused) == ["plain", "rse", "twin"] and reused["twin"]["config"] == reused["rse"]["config"]
+    assert all(reused[name]["cells"].keys() == {*fewer[1:], *table.PARTS} for name in ("rse", "twin"))
+    assert reused["rse"]["settings"]["weights"] == found["rse"]["settings"]["weights"]
     assert set(reused["plain"]["absent"]) == set(table.COLUMNS) and "not complete" in reused["plain"]["absent"]["clean"]
     assert not (again / "rse/run").exists() and "plain: train: " in capsys.readouterr().err
+    alone = ["--columns", table.CERTIFIED, "--defences", "--reuse", str(whole), "--out", str(tmp_path / "alone")]
+    assert table.main([*tiny, *alone]) == 1 and read(tmp_path / "alone")["rows"]["rse"]["cells"].keys() == {table.CERTIFIED}
+    assert table.main([*tiny, *fewer, "--images", "6", "--report", "--out", str(again), "--reuse", str(whole)]) == 1
+    assert "4 of 6 images" in (again / "table.md").read_text() and read(again)["rows"]["rse"]["cells"]["clean"]["accuracy"]["images"] == 4
     assert "not complete" in (again / "table.md").read_text()
 
 
@@ -129,24 +173,35 @@ def test_failed_checks_stand_first_and_rows_of_other_images_are_told():
         settings = {"labels": labels, "order": "first", "data": "cifar10 (JPEG)", "images": images, "weights": "0" * 64}
         settings |= {"seed": 1, "draws": 0}
         return {"config": dataclasses.asdict(train.Config(defence=defence)), "trained": {"test_accuracy": 0.5, "test_images": 9},
-                "cells": {"clean": {"accuracy": figure, "paper": 92.0}, "c = 0.01": {"accuracy": figure, "paper": 50.0}},
+                "cells": {"clean": {"accuracy": figure, "paper": 92.0, "images": 9},
+                          "c = 0.01": {"accuracy": figure, "paper": 50.0, "images": 9}},
                 "absent": {}, "notes": list(notes), "settings": settings}  # fmt: skip
 
     same = {"plain": row("plain", "x", ["large eps: 2 % are right"]), "adversarial": row("adversarial", "x")}
-    text = table.markdown({"command": "c", "rows": same})
+    whole = {"command": "c", "images": 9, "compared": [], "sections": {"A": ["clean", "c = 0.01"]}}
+    text = table.markdown(whole | {"rows": same})
     first = text.split("\n\n")
     assert first[1].startswith("**Checks that failed") and first[2] == "- plain: large eps: 2 % are right."
     assert "JPEG, which is lossy" in text and "against PGD" in text and "clean -42.0 (outside the interval), c = 0.01 +0.0." in text
     for other in (row("rse", "y"), row("rse", "x", images=8)):
-        assert "different images" not in text and "different images" in table.markdown({"command": "c", "rows": same | {"rse": other}})
+        assert "different images" not in text and "different images" in table.markdown(whole | {"rows": same | {"rse": other}})
+
+
+def test_a_cell_of_fewer_draws_or_images_says_so():
+    figure = {"mean": 0.5, "sd": None, "low": 0.4, "high": 0.6, "images": 9}
+    cell = {"accuracy": figure, "images": 9, "eot": 5, "most_draws": 50}
+    assert table._cell(cell, None, 9) == "50.0 (40.0–60.0), EOT 5"
+    assert table._cell(cell | {"eot": 50}, None, 10) == "50.0 (40.0–60.0), 9 of 10 images"
+    assert table._cell(cell | {"eot": 50, "won": 0.3, "median_l2": None}, None, 9) == "more: 30 % won"
+    assert (table._cell(None, "not done yet", 9), table._cell(None, "x", 9)) == ("not yet", "–")
 
 
 def test_bad_options_are_one_line(tmp_path, capsys):
     for name in ("a", "b"):
         train.Config(defence="plain").save(_made(tmp_path / name) / "config.json")
     for options, words in (
-        (["--reuse", str(tmp_path / "nowhere")], "config"), (["--reuse", str(tmp_path / "a"), str(tmp_path / "b")], "both of the defence"),
-        (["--reuse", str(tmp_path / "a"), "--defences", "rse"], "not among"), (["--config", str(tmp_path / "nowhere")], "config"),
+        (["--reuse", str(tmp_path / "nowhere")], "config"), (["--reuse", str(tmp_path / "a"), str(tmp_path / "b")], "both called plain"),
+        (["--columns", "nothing"], "--columns"), (["--config", str(tmp_path / "nowhere")], "config"),
     ):  # fmt: skip
         assert table.main([*options, "--out", str(tmp_path / "out")]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
@@ -155,11 +210,27 @@ def test_bad_options_are_one_line(tmp_path, capsys):
 
 
 def test_the_columns_are_the_cases_of_the_protocol():
-    """Each column is found among the cases for noisy and for plain networks, and each case is in one column, or there for a check alone."""
+    """Each column is found among the cases, and each case is in one column, or there for a check alone; each column has its stage."""
+    eps = [table._eps(text) for text in table.EPS]
     for draws in (0, 10):
-        cases = PROTOCOLS["table"].cases([8 / 255], 0.5, draws, False)
-        fits = [[case for case in cases if what.items() <= vars(case).items()] for what in table.ATTACKED.values()]
-        checks = [case for case in cases if case.method in ("noise", "fgsm") or case.eps == 1]
-        assert all(fits) and len(checks) == 3 and sum(map(len, fits)) + 3 == len(cases)
-        assert not any(case in checks for fit in fits for case in fit)
+        cases = PROTOCOLS["table"].cases(eps, table.L2, draws, True)
+        fits = {column: [case for case in cases if what.items() <= vars(case).items()] for column, what in table.ATTACKED.items()}
+        checks = [case for case in cases if any(what.items() <= vars(case).items() for what in table.CHECKS)]
+        assert {column for column, fit in fits.items() if not fit} == ({"noise off", "fixed draw"} if not draws else set())
+        assert len(checks) == 3 and sum(map(len, fits.values())) + 3 == len(cases)
+        assert not any(case in checks for fit in fits.values() for case in fit)
+    assert sorted(column for stage in table.STAGES for column in stage) == sorted(table.ATTACKED)
+    assert {*table.COLUMNS} == {*table.ATTACKED, *table.PARTS, table.CERTIFIED}
     assert certify_cli.RADII.count(table.RADIUS) == 1 and set(table.DEFENCES) == set(train.config.DEFENCES)
+
+
+def test_tests_are_corrected_for_their_number(rng):
+    """Holm's step-down: the k-th smallest p of m times m - k + 1, never falling."""
+    right = {name: {column: dict(enumerate((rng.random(40) < share).tolist())) for column in ("clean", "c = 0.1")}
+             for name, share in (("rse", 0.5), ("a", 0.9), ("b", 0.6), ("c", 0.5))}  # fmt: skip
+    right["c"]["c = 0.1"] = {index: value for index, value in right["c"]["c = 0.1"].items() if index < 10}
+    made = sorted(table.compare(right), key=lambda test: test["p"])
+    assert len(made) == 6 and {test["images"] for test in made} == {40, 10}
+    expected = [min(1.0, max(made[j]["p"] * (6 - j) for j in range(k + 1))) for k in range(6)]
+    assert [test["holm"] for test in made] == pytest.approx(expected)
+    assert table.compare({}) == []

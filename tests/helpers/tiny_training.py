@@ -84,7 +84,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def without_times(rows: list[dict]) -> list[dict]:
     """The rows of a log that must not depend on when the run was stopped."""
     kept = [row for row in rows if row["event"] in ("step", "epoch", "end")]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in kept]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "cpu_seconds")} for row in kept]
 
 
 def _threads() -> list[str]:

@@ -213,11 +213,13 @@ def test_rows_of_the_log(run):
     assert [row["event"] for row in rows] == ["start", *["step"] * 3, "epoch", *["step"] * 3, "epoch", "end"]
     assert [row["step"] for row in rows] == [0, 2, 4, 6, 6, 8, 10, 12, 12, 12]
     assert rows[0].keys() >= {"defence", "model", "parameters", "processes", "device", "torch"}
-    assert all(row.keys() == {"event", "step", "epoch", "loss", "lr", "sigma", "seconds"} for row in rows if row["event"] == "step")
-    keys = {"event", "step", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "sigma", "seconds"}
-    assert all(row.keys() == keys for row in rows if row["event"] == "epoch")
+    step = {"event", "step", "epoch", "loss", "lr", "sigma", "seconds", "cpu_seconds"}
+    assert all(row.keys() == step for row in rows if row["event"] == "step")
+    assert all(row.keys() == step | {"accuracy", "val_loss", "val_accuracy"} for row in rows if row["event"] == "epoch")
     best, test = {"best_score", "best_epoch"}, {"test_images", "test_accuracy", "draws", "test_ensemble_accuracy"}
-    assert rows[-1].keys() == {"event", "step"} | best | test
+    assert rows[-1].keys() == {"event", "step", "cpu_seconds"} | best | test
+    spent = [row["cpu_seconds"] for row in rows[1:]]
+    assert spent == sorted(spent) and 0 < spent[0] < spent[-1]
     assert rows[-1]["best_score"] == max(row["val_accuracy"] for row in rows if row["event"] == "epoch")
 
 
