@@ -75,7 +75,7 @@ def cohen(selection, estimation, sigma, alpha):
     top = int(np.argmax(selection))
     count, n = int(estimation[top]), int(sum(estimation))
     bound = scipy.stats.beta.ppf(alpha, count, n - count + 1) if count else 0.0
-    return (-1, 0.0) if bound < 0.5 else (top, sigma * scipy.stats.scipy.stats.norm.ppf(bound))
+    return (-1, 0.0) if bound < 0.5 else (top, sigma * scipy.stats.norm.ppf(bound))
 
 
 @pytest.mark.parametrize("fuse", (True, False))

@@ -48,7 +48,7 @@ def content(command: str, out: Path) -> dict:
     """What must not depend on kills: all but times and names of folders."""
     load = lambda name: json.loads((out / name).read_text())  # noqa: E731
     if command == "train":
-        log = [without(row, "seconds") for row in read(out / "log.jsonl") if row["event"] in ("step", "epoch", "end")]
+        log = [without(row, "seconds", "cpu_seconds") for row in read(out / "log.jsonl") if row["event"] in ("step", "epoch", "end")]
         kept = [out / name for name in ("config.json", "data.json", "best.safetensors")] + list((out / "checkpoints").glob("*/*"))
         return {"log": log} | {str(path.relative_to(out)): path.read_bytes() for path in kept}
     if command == "predict":

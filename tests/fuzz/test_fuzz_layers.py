@@ -224,15 +224,15 @@ def test_ensembles_refuse_what_they_cannot_take(data):
     found = ensemble(fuse=True, max_rows=None, early_exit=data.draw(st.sampled_from([None, "exact"])), dtype="float32", backend="auto")
     name = data.draw(st.sampled_from(sorted(bad)))
     value = data.draw(bad[name])
-    runs = [lambda: found.predict(**{"x": torch.zeros(1, 2, 5, 4), name: value})]
+    runs = [(name, lambda: found.predict(**{"x": torch.zeros(1, 2, 5, 4), name: value}))]
     if name == "x":
-        runs += [lambda: found(value), lambda: list(found.stream([value]))]
+        runs += [("x", lambda: found(value)), ("batch", lambda: list(found.stream([value])))]
         if not isinstance(value, np.ndarray):  # an array of floats may be a batch: only the model knows that its rank is wrong
-            runs.append(lambda: found.rows(value))
-    for run in runs:
+            runs.append(("x", lambda: found.rows(value)))
+    for called, run in runs:
         with pytest.raises((ValueError, TypeError)) as caught:
             run()
-        assert names(caught.value, name), caught.value
+        assert names(caught.value, called), caught.value
     wrong = {
         "draws": NO_COUNTS | st.sampled_from([0, -1, WORD + 1]),
         "seed": BAD_SEEDS.filter(lambda seed: seed is not None),
