@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,13 +59,18 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(command, tmp_path, capfd)
         assert not differing(command, content(command, tmp_path / "whole"), content(command, out))
 
 
+def locked(path):
+    """Whether a process holds a lock on the file: there is a moment between making the file and locking it."""
+    return path.exists() and f":{path.stat().st_ino} " in Path("/proc/locks").read_text()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_two_processes_do_not_work_in_one_folder(command, tmp_path, capfd):
     out = tmp_path / "out"
     first = fork(lambda: cli.main(arguments(command, out)))
     try:
         lock = out / (".lock" if command == "train" else RESULTS[command])
-        while not lock.exists() and os.waitpid(first, os.WNOHANG) == (0, 0):
+        while not locked(lock) and os.waitpid(first, os.WNOHANG) == (0, 0):
             pass
         os.kill(first, signal.SIGSTOP)
         ended, error = said(capfd, command, out)
