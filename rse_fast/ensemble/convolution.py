@@ -70,8 +70,8 @@ def faster_in_bytes(layer: nn.Conv2d) -> bool:
     """Whether products of bytes by F(2x2) take less time than the direct int8 convolution of a layer without `obstacle`.
 
     A rule and no measurement: an image's answer does not depend on how busy the machine was. On two cores of an AMD EPYC with AVX-512 VNNI
-    each of 34 layers from 48 channels on took 0.22 to 0.94 of the direct one's time, at 80 rows of maps of 2x2 to 64x64; with fewer
-    channels it was 0.82 to 1.13. AMX multiplies bytes several times as fast as what Winograd's products use.
+    each of 44 layers from 48 channels on took 0.22 to 0.94 of the direct one's time, on maps of 2x2 to 64x64; with 24 or 32 channels on
+    one side it was 0.66 to 1.13, with 3 0.98 to 5.2. AMX multiplies bytes several times as fast as what Winograd's products use.
     """
     amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return not amx and min(layer.in_channels, layer.out_channels) >= FEWEST_BYTE_CHANNELS

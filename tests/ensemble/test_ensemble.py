@@ -3,8 +3,6 @@
 import copy
 import importlib.util
 import itertools
-import math
-import pickle
 import threading
 
 import numpy as np
@@ -14,7 +12,6 @@ from small_nets import CLASSES, NETS, lively, rounding, sequential
 from torch import nn
 
 import rse_fast
-import rse_fast.certifiable
 from rse_fast import Ensemble
 from rse_fast.models import VGG16, ResNeXt29
 
@@ -558,18 +555,6 @@ def test_what_cannot_be_copied_says_what_to_do():
     assert Ensemble(model, 2, fuse=False).predict(images(1)).labels.shape == (1,)
 
 
-class Shaken(nn.Module):
-    """Draws numbers of torch's generator of the CPU, and of that of its images, by itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
-
-    def forward(self, x):
-        y = self.conv(x) * torch.rand(()).item() + torch.randn((), device=x.device)
-        return self.fc(nn.functional.dropout(y.mean((2, 3)), 0.5, training=True))
-
-
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
@@ -583,92 +568,3 @@ def test_results_are_on_the_device_of_the_images(of_model, of_images, seed):
         results.append(rse_fast.certify(ensemble, x, n0=5, n=30))
     tensors = [value for result in results for value in vars(result).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) >= 18 and {t.device.type for t in tensors} == {of_images}
-
-
-WRONG_LATER = {
-    "draws": (0, -1, 2**32 + 1, 2.5, "3", None, True, torch.tensor(True)), "max_rows": (0, -4, 1.5, "all", False),
-    "seed": (1.5, "7", True), "early_exit": (0.3, 1, "always", math.nan, True), "temperature": (0, -1.0, math.nan, "hot", True),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WRONG_LATER)
-def test_what_is_set_later_is_checked_as_in_the_constructor(name, seed):
-    ensemble, x = Ensemble(NETS["plain"](), 4, seed=seed, dtype="float32", max_rows=6, temperature=2.0), images(3)
-    before, kept = ensemble.predict(x), getattr(ensemble, name)
-    for wrong in WRONG_LATER[name]:
-        with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
-            setattr(ensemble, name, wrong)
-    assert getattr(ensemble, name) == kept and torch.equal(ensemble.predict(x).probs, before.probs)
-
-
-@pytest.mark.parametrize("fuse", [True, False])
-def test_what_is_set_later_takes_effect_at_the_next_call(fuse, seed):
-    model, x = NETS["plain"](), images(5)
-    ensemble = Ensemble(model, 4, seed=seed + 1, fuse=fuse, dtype="float32")
-    ensemble(x)
-    for name, value in (("draws", 7), ("seed", seed), ("max_rows", 3), ("temperature", 1.7), ("early_exit", "exact")):
-        setattr(ensemble, name, value)
-    fresh = Ensemble(model, 7, seed=seed, fuse=fuse, dtype="float32", max_rows=3, temperature=1.7, early_exit="exact")
-    assert ensemble.rows(x) == 3 and torch.equal(ensemble(x), fresh(x))
-    found, wanted = ensemble.predict(x), fresh.predict(x)
-    assert found.seed == seed and torch.equal(found.probs, wanted.probs) and torch.equal(found.draws_used, wanted.draws_used)
-    for restored in (copy.deepcopy(ensemble), pickle.loads(pickle.dumps(ensemble))):
-        assert torch.equal(restored(x), fresh(x))
-
-
-def test_what_a_snapshot_is_made_by_cannot_be_set_later(seed):
-    ensemble, x = Ensemble(NETS["plain"](), 4, seed=seed, dtype="float32"), images(2)
-    before = ensemble.predict(x).probs
-    for name, value in (("dtype", "bfloat16"), ("fuse", False), ("backend", "torch"), ("algorithm", "direct"), ("calibration", [x]),
-                        ("cuda_graphs", False), ("logits", 0), ("model", NETS["residual"]())):  # fmt: skip
-        with pytest.raises(AttributeError, match=rf"^{name} of an Ensemble is fixed.*Ensemble\(model, {name}=...\)"):
-            setattr(ensemble, name, value)
-    assert torch.equal(ensemble.predict(x).probs, before)
-
-
-def test_backward_is_that_of_its_forward_whatever_was_set_in_between(seed):
-    model, x = NETS["smooth"](), images(3)
-    weights = list(model.parameters())
-
-    def gradients(change):
-        ensemble = Ensemble(model, 3, seed=seed, dtype="float32", temperature=2.0)
-        loss = nn.functional.nll_loss(ensemble(x), torch.arange(3))
-        change(ensemble)
-        return torch.autograd.grad(loss, weights)
-
-    def change(ensemble):
-        ensemble.draws, ensemble.seed, ensemble.temperature, ensemble.max_rows = 5, seed + 1, 0.5, 2
-
-    for found, wanted in zip(gradients(change), gradients(lambda ensemble: None), strict=True):
-        torch.testing.assert_close(found, wanted)
-
-
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("device", DEVICES)
-def test_probes_and_refusals_leave_torchs_generators_as_they_were(device, fuse, rng):
-    """For a model that draws numbers of its own: what makes an ensemble ready, and what refuses, runs it and takes the numbers back."""
-    model, x = rse_fast.convert(Shaken().to(device)), images(3).to(device)
-
-    def states():
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device == "cuda" else [])]
-
-    before = states()
-    with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\] with C = 3 channels"):
-        Ensemble(model, 3, fuse=fuse).predict(x[:, :2])
-    with pytest.raises(ValueError, match="to be certified; it draws random numbers of its own"):
-        rse_fast.certify(Ensemble(model, 3, fuse=fuse), x, n=20)
-    Ensemble(model, 3, fuse=fuse).prepared(x)
-    assert all(map(torch.equal, states(), before))
-
-
-def test_a_refused_certificate_takes_its_numbers_back_whatever_it_was_refused_for(rng):
-    class Fails(Shaken):
-        def forward(self, x):
-            torch.rand(())
-            raise RuntimeError("out of order")
-
-    model, x = rse_fast.convert(Fails()), images(1)
-    before = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="out of order"):
-        rse_fast.certifiable.input_noise(model, x)
-    assert torch.equal(torch.get_rng_state(), before)
