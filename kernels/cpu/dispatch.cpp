@@ -98,6 +98,16 @@ std::vector<float> periodic(const float* values, int64_t n, int64_t channels, fl
     return out;
 }
 
+// A task with its x and the address of its noise; seed is null where there is none.
+Task task_of(const void* x, int32_t dtype, int64_t rows, int64_t images, int64_t draws, int64_t channels, const int64_t* seed,
+             uint32_t stream, uint32_t image_offset, uint32_t draw_offset, const int64_t* sample_ids) {
+    Task t{};
+    t.x = x, t.dtype = Dtype(dtype), t.rows = rows, t.images = images, t.draws = draws, t.channels = channels;
+    if (seed) t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
+    t.stream = stream, t.image_offset = image_offset, t.draw_offset = draw_offset, t.sample_ids = sample_ids;
+    return t;
+}
+
 // Calls part(begin, end) on up to `threads` threads that share [0, count); each gets `grain` or more.
 template <typename Part> void share(int64_t count, int64_t grain, int64_t threads, Part part) {
 #ifdef _OPENMP
@@ -183,13 +193,10 @@ RSE_EXPORT int rse_add_noise(const void* x, void* y, void* clean, int32_t dtype,
                                  b = periodic(shift, channels, channels, 0.0f, step);
         const auto fits = [](const std::vector<float>& v) { return std::all_of(v.begin(), v.end(), [](float f) { return !(std::fabs(f) > 0x1p124f); }); };
         if (bytes && !(fits(s) && fits(a) && fits(b))) return 3;
-        Task t{};
-        t.x = x, t.y = y, t.clean = clean, t.dtype = Dtype(dtype), t.y_dtype = Dtype(y_dtype), t.zero_point = zero_point;
+        Task t = task_of(x, dtype, rows, images, draws, channels, seed, stream, image_offset, draw_offset, sample_ids);
+        t.y = y, t.clean = clean, t.y_dtype = Dtype(y_dtype), t.zero_point = zero_point;
         t.layout = spatial == 1 ? Layout::flat : Layout(layout), t.x_layout = x_spatial == 1 ? Layout::flat : Layout(layout);
-        t.rows = rows, t.images = images, t.draws = draws, t.channels = channels, t.spatial = spatial;
-        t.x_spatial = x_spatial, t.x_width = x_width;
-        t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
-        t.stream = stream, t.image_offset = image_offset, t.draw_offset = draw_offset, t.sample_ids = sample_ids;
+        t.spatial = spatial, t.x_spatial = x_spatial, t.x_width = x_width;
         t.sigma = s.data(), t.scale = a.data(), t.shift = b.data();
         t.sigma_varies = sigma_count != 1, t.affine = scale || shift || bytes, t.relu = relu != 0;
         t.rises = x_width && std::all_of(a.begin(), a.end(), [](float v) { return v >= 0; });
@@ -232,11 +239,8 @@ RSE_EXPORT int rse_winograd(const void* x, void* y, void* clean, int32_t dtype, 
         if (bias) std::copy(bias, bias + outputs, d.begin());
         Convolution c{};
         Task& t = c.source;
-        t.x = x, t.clean = clean, t.dtype = Dtype(dtype), t.layout = t.x_layout = Layout::flat;
-        t.rows = rows, t.images = images, t.draws = draws, t.channels = channels;
-        t.x_spatial = height * width, t.x_width = pool ? width : 0;
-        if (sigma) t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
-        t.stream = stream, t.image_offset = image_offset, t.draw_offset = draw_offset, t.sample_ids = sample_ids;
+        t = task_of(x, dtype, rows, images, draws, channels, sigma ? seed : nullptr, stream, image_offset, draw_offset, sample_ids);
+        t.clean = clean, t.layout = t.x_layout = Layout::flat, t.x_spatial = height * width, t.x_width = pool ? width : 0;
         t.sigma = sigma ? s.data() : nullptr, t.scale = a.data(), t.shift = b.data();
         t.sigma_varies = sigma_count != 1, t.affine = scale || shift, t.relu = relu_in != 0;
         t.rises = pool && std::all_of(a.begin(), a.end(), [](float v) { return v >= 0; });
@@ -282,10 +286,8 @@ RSE_EXPORT int rse_winograd_weight_grad(const float* x, const float* g, float* t
         WeightGradient w{};
         Convolution& c = w.of;
         Task& t = c.source;
-        t.x = x, t.dtype = Dtype::f32, t.layout = t.x_layout = Layout::flat;
-        t.rows = rows, t.images = images, t.draws = draws, t.channels = channels, t.x_spatial = t.spatial = height * width;
-        t.key0 = uint32_t(uint64_t(*seed)), t.key1 = uint32_t(uint64_t(*seed) >> 32);
-        t.stream = stream, t.image_offset = image_offset, t.draw_offset = draw_offset, t.sample_ids = sample_ids;
+        t = task_of(x, int32_t(Dtype::f32), rows, images, draws, channels, seed, stream, image_offset, draw_offset, sample_ids);
+        t.layout = t.x_layout = Layout::flat, t.x_spatial = t.spatial = height * width;
         t.sigma = s.data(), t.scale = t.shift = none.data(), t.sigma_varies = sigma_count != 1;
         c.height = height, c.width = width, c.padding = padding, c.outputs = outputs, c.form = form, c.products = Dtype::f32;
         const int64_t across = tiles_across(c), lines = images * draws * tiles_down(c), positions = (form + 2) * (form + 2);

@@ -17,12 +17,13 @@ namespace {
 template <typename V> RSE_INLINE void put(void* p, V v) { std::memcpy(p, &v, sizeof v); }
 
 // ------------------------------------------------------------------------------------------------------------- transforms
-// B^T d, G g and A^T m of one line of a tile, and the transposes of the last two. The points of F(4x4) are 0, +-5/8, +-3/2 and infinity: every coefficient is exact in float32, and
-// the error is half that of the usual 0, +-1, +-2 at the same cost.
+// B^T d, G g and A^T m of one line of a tile, and the transposes of the last two. The points of F(4x4) are 0, +-5/8, +-3/2 and infinity:
+// every coefficient of A and B is exact in float32, and the error is half that of the usual 0, +-1, +-2 at the same cost.
 template <int kForm> struct Transform;
 
 template <> struct Transform<4> {
     static constexpr float a = 0.625f, b = 1.5f, a2 = a * a, b2 = b * b;
+    static constexpr float na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));  // Lagrange's denominators
 
     static RSE_INLINE void input(const vf d[6], vf t[6]) {
         const vf even_a = madd(d[2], splat(-b2), d[4]), odd_a = madd(d[1], splat(-b2), d[3]);
@@ -32,9 +33,8 @@ template <> struct Transform<4> {
         t[3] = madd(odd_b, splat(b), even_b), t[4] = madd(odd_b, splat(-b), even_b);
         t[5] = madd(d[1], splat(a2 * b2), madd(d[3], splat(-(a2 + b2)), d[5]));
     }
-    // G g: Lagrange's denominators are in it, so that the others are exact.
+    // The denominators are in it, so that the others are exact.
     static RSE_INLINE void filter(const vf g[3], vf u[6]) {
-        constexpr float na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));
         const vf even_a = madd(g[2], splat(a2 * na), g[0] * na), even_b = madd(g[2], splat(b2 * nb), g[0] * nb);
         u[0] = g[0] * (1 / (a2 * b2));
         u[1] = madd(g[1], splat(a * na), even_a), u[2] = madd(g[1], splat(-a * na), even_a);
@@ -42,7 +42,6 @@ template <> struct Transform<4> {
         u[5] = g[2];
     }
     static RSE_INLINE void filter_transposed(const vf u[6], vf g[3]) {
-        constexpr float na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));
         const vf even_a = (u[1] + u[2]) * na, even_b = (u[3] + u[4]) * nb;
         g[0] = madd(u[0], splat(1 / (a2 * b2)), even_a + even_b);
         g[1] = madd(u[1] - u[2], splat(a * na), (u[3] - u[4]) * (b * nb));
