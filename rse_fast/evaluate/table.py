@@ -25,7 +25,7 @@ from rse_fast.evaluate.protocols import PROTOCOLS
 from rse_fast.render import markdown_table, percent
 from rse_fast.train.log import read
 
-EPS, L2 = ("2/255", "4/255", "8/255"), 0.5  # L-infinity radii, the last is the main one; L2 radius
+EPS, L2 = {f"{n}/255": n / 255 for n in (2, 4, 8)}, 0.5  # L-infinity radii by name, the last is the main one; L2 radius
 RADIUS = 0.25  # L2 that is certified
 
 
@@ -41,7 +41,7 @@ SECTIONS = {
         "clean": {"method": "clean"}, **{f"c = {c:g}": {"method": "cw-c", "c": c} for c in (0.01, 0.03, 0.06, 0.1, 0.2)},
     },
     "Accuracy under attack: L-infinity": {
-        **{f"PGD-20 {text}": _pgd(20, number / 255) for text, number in zip(EPS, (2, 4, 8), strict=True)},
+        **{f"PGD-20 {text}": _pgd(20, eps) for text, eps in EPS.items()},
         "PGD-40 8/255": _pgd(40, _MAIN), "AutoAttack 8/255": {"method": "autoattack", "eps": _MAIN}, "Square 8/255": {"method": "square"},
         "transfer": {"source": "plain"}, "noise off": {"source": "noise-off"}, "fixed draw": {"source": "fixed-draw"},
     },
@@ -190,9 +190,7 @@ class _Row:
     def attack(self, args, plain: str | None, columns) -> None:
         """Attacks for some columns, or for none, and takes over all that is there."""
         out = args.out / self.name / "evaluation"
-        cases = PROTOCOLS["table"].cases(
-            [_eps(text) for text in EPS], L2, args.draws if self._noisy() else 0, plain not in (None, str(self.run))
-        )
+        cases = PROTOCOLS["table"].cases(list(EPS.values()), L2, args.draws if self._noisy() else 0, plain not in (None, str(self.run)))
         wanted = [ATTACKED[column] for column in columns] + [what for what in CHECKS if "clean" in columns]
         if args.report and not (out / "evaluation.json").exists():
             return
@@ -266,11 +264,6 @@ class _Row:
     def _add(self, column, cell):
         self.facts["cells"][column] = cell
         self.facts["absent"].pop(column, None)
-
-
-def _eps(text: str) -> float:
-    numerator, _, denominator = text.partition("/")
-    return float(numerator) / float(denominator)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the files

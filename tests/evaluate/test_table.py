@@ -211,7 +211,7 @@ def test_bad_options_are_one_line(tmp_path, capsys):
 
 def test_the_columns_are_the_cases_of_the_protocol():
     """Each column is found among the cases, and each case is in one column, or there for a check alone; each column has its stage."""
-    eps = [table._eps(text) for text in table.EPS]
+    eps = list(table.EPS.values())
     for draws in (0, 10):
         cases = PROTOCOLS["table"].cases(eps, table.L2, draws, True)
         fits = {column: [case for case in cases if what.items() <= vars(case).items()] for column, what in table.ATTACKED.items()}
