@@ -1,10 +1,9 @@
 """Suite "convolution": 3x3 convolutions of VGG16, ResNet-18, ResNet-50 and SmallNet, the vendor's against ours with and without noise."""
 
-from collections import namedtuple
-
 import torch
 from torch.nn.functional import conv2d
 
+from rse_fast.address import NoiseAddress
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import winograd
 
@@ -21,7 +20,6 @@ SHAPES = {
 ROWS = (10, 80, 160)
 TARGET = 0.5  # of the vendor's time, over VGG16 at 80 rows
 DIRECT = "oneDNN direct"
-Address = namedtuple("Address", "seed stream images draws image_offset draw_offset sample_ids")
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -33,7 +31,7 @@ def layer(inputs: int, outputs: int, side: int, rows: int) -> tuple[list[Row], d
     x = channels_last(torch.randn(rows, inputs, side, side))
     weight, bias = torch.randn(outputs, inputs, 3, 3) / (3 * inputs**0.5), torch.randn(outputs)
     geometry, sigma = ([1, 1], [1, 1], [1, 1], 1), torch.tensor([0.1])
-    at = Address(torch.tensor(1), 0, rows, 1, 0, 0, None)
+    at = NoiseAddress(torch.tensor(1), 0, rows)
     noisy = torch.empty_like(x)
     cpu.add_noise(x, noisy, True, sigma, at, None, None, False)
 

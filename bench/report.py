@@ -108,6 +108,7 @@ COMMAND = "rse-fast bench --results"
 # What the suites' tables say above them in RESULTS.md; suites that are not here are not in it.
 HEADINGS = {
     "noise": "`x + sigma * eps`, by dtype, layout and number of elements",
+    "convolution": "3x3 convolutions, in multiplications and additions of the direct algorithm",
     "ensemble": "The ensemble of n draws",
     "early_exit": "Early exit, on trained networks (handwritten digits are easy images, so many leave early)",
     "int8": "8-bit ensembles",
@@ -156,6 +157,8 @@ def _pivots(rows: list[dict], suite: str) -> dict[tuple, list[str]]:
 def _in_page(row: dict, rows: list[dict]) -> bool:
     if row["suite"] == "noise":
         return row["case"].endswith(" 4M") or row["device"] != "cpu"
+    if row["suite"] == "convolution":  # a full packed batch
+        return row["case"].endswith(" 80 rows")
     if row["suite"] == "ensemble":  # the cases with every peer
         return len([r for r in rows if r["suite"] == "ensemble" and r["case"] == row["case"]]) > 5
     return True
