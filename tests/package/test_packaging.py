@@ -32,7 +32,7 @@ def checkout(tmp_path):
     """A copy of the sources without anything built."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib", "*.dll", build.PROBLEM_FILE)
     folder = tmp_path / "a checkout"
-    for name in ("rse_fast", "kernels", "bench", "docs"):
+    for name in ("rse_fast", "kernels", "bench", "docs", "examples", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "constraints.txt", "Makefile", "mkdocs.yml"):
         shutil.copy(ROOT / name, folder)
