@@ -14,6 +14,7 @@ Where the calibration shows that bytes would disturb a layer's output by more th
 the higher precision, and so does what cannot be quantised; the `Report` says which and why.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,9 +102,29 @@ def check_no_gradient(x: torch.Tensor) -> None:
         )
 
 
+@functools.cache
 def weight_bits() -> int:
-    """8 with VNNI or AMX. Without, products of bytes are added in pairs in 16 bits, which 8-bit weights can overflow, silently."""
-    return 8 if getattr(torch.cpu, "_is_vnni_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 7
+    """8 where the vendor's products of bytes are exact with 8-bit weights, which takes VNNI or AMX; else 7.
+
+    Without these, products are added in pairs in 16 bits, which 8-bit weights can overflow, silently. A product is asked, not the
+    processor: ``ONEDNN_MAX_CPU_ISA`` keeps the vendor's library from instructions that the processor has.
+    """
+    x = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight, steps = torch.full((32, 64, 3, 3), 127, dtype=torch.int8), torch.ones(32)
+    geometry = (1, 1), (0, 0), (1, 1), 1
+    packed = _pack(weight, steps, (1.0, 0), geometry)
+    y = _convolve(x, (1.0, 0), packed, steps, steps.long() * 0, steps * 0, geometry, (1.0, 0), torch.float32, "none")
+    return 8 if (y == 64 * 9 * 255 * 127).all() else 7
+
+
+def _pack(weight, steps, noisy, geometry):
+    """The weight in the vendor's order, which is opaque."""
+    return torch.ops.onednn.qconv_prepack(weight, steps, *noisy, *map(list, geometry[:3]), geometry[3], None)
+
+
+def _convolve(x, noisy, packed, steps, zeros, bias, geometry, output, dtype, activation):
+    """The vendor's convolution of bytes."""
+    return torch.ops.onednn.qconv_pointwise(x, *noisy, packed, steps, zeros, bias, *geometry, *output, dtype, activation, [], "")
 
 
 def quantize(
@@ -174,7 +195,7 @@ class QuantizedConv(nn.Module):
         # Plain attributes: a cast of the model must not reach what is float32 by nature, and the vendor's packed tensor is opaque.
         self.steps, self.zeros = steps, torch.zeros(len(steps), dtype=torch.int64)
         self.bias = torch.zeros_like(steps) if layer.bias is None else layer.bias.detach().float().clone()
-        self.packed = torch.ops.onednn.qconv_prepack(weight, steps, *noisy, *map(list, self.geometry[:3]), layer.groups, None)
+        self.packed = _pack(weight, steps, noisy, self.geometry)
 
     def reads(self, step: float, zero_point: int) -> None:
         """The input is bytes: ``step * (byte - zero_point)``."""
@@ -182,11 +203,9 @@ class QuantizedConv(nn.Module):
 
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution of noisy bytes."""
-        step, zero_point, dtype = (1.0, 0, self.output_dtype) if self.output is None else (*self.output, torch.uint8)
-        return torch.ops.onednn.qconv_pointwise(
-            x, *self.noisy, self.packed, self.steps, self.zeros, self.bias, *self.geometry, step, zero_point, dtype,
-            "relu" if self.relu else "none", [], "",
-        )  # fmt: skip
+        output, dtype = ((1.0, 0), self.output_dtype) if self.output is None else (self.output, torch.uint8)
+        activation = "relu" if self.relu else "none"
+        return _convolve(x, self.noisy, self.packed, self.steps, self.zeros, self.bias, self.geometry, output, dtype, activation)
 
     def forward(self, input):  # the name that nn.Conv2d gives it
         check_no_gradient(input)

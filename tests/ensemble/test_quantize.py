@@ -80,6 +80,13 @@ def test_weights_never_saturate_the_vendors_products(rng):
     assert (conv.convolve(x).double() / want - 1).abs().max() < 0.02  # the step of 1 / most, at worst; saturation would halve it
 
 
+def test_a_library_held_to_fewer_instructions_does_not_saturate(run_python):
+    """``ONEDNN_MAX_CPU_ISA`` takes VNNI from the vendor's products on a processor that has it."""
+    tests = ["-k", "saturate_the or its_integers", "-n", "0"]
+    done = run_python("-m", "pytest", "-q", __file__, *tests, ONEDNN_MAX_CPU_ISA="AVX2")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_weights_are_rounded_for_correlated_inputs(rng):
     weight = torch.randn(12, 8, 3, 3)
     mixing = torch.randn(72, 72, dtype=torch.float64) + 3 * torch.randn(72, 1, dtype=torch.float64)
