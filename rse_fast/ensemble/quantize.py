@@ -110,7 +110,7 @@ def weight_bits() -> int:
     processor: ``ONEDNN_MAX_CPU_ISA`` keeps the vendor's library from instructions that the processor has.
     """
     x = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    weight, steps = torch.full((32, 64, 3, 3), 127, dtype=torch.int8), torch.ones(32)
+    weight, steps = torch.full((32, 64, 3, 3), 127, dtype=torch.int8), torch.ones(32, dtype=torch.float32)
     geometry = (1, 1), (0, 0), (1, 1), 1
     packed = _pack(weight, steps, (1.0, 0), geometry)
     y = _convolve(x, (1.0, 0), packed, steps, steps.long() * 0, steps * 0, geometry, (1.0, 0), torch.float32, "none")
@@ -199,7 +199,10 @@ class QuantizedConv(nn.Module):
 
     def reads(self, step: float, zero_point: int) -> None:
         """The input is bytes: ``step * (byte - zero_point)``."""
-        self.units = {name: torch.full((self.layer.in_channels,), v) for name, v in (("scale", step), ("shift", -step * zero_point))}
+        self.units = {
+            name: torch.full((self.layer.in_channels,), v, dtype=torch.float32)
+            for name, v in (("scale", step), ("shift", -step * zero_point))
+        }
 
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution of noisy bytes."""
@@ -237,7 +240,7 @@ class QuantizedWinograd(Winograd):
     def __init__(self, layer: NoisyConv2d, form: Form, weight: torch.Tensor, units: torch.Tensor):
         super().__init__(FusedConv(layer, ""), form, weight)
         self.units = units
-        self.bias = torch.zeros(layer.out_channels) if self.bias is None else self.bias.clone()
+        self.bias = torch.zeros(layer.out_channels, dtype=torch.float32) if self.bias is None else self.bias.clone()
 
     @classmethod
     def calibrated(cls, layer: NoisyConv2d, form: Form, steps: torch.Tensor, zeros: torch.Tensor, factors: torch.Tensor):
@@ -308,7 +311,7 @@ def _weight_steps(weight: torch.Tensor, most: int) -> torch.Tensor:
     """Steps [...] of least square error of a weight [..., K] that is rounded to [-most, most]."""
     largest = weight.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
     best, steps = torch.full_like(largest, math.inf), largest / most
-    for share in torch.linspace(0.6, 1.0, 21).tolist():
+    for share in torch.linspace(0.6, 1.0, 21, dtype=torch.float64).tolist():
         step = (share * largest / most)[..., None]
         error = ((weight / step).round().clamp(-most, most) * step - weight).square().sum(-1)
         best, steps = torch.minimum(best, error), torch.where(error < best, step[..., 0], steps)
@@ -338,7 +341,7 @@ class _Range:
         if high == low:
             return 1.0, 0
         best, chosen = math.inf, None
-        for share in torch.linspace(0.8, 1.0, 21).tolist():
+        for share in torch.linspace(0.8, 1.0, 21, dtype=torch.float64).tolist():
             step = share * (high - low) / 255
             zero_point = round(-share * low / step)
             error = samples - step * ((samples / step).round() + zero_point).clamp(0, 255).sub(zero_point)
@@ -372,7 +375,7 @@ class _Transformed:
         samples = (samples * factors).flatten(1)
         low, high = samples.amin(1).clamp_max(0), samples.amax(1).clamp_min(0)
         best, steps, zeros = torch.full_like(low, math.inf), torch.ones_like(low), torch.zeros_like(low)
-        for share in torch.linspace(0.8, 1.0, 21).tolist():
+        for share in torch.linspace(0.8, 1.0, 21, dtype=torch.float64).tolist():
             step = (share * (high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
             zero = (-share * low / step).round()
             error = samples - step[:, None] * ((samples / step[:, None] + zero[:, None]).round().clamp(0, 255) - zero[:, None])

@@ -118,7 +118,7 @@ class Runner:
         images, draws = 3, 2
         shape = (images * (draws if packed and self.noisy else 1), *x.shape[1:])
         try:
-            model, x = meta_copy(self.model).float(), torch.empty(shape, device="meta")
+            model, x = meta_copy(self.model).float(), torch.empty(shape, dtype=torch.float32, device="meta")
             seed = torch.zeros((), dtype=torch.int64, device="cpu")
             scale = self.compute.itemsize / torch.float32.itemsize / (images * draws)
             options = dict(packed=packed, plain=self.plain)
@@ -202,7 +202,9 @@ def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: boo
             logits = run(model, values, context, compute, compute, layout, runner.logits)
             if not gradients:
                 return (logits,)
-            weights = torch.linspace(1, 2, logits.numel(), device=x.device).view(logits.shape)  # that no symmetry takes away
+            weights = torch.linspace(1, 2, logits.numel(), dtype=torch.float32, device=x.device).view(
+                logits.shape
+            )  # that no symmetry takes away
             return logits.detach(), torch.autograd.grad((logits.float() * weights).sum(), values, materialize_grads=True)[0]
 
     layout = torch.channels_last

@@ -39,7 +39,7 @@ class ShapeTracer(Tracer):
     def create_proxy(self, kind, target, args, kwargs, *rest, **options):
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         if kind == "placeholder":
-            images = [torch.empty((count, *self._shape), device="meta") for count in _IMAGES]
+            images = [torch.empty((count, *self._shape), dtype=torch.float32, device="meta") for count in _IMAGES]
             self._values[proxy.node] = images
         elif kind in ("call_function", "call_method", "call_module", "get_attr"):
             self._evaluating, before = True, self._evaluating

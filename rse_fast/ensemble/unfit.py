@@ -46,7 +46,7 @@ def unfit(model: nn.Module, shape: torch.Size, argument: str = "x") -> str | Non
             if isinstance(layer, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, Normalize)):
                 layer.register_forward_pre_hook(check(name, layer))
         with torch.no_grad(), hooks.without_hooks(), NoiseContext(torch.zeros((), dtype=torch.int64, device="cpu"), 1):
-            copied(torch.empty(image, device="meta"))
+            copied(torch.empty(image, dtype=torch.float32, device="meta"))
     except _Unfit as found:
         return str(found)
     except Exception:  # another layer refuses, or the forward needs data

@@ -87,6 +87,19 @@ def test_a_library_held_to_fewer_instructions_does_not_saturate(run_python):
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+def test_torch_s_default_type_changes_nothing(dtype, rng):
+    model, x = rse_fast.convert(SmallNet()).eval(), torch.rand(4, 3, 8, 8)
+    want = int8(model, x).predict(x, 1).probs
+    quantize.weight_bits.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        got = int8(model, x).predict(x, 1).probs
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+
+
 def test_weights_are_rounded_for_correlated_inputs(rng):
     weight = torch.randn(12, 8, 3, 3)
     mixing = torch.randn(72, 72, dtype=torch.float64) + 3 * torch.randn(72, 1, dtype=torch.float64)
