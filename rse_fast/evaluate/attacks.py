@@ -36,6 +36,7 @@ def run(case: Case, queries: Queries, select: Callable[[Tensor], Answer], x: Ten
     """
     if case.method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {case.method!r}")
+    queries.about(x, y)
     parts, candidates, verdict = [], [], torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for restart in range(case.restarts):
         with seeded(derive(seed, restart), x.device):

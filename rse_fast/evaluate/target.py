@@ -5,6 +5,7 @@ and a batch that is done again after an interrupt gives the same rows.
 """
 
 import copy
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -130,7 +131,12 @@ class Queries(nn.Module):
         self.calls = self.images = 0
         self.last: Tensor | None = None
         self._gradients, self._broken, self._zero = 0, 0, 0
+        self._truth: tuple[Tensor, Tensor] | None = None
         self.eval()
+
+    def about(self, x: Tensor, y: Tensor) -> None:
+        """Tells what is attacked: images x [B, ...] and their labels y [B]."""
+        self._truth = x.flatten(1), y
 
     @property
     def random(self) -> bool:
@@ -148,20 +154,33 @@ class Queries(nn.Module):
         self.calls += 1
         self.images += len(x)
         self.last = x.detach()
-        if x.requires_grad and torch.is_grad_enabled():
-            x = x.view_as(x)
-            x.register_hook(self._note)
-        return self.classifier(x)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return self.classifier(x)
+        x = x.view_as(x)
+        logits = self.classifier(x)
+        x.register_hook(functools.partial(self._note, self._still_right(x.detach(), logits.detach())))
+        return logits
 
-    def _note(self, gradient):
+    def _still_right(self, x, logits) -> Tensor | bool:
+        """Whether each image is classified as it should be, [B]; True where nobody has said what is attacked."""
+        if self._truth is None:
+            return True
+        images, labels = self._truth
+        if len(x) != len(images):  # an attack asks about some of them: those that they are closest to
+            labels = labels[torch.cdist(x.flatten(1), images).argmin(1)]
+        return logits.argmax(-1) == labels
+
+    def _note(self, right, gradient):
         flat = gradient.detach().flatten(1)
         self._gradients += len(flat)
         self._broken += (~flat.isfinite()).any(1).sum()  # tensors: no step of an attack waits for a device
-        self._zero += (flat == 0).all(1).sum()
+        # A loss may well have no slope once it has its aim: DLR where the true class is third, C&W beyond its margin.
+        self._zero += ((flat == 0).all(1) & right).sum()
 
     @property
     def gradients(self) -> dict[str, float] | None:
-        """Of the images' gradients that an attack got, the shares "nan" (or infinite) and "zero" (exactly); None if it got none."""
+        """Of the images' gradients that an attack got, the shares "nan" (or infinite) and "zero" (exactly, where the image was still
+        classified right); None if it got none."""
         if not self._gradients:
             return None
         return {"nan": float(self._broken) / self._gradients, "zero": float(self._zero) / self._gradients}

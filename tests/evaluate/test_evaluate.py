@@ -541,6 +541,30 @@ def test_gradients_are_watched(rng):
     assert queries.gradients == {"nan": 0.25, "zero": 0.5}
 
 
+def test_a_gradient_may_vanish_once_the_attack_has_its_aim(rng):
+    """DLR has no slope where the true class is third, C&W none beyond its margin. Where an image is still right, a zero counts."""
+
+    class First(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1).mean(1, keepdim=True) * torch.tensor([3.0, 2.0, 1.0])
+
+    def zeros(labels, chosen, loss):
+        queries = Queries(First(), 1)
+        queries.about(x, torch.tensor(labels))
+        some = x[chosen].clone().requires_grad_()
+        torch.autograd.grad(loss(queries(some)), some)
+        return queries.gradients["zero"]
+
+    def flat(logits):
+        return (logits * 0).sum()
+
+    x = torch.rand(4, 1, 2, 2) + torch.arange(4).view(4, 1, 1, 1)
+    assert zeros([2, 2, 2, 2], [0, 1, 2, 3], flat) == 0.0
+    assert zeros([0, 2, 2, 0], [0, 1, 2, 3], flat) == 0.5
+    assert zeros([0, 2, 2, 0], [3, 1], flat) == 0.5 and zeros([0, 2, 2, 0], [3], flat) == 1.0  # an attack may ask about some alone
+    assert zeros([0, 2, 2, 0], [0, 1, 2, 3], torch.sum) == 0.0
+
+
 def test_nan_is_a_wrong_answer():
     class Broken(torch.nn.Module):
         def __init__(self):

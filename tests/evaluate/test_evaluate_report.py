@@ -170,9 +170,6 @@ def test_gradients_that_lead_nowhere_are_a_failed_check_said_first():
         assert ("gradients" in failed(results)) == (not passes)
         assert passes or (results["checks"][0]["name"] == "gradients" and "exactly zero" in results["checks"][0]["text"])
     assert "gradients" not in results["cases"]["clean"] and results["cases"][case.name]["gradients"] == {"nan": 0.0, "zero": 0.0}
-    search = replace(case, method="cw", norm="L2", eps=None)  # its loss is flat where an image is wrong by enough
-    results = summarise([search], made(search, 0.1, gradients={"nan": 0.0, "zero": 0.9}), IMAGES)
-    assert "gradients" not in failed(results)
 
 
 def test_figures_are_what_counting_gives(rng):
