@@ -98,7 +98,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(prog="rse-fast demo", description=__doc__.partition("\n\n")[0].replace("``", ""))
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="image folder (train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg); default: digits"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="image folder (train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg); default: handwritten digits",
     )
     parser.add_argument(
         "--resize", type=at_least(4), metavar="PIXELS", help="crop and resample the images of --data to this height and width"
@@ -121,9 +124,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least(1), metavar="K", help="PGD steps (default: 20)")
     parser.add_argument("--attack-images", type=at_least(1), metavar="N", help="test images to attack (default: 200 digits, 100 folder)")
     parser.add_argument("--test-images", type=at_least(1), metavar="N", help="test images for clean accuracy (default: at most 1000)")
-    parser.add_argument("--repeats", type=at_least(2), metavar="R", help="scorings with fresh seeds (default: 5)")
     parser.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="S", help="of weights, order, augmentation and choice of images (default: 0)"
+        "--repeats", type=at_least(2), metavar="R", help="times that attacked images are scored, each with fresh noise (default: 5)"
+    )
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="S", help="seed of weights, order, augmentation and choice of images (default: 0)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default here: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few epochs, images and steps: shows that everything runs, not how well")
