@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import rse_fast
 from rse_fast import data, demo_report
 from rse_fast.cli import wrapper
+from rse_fast.cli.options import at_least, number
 from rse_fast.evaluate.estimate import estimate
 from rse_fast.models import SmallNet
 from rse_fast.train import Config, Ranks, Trainer
@@ -74,20 +75,10 @@ def eager_loop(net: nn.Module, images: Tensor, draws: int) -> Tensor:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    def at_least(low: int) -> Callable[[str], int]:
-        def number(text: str) -> int:
-            value = int(text)
-            if value < low:
-                raise argparse.ArgumentTypeError(f"expected at least {low}, got {value}")
-            return value
-
-        return number
-
     def epsilon(text: str) -> float:
-        numerator, _, denominator = text.partition("/")
-        value = float(numerator) / (float(denominator or 1) or math.nan)
+        value = number(text)
         if not 0 < value <= 1:
-            raise argparse.ArgumentTypeError(f"expected a number or fraction in (0, 1], got {text}")
+            raise argparse.ArgumentTypeError(f"expected a number or fraction in (0, 1], got {text!r}")
         return value
 
     def sigma(text: str) -> float:
@@ -128,7 +119,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--repeats", type=at_least(2), metavar="R", help="times that attacked images are scored, each with fresh noise (default: 5)"
     )
     parser.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="S", help="seed of weights, order, augmentation and choice of images (default: 0)"
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="S",
+        help="seed of weights, order, augmentation and choice of images (default: 0)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default here: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few epochs, images and steps: shows that everything runs, not how well")

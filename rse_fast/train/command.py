@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rse_fast import models, run_inputs
 from rse_fast.cli import wrapper
+from rse_fast.cli.options import number
 from rse_fast.train.checkpoint import CheckpointError
 from rse_fast.train.config import Config, size
 from rse_fast.train.distributed import ProcessLost, leave
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         if rule["kind"] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
-        kind = _number if rule["kind"] is float else size if rule["pair"] else rule["kind"]
+        kind = number if rule["kind"] is float else size if rule["pair"] else rule["kind"]
         if rule["optional"]:
             text += "; 'none' takes back what --config says"
             kind = _or_none(kind)
@@ -120,11 +121,3 @@ def _or_none(kind):
 
     read.__name__ = kind.__name__
     return read
-
-
-def _number(text: str) -> float:
-    numerator, slash, denominator = text.partition("/")
-    try:
-        return float(numerator) / float(denominator) if slash else float(numerator)
-    except ZeroDivisionError:
-        raise argparse.ArgumentTypeError(f"expected a number or a fraction, got {text}") from None
