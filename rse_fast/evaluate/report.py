@@ -50,11 +50,14 @@ def headline(results: dict) -> str:
     if "clean" in entries:
         lines.append(f"clean: {percent(entries['clean']['accuracy'])} %")
     for norm in ("Linf", "L2"):
-        inside = [e for e in entries.values() if e["norm"] == norm and e["victim"] == "deployed" and e["eps"] and e["eps"] < LARGE]
-        if inside:
-            main = max(e["eps"] for e in inside)
-            best = min((e for e in inside if e["eps"] == main), key=lambda e: e["accuracy"]["mean"])
-            lines.append(f"{norm} {radius(main)}, strongest of {len(inside)} attacks ({best['name']}): {percent(best['accuracy'])} %")
+        # Random noise is a control, not an attack.
+        attacks = [e for e in entries.values() if e["norm"] == norm and e["victim"] == "deployed" and e["method"] != "noise"]
+        main = max((e["eps"] for e in attacks if e["eps"] and e["eps"] < LARGE), default=None)
+        if main is not None:
+            inside = [e for e in attacks if e["eps"] == main]
+            best = min(inside, key=lambda e: e["accuracy"]["mean"])
+            count = f"{len(inside)} attack{'' if len(inside) == 1 else 's'}"
+            lines.append(f"{norm} {radius(main)}, strongest of {count} ({best['name']}): {percent(best['accuracy'])} %")
     return "\n".join(lines)
 
 
