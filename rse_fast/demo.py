@@ -74,7 +74,7 @@ def eager_loop(net: nn.Module, images: Tensor, draws: int) -> Tensor:
         return torch.stack([net(images).softmax(-1) for _ in range(draws)]).mean(0)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     def epsilon(text: str) -> float:
         value = number(text)
         if not 0 < value <= 1:
@@ -127,8 +127,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default here: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few epochs, images and steps: shows that everything runs, not how well")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options, and in place of those that are not given what suits the data set and ``--quick``."""
+    args = _parser().parse_args(argv)
     folder = args.data is not None
     defaults = {
         "epochs": 12 if folder else 30,
