@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="rse-fast bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="rse-fast bench", description=__doc__.replace("``", ""), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=None, help="default: all that this machine can run")
     parser.add_argument("--case", default="*", metavar="GLOB", help="only cases whose name matches, such as '*B=16*'")
     listed = dict(nargs="?", const="", choices=("", "cpu", "cuda"), metavar="DEVICE")

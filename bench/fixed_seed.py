@@ -1,4 +1,4 @@
-"""What a known seed is worth to an attacker: python -m bench.fixed_seed [--images N]; a few minutes on a CPU.
+"""What a known seed is worth to an attacker: python -m rse_fast.bench.fixed_seed [--images N]; a few minutes on a CPU.
 
 The network of the demo is trained on the digits with noise, then attacked by PGD in two ways: with fresh noise at every query (the seed is
 unknown), and with the very noise that the deployed ensemble will use (a fixed seed that the attacker knows).

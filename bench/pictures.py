@@ -1,6 +1,6 @@
 """Pictures of a results file: throughput against batch and draws, the roofline of the noise, memory against draws.
 
-``python -m bench.pictures`` in a checkout draws the picture of README.md and of the documentation from the committed results.
+``python -m rse_fast.bench.pictures`` in a checkout draws the picture of README.md and of the documentation from the committed results.
 """
 
 import io

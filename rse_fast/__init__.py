@@ -1,4 +1,4 @@
-"""rse-fast: Random Self-Ensemble (Liu et al., ECCV 2018) for PyTorch at the cost of the plain network."""
+"""rse-fast: Random Self-Ensemble (Liu et al., ECCV 2018) for PyTorch: noise layers, packed ensembles, attacks, certificates."""
 
 from rse_fast import functional, nn
 from rse_fast.convert import convert, describe, noise_off, revert, set_sigma

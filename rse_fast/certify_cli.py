@@ -98,7 +98,9 @@ def _parser():
     stop.add_argument("--tolerance", type=float, metavar="T", help="stop when n draws would hardly enlarge the radius by more than T")
     text = "lower bound of the share; 'randomised' is never smaller, with a random number from the seed (default: %(default)s)"
     parser.add_argument("--bound", choices=BOUNDS, default=BOUNDS[0], help=text)
-    parser.add_argument("--out", type=Path, default=Path("certified"), metavar="DIR", help="new, or to continue (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("certified"), metavar="DIR", help="folder of results, new or to continue (default: %(default)s)"
+    )
     return parser
 
 

@@ -174,7 +174,7 @@ def vanished(model: nn.Module) -> list[str]:
 
 
 def set_sigma(model: nn.Module, init_sigma: float = 0.2, inner_sigma: float = 0.1) -> nn.Module:
-    """Changes the sigmas of a converted model in place, as for a test with other noise than in training.
+    """Changes the sigmas of a converted model in place, for example to test it with less noise than it was trained with.
 
     Args:
         model: a converted model.
@@ -211,7 +211,7 @@ def _check_sigmas(init_sigma: float, inner_sigma: float, learnable: bool | str) 
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undoes `convert`, in place: the plain classes come back, sigmas go. Stand-alone `GaussianNoise` layers stay.
+    """Undoes `convert`, in place: layers get their plain classes back, and sigmas are removed. Stand-alone `GaussianNoise` layers stay.
 
     Args:
         model: a converted model.
@@ -255,6 +255,9 @@ def noise_off(model: nn.Module) -> Iterator[nn.Module]:
 
     Args:
         model: a model with noisy layers.
+
+    Yields:
+        ``model`` itself.
 
     Raises:
         ValueError: the model has none.

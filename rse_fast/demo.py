@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import rse_fast
 from rse_fast import data, demo_report
 from rse_fast.cli import wrapper
+from rse_fast.cli.options import at_least, number
 from rse_fast.evaluate.estimate import estimate
 from rse_fast.models import SmallNet
 from rse_fast.train import Config, Ranks, Trainer
@@ -73,21 +74,11 @@ def eager_loop(net: nn.Module, images: Tensor, draws: int) -> Tensor:
         return torch.stack([net(images).softmax(-1) for _ in range(draws)]).mean(0)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    def at_least(low: int) -> Callable[[str], int]:
-        def number(text: str) -> int:
-            value = int(text)
-            if value < low:
-                raise argparse.ArgumentTypeError(f"expected at least {low}, got {value}")
-            return value
-
-        return number
-
+def _parser() -> argparse.ArgumentParser:
     def epsilon(text: str) -> float:
-        numerator, _, denominator = text.partition("/")
-        value = float(numerator) / (float(denominator or 1) or math.nan)
+        value = number(text)
         if not 0 < value <= 1:
-            raise argparse.ArgumentTypeError(f"expected a number or fraction in (0, 1], got {text}")
+            raise argparse.ArgumentTypeError(f"expected a number or fraction in (0, 1], got {text!r}")
         return value
 
     def sigma(text: str) -> float:
@@ -98,7 +89,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(prog="rse-fast demo", description=__doc__.partition("\n\n")[0].replace("``", ""))
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="image folder (train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg); default: digits"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="image folder (train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg); default: handwritten digits",
     )
     parser.add_argument(
         "--resize", type=at_least(4), metavar="PIXELS", help="crop and resample the images of --data to this height and width"
@@ -121,14 +115,24 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least(1), metavar="K", help="PGD steps (default: 20)")
     parser.add_argument("--attack-images", type=at_least(1), metavar="N", help="test images to attack (default: 200 digits, 100 folder)")
     parser.add_argument("--test-images", type=at_least(1), metavar="N", help="test images for clean accuracy (default: at most 1000)")
-    parser.add_argument("--repeats", type=at_least(2), metavar="R", help="scorings with fresh seeds (default: 5)")
     parser.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="S", help="of weights, order, augmentation and choice of images (default: 0)"
+        "--repeats", type=at_least(2), metavar="R", help="times that attacked images are scored, each with fresh noise (default: 5)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="S",
+        help="seed of weights, order, augmentation and choice of images (default: 0)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default here: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few epochs, images and steps: shows that everything runs, not how well")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options, and in place of those that are not given what suits the data set and ``--quick``."""
+    args = _parser().parse_args(argv)
     folder = args.data is not None
     defaults = {
         "epochs": 12 if folder else 30,

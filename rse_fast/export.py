@@ -32,7 +32,7 @@ def export(ensemble: Ensemble, example: torch.Tensor, path: str | os.PathLike[st
     """Writes ``ensemble`` as a program that runs in a process without rse-fast.
 
     The program takes ``x``, float32 [B, ...] for any B >= 1, and ``seed``, a 0-dim int64 tensor. It returns what `Ensemble.predict` gives
-    for this seed, to rounding: a dict of ``probs``, ``labels``, ``votes``, ``entropy`` and ``mutual_information``, in this order, as
+    for this seed, up to rounding: a dict of ``probs``, ``labels``, ``votes``, ``entropy`` and ``mutual_information``, in this order, as
     `Prediction` describes them. All draws of a batch run at once, so memory grows with B x draws.
 
     The seed is the defence: draw a fresh one for every call from the operating system, ``int.from_bytes(os.urandom(8), "little",
@@ -53,7 +53,7 @@ def export(ensemble: Ensemble, example: torch.Tensor, path: str | os.PathLike[st
         ValueError: the ensemble has early exit or dtype "int8"; its model cannot be exported, for a reason that is given, or does not
             take images like the example; the path has another end or a folder that does not exist; a package is missing.
 
-    Example:
+    Examples:
         >>> rse_fast.export(ensemble, images[:1], "model.pt2")
         >>> program = torch.export.load("model.pt2").module()  # in any process
         >>> program(images, torch.tensor(7))["labels"]

@@ -51,6 +51,7 @@ def add_noise(
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong shape or value. The sign of a sigma that is a CUDA tensor is not checked, since that would
             synchronise the device.
+        RuntimeError: the named backend is not available here; the message says why.
 
     Examples:
         >>> y = add_noise(torch.zeros(4, 3, 8, 8), 0.1, seed=7, draws=2)  # [8, 3, 8, 8]
@@ -86,7 +87,7 @@ def add_noise_(
         ``x`` itself.
 
     Raises:
-        RuntimeError: an input requires a gradient.
+        RuntimeError: an input requires a gradient, or the named backend is not available here.
         TypeError: an argument has a wrong type or dtype. x was not changed.
         ValueError: an argument has a wrong shape, layout or value. x was not changed.
 
@@ -128,7 +129,7 @@ def activate_noise(
         draws * images rows.
 
     Raises:
-        RuntimeError: an input requires a gradient.
+        RuntimeError: an input requires a gradient, or the named backend is not available here.
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong shape or value.
 
@@ -171,6 +172,7 @@ def add_noise_u8(
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong shape or value.
+        RuntimeError: the named backend is not available here.
 
     Examples:
         >>> y = add_noise_u8(torch.rand(4, 8, 16, 16), 0.1, step=1 / 127, zero_point=64, seed=7, act="relu")
@@ -218,6 +220,7 @@ def noisy_conv2d(
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong shape or value.
+        RuntimeError: the named backend is not available here.
 
     Examples:
         >>> y = noisy_conv2d(torch.rand(4, 3, 8, 8), torch.randn(16, 3, 3, 3), None, 0.1, seed=7, padding=1)  # [4, 16, 8, 8]
@@ -293,7 +296,7 @@ def conv_activate_noise(
         [draws * images, Cout, *spatial'] of ``dtype``, channels last in memory.
 
     Raises:
-        RuntimeError: an input requires a gradient.
+        RuntimeError: an input requires a gradient, or the named backend is not available here.
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong shape or value.
 
@@ -343,6 +346,7 @@ def noisy_linear(
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong shape or value.
+        RuntimeError: the named backend is not available here.
 
     Examples:
         >>> y = noisy_linear(torch.rand(4, 32), torch.randn(10, 32), None, 0.1, seed=7)  # [4, 10]

@@ -229,6 +229,9 @@ def make(name: str, num_classes: int, in_channels: int) -> nn.Module:
 
     Raises:
         ValueError: the name is unknown, cannot be imported, or gives something else than an `nn.Module`.
+
+    Examples:
+        >>> network = rse_fast.models.make("small-vgg", num_classes=10, in_channels=3)
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes, in_channels=in_channels)

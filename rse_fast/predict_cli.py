@@ -48,7 +48,9 @@ def _parser():
     run_inputs.add_arguments(parser)
     parser.add_argument("--draws", type=int, default=10, metavar="N", help="noisy passes an image (default: %(default)s)")
     parser.add_argument("--early-exit", type=early_exit, metavar="HOW", help="exact, or a confidence such as 0.999 (default: all draws)")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="new, or to continue (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder of results, new or to continue (default: %(default)s)"
+    )
     return parser
 
 

@@ -18,17 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th image (default: %(default)s)")
     parser.add_argument("--images", type=int, metavar="N", help="at most N images")
-    parser.add_argument("--max-rows", type=int, metavar="ROWS", help="most rows of a packed batch")
+    parser.add_argument("--max-rows", type=int, metavar="ROWS", help="most rows, images times draws, of a packed batch")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The options of every command that works on a network: which one, which part of which data set, and how it computes."""
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run folder of rse-fast train, such as runs/small-rse")
-    parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="in place of RUN: returns the converted network")
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="in place of RUN: a function that returns the converted network")
     add_trust(parser)
     add_data(parser)
-    parser.add_argument("--part", choices=("test", "val"), default="test", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, metavar="SEED", help="of the noise (default: fresh, kept in the folder)")
+    parser.add_argument("--part", choices=("test", "val"), default="test", help="part of the data set (default: %(default)s)")
+    parser.add_argument("--seed", type=int, metavar="SEED", help="seed of the noise (default: a fresh one, kept in the folder)")
     parser.add_argument("--dtype", default="auto", metavar="DTYPE", help="auto, float32 or bfloat16 (default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, metavar="DEVICE", help="cpu, cuda or cuda:N (default here: %(default)s)")
@@ -41,7 +41,8 @@ def add_logits(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust", action="store_true", help="import the model that the configuration of a run folder names, its code")
+    text = "import the module that the run folder names as its model, and so run that code: only for authors whom you trust"
+    parser.add_argument("--trust", action="store_true", help=text)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +57,13 @@ def splits(args: argparse.Namespace) -> data.Splits:
         return data.load(args.data or "digits", resize=args.resize, progress=True)
     check_run(args.run)
     return train.load_data(train.Config.load(args.run / "config.json"), args.data, args.resize)
+
+
+def check_source(args: argparse.Namespace) -> None:
+    """Raises ValueError unless the options name one model."""
+    if (args.run is None) == (args.model is None):
+        got = "neither" if args.run is None else "both"
+        raise ValueError(f"RUN, --model: expected one of the two, a run folder or a function that returns a network; got {got}")
 
 
 def check_run(run: Path, option: str = "RUN") -> None:
@@ -78,8 +86,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, data.Part, range, dict]:
 
     Raises ValueError naming the option.
     """
-    if (args.run is None) == (args.model is None):
-        raise ValueError("RUN, --model: expected one of the two")
+    check_source(args)
     for name in ("every", "images"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name}: expected at least 1, got {value}")

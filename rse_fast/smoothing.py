@@ -61,7 +61,7 @@ class Certificate:
         sigma: standard deviation of the noise at the input.
         alpha: probability that one image's statement is wrong.
         seed: the seed that reproduces this certificate, in [0, 2^64).
-        bound: which lower bound it is.
+        bound: the lower bound that was used, "clopper-pearson" or "randomised".
     """
 
     labels: torch.Tensor
@@ -89,11 +89,12 @@ def certify(
     bound: str = "clopper-pearson",
     image_offset: int = 0,
 ) -> Certificate:
-    """Certifies images x [B, ...]: label and L2 radius that hold with probability 1 - alpha each. See the module for what that covers.
+    """Certifies images x [B, ...]: a label and an L2 radius for each, which hold with probability 1 - alpha.
 
-    The class is selected by the votes of draws 0 .. n0 - 1 and its share estimated from draws n0 .. n0 + n - 1, so the two are disjoint.
-    The radius is ``sigma * Phi^-1(p_lower)``, p_lower a lower bound of the share and sigma that of the noise at the input, less the width
-    of the grid (5e-5 sigma for 32x32 photos at most). It abstains where p_lower < 1/2.
+    `COVERS`, and the page on certification, say what that means. The class is selected by the votes of draws 0 .. n0 - 1. Its share is
+    estimated from draws n0 .. n0 + n - 1, so the two sets are disjoint. The radius is ``sigma * Phi^-1(p_lower)``, less the width of the
+    grid (5e-5 sigma for 32x32 photos at most); p_lower is a lower bound of the share, and sigma that of the noise at the input. An image
+    with p_lower < 1/2 gets no label: `certify` abstains.
 
     Args:
         ensemble: of a model whose first noise stands at the input: the image reaches one noisy layer unchanged (reshaped at most) and is
@@ -106,10 +107,10 @@ def certify(
         seed: None takes the ensemble's, or fresh entropy if it has none.
         radii: one or several radii >= 0: an image stops as soon as "radius >= r" is proven for each of them, or given up: all n draws
             are very unlikely to prove it. The guarantee is the same; radius and p_lower are what was proven by then.
-        tolerance: L2, >= 0: an image stops as soon as all n draws, if the rest are as those so far, would enlarge its radius by no more
-            than this. The guarantee is the same. With neither radii nor tolerance all n draws are taken.
+        tolerance: L2 distance >= 0: an image stops as soon as all n draws, if the rest are like those so far, would enlarge its radius by
+            no more than this. The guarantee is the same. With neither radii nor tolerance all n draws are taken.
         bound: "clopper-pearson", or "randomised": never smaller and mostly a little larger, at the same guarantee, with the help of one
-            random number for each image, made from the seed. The seed must be chosen before any vote is seen, as always.
+            random number for each image, made from the seed. The seed must be chosen before any vote is seen, as for any bound.
         image_offset: index of the first image, which addresses its noise: a data set certified in parts gets the noise of one call.
 
     Returns:

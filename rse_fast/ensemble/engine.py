@@ -60,7 +60,7 @@ class Ensemble(nn.Module):
     Args:
         model: maps [N, ...] to logits [N, K], or [N, K, H, W] of pixels; runs in eval mode with its noise on. Its own mode is left as it
             is.
-        draws: passes an image, >= 1.
+        draws: noisy passes for each image, >= 1.
         seed: None takes fresh entropy from the operating system at every call, which is what a defence needs. A number makes every
             call repeat the same noise, hence the model deterministic and attackable: for audits and tests only.
         max_rows: most rows (images x draws) of a packed batch. Default: by the free memory and a sweet spot that the first large call
@@ -74,14 +74,14 @@ class Ensemble(nn.Module):
         early_exit: None takes all draws of every image. "exact": an image stops when its remaining draws cannot change its label, which
             is that of all draws, always. A number c in (0.5, 1): it stops when, at confidence c, its label is that of infinitely many
             draws, and never later than ``draws``. `Prediction.draws_used` tells. For `predict` and `stream`; `forward` takes all draws.
-        backend: of the noise, as in `rse_fast.functional.add_noise`.
-        algorithm: of the 3x3 convolutions of stride 1 in a fused snapshot on a CPU. "auto" takes for each layer what is faster on this
-            machine: the vendor's "direct" one, or Winograd's, which makes the noise inside and needs 4/9 or 1/4 of the multiplications.
-            "winograd" takes it for all such layers. `algorithms` tells which runs what. They differ by rounding alone: what a machine
-            has measured moves float32 logits by less than 1e-5 of the largest one for every layer, and bfloat16 ones by no more than
-            bfloat16 itself does. In int8 they differ by their errors (`quantization`), and a rule of the layer's channels takes the
-            place of the measurement. Within a process the choice for a layer is made once and stays, whatever the calls.
-        temperature: of `probs` and of what `forward` returns, in [0.1, 10]: the mean softmax to the power of 1 / temperature, normalised
+        backend: what makes the noise, as in `rse_fast.functional.add_noise`.
+        algorithm: what computes the 3x3 convolutions of stride 1 in a fused snapshot on a CPU. "auto" takes for each layer what is
+            faster on this machine: the vendor's "direct" algorithm, or Winograd's, which makes the noise inside and needs 4/9 or 1/4 of
+            the multiplications. "winograd" takes Winograd's for all such layers. `algorithms` tells which layer runs what. The two
+            differ by rounding alone: the choice moves float32 logits by less than 1e-5 of the largest one for every layer, and bfloat16
+            logits by no more than bfloat16 itself does. In int8 they differ by more (`quantization`), so a rule on the layer's channels
+            chooses, not a measurement. Within a process the choice for a layer is made once and stays, whatever the calls.
+        temperature: in [0.1, 10]: `probs`, and what `forward` returns, are the mean softmax to the power of 1 / temperature, normalised
             again. It changes no label, vote or certificate. `rse_fast.fit_temperature` finds the one for validation images.
         cuda_graphs: whether packed batches on a CUDA device are captured in CUDA graphs: None up to 4096 rows, and if no module has a hook,
             which a replay does not call; True always; False never. Every replay has fresh noise. A model that cannot be captured runs
@@ -324,19 +324,30 @@ class Ensemble(nn.Module):
         Raises:
             TypeError: x is no dense float tensor, and nothing that is clearly a batch of images.
             ValueError: x is no batch, or of a shape that the model does not take.
+
+        Examples:
+            >>> ensemble.rows(images)  # 80 on a CPU, before a call has measured other sizes
         """
         return self.prepared(x).planner.rows(self.max_rows)
 
     def refresh(self) -> None:
         """Takes a new snapshot of the model at the next call.
 
-        It is needed only after a change that no version counter shows, such as ``weight.data.copy_(...)``.
+        It is needed only after a change that no version counter shows.
+
+        Examples:
+            >>> model.conv.weight.data.copy_(other)
+            >>> ensemble.refresh()
         """
         self._preparation.refresh()
 
     @property
     def quantization(self) -> quantize.Report | None:
-        """Which layers run in int8, and which do not and why; None for other dtypes. Calibrates, if no call has done so yet."""
+        """Which layers run in int8, and which do not and why; None for other dtypes. Calibrates, if no call has done so yet.
+
+        ``quantized`` has each layer that runs in int8, with its error as a share of the layer's own noise. ``kept`` has each layer in
+        the higher precision, with the reason. Printed, it is a table.
+        """
         if self.calibration is None:
             return None
         return self.prepared(self.calibration[0], "calibration").report
@@ -498,9 +509,10 @@ class Ensemble(nn.Module):
 
 
 class Stream:
-    """Iterator over the predictions of `Ensemble.stream`. Closing or dropping it lets go of everything it holds.
+    """Iterator over the predictions of `Ensemble.stream`. Closing or dropping it frees everything it holds.
 
-    seed: the seed that reproduces the stream, in [0, 2^64).
+    Attributes:
+        seed: the seed that reproduces the stream, in [0, 2^64).
     """
 
     # Packed batches of images and results held at most. Results are small, and many: while a hard image takes 100 draws, the slots beside

@@ -25,7 +25,7 @@ class Prediction:
         mutual_information: float32 [B], entropy of the mean softmax minus the mean entropy of the draws, in nats, >= 0: how much the draws
             disagree. The same at every temperature.
         votes: int64 [B, K], how many draws had each class on top; a draw that is NaN has none.
-        draws_used: int64 [B].
+        draws_used: int64 [B], how many draws each image took: fewer than all with early exit.
         seed: the seed that reproduces this prediction, in [0, 2^64).
     """
 

@@ -1,4 +1,4 @@
-"""The temperature of a classifier: one number that makes its probabilities as sure as they are right (Guo et al., ICML 2017).
+"""The temperature of a classifier: one number that makes its confidence agree with its accuracy (Guo et al., ICML 2017).
 
 It acts on the mean softmax of an ensemble's draws, p to the power of 1/T, normalised again ("pool, then calibrate": Rahaman & Thiery,
 NeurIPS 2021). So labels, votes, early exit and certificates are the same at every temperature.
@@ -39,7 +39,7 @@ def fit_temperature(classifier: Callable[[Tensor], Tensor], batches: Iterable[tu
         batches: pairs of images [B, ...] and labels int64 [B], of validation.
 
     Returns:
-        A number in [0.1, 10] for ``Ensemble(..., temperature=)``. Above 1, the classifier was too sure. The loss is convex in 1/T, so
+        A number in [0.1, 10] for ``Ensemble(..., temperature=)``. Above 1, the classifier was too confident. The loss is convex in 1/T, so
         there is one best.
 
     Raises:
@@ -47,7 +47,8 @@ def fit_temperature(classifier: Callable[[Tensor], Tensor], batches: Iterable[tu
             labels are no integers in [0, K), one an image.
 
     Warns:
-        RuntimeWarning: the best temperature is outside the range, as where every label is right; or images gave NaN and were left out.
+        RuntimeWarning: the best temperature is outside the range, for example because every label is right; or images gave NaN and were
+            left out.
 
     Examples:
         >>> ensemble.temperature = rse_fast.fit_temperature(ensemble, validation_loader)

@@ -21,6 +21,7 @@ from torch import nn
 
 from rse_fast import models
 from rse_fast.cli import wrapper
+from rse_fast.cli.options import at_least, number
 from rse_fast.evaluate import attacks, calibration, report, rows
 from rse_fast.evaluate.protocols import PROTOCOLS
 from rse_fast.evaluate.run import batches, evaluate
@@ -44,16 +45,10 @@ def _parser():
     from rse_fast import run_inputs
 
     def eps(text: str) -> float:
-        numerator, _, denominator = text.partition("/")
-        value = float(numerator) / float(denominator or 1) if float(denominator or 1) else -1.0
+        value = number(text)
         if not 0 < value < 1:
-            raise argparse.ArgumentTypeError(f"expected a number or fraction in (0, 1), got {text}")
+            raise argparse.ArgumentTypeError(f"expected a number or fraction in (0, 1), got {text!r}")
         return value
-
-    def count(text: str) -> int:
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-        return int(text)
 
     parser = argparse.ArgumentParser(
         prog="rse-fast evaluate", description="Attacks a trained network by a protocol and reports what is left of its accuracy.",
@@ -66,24 +61,39 @@ def _parser():
     parser.add_argument("--plain", metavar="RUN|PACKAGE.MODULE:FUNCTION", help=f"undefended network to transfer attacks from: {model}")
     parser.add_argument("--plain-weights", type=Path, metavar="FILE", help="safetensors file for --plain PACKAGE.MODULE:FUNCTION")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="quick", help="default: %(default)s")
-    parser.add_argument("--draws", type=count, default=10, metavar="N", help="of the deployed ensemble (default: %(default)s)")
+    parser.add_argument("--draws", type=at_least(1), default=10, metavar="N", help="draws of the deployed ensemble (default: %(default)s)")
     radii = [2 / 255, 4 / 255, 8 / 255]
-    parser.add_argument("--eps", type=eps, nargs="+", metavar="EPS", default=radii, help="Linf radii; the largest is the main one")
-    parser.add_argument("--l2", type=eps, default=0.5, metavar="RADIUS", help="L2 radius (default: %(default)s)")
-    parser.add_argument("--images", type=count, metavar="N", help="test images (default: by protocol)")
-    parser.add_argument("--repeats", type=count, default=5, metavar="R", help="scorings with fresh noise (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases of the protocol, by their names in the report")
+    parser.add_argument(
+        "--eps",
+        type=eps,
+        nargs="+",
+        metavar="EPS",
+        default=radii,
+        help="Linf radii, pixels in [0, 1]; the largest is the main one (default: 2/255 4/255 8/255)",
+    )
+    parser.add_argument("--l2", type=eps, default=0.5, metavar="RADIUS", help="L2 radius, pixels in [0, 1] (default: %(default)s)")
+    parser.add_argument("--images", type=at_least(1), metavar="N", help="test images (default: by protocol)")
+    parser.add_argument("--repeats", type=at_least(1), default=5, metavar="R", help="scorings with fresh noise (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="run only these cases of the protocol, named as in the report")
     parser.add_argument("--report", action="store_true", help="attack nothing: write the report of what is in the folder")
     parser.add_argument(
         "--calibration",
         type=int,
         default=1000,
         metavar="N",
-        help="images, not attacked, of the section on calibration; 0: none (%(default)s)",
+        help="images, not attacked, for the section on calibration; 0 leaves it out (default: %(default)s)",
     )
-    parser.add_argument("--ood", metavar="DATA", help="images of another kind, which uncertainty should tell from those of the data set")
+    parser.add_argument(
+        "--ood", metavar="DATA", help="data set of another kind, whose images should look more uncertain than those of --data"
+    )
     parser.add_argument("--certified", type=Path, metavar="DIR", help="folder of rse-fast certify for the report (default: RUN/certified)")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="new, or to continue (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("evaluation"),
+        metavar="DIR",
+        help="folder of the report, new or to continue (default: %(default)s)",
+    )
     return parser
 
 
@@ -98,8 +108,7 @@ def run(argv: list[str]) -> dict | None:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if (args.run is None) == (args.model is None):
-        raise ValueError("RUN, --model: expected one of the two")
+    run_inputs.check_source(args)
     model = load(str(args.run or args.model), args.weights, args.device, args.trust)
     plain = load(args.plain, args.plain_weights, args.device, args.trust) if args.plain else None
     if plain is not None and noise_layers(plain):

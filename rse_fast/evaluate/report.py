@@ -50,11 +50,14 @@ def headline(results: dict) -> str:
     if "clean" in entries:
         lines.append(f"clean: {percent(entries['clean']['accuracy'])} %")
     for norm in ("Linf", "L2"):
-        inside = [e for e in entries.values() if e["norm"] == norm and e["victim"] == "deployed" and e["eps"] and e["eps"] < LARGE]
-        if inside:
-            main = max(e["eps"] for e in inside)
-            best = min((e for e in inside if e["eps"] == main), key=lambda e: e["accuracy"]["mean"])
-            lines.append(f"{norm} {radius(main)}, strongest of {len(inside)} attacks ({best['name']}): {percent(best['accuracy'])} %")
+        # Random noise is a control, not an attack.
+        attacks = [e for e in entries.values() if e["norm"] == norm and e["victim"] == "deployed" and e["method"] != "noise"]
+        main = max((e["eps"] for e in attacks if e["eps"] and e["eps"] < LARGE), default=None)
+        if main is not None:
+            inside = [e for e in attacks if e["eps"] == main]
+            best = min(inside, key=lambda e: e["accuracy"]["mean"])
+            count = f"{len(inside)} attack{'' if len(inside) == 1 else 's'}"
+            lines.append(f"{norm} {radius(main)}, strongest of {count} ({best['name']}): {percent(best['accuracy'])} %")
     return "\n".join(lines)
 
 
@@ -112,7 +115,7 @@ def markdown(results: dict, pictures: list[str], certified: str | None = None) -
         *_incomplete(results),
         _how_to_read(results),
     ]
-    parts += ["## Checks", _bullets(passed) if passed else "None passed." if failed else "This selection of cases allows none."]
+    parts += ["## Checks", _bullets(passed) if passed else "None passed." if failed else "These cases allow no check."]
     if results["replication"]:
         parts += _replication(results["replication"])
     if results.get("calibration"):
@@ -127,8 +130,8 @@ def markdown(results: dict, pictures: list[str], certified: str | None = None) -
             (e["name"], f"{e['seconds_per_image']:.3g}", f"{e['attack_queries']:.0f}", _eot(e)) for e in results["cases"].values()
         ]),
         "## How to repeat it",
-        f"`{results['command']}`, seed {settings['seed']}; one line of the table: the same with `--only CASE` and the seed (written out in "
-        "results.json, `cases.CASE.command`). It continues what is in its folder; another `--out` measures anew. "
+        f"`{results['command']}`, seed {settings['seed']}. For one line of the table add `--only CASE` and the seed; results.json has that "
+        "command for each case (`cases.CASE.command`). The command continues what is in its folder; another `--out` measures again. "
         + ", ".join(f"{name} {number}" for name, number in results["versions"].items())
         + f"; {machine['system']}, {machine['device']} ({machine['processor']}, {machine['threads']} threads, {machine['processes']} "
         f"process(es)). Wall time: {results['seconds']:.0f} s of this call; attacks {results['attack_seconds']:.0f} s over all calls and "
@@ -197,13 +200,16 @@ def _how_to_read(results):
     settings, entries = results["settings"], list(results["cases"].values())
     if not settings["draws"]:
         return "Accuracy with its 95 % interval (Wilson) for the choice of images. The network is deterministic."
+    queries = _queries(entries)
     return (
-        f"Accuracy: mean ± sd over {_queries(entries)} scorings of the images found, each by the deployed ensemble of {settings['draws']} "
-        "draws with noise of its own, never the attack's; in brackets the 95 % interval (Wilson) for the choice of images. Worst of "
-        f"{_queries(entries)} queries: an image counts as right only if all scorings are, as against one who asks again until it works. "
-        "EOT: noise draws behind each query of the attack, which sees the log of their mean softmax. Every query has fresh noise. "
-        "Where an attack gives several candidates, the one with the lowest probability of the true class in separate draws counts; of C&W "
-        "with a search for the smallest distance, with margins of 0 to 4 to keep, the closest that is wrong there."
+        f"- Accuracy: mean ± sd over {queries} scorings of the attacked images by the deployed ensemble of {settings['draws']} draws. Each "
+        "scoring has its own noise, never that of the attack. In brackets: the 95 % interval (Wilson) for the choice of images.\n"
+        f"- Worst of {queries} queries: an image counts as right only if all {queries} scorings are right. This is the accuracy that "
+        "is left against someone who asks again.\n"
+        "- EOT: draws of noise behind each query of the attack, which sees the log of their mean softmax. Every query has fresh noise.\n"
+        "- Where an attack gives several images for one, the image that counts is chosen in separate draws: the one with the lowest "
+        "probability of the true class. C&W with a search for the smallest distance runs with margins of 0 to 4; there it is the closest "
+        "image that is wrong in the separate draws."
     )
 
 
@@ -215,10 +221,10 @@ def _replication(replication):
         "## Replication of the paper's table",
         markdown_table(rows),
         "L2 at 30 % accuracy: " + ("not reached in these columns." if crossing is None else f"{crossing:.3f} (linear between columns)."),
-        "C&W with one fixed c, 300 Adam steps of 1e-3, kappa 0, as in the paper (Liu et al. 2018). Stronger than there: the margin is that "
-        "of the log of the mean softmax of several draws, not of the logits of one noisy pass; the network is in eval mode; and of the "
-        "closest image found and the last one, the worse for the network counts, not the last. A weak attack by today's standards: a "
-        "replication, not a claim.",
+        "C&W with one fixed c, 300 Adam steps of 1e-3, kappa 0, as in the paper (Liu et al. 2018). Three things make it stronger than "
+        "there: the margin is that of the log of the mean softmax of several draws, not of the logits of one noisy pass; the network is in "
+        "eval mode; and of the closest image and the last one, the worse for the network counts. By today's standards it is a weak attack. "
+        "These figures replicate the paper, and are no claim of robustness.",
     ]
 
 

@@ -111,7 +111,7 @@ def _make(args, argv) -> int:
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m rse_fast.evaluate.table", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--data", metavar="DATA", help="data set to train on, as in rse-fast train (default: the configuration's)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, or to continue")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the table, new or to continue")
     parser.add_argument("--defences", nargs="*", choices=DEFENCES, default=DEFENCES, help="to train, or to reuse (default: all)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of rse-fast train for all networks, their defence apart")
     text = "run folders that are trained; only read. NAME is that of the row (default: the run's defence)"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rse_fast import models, run_inputs
 from rse_fast.cli import wrapper
+from rse_fast.cli.options import number
 from rse_fast.train.checkpoint import CheckpointError
 from rse_fast.train.config import Config, size
 from rse_fast.train.distributed import ProcessLost, leave
@@ -86,8 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="run folder, new (default: runs/MODEL-DEFENCE)")
     parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="config.json of another run; flags change its fields")
     parser.add_argument("--resume", type=Path, default=None, metavar="DIR", help="continue the run in DIR from its newest checkpoint")
-    parser.add_argument("--trust", action="store_true", default=False, help="import the model that --config or --resume names")
-    parser.add_argument("--from-step", type=int, default=None, metavar="STEP", help="... or from the checkpoint of this step")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        default=False,
+        help="import the module that --config or --resume names as its model, and so run that code",
+    )
+    parser.add_argument(
+        "--from-step", type=int, default=None, metavar="STEP", help="with --resume: continue from the checkpoint of this step instead"
+    )
     for f in dataclasses.fields(Config):
         rule, flag = f.metadata, "--" + f.name.replace("_", "-")
         flags = [flag, "--defense"] if f.name == "defence" else [flag]  # both spellings of English
@@ -95,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         if rule["kind"] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
-        kind = _number if rule["kind"] is float else size if rule["pair"] else rule["kind"]
+        kind = number if rule["kind"] is float else size if rule["pair"] else rule["kind"]
         if rule["optional"]:
-            text += "; none: not given, whatever the configuration says"
+            text += "; 'none' takes back what --config says"
             kind = _or_none(kind)
         choices = rule["choices"] and [*rule["choices"], *[None] * rule["optional"]]
         shown = f"{{{','.join(rule['choices'])}}}" if choices else _METAVARS.get(f.name) or {int: "N", float: "X"}.get(rule["kind"], "TEXT")
@@ -113,11 +121,3 @@ def _or_none(kind):
 
     read.__name__ = kind.__name__
     return read
-
-
-def _number(text: str) -> float:
-    numerator, slash, denominator = text.partition("/")
-    try:
-        return float(numerator) / float(denominator) if slash else float(numerator)
-    except ZeroDivisionError:
-        raise argparse.ArgumentTypeError(f"expected a number or a fraction, got {text}") from None

@@ -42,28 +42,39 @@ class Config:
     defence: str = _option("rse", str, "what the network is trained to withstand attacks with", choices=DEFENCES)
     init_sigma: float = _option(0.2, float, "noise before the first convolution (gaussian: on the image), in pixel units", low=0)
     inner_sigma: float = _option(0.1, float, "noise before the other convolutions", low=0)
-    test_init_sigma: float | None = _option(None, float, "the same for validation and use, where it differs", low=0)
-    test_inner_sigma: float | None = _option(None, float, "the same for validation and use, where it differs", low=0)
+    test_init_sigma: float | None = _option(None, float, "--init-sigma in validation and use, where it differs", low=0)
+    test_inner_sigma: float | None = _option(None, float, "--inner-sigma in validation and use, where it differs", low=0)
     sigma_warmup: float = _option(0.0, float, "epochs in which the noise grows from 0 to its full strength", low=0)
-    learnable_sigma: str | None = _option(None, str, "learn sigma, one a layer or one a channel", choices=("layer", "channel"))
+    learnable_sigma: str | None = _option(
+        None, str, "learn sigma: one for each layer, or one for each channel", choices=("layer", "channel")
+    )
     sigma_regulariser: float = _option(0.0, float, "weight of -mean(sqrt(sigma)) in the loss: keeps learnable sigmas from shrinking", low=0)
     draws: int = _option(1, int, "noise draws per image in a batch", low=1)
-    attack: str = _option("pgd", str, "attack of adversarial training", choices=("fgsm", "pgd"))
-    eps: float = _option(8 / 255, float, "its L-infinity radius, pixels in [0, 1]; fractions are fine", above=0, high=1)
-    attack_steps: int = _option(7, int, "steps of pgd", low=1)
+    attack: str = _option("pgd", str, "attack in adversarial training", choices=("fgsm", "pgd"))
+    eps: float = _option(8 / 255, float, "L-infinity radius of that attack, pixels in [0, 1]; 8/255 is fine", above=0, high=1)
+    attack_steps: int = _option(7, int, "steps of that attack, if it is pgd", low=1)
     attack_draws: int = _option(1, int, "noise draws behind each gradient of the attack", low=1)
-    temperature: float | None = _option(None, float, "of the softmax in training (distillation: 100, else 1)", above=0)
+    temperature: float | None = _option(
+        None, float, "temperature of the softmax in training; by default 100 in distillation, else 1", above=0
+    )
     augment_sigma: float = _option(0.05, float, "brelu: Gaussian noise added to the training images", low=0)
     # Optimisation
     epochs: int = _option(16, int, "passes over the training images", low=1)
     batch_size: int = _option(128, int, "images in a batch, over all processes", low=1)
     lr: float = _option(0.1, float, "learning rate (one-cycle: its peak)", above=0)
-    start_scale: float | None = _option(None, float, "side of the images in the first epoch, over that later on", above=0, high=1)
-    full_scale: float | None = _option(None, float, "share of the epochs, the last, with images of full size (0.4)", above=0, high=1)
-    schedule: str = _option("one-cycle", str, "one-cycle, or step: a tenth after 40, 70 and 90 %% of it", choices=("one-cycle", "step"))
-    momentum: float = _option(0.9, float, "of SGD", low=0, high=1)
+    start_scale: float | None = _option(None, float, "side of the images in the first epoch, as a share of the full side", above=0, high=1)
+    full_scale: float | None = _option(
+        None, float, "with --start-scale: share of the epochs, at the end, with images of full size; by default 0.4", above=0, high=1
+    )
+    schedule: str = _option(
+        "one-cycle",
+        str,
+        "of the learning rate: one-cycle, or step: a tenth of it after 40, 70 and 90 %% of the run",
+        choices=("one-cycle", "step"),
+    )
+    momentum: float = _option(0.9, float, "momentum of SGD", low=0, high=1)
     nesterov: bool = _option(True, bool, "Nesterov's momentum")
-    weight_decay: float = _option(5e-4, float, "L2 penalty, not on sigmas", low=0)
+    weight_decay: float = _option(5e-4, float, "L2 penalty on the weights, not on sigmas", low=0)
     label_smoothing: float = _option(0.0, float, "probability spread over all classes", low=0, high=1)
     ema: float = _option(0.0, float, "decay of the moving average of the weights that is validated and kept (0: none)", low=0, high=1)
     clip: float | None = _option(None, float, "largest norm of the gradient", above=0)
@@ -73,9 +84,11 @@ class Config:
     channels_last: bool = _option(True, bool, "memory layout of weights and activations")
     compile: bool = _option(False, bool, "torch.compile")
     cuda_graphs: bool | None = _option(
-        None, bool, "launch a step as one CUDA graph, for a network that does the same at each (by default the package's own, on one GPU)"
+        None,
+        bool,
+        "launch each step as one CUDA graph; the network must do the same in every step (by default the package's own, on one GPU)",
     )
-    seed: int = _option(0, int, "of weights, order, augmentation and noise", low=0, high=2**63 - 1)
+    seed: int = _option(0, int, "seed of weights, order, augmentation and noise", low=0, high=2**63 - 1)
     # Bookkeeping
     keep: int = _option(3, int, "checkpoints that are kept", low=1)
     save_steps: int | None = _option(None, int, "steps between checkpoints, besides one at the end of each epoch", low=1)

@@ -76,11 +76,24 @@ def _under_way(run):
 
 
 def load_model(run: str | Path, which: str = "best", device: str | torch.device = "cpu", *, trust: bool = False) -> nn.Module:
-    """The model of a run folder in eval mode, its defence built in (rse: noise is on, with the sigmas for use).
+    """The trained network of a run folder, with its defence built in.
 
-    which: "best", the epoch with the best validation accuracy, or "last", the newest checkpoint. trust: a model that the configuration
-    names as package.module:function is imported and called, so such a folder is code; only with ``trust=True`` it runs. Raises ValueError
-    for a folder that is not a run's, a file that is damaged, and code that is not trusted.
+    Args:
+        run: folder that ``rse-fast train`` wrote.
+        which: "best", the weights of the epoch with the best validation accuracy, or "last", those of the newest checkpoint.
+        device: where the network shall be.
+        trust: whether a model that the configuration names as package.module:function may be imported and called. That runs its code, so
+            give True only for folders of authors whom you trust.
+
+    Returns:
+        An `nn.Module` in eval mode that maps float images [B, C, H, W] in [0, 1] to logits [B, K]. The noise of a noisy defence is on,
+        with the sigmas that the configuration has for use.
+
+    Raises:
+        ValueError: the folder is not a run's, a file in it is damaged, or its model is code that is not trusted.
+
+    Examples:
+        >>> ensemble = rse_fast.Ensemble(rse_fast.train.load_model("runs/small-rse"), draws=10)
     """
     run = Path(run)
     if which not in ("best", "last"):
@@ -104,8 +117,20 @@ def load_model(run: str | Path, which: str = "best", device: str | torch.device 
 
 
 def load_temperature(run: str | Path) -> float:
-    """The temperature that was fitted at the end of a run, for ``Ensemble(..., temperature=)``; 1 for a run without one, which is not
-    complete or of an older version. Raises ValueError for a file that is damaged."""
+    """The temperature that was fitted at the end of a run, for ``Ensemble(..., temperature=)``.
+
+    Args:
+        run: folder that ``rse-fast train`` wrote.
+
+    Returns:
+        A number in [0.1, 10]; 1 for a run without one: it is not complete, is of an older version, or had every validation image right.
+
+    Raises:
+        ValueError: the file is damaged.
+
+    Examples:
+        >>> temperature = rse_fast.train.load_temperature("runs/small-rse")
+    """
     path = Path(run) / "temperature.json"
     if not path.exists():
         return 1.0
@@ -116,8 +141,22 @@ def load_temperature(run: str | Path) -> float:
 
 
 def is_validation_part(run: str | Path, part: data.Part) -> bool:
-    """Whether a part of a data set holds the images by which a run's best epoch was chosen and on which its temperature was fitted. Of
-    images that are read lazily the labels alone are compared. Raises ValueError for a file of the run that is damaged."""
+    """Whether a part of a data set holds the images by which a run's best epoch was chosen, and on which its temperature was fitted.
+
+    Args:
+        run: folder that ``rse-fast train`` wrote.
+        part: a part of a data set, such as ``rse_fast.data.load(path).test``.
+
+    Returns:
+        True if images and labels are the same. Of images that are read lazily the labels alone are compared.
+
+    Raises:
+        ValueError: a file of the run is damaged.
+
+    Examples:
+        >>> if rse_fast.train.is_validation_part("runs/small-rse", part):
+        ...     print("figures on this part look better than on new images")
+    """
     return _read_facts(Path(run)).get("val_digest") == _digest(part)
 
 

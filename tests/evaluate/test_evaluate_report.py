@@ -303,6 +303,17 @@ def test_failed_checks_are_the_first_thing_said(results):
     assert "failed" not in good.partition("## Accuracy")[0]
 
 
+def test_the_headline_names_the_strongest_of_the_attacks_at_the_main_radius():
+    results = summary(noise=0.05)
+    line = report.headline(results).splitlines()[-1]  # fgsm, PGD, Square and three transfers; random noise is a control
+    assert line.startswith("Linf 0.2, strongest of 6 attacks (pgd20-Linf-0.2-eot20): 30.0 ± 0.0")
+    cases = PROTOCOLS["quick"].cases([0.1, 0.2], 0.5, 10, True)
+    rows = {}
+    for case in cases:
+        rows |= made(case, 0.1 if case.eps == 0.1 else 0.4)  # attacks at the other radius do not count
+    assert "Linf 0.2, strongest of 4 attacks (fgsm-Linf-0.2-eot20): 40.0 " in report.headline(summarise(cases, rows, IMAGES))
+
+
 def test_certificates_become_a_section(results, tmp_path):
     results, rows = results
     folder, out = tmp_path / "certified", tmp_path / "out"

@@ -240,7 +240,8 @@ def test_bad_options_are_refused_by_name(options, capsys):
     with pytest.raises(SystemExit) as end:
         demo.main(options)
     assert end.value.code == 2
-    assert f"argument {options[0]}" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {options[0]}: expected" in said and options[1] in said.partition("got ")[2]
 
 
 def test_bad_data_and_output_are_one_clear_line(tmp_path, capsys):
