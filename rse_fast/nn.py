@@ -436,7 +436,8 @@ class NoisyConv(NoisyInput):
         dimensions = input.dim()
         if dimensions == weight.dim() - 1 and input.shape[0] == self.in_channels:  # one sample without a batch dimension
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        if self.padding_mode != "zeros":  # the padding repeats noisy pixels, so noise comes first
+        # Where the padding repeats noisy pixels, noise comes first; and what was patched, for tiled pictures say, shall be called.
+        if self.padding_mode != "zeros" or "_conv_forward" in vars(self):
             return super().forward(input)
         sigma, at, backend = self.noise(input)
         input, weight, bias = functional.autocast(input, weight, bias)
