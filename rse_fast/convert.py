@@ -343,7 +343,7 @@ def describe(model: nn.Module) -> Description:
     called = _without_calls(model, {name: layer for name, layer in noisy.items() if isinstance(layer, NoisyInput)})
     for name, layer in noisy.items():
         like = next((p for n, p in layer.named_parameters(recurse=False) if n != "sigma_raw"), layer.current_sigma())
-        sigma = layer.current_sigma().tolist()
+        sigma = layer.known_sigma().tolist()
         # A layer of another kind adds noise, then runs a forward of its own.
         place = noise.choice(layer.weight, layer.groups) if isinstance(layer, NoisyConv) else "separate"
         backend = noise.active_backend(like)
