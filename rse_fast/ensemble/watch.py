@@ -59,7 +59,7 @@ class Watch:
         self._modules, objects = _reached(model)
         self._types = list(map(type, self._modules))
         self._classes = [(cls, dict(vars(cls))) for cls in {c for t in set(self._types) for c in t.__mro__} if _is_users(cls)]
-        self._forwards = [(cls, cls.forward) for cls in set(self._types)]
+        self._forwards = [(cls, cls.forward) for cls in set(self._types) if not issubclass(cls, torch.jit.ScriptModule)]
         self._fields = fields = list(map(vars, self._modules))
         self._sizes = list(map(len, fields))
         registries = [field[name] for field in fields for name in _REGISTRIES]
