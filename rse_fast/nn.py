@@ -299,7 +299,7 @@ class NoiseLayer(nn.Module):
         kept = None if before is None else self._remembered_sigma if before.is_meta else before.detach().clone()
         super()._apply(fn, recurse)
         after = self._stored_sigma()
-        if kept is None and self._buffers.get("sigma") is not None and not after.is_meta:
+        if kept is None and self._buffers.get("sigma") is after is not None and not after.is_meta:
             raise ValueError(NO_SIGMA)  # a learnable one comes with the state dict
         if kept is None or after is None:
             return self
