@@ -37,6 +37,8 @@ def calls(copied: nn.Module, first: nn.Module) -> Calls | None:
         seen = _Seen(owners)
         handles = []
         for module in names:
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks that see its input
+                continue
             handles.append(module.register_forward_pre_hook(seen.enter))
             handles.append(module.register_forward_hook(seen.leave))
         try:

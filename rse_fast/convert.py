@@ -143,8 +143,9 @@ def _left_out(model: nn.Module, layers: dict[str, nn.Module], first: nn.Module, 
     for module, own in names.items() if every else ():
         inside = any(m in layers.values() or isinstance(m, CONVOLUTIONS) for m in module.modules())
         leaf = next(module.parameters(recurse=False), None) is not None or (hasattr(module, "kernel_size") and not module._modules)
-        if "conv" in type(module).__name__.lower() and leaf and not inside and not any(excluded(name, module) for name in own):
-            found[own[0]] = type(module).__name__
+        kind = getattr(module, "original_name", type(module).__name__)  # of a scripted module, what it was made of
+        if "conv" in kind.lower() and leaf and not inside and not any(excluded(name, module) for name in own):
+            found[own[0]] = kind
     modules = {name: module for module, own in names.items() for name in own}
     seen = _calls(model, first)
     for parameter in sorted(seen.read) if seen else ():
@@ -346,7 +347,7 @@ def describe(model: nn.Module) -> Description:
     called = _without_calls(model, {name: layer for name, layer in noisy.items() if isinstance(layer, NoisyInput)})
     for name, layer in noisy.items():
         like = next((p for n, p in layer.named_parameters(recurse=False) if n != "sigma_raw"), layer.current_sigma())
-        sigma = layer.current_sigma().tolist()
+        sigma = layer.known_sigma().tolist()
         # A layer of another kind adds noise, then runs a forward of its own.
         place = noise.choice(layer.weight, layer.groups) if isinstance(layer, NoisyConv) else "separate"
         backend = noise.active_backend(like)

@@ -25,6 +25,10 @@ __all__ = ["GaussianNoise", "NoisyConv1d", "NoisyConv2d", "NoisyConv3d", "NoisyL
 _PROGRAM = "rse_fast.export(rse_fast.Ensemble(model), example, 'model.pt2') writes a program whose seed is an input"
 NO_GRAPH = f"torch.fx cannot trace into a noisy layer or an ensemble, only a model around it, in which it is one node: {_PROGRAM}"
 NO_SCRIPT = f"torch.jit.script cannot take noisy layers, whose seed comes from outside of TorchScript: {_PROGRAM}"
+NO_SIGMA = (
+    "sigma must have a value, got a tensor on the meta device that was read from a file there: load the model to a device with data, or "
+    "set sigma (rse_fast.set_sigma) before the model leaves the meta device"
+)
 LARGE = 2**20  # bytes from which on the C library may take fresh memory from the operating system
 _LEAST, _MOST = -(2**63), 2**63 - 1  # of a seed
 _active = threading.local()  # one context a thread: two threads may run one model with different seeds
@@ -246,10 +250,24 @@ class NoiseLayer(nn.Module):
         arguments.check_sigma("sigma", sigma)
         kept = self._parameters.get("sigma_raw")
         target = self.sigma if kept is None else kept
-        value = torch.as_tensor(sigma, dtype=torch.float32, device=target.device)
+        value = torch.as_tensor(sigma, dtype=torch.float32, device="cpu" if target.is_meta else target.device)
         if value.dim() and value.shape != target.shape:
             raise ValueError(f"sigma must be a number or have shape {tuple(target.shape)}, got shape {tuple(value.shape)}")
-        target.copy_(value if kept is None else _raw(value))
+        value = value if kept is None else _raw(value)
+        if target.is_meta:
+            self._remembered_sigma = value.expand(target.shape).clone()
+        else:
+            target.copy_(value)
+
+    @torch.no_grad()
+    def known_sigma(self) -> torch.Tensor:
+        """sigma's values, float32, also while its tensor is on the meta device."""
+        stored, kept = self._stored_sigma(), self._remembered_sigma
+        if stored is None or not stored.is_meta:
+            return self.current_sigma().float()
+        if kept is None:
+            raise ValueError(NO_SIGMA)
+        return nn.functional.softplus(kept) if "sigma_raw" in self._parameters else kept
 
     def current_sigma(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """sigma for an input of ``dtype``: float32, whose memory kernels read, or as it is for float64. Attached to ``sigma_raw`` where it
@@ -281,9 +299,11 @@ class NoiseLayer(nn.Module):
         kept = None if before is None else self._remembered_sigma if before.is_meta else before.detach().clone()
         super()._apply(fn, recurse)
         after = self._stored_sigma()
+        if kept is None and self._buffers.get("sigma") is after is not None and not after.is_meta:
+            raise ValueError(NO_SIGMA)  # a learnable one comes with the state dict
         if kept is None or after is None:
             return self
-        if after is not before or after.dtype != torch.float32:
+        if after is not before or after.is_meta or after.dtype != torch.float32:
             self._remember_sigma(kept, after.device)
             self._store_sigma(kept.to(after.device))
         elif isinstance(after, nn.Parameter) and not after.is_meta:
@@ -333,7 +353,9 @@ class NoiseLayer(nn.Module):
 
     def extra_repr(self) -> str:
         plain = super().extra_repr()
-        sigma = self.current_sigma()
+        if (stored := self._stored_sigma()) is not None and stored.is_meta and self._remembered_sigma is None:
+            return f"{plain}, sigma unknown" if plain else "sigma unknown"
+        sigma = self.known_sigma()
         text = f"sigma={sigma.item():.4g}" if sigma.numel() == 1 else f"sigma=[{sigma.min():.4g} .. {sigma.max():.4g}]"
         text += ", learnable" if "sigma_raw" in self._parameters else ""
         return f"{plain}, {text}" if plain else text
@@ -436,7 +458,8 @@ class NoisyConv(NoisyInput):
         dimensions = input.dim()
         if dimensions == weight.dim() - 1 and input.shape[0] == self.in_channels:  # one sample without a batch dimension
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        if self.padding_mode != "zeros":  # the padding repeats noisy pixels, so noise comes first
+        # Where the padding repeats noisy pixels, noise comes first; and what was patched, for tiled pictures say, shall be called.
+        if self.padding_mode != "zeros" or "_conv_forward" in vars(self):
             return super().forward(input)
         sigma, at, backend = self.noise(input)
         input, weight, bias = functional.autocast(input, weight, bias)

@@ -18,7 +18,8 @@ from torch import Tensor
 from rse_fast.data.files import claim, open_regular, write_atomically
 from rse_fast.data.parts import Part, Splits, split
 
-_IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_COMPANIONS = frozenset({"thumbs.db", "desktop.ini"})  # that systems put beside images
+_IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow would hand others to programs: PostScript to Ghostscript
 _DECODABLE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa"})
 _LARGEST = 2**30  # bytes of a file: the decoders of some formats read all of it before they look
@@ -112,7 +113,7 @@ def image_folder(
         images = torch.from_numpy(_load_cached(root, files, height_width, channels, workers, progress))
         parts = [Part(images[r], torch.from_numpy(labels[r])) for r in rows]
     # The paper's recipe pads 32x32 images by 4; keep that proportion, so that small images do not lose their motif.
-    all_jpeg = all(file.suffix.lower() in (".jpg", ".jpeg") for file in files)
+    all_jpeg = all(file.suffix.lower() in (".jfif", ".jpg", ".jpeg") for file in files)
     name = root.resolve().name + (" (JPEG)" if all_jpeg else "")  # lossy copies of a known data set are not that data set
     return Splits(name, classes, *parts, pad=max(1, parts[0].shape[-1] // 8), flip=True)
 
@@ -217,6 +218,7 @@ def _list_classes(folder: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]
         warnings.warn(f"{loose} images in {str(folder)!r} lie in no class folder and are passed over", stacklevel=3)
     files: list[Path] = []
     labels: list[int] = []
+    passed: list[str] = []
     for label, within in enumerate(classes):
         found: list[Path] = []
         with os.scandir(within) as entries:
@@ -225,6 +227,8 @@ def _list_classes(folder: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]
                     text = f"path: expected images in the class folder {str(within)!r}, found the folder {entry.name!r}; {_LAYOUTS}"
                     raise ValueError(text)
                 if not _is_image_name(entry.name):
+                    if not entry.name.startswith(".") and entry.name.lower() not in _COMPANIONS:
+                        passed.append(entry.path)
                     continue
                 if not entry.is_file():
                     there = os.path.exists(entry)
@@ -235,6 +239,11 @@ def _list_classes(folder: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]
             raise ValueError(f"path: no images in the class folder {str(within)!r}")
         files += sorted(found)
         labels += [label] * len(found)
+    if passed:
+        kinds = ", ".join(sorted(_IMAGE_SUFFIXES))
+        warnings.warn(
+            f"{len(passed)} files are passed over, {min(passed)!r} for one; images are read by their names: {kinds}", stacklevel=3
+        )
     return files, np.array(labels, dtype=np.int64), tuple(entry.name for entry in classes)
 
 

@@ -313,9 +313,10 @@ def _remarks(model, runner, x):
     if runner.probabilities:
         yield "softmax", "the model gives probabilities; an ensemble takes logits, so leave out the softmax at the model's end"
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
-    if norms:
-        text = "BatchNorm without running statistics makes an image's result depend on the images beside it"
-        yield "batch statistics", f"{text}; use track_running_stats=True, or GroupNorm"
+    if norms or runner.mixes:
+        why = "BatchNorm without running statistics" if norms else "something in the model, statistics of the batch perhaps,"
+        text = f"{why} makes an image's result depend on the images beside it"
+        yield "batch statistics", f"{text}; use running statistics (track_running_stats=True), or GroupNorm"
     first = next((layer for layer in layers.values() if runner.called and layer.stream == runner.called[0] & 0xFFFF), None)
     if first is None or not x.numel() or autograd.is_transformed() or not autograd.is_direct(x):
         return

@@ -8,6 +8,7 @@ from torch import nn
 from rse_fast import autograd, outputs
 from rse_fast.convert import meta_copy
 from rse_fast.ensemble.memory import PeakBytes, SavedBytes
+from rse_fast.ensemble.softmax import contending, distance
 from rse_fast.nn import NoiseContext, RowsError
 from rse_fast.trace import RandomOpDetector
 
@@ -30,7 +31,7 @@ class Runner:
     of 4 dimensions. row_bytes: of all tensors that are alive at once, a row; saved_bytes: of those that are kept for the gradient of the
     images, a row; None if unknown. random: whether the forward draws numbers of torch's generators by itself. called: streams of the
     layers that a probe of real images called, in order; None if it failed. plain: streams of layers that get one row for all images, and
-    no noise. probabilities: whether it gave probabilities rather than logits.
+    no noise. probabilities: whether it gave probabilities rather than logits. mixes: whether an image's logits depend on those beside it.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Runner:
         self.model, self.dtype, self.compute, self.noisy, self.logits = model, dtype, compute, noisy, logits
         self.row_bytes = self.saved_bytes = None
         self.layout, self.packs_input, self.random, self.classes, self.pixels = torch.channels_last, True, False, 0, ()
-        self.called, self.probabilities, self.plain, self.divided = None, False, frozenset(), set()
+        self.called, self.probabilities, self.plain, self.divided, self.mixes = None, False, frozenset(), set(), False
         if x is not None:
             self._try(x, own)
 
@@ -68,8 +69,9 @@ class Runner:
             packed = self._probe(images) if self.random else packed
             self.packs_input = False
             self.packs_input = isinstance(packed, torch.Tensor) and not self._agree(packed, self._probe(images))
-        elif self.divided and not self.random:
-            self._check_order(packed, self._probe(images[:1]))
+        if outputs.is_logits(packed) and not self.random:
+            bright = torch.cat([images[:1], 3 * images[1:]])  # the more the other image differs, the more statistics of a batch do
+            self._check_alone(self._probe(bright), self._probe(images[:1]))
         if shape is None and outputs.is_logits(packed):
             shape = packed.shape
         self.classes, self.pixels = (shape[1], tuple(shape[2:])) if shape else (0, ())
@@ -94,10 +96,12 @@ class Runner:
         except Exception as error:
             return error.with_traceback(None)
 
-    def _check_order(self, both, first):
-        """Raises ValueError unless an image's rows are beside each other wherever it has several: alone, it then has the same noise."""
-        alike = outputs.is_logits(both) and outputs.is_logits(first) and both[::2].shape == first.shape and len(both) == 4
-        if alike and not self._agree(both[::2], first):
+    def _check_alone(self, both, first):
+        """Finds out whether the first of ``both`` images has other logits alone, ``first``. Raises ValueError where its noise is another
+        one: some layer gets several rows an image, and those of one image are not beside each other."""
+        one_each = outputs.is_logits(both) and outputs.is_logits(first) and both[::2].shape == first.shape and len(both) in (2, 4)
+        self.mixes = one_each and not self._agree(both[::2], first)
+        if self.mixes and self.divided:
             name = min(self.divided)
             raise ValueError(
                 f"the noisy layer {name!r} gets several rows an image, those of one image not beside each other: its noise would depend on "
@@ -108,9 +112,7 @@ class Runner:
         """Whether packing at the first noise is packing: rows behind it that are taken for images come out in another order."""
         if not isinstance(lazy, torch.Tensor) or lazy.shape != packed.shape:
             return False
-        packed, lazy = packed.double(), lazy.double()
-        limit = torch.finfo(self.compute).eps ** 0.5 * packed.norm()  # other sizes of batch are summed in another order
-        return bool(((packed - lazy).norm() <= limit) | ~packed.isfinite().all())
+        return agree(packed, lazy, self.compute)
 
     def _dry_run(self, x, packed):
         """Shape of the result on the meta device for 3 images in 2 draws, None if that fails: a skip connection that bypasses the
@@ -134,6 +136,12 @@ class Runner:
             return tuple(out.shape) if outputs.is_logits(out) and out.shape[0] == (images * draws if self.noisy else images) else None
         except Exception:
             return None
+
+
+def agree(logits: torch.Tensor, others: torch.Tensor, compute: torch.dtype) -> bool:
+    """Whether two logits [N, K, ...] of the same rows are the same up to rounding: another size of batch is summed in another order."""
+    difference, size = distance(*contending(logits, others))
+    return bool(difference <= min(torch.finfo(compute).eps ** 0.5, 1 / 32) * size)
 
 
 def _wants_contiguous(error) -> bool:
@@ -223,10 +231,11 @@ def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: boo
     for what, wanted, low, got in zip(("results", "gradients"), expected, own, found, strict=False):
         if not isinstance(got, torch.Tensor) or got.shape != wanted.shape:
             return "fused, it gives results of another shape"
-        error, low = (got.float() - wanted).norm(), (low.float() - wanted).norm()
-        limit = low * (1 if dtype == torch.float32 else CHANCE) + torch.finfo(torch.float32).eps * wanted.norm()
-        if not (error <= limit or not bool(torch.isfinite(wanted).all() & torch.isfinite(low))):
-            error, low = error / wanted.norm(), low / wanted.norm()
+        pair = contending if what == "results" else lambda *both: both
+        (error, size), (low, _) = distance(*pair(wanted, got)), distance(*pair(wanted, low))
+        limit = low * (1 if dtype == torch.float32 else CHANCE) + torch.finfo(torch.float32).eps * size
+        if not (error <= limit or not bool(torch.isfinite(low))):
+            error, low = error / size, low / size
             return f"fused, it gives other {what} (relative error {error:.2g}, the unfused model's own in {narrow} is {low:.2g})"
     return None
 

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+_VANISHING = 104.0  # exp(-104) is 0 in float32
+
 
 class _Level(torch.autograd.Function):
     """Logits with 0 in place of infinite ones. The gradient goes through as it is: a number that grows still has one."""
@@ -53,6 +55,26 @@ def votes(scores: torch.Tensor) -> torch.Tensor:
     """int64 [..., K]: 1 for the class with the largest of the scores [..., K]; none where one of them is NaN."""
     top = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1])
     return top.masked_fill_(scores.isnan().any(-1, keepdim=True), 0)
+
+
+def contending(logits: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both of two logits [N, K, ...], float64, with 0 for each class that has probability 0 in every row.
+
+    The size of a class that is masked by -inf or -1e4 would hide how the others differ.
+    """
+    both = torch.stack([logits, others]).double()
+    if not both.numel():
+        return logits, others
+    classes = min(2, both.dim() - 1)
+    top = both.masked_fill(both.isnan(), -math.inf).amax(classes, keepdim=True)
+    logits, others = both.masked_fill((top - both > _VANISHING).all(1, keepdim=True).all(0), 0)
+    return logits, others
+
+
+def distance(values: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm of the difference, norm of ``values``): what both have, infinite or NaN, is no difference; NaN from a number is NaN."""
+    same = (values == others) | (values.isnan() & others.isnan())
+    return (values - others).masked_fill(same, 0).norm(), values.masked_fill(~values.isfinite(), 0).norm()
 
 
 class LogSumOfDraws:

@@ -4,15 +4,19 @@ On a ResNet-50 (149 modules, 320 tensors that count) half of that price is the t
 tells of all at once; what the registries hold is compared dict by dict, in one call.
 """
 
+import argparse
+import dataclasses
+import types
 import weakref
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _COUNTER = "num_batches_tracked"  # of BatchNorm, which no module in eval mode reads
@@ -20,6 +24,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 # What torch keeps in a module is looked at by name. The rest changes no result of a snapshot: its modules are in eval mode, and have
 # the streams of their own time.
 _FREE = {*vars(nn.Module()), "stream", "layer_name", "_reversed_padding_repeated_twice"}
+_DICTS = (*_REGISTRIES, *HOOKS)
+_dicts = itemgetter(*_DICTS)
 # Hooks of every module in the process.
 GLOBAL_HOOKS = [
     getattr(torch_module, f"_global_{name}")
@@ -42,15 +48,18 @@ register_optimizer_step_post_hook(_after_step)
 
 
 class Watch:
-    """What a call of ``model`` depends on, as it was when the watch was made: tensors, modules, hooks and plain attributes.
+    """What a call of ``model`` depends on, as it was when the watch was made: tensors, modules, hooks, classes and plain attributes.
 
-    Lists, tuples, dicts and sets in attributes are compared by what they hold. What other objects hold inside goes unnoticed.
+    Attributes are compared by what they hold: lists, tuples, dicts, sets, arrays, dataclasses, namespaces, modules that are not registered,
+    and objects of the packages that the model's own classes are of. What other objects hold inside goes unnoticed, and so does what a
+    function refers to.
     """
 
     def __init__(self, model: nn.Module):
-        self._modules = list(model.modules())
-        self._types, self._classes = list(map(type, self._modules)), list({type(m) for m in self._modules})
-        self._forwards = self._class_forwards()
+        self._modules, objects = _reached(model)
+        self._types = list(map(type, self._modules))
+        self._classes = [(cls, dict(vars(cls))) for cls in {c for t in set(self._types) for c in t.__mro__} if _is_users(cls)]
+        self._forwards = [(cls, cls.forward) for cls in set(self._types) if not issubclass(cls, torch.jit.ScriptModule)]
         self._fields = fields = list(map(vars, self._modules))
         self._sizes = list(map(len, fields))
         registries = [field[name] for field in fields for name in _REGISTRIES]
@@ -63,20 +72,22 @@ class Watch:
         self._small = [registry[name] for registry, name in small]
         self._children = [field["_modules"] for field in fields if field["_modules"]]
         self._order = self._in_order()
-        # One look-up for all attributes of a module.
+        # One look-up for the dicts that torch keeps in a module, of which there shall be no other, and for all of its attributes.
         names = [[name for name in field if name not in _FREE] for field in fields]
-        self._attributes = [(itemgetter(*wanted), field) for wanted, field in zip(names, fields, strict=True) if wanted]
-        self._values = [_frozen(value) for value in self._look()]
+        of_modules = [(itemgetter(*_DICTS, *own), field) for own, field in zip(names, fields, strict=True)]
+        self._looks = of_modules + [(_attributes, thing) for thing in objects]
+        attributes = [_frozen([field[name] for name in own]) for own, field in zip(names, fields, strict=True)]
+        inside = [_frozen(_attributes(thing)) for thing in objects]
+        self._values = [(*_dicts(field), *own) for own, field in zip(attributes, fields, strict=True)] + inside
         tensors = [v for kept in self._kept for name, v in kept.items() if name != _COUNTER]
-        tensors = [*tensors, *chain.from_iterable(map(_tensors, self._values))]
+        tensors = [*tensors, *chain.from_iterable(map(_tensors, attributes + inside))]
         self._tensors = list({id(t): t for t in tensors if isinstance(t, torch.Tensor)}.values())
         self._versioned = list(filter(_has_version, self._tensors))
         # Memory that a tensor has left stays taken: what came to lie at its old address would look like it.
         self._memory = [t.untyped_storage() for t in self._tensors]
         self._versions, self._places = self._states()
-        self._all_hooks = [field[name] for field in fields for name in HOOKS] + GLOBAL_HOOKS
-        self._handles, self._hooks = RemovableHandle.next_id, self._hooked()
-        self._some_hooks = [(hooks, len(hooks)) for hooks in self._all_hooks if hooks]
+        hooks = [field[name] for field in fields for name in HOOKS] + GLOBAL_HOOKS
+        self._unhooked, self._hooked = [h for h in hooks if not h], [(h, list(h.items())) for h in hooks if h]
         self._stepped, self._ids = False, set(map(id, self._tensors))
         _watches.add(self)
 
@@ -101,12 +112,13 @@ class Watch:
                 and all(map(is_, map(dict.__getitem__, self._small_in, self._small_names), self._small))
                 and self._in_order() == self._order
                 and list(map(type, self._modules)) == self._types
-                and self._class_forwards() == self._forwards
+                and all(cls.forward is forward for cls, forward in self._forwards)
+                and all(vars(cls) == kept for cls, kept in self._classes)
                 and list(map(len, self._fields)) == self._sizes
                 and self._states() == (self._versions, self._places)
                 and self._look() == self._values
-                and all(len(hooks) == count for hooks, count in self._some_hooks)
-                and (RemovableHandle.next_id == self._handles or self._same_hooks())
+                and not any(self._unhooked)
+                and all(list(hooks.items()) == kept for hooks, kept in self._hooked)
             )
         except Exception:  # two tensors or arrays that are not the same one: their comparison is no bool
             return True
@@ -124,20 +136,7 @@ class Watch:
         return sum(map(attrgetter("_version"), self._versioned)), list(map(torch.Tensor.data_ptr, self._tensors))
 
     def _look(self):
-        return [look(field) for look, field in self._attributes]
-
-    def _class_forwards(self):
-        return [cls.forward for cls in self._classes]
-
-    def _hooked(self):
-        return [tuple(hooks) for hooks in self._all_hooks]  # their keys are numbers of handles
-
-    def _same_hooks(self):
-        """Asked only where some module of the process has got a hook since."""
-        handles, same = RemovableHandle.next_id, self._hooked() == self._hooks
-        if same:
-            self._handles = handles
-        return same
+        return [look(where) for look, where in self._looks]
 
 
 def _has_version(tensor):
@@ -148,19 +147,83 @@ def _has_version(tensor):
         return False
 
 
+def _reached(model: nn.Module) -> tuple[list[nn.Module], list[Any]]:
+    """The modules of ``model``, those included that attributes hold unregistered, and the objects whose attributes are looked at."""
+    packages = {_package(type(module)) for module in model.modules()} - {"torch", "rse_fast"}
+    modules: dict[nn.Module, None] = {}
+    objects, seen, waiting = [], {}, [model]  # those seen are kept: their ids stand for them
+    while waiting:
+        value = waiting.pop(0)
+        if isinstance(value, nn.Module):
+            new = [module for module in value.modules() if module not in modules]
+            modules.update(dict.fromkeys(new))
+            waiting += [v for module in new for name, v in vars(module).items() if name not in _FREE]
+        elif id(value) not in seen and isinstance(value, (list, tuple, dict)):
+            seen[id(value)] = value
+            waiting += value.values() if isinstance(value, dict) else value
+        elif id(value) not in seen and _is_transparent(value, packages):
+            seen[id(value)] = value
+            objects.append(value)
+            waiting += _attributes(value).values()
+    return list(modules), objects
+
+
+def _is_transparent(value, packages: set[str]) -> bool:
+    """Whether the attributes of an object are compared one by one: it is data, or of one of the ``packages``."""
+    if isinstance(value, (type, types.FunctionType, types.MethodType, torch.Tensor)):
+        return False
+    return (
+        dataclasses.is_dataclass(value)
+        or isinstance(value, (types.SimpleNamespace, argparse.Namespace))
+        or _package(type(value)) in packages
+    )
+
+
+def _attributes(thing) -> dict[str, Any]:
+    """The attributes of an object by name; those of a dataclass may have slots."""
+    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
+    return {**getattr(thing, "__dict__", {}), **{f.name: getattr(thing, f.name, None) for f in fields}}
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _is_users(cls: type) -> bool:
+    """Whether a class is neither torch's, ours nor built in."""
+    return issubclass(cls, nn.Module) and _package(cls) not in ("torch", "rse_fast")
+
+
+class _Array:
+    """The values that a NumPy array had."""
+
+    __array_ufunc__ = None  # an array that is compared with it asks it
+
+    def __init__(self, array: np.ndarray):
+        self.kept = self.read(array)
+
+    @staticmethod
+    def read(array):
+        return array.dtype, array.shape, array.tobytes()
+
+    def __eq__(self, other):
+        return isinstance(other, np.ndarray) and self.read(other) == self.kept
+
+
 def _frozen(value):
-    """``value`` with a copy of each list, tuple, dict and set in it, which then stay as they are."""
-    if type(value) in (list, tuple):
-        return type(value)(map(_frozen, value))
-    if type(value) is dict:
+    """``value`` with a copy of each list, tuple, dict, set and array in it, which then stay as they are."""
+    if isinstance(value, np.ndarray):
+        return _Array(value)
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(_frozen, value))
+    if isinstance(value, dict):
         return {key: _frozen(v) for key, v in value.items()}
-    return set(value) if type(value) is set else value
+    return set(value) if isinstance(value, set) else value
 
 
 def _tensors(value) -> list[torch.Tensor]:
     """The tensors in a frozen value."""
     if isinstance(value, torch.Tensor):
         return [value]
-    if type(value) is dict:
-        value = value.values()
-    return list(chain.from_iterable(map(_tensors, value))) if type(value) in (list, tuple) or isinstance(value, type({}.values())) else []
+    value = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return list(chain.from_iterable(map(_tensors, value)))

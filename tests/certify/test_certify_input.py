@@ -1,5 +1,7 @@
 """What stands between the image and the noise: models that can be certified, and those that must be refused."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -109,8 +111,23 @@ class Batch(nn.Module):
         return self.how(x)
 
 
+def standardised(x):
+    return (x - x.mean(0)) / x.std(0, unbiased=False).add(0.1)
+
+
+def masked(x, value):
+    return torch.cat([x[:, :3], torch.full_like(x[:, 3:], value)], 1)
+
+
 SHARED = {
-    "statistics of the batch": (lambda x: (x - x.mean(0)) / x.std(0, unbiased=False).add(0.1), "beside another image"),
+    "statistics of the batch": (standardised, "beside another image"),
+    # The size of a class that never wins must not hide what happens to the others.
+    "statistics of the batch, a class masked by -inf": (lambda x: masked(standardised(x), -math.inf), "beside another image"),
+    "statistics of the batch, a class masked by a number": (lambda x: masked(standardised(x), -1e4), "beside another image"),
+    "a random number for some, a class masked": (
+        lambda x: masked(x + torch.rand(()) * x.new_tensor([1.0, 0, 0, 0]), -math.inf),
+        "random numbers of its own",
+    ),
     "a random number for all": (lambda x: x + torch.rand(()) * x.new_tensor([1.0, 0, 0, 0]), "random numbers of its own"),
 }
 
@@ -121,6 +138,13 @@ def test_rows_that_are_not_independent_are_refused(name, rng):
     with pytest.raises(ValueError, match=what):
         rse_fast.certify(rse_fast.Ensemble(Batch(how), seed=1), torch.rand(3, 3, 8, 8), n0=5, n=100)
     rse_fast.certify(rse_fast.Ensemble(Batch(lambda x: x / x.norm(dim=1, keepdim=True)), seed=1), torch.rand(3, 3, 8, 8), n0=5, n=100)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_share_of_the_batch_in_the_logits_is_refused_in_every_dtype(dtype):
+    model = Batch(lambda x: x + 0.13 * x.mean(0))
+    with pytest.raises(ValueError, match="beside another image"):
+        rse_fast.certify(rse_fast.Ensemble(model, dtype=dtype), torch.rand(3, 3, 8, 8), n0=5, n=100)
 
 
 def test_rows_are_compared_with_another_image_also_where_the_first_is_grey():

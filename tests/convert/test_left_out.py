@@ -144,3 +144,18 @@ def test_a_weight_of_forwards_own_before_the_first_layer_is_named():
 
     with pytest.warns(RuntimeWarning, match="gives no noise to 'kernel'"):
         rse_fast.convert(Own())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_a_scripted_convolution_is_named_and_runs(rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Conv2d(4, 4, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.warns(RuntimeWarning, match=r"gives no noise to '1' \(Conv2d\)"):
+        rse_fast.convert(model)
+    x = torch.rand(2, 3, 8, 8)
+    for fuse in (True, False):
+        ensemble = Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32")
+        old = ensemble.predict(x).probs
+        model[1].weight.detach().mul_(2)
+        expected = Ensemble(model, 3, seed=1, fuse=False, dtype="float32").predict(x).probs
+        assert torch.allclose(ensemble.predict(x).probs, expected, atol=1e-5) and (old - expected).abs().max() > 1e-3

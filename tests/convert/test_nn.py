@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -434,6 +435,35 @@ def test_sigma_survives_late_initialisation(late, kind, rng):
     assert all("_remembered_sigma" not in vars(layer) for layer in got)
     got[2].set_sigma(0.1)
     assert got.float()[2].sigma == torch.tensor(0.1)
+
+
+@pytest.mark.parametrize("learnable", [False, True, "channel"])
+def test_sigma_may_be_set_and_told_on_the_meta_device(learnable):
+    model = rse_fast.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), 0.25, 0.125, learnable=learnable).to("meta")
+    rse_fast.set_sigma(model, 0.5, 0.75)
+    expected = [0.5, 0.75] if learnable != "channel" else [[0.5] * 3, [0.75] * 4]
+    for _ in range(2):
+        assert np.allclose(np.hstack([layer.sigma for layer in rse_fast.describe(model).layers]), np.hstack(expected))
+        assert "sigma=0.5" in repr(model) or "sigma=[0.5" in repr(model)
+        model.to_empty(device="cpu")
+
+
+def test_sigma_that_was_never_there_is_told():
+    file = io.BytesIO()
+    torch.save(rse_fast.convert(nn.Sequential(nn.Conv2d(3, 4, 1)), 0.25), file)
+    file.seek(0)
+    model = torch.load(file, map_location="meta", weights_only=False)
+    assert "sigma unknown" in repr(model)
+    for call in (rse_fast.describe, lambda m: copy.deepcopy(m).to_empty(device="cpu")):
+        with pytest.raises(ValueError, match="sigma must have a value, got a tensor on the meta device"):
+            call(model)
+    assert rse_fast.set_sigma(model, 0.5).to_empty(device="cpu")[0].sigma == 0.5
+
+
+def test_a_learnable_sigma_stays_where_tensors_are_swapped(monkeypatch):
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model = rse_fast.convert(nn.Sequential(nn.Conv2d(3, 4, 1)), 0.25, learnable=True)
+    assert abs(model.to("meta").to_empty(device="cpu")[0].current_sigma().item() - 0.25) < 1e-6
 
 
 def test_sigma_of_layers_made_on_the_meta_device():

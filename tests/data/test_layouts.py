@@ -97,6 +97,21 @@ def test_what_is_not_read_is_told(tmp_path):
         assert len(data.image_folder(tmp_path).train) == 6
 
 
+def test_files_of_a_class_that_are_not_read_are_told(tmp_path, recwarn):
+    for part in ("train", "test"):
+        make_folder(tmp_path / part, per_class=4)
+    folder = next((tmp_path / "train").iterdir())
+    for name in ("Thumbs.db", ".hidden.heic"):
+        (folder / name).write_bytes(b"")
+    assert len(data.image_folder(tmp_path).train) == 6 and not recwarn.list
+    Image.new("RGB", (7, 9)).save(folder / "photo.JFIF", format="JPEG")
+    (folder / "photo.heic").write_bytes(b"")
+    (folder / "photo").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"2 files are passed over, '.*photo' for one; images are read by their names: \.bmp"):
+        read = data.image_folder(tmp_path)
+    assert len(read.train) + len(read.val) + len(read.test) == 2 * 8 + 1
+
+
 def test_a_split_that_was_not_asked_for_is_told(tmp_path):
     make_folder(tmp_path)
     with pytest.warns(UserWarning, match="no train/ and test/: of each class, 30% .*testing and 10% for validation"):

@@ -505,9 +505,24 @@ def _batch_statistics():
     return rse_fast.convert(nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), *NETS["plain"]()[-1:]))
 
 
+class Statistics(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        return self.how(x)
+
+
+def _with(how):
+    return lambda: rse_fast.convert(nn.Sequential(nn.Conv2d(3, 6, 3), Statistics(how), nn.ReLU(), *NETS["plain"]()[-1:]))
+
+
 MISTAKES = {
     "softmax": (lambda: nn.Sequential(*NETS["plain"](), nn.Softmax(1)), 0, 1, "probabilities"),
     "batch statistics": (_batch_statistics, 0, 1, "BatchNorm without running statistics"),
+    "functional batch_norm": (_with(lambda x: nn.functional.batch_norm(x, None, None, training=True)), 0, 1, "images beside it"),
+    "mean of the batch": (_with(lambda x: x - x.mean((0, 2, 3), keepdim=True)), 0, 1, "images beside it"),
     "bytes": (NETS["plain"], 0, 255, r"images reach from .* to 25\d"),
     "normalised": (NETS["plain"], -2.1, 2.6, "images reach from -2"),
 }

@@ -263,3 +263,25 @@ def test_int8_knows_nan(first, early_exit, algorithm, rng):
         got = ensemble.predict(x)
     assert (got.labels == -1).tolist() == [False, True, True, False, True, False]
     assert torch.equal(got.votes.sum(-1), torch.where(got.labels == -1, 0, got.draws_used))
+
+
+class MaskedNet(nn.Module):
+    """``how`` acts on what the convolution gives; the last of the 4 classes is ``mask``."""
+
+    def __init__(self, how, mask):
+        super().__init__()
+        self.conv, self.head, self.how, self.mask = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), how, mask
+
+    def forward(self, x):
+        x = self.head(self.how(self.conv(x)).mean((2, 3)))
+        return torch.cat([x[:, :3], torch.full_like(x[:, 3:], self.mask)], 1)
+
+
+@pytest.mark.parametrize("mask", [-math.inf, -1e4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_masked_class_does_not_hide_that_a_snapshot_is_another_model(mask, dtype, rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    model = rse_fast.convert(MaskedNet(torch.relu, mask).eval())
+    model.conv.forward = lambda x: nn.functional.conv2d(x, 2 * model.conv.weight)  # noiseless, and no graph sees it
+    with pytest.warns(RuntimeWarning, match="fused, it gives other results"), pytest.raises(ValueError, match="a pass without any"):
+        Ensemble(model, 3, dtype=dtype).predict(torch.rand(2, 3, 8, 8))

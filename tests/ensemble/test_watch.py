@@ -1,9 +1,14 @@
 """Whatever changes in a model after an ensemble's first call, the next call is that of the model as it is; hooks get their calls."""
 
+import argparse
+import collections
+import dataclasses
 import gc
 import itertools
 import tracemalloc
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +23,24 @@ pytestmark = [
 FUSE = pytest.mark.parametrize("fuse", [True, False])
 
 
+@dataclasses.dataclass
+class Config:
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    inner: Config = dataclasses.field(default_factory=Config)
+
+
+class Gain:  # a helper of the user's own
+    def __init__(self):
+        self.value = 1.0
+
+    def __call__(self, x):
+        return x * self.value
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -25,10 +48,15 @@ class Net(nn.Module):
         self.pool, self.head = nn.AdaptiveAvgPool2d(2), nn.Linear(32, 3)
         self.scale, self._private, self.steps = 1.0, 1.0, [1.0, {"shift": 0.0}]
         self.extra = [torch.zeros(3)]
+        self.slots, self.gain, self.array = Slots(), Gain(), np.ones(1)
+        self.namespaces = types.SimpleNamespace(a=1.0), argparse.Namespace(a=1.0)
+        self.ordered = collections.OrderedDict(a=1.0)
 
     def forward(self, x):
         x = self.conv(self.act(self.stem(x)) * self.scale * self._private)
-        return self.head(self.pool(x).flatten(1)) * self.steps[0] + self.steps[1]["shift"] + self.extra[0]
+        x = self.head(self.pool(x).flatten(1)) * self.steps[0] + self.steps[1]["shift"] + self.extra[0]
+        x = self.gain(x) * self.slots.inner.scale * self.namespaces[0].a * self.namespaces[1].a * self.ordered["a"]
+        return x * float(self.array[0])
 
 
 def build(seed=0):
@@ -72,6 +100,21 @@ CHANGES = {  # name: (before the first call, after it)
     "list changed in place": (NOTHING, lambda m, t: m.steps.__setitem__(0, 3.0)),
     "dict in a list changed in place": (NOTHING, lambda m, t: m.steps[1].update(shift=torch.tensor([0.0, 1.0, 3.0]))),
     "tensor in a list changed in place": (NOTHING, lambda m, t: m.extra[0].add_(torch.tensor([0.0, 1.0, 3.0]))),
+    "dataclass in a dataclass": (NOTHING, lambda m, t: setattr(m.slots.inner, "scale", 3.0)),
+    "object of the user's": (NOTHING, lambda m, t: setattr(m.gain, "value", 3.0)),
+    "namespace": (NOTHING, lambda m, t: setattr(m.namespaces[0], "a", 3.0)),
+    "arguments": (NOTHING, lambda m, t: setattr(m.namespaces[1], "a", 3.0)),
+    "array changed in place": (NOTHING, lambda m, t: m.array.fill(3.0)),
+    "ordered dict": (NOTHING, lambda m, t: m.ordered.update(a=3.0)),
+    "hooks taken away with their dict": (
+        lambda m: m.conv.register_forward_hook(half), lambda m, t: setattr(m.conv, "_forward_hooks", collections.OrderedDict())
+    ),
+    "hook in another's place": (
+        lambda m: m.conv.register_forward_hook(half), lambda m, t: m.conv._forward_hooks.update({t.id: lambda m, a, o: o * 2})
+    ),
+    "hook without a handle": (NOTHING, lambda m, t: m.conv._forward_hooks.update({-1: half})),
+    "modules replaced with their dict": (NOTHING, lambda m, t: setattr(m, "_modules", {**m._modules, "act": nn.Sigmoid()})),
+    "convolution patched": (NOTHING, lambda m, t: setattr(m.conv, "_conv_forward", lambda x, w, b: nn.functional.conv2d(x, 2 * w, b))),
     "forward of a module": (NOTHING, lambda m, t: setattr(m.act, "forward", torch.sigmoid)),
     "forward of the model": (NOTHING, lambda m, t: setattr(m, "forward", lambda x, old=m.forward: old(x) * 2)),
     "noise switched off": (NOTHING, lambda m, t: setattr(m.conv, "noise_enabled", False)),
@@ -104,6 +147,47 @@ def test_a_forward_of_a_class_is_noticed(fuse, monkeypatch):
     old, forward = ensemble.predict(x), Net.forward
     monkeypatch.setattr(Net, "forward", lambda self, x: forward(self, x) * 2)
     assert (ensemble.predict(x).probs - old.probs).abs().max() > 1e-5
+
+
+@FUSE
+def test_a_change_of_a_module_that_is_not_registered_is_noticed(fuse, rng):
+    class Loose(Net):
+        def __init__(self):
+            super().__init__()
+            self.unregistered = [nn.Linear(3, 3)]
+
+        def forward(self, x):
+            return self.unregistered[0](super().forward(x))
+
+    model, x = rse_fast.convert(Loose().eval()), torch.rand(2, 3, 8, 8)
+    ensemble = Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32")
+    old = ensemble.predict(x)
+    model.unregistered[0].weight.detach().mul_(3)
+    new, expected = ensemble.predict(x), Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32").predict(x)
+    assert torch.equal(new.probs, expected.probs) and (new.probs - old.probs).abs().max() > 1e-5
+
+
+@FUSE
+def test_another_method_of_a_class_is_noticed(fuse, monkeypatch):
+    model, x = build(), torch.rand(2, 3, 8, 8)
+    monkeypatch.setattr(Net, "step", lambda self, x: x, raising=False)
+    monkeypatch.setattr(Net, "forward", lambda self, x: self.step(self.head(self.pool(self.conv(self.stem(x))).flatten(1))))
+    ensemble = Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32")
+    old = ensemble.predict(x)
+    monkeypatch.setattr(Net, "step", lambda self, x: x * 2)
+    assert (ensemble.predict(x).probs - old.probs).abs().max() > 1e-5
+
+
+def test_what_stays_as_it_is_keeps_the_snapshot():
+    model, x = build(), torch.rand(2, 3, 8, 8)
+    model.parent, model.itself = [nn.Sequential(model)], types.SimpleNamespace(model=model)
+    model.itself.itself, model.array = model.itself, np.full(2, np.nan)
+    model.forward = lambda x, old=model.forward: (
+        old(x) if model.itself is None else model.head(model.pool(model.conv(model.stem(x))).flatten(1))
+    )
+    ensemble = Ensemble(model, 3, dtype="float32")
+    ensemble.predict(x)
+    assert ensemble.prepared(x) is ensemble.prepared(x)
 
 
 class Activations:
