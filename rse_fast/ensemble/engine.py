@@ -363,7 +363,8 @@ class Ensemble(nn.Module):
         if not arguments.is_dense(x):
             arguments.check_dense(argument, x)
         if not x.is_floating_point():
-            raise TypeError(f"{argument} must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
+            line = f"; write {argument}.float() / 255" if x.dtype == torch.uint8 else ""
+            raise TypeError(f"{argument} must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}{line}")
         if x.dim() < 2:
             raise ValueError(f"{argument} must be a batch [B, ...], got shape {tuple(x.shape)}")
         if 0 in x.shape[1:]:

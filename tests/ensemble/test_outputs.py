@@ -310,12 +310,60 @@ def test_arrays_and_pictures_are_the_tensors_that_they_mean(rng):
     x = torch.from_numpy(pixels).movedim(-1, 1).float() / 255
     wanted = ensemble.predict(x)
     pictures = [Image.fromarray(image) for image in pixels]
-    for same in (pixels, x.numpy(), x.double().numpy(), pixels[:, ::1], pictures, tuple(pictures), np.asfortranarray(pixels)):
+    kept = pixels.copy(), x.numpy().copy()
+    for array in kept:
+        array.flags.writeable = False
+    foreign = x.numpy().astype(">f4"), x.numpy().astype(np.longdouble)
+    for same in (
+        pixels,
+        x.numpy(),
+        x.double().numpy(),
+        pixels[:, ::-1][:, ::-1],
+        pictures,
+        tuple(pictures),
+        np.asfortranarray(pixels),
+        *kept,
+        *foreign,
+    ):
         assert torch.equal(ensemble.predict(same).probs, wanted.probs)
     for first in (pixels[0], pictures[0]):
         assert torch.equal(ensemble.predict(first).probs, ensemble.predict(x[:1]).probs)
     streamed = torch.cat([p.probs for p in ensemble.stream([pixels[:1], x[1:].numpy()])])
     torch.testing.assert_close(streamed, wanted.probs)
+
+
+class Rearranged(nn.Module):
+    """Its first convolution takes 12 channels, made of an image's 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(12, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(nn.functional.pixel_unshuffle(x, 2)).mean((2, 3)))
+
+
+def dense():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+
+@pytest.mark.parametrize("body", [Rearranged, dense])
+def test_arrays_for_models_whose_first_convolution_does_not_tell_the_channels(rng, body):
+    ensemble = Ensemble(rse_fast.convert(body(), include=(nn.Conv2d, nn.Linear)), 2, seed=0, dtype="float32")
+    pixels = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    x = torch.from_numpy(pixels).movedim(-1, 1).float() / 255
+    for same in (pixels, x.numpy()):
+        assert torch.equal(ensemble.predict(same).probs, ensemble.predict(x).probs)
+    with pytest.raises(ValueError, match="channels lie elsewhere, write torch.from_numpy"):
+        ensemble.predict(pixels.transpose(0, 3, 1, 2))
+
+
+def test_grey_images_without_a_dimension_for_their_channel():
+    grey = Ensemble(rse_fast.convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 2))), 2)
+    with pytest.raises(ValueError, match=r"write x\[None, None\]"):
+        grey.predict(torch.zeros(8, 8))
+    with pytest.raises(ValueError, match=r"write x\[:, None\]"):
+        grey.predict(torch.zeros(5, 8, 8))
 
 
 def test_grey_pictures_are_for_models_of_one_channel(rng):
@@ -335,9 +383,13 @@ def test_grey_pictures_are_for_models_of_one_channel(rng):
         (np.zeros((2, 3, 8, 8), np.uint8), "write torch.from_numpy\\(x\\).float\\(\\) / 255"),
         (np.zeros((2, 3, 8, 3), np.uint8), "channels first or last"),
         (np.zeros((3,), np.float32), "write x\\[None\\]"),
-        (np.zeros((2, 8), np.uint8), "must be \\[B, H, W, C\\]"),
+        (np.zeros((2, 8), np.uint8), "must be \\[B, H, W, C\\].*write x\\[:, :, None\\]"),
+        (np.zeros((8, 8, 3), np.float32), "write torch.as_tensor\\(x\\).movedim\\(-1, 0\\)\\[None\\]"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "write x.float\\(\\) / 255"),
         (np.zeros((2, 3, 8, 8), np.int64), "floats or of uint8"),
-        ([np.zeros((8, 8, 3), np.uint8)], "got list"),
+        ([np.zeros((8, 8, 3), np.uint8)], "got list of ndarray; write numpy.stack\\(x\\)"),
+        ([torch.zeros(3, 8, 8)], "got list of Tensor; write torch.stack\\(x\\)"),
+        ([], "got list of nothing"),
         ("image.png", "got str"),
     ],
     ids=str,
