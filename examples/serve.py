@@ -102,7 +102,7 @@ def server(load, shape, batch=8, wait=0.005, most=64):
 
 
 def load(run: Path, draws: int) -> rse_fast.Ensemble:
-    return rse_fast.Ensemble(train.load_model(run), draws)
+    return rse_fast.Ensemble(train.load_model(run), draws, temperature=train.load_temperature(run))
 
 
 def main() -> None:

@@ -92,6 +92,8 @@ def _check(ensemble, example, path, compiled) -> torch.Tensor:
         raise ValueError(f"path must end in .pt2 (torch.export) or .onnx, got {str(path)!r}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"path must name a file in a folder that exists, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"path must name a file, got the folder {str(path)!r}")
     if path.suffix == ".onnx":
         if compiled:
             raise ValueError("compiled is for paths that end in .pt2, got True with .onnx")

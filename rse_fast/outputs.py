@@ -38,8 +38,8 @@ def take(found: object, logits: Choice = None) -> Tensor:
 
     Args:
         found: a tensor, mapping, dataclass, named tuple, tuple or list.
-        logits: a name (of an entry or attribute), an index, or a function of ``found``. None finds them: the tensor itself, "logits" or
-            "out", a mapping's only entry, or the first of a tuple.
+        logits: a name (of an entry or attribute), an index, or a function of ``found``. None finds them: the tensor itself; of entries
+            with names "logits", "out" or the only one; of those without names the first.
 
     Raises:
         Unclear: a TypeError that says what was got and how to name the logits.
@@ -50,9 +50,11 @@ def take(found: object, logits: Choice = None) -> Tensor:
         if callable(logits):
             raise
         raise Unclear(f"logits={logits!r} is not in what the model returns, {_described(found)}") from error
-    if isinstance(result, Tensor):
+    if isinstance(result, Tensor) and result.is_floating_point():
         return result
-    got = _described(found) if logits is None else f"{type(result).__name__} by logits={logits!r}"
+    got = _described(found) if logits is None else f"{_described(result)} by logits={logits!r}"
+    if logits is None and result is not None and result is not found:
+        got += f", and there {_described(result)}"
     raise Unclear(
         f"model must return logits, or something with obvious ones ('logits' or 'out' in it, or first in a tuple), got {got}; "
         "Ensemble(model, logits=...) takes their name, their index, or a function of what the model returns"
@@ -62,13 +64,19 @@ def take(found: object, logits: Choice = None) -> Tensor:
 def _find(found):
     if isinstance(found, Tensor):
         return found
-    if isinstance(found, Mapping):
-        values = [found[name] for name in _NAMES if name in found] or (list(found.values()) if len(found) == 1 else [])
-    else:
-        values = [getattr(found, name) for name in _NAMES if hasattr(found, name)]
-        if not values and isinstance(found, (tuple, list)):
-            values = list(found)
+    entries = _entries(found)
+    if entries is None:
+        return found[0] if isinstance(found, (tuple, list)) and found else None
+    values = [entries[name] for name in _NAMES if name in entries] or (list(entries.values()) if len(entries) == 1 else [])
     return values[0] if values else None
+
+
+def _entries(found) -> Mapping | None:
+    """What has names in a mapping, named tuple, dataclass or other object."""
+    if isinstance(found, Mapping):
+        return found
+    names = getattr(found, "_fields", None) or [*getattr(found, "__dict__", ()), *(name for name in _NAMES if hasattr(found, name))]
+    return {name: getattr(found, name) for name in names} or None
 
 
 def _pick(found, logits):
@@ -78,7 +86,9 @@ def _pick(found, logits):
 
 
 def _described(found):
-    names = found if isinstance(found, Mapping) else vars(found) if hasattr(found, "__dict__") else getattr(found, "_fields", None)
+    if isinstance(found, Tensor):
+        return f"a tensor of {found.dtype}"
+    names = _entries(found)
     if names is None:
         return f"{type(found).__name__} of {len(found)}" if isinstance(found, (tuple, list)) else type(found).__name__
     return f"{type(found).__name__} with {', '.join(map(repr, list(names)[:10])) or 'nothing'}"
@@ -99,7 +109,8 @@ def check_rows(logits: Tensor, rows: tuple[int, ...]) -> None:
             f"logit of one class against another: Ensemble(model, logits={line}). If it is a regression: {_MISSING}"
         )
     if not is_logits(logits) or logits.shape[0] not in rows or not logits.shape[1]:
-        raise ValueError(f"model must return {wanted}, got shape {tuple(logits.shape)} of {logits.dtype}")
+        where = "if it returns them elsewhere, Ensemble(model, logits=...) says where"
+        raise ValueError(f"model must return {wanted}, got shape {tuple(logits.shape)}; {where}")
 
 
 def is_logits(found: object) -> bool:

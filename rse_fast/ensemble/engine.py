@@ -87,7 +87,7 @@ class Ensemble(nn.Module):
             which a replay does not call; True always; False never. Every replay has fresh noise. A model that cannot be captured runs
             without, after one warning.
         logits: where the logits are in what the model returns: a name ("logits"), an index, or a function of it. None finds them in a
-            tensor, in a mapping, dataclass or named tuple with "logits" or "out", and first in a tuple.
+            tensor, by the name "logits" or "out" in a mapping, dataclass or named tuple, as its only entry, and first in a plain tuple.
 
     The result for an image depends on (seed, image index, model) alone: chunks and batch splits change it by rounding at most, and
     fewer draws are a prefix of more. One ensemble may be called from many threads.
@@ -374,7 +374,8 @@ class Ensemble(nn.Module):
         if not arguments.is_dense(x):
             arguments.check_dense(argument, x)
         if not x.is_floating_point():
-            raise TypeError(f"{argument} must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}")
+            line = f"; write {argument}.float() / 255" if x.dtype == torch.uint8 else ""
+            raise TypeError(f"{argument} must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}{line}")
         if x.dim() < 2:
             raise ValueError(f"{argument} must be a batch [B, ...], got shape {tuple(x.shape)}")
         if 0 in x.shape[1:]:

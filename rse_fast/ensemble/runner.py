@@ -48,23 +48,16 @@ class Runner:
     def _try(self, x, own):
         """Finds out what the model needs."""
         images = probe_images(x, 2)
-        with RandomOpDetector() as detector, outputs.SigmoidDetector() as sigmoids:
-            packed = self._probe(images)
-            while isinstance(packed, RowsError) and packed.rows == 1:  # of a table of positions, say
-                self.plain |= {packed.stream}
-                packed = self._probe(images)
-        lazy = self._dry_run(x, packed=False)
-        shape = lazy or self._dry_run(x, packed=True)
-        if isinstance(packed, outputs.Unclear):
-            raise packed
-        sigmoids.check(packed)
-        self.random = detector.any
+        packed = self._first_probe(images)
         if _wants_contiguous(packed):
             self.layout = torch.contiguous_format
             if own:
                 self.model.to(memory_format=self.layout)
-            lazy, packed = self._dry_run(x, packed=False), self._probe(images)
-            shape = lazy or self._dry_run(x, packed=True)
+            packed = self._first_probe(images)
+        if isinstance(packed, outputs.Unclear):
+            raise packed
+        lazy = self._dry_run(x, packed=False)
+        shape = lazy or self._dry_run(x, packed=True)
         if lazy is not None:
             packed = self._probe(images) if self.random else packed
             self.packs_input = False
@@ -83,6 +76,18 @@ class Runner:
         if self.packs_input and self.noisy:
             x = x.repeat(context.draws, *[1] * (x.dim() - 1))
         return run(self.model, x, context, self.dtype, self.compute, self.layout, self.logits)
+
+    def _first_probe(self, images):
+        """`_probe`, which finds out on the way which layers are plain, and whether the model draws random numbers. Raises ValueError where
+        it returns sigmoids."""
+        with RandomOpDetector() as detector, outputs.SigmoidDetector() as sigmoids:
+            packed = self._probe(images)
+            while isinstance(packed, RowsError) and packed.rows == 1:  # of a table of positions, say
+                self.plain |= {packed.stream}
+                packed = self._probe(images)
+        sigmoids.check(packed)
+        self.random = detector.any
+        return packed
 
     @torch.no_grad()
     def _probe(self, images):
@@ -225,7 +230,7 @@ def mismatch(runner: Runner, unfused: nn.Module, x: torch.Tensor, gradients: boo
             layout = torch.contiguous_format  # which bfloat16 is much slower in where it is emulated
             expected = results(unfused.to(memory_format=layout), torch.float32, layout)
         own = results(unfused.to(narrow), narrow, layout)
-        found = results(runner.model, dtype, torch.channels_last)
+        found = results(runner.model, dtype, runner.layout)
     except Exception as error:
         return f"a probe batch to check the fused model with failed ({type(error).__name__}: {error})"
     for what, wanted, low, got in zip(("results", "gradients"), expected, own, found, strict=False):

@@ -90,4 +90,8 @@ def _advice(layer: nn.Module, argument: str, shape: torch.Size) -> str:
         return f"; write {argument}[None] for one image"
     if len(shape) == rank and shape[-1] == channels != shape[1]:
         return f"; write {argument}.movedim(-1, 1) if its channels lie last"
+    if len(shape) == rank - 1 and shape[-1] == channels:
+        return f"; write torch.as_tensor({argument}).movedim(-1, 0)[None] for one image whose channels lie last"
+    if channels == 1 and len(shape) in (rank - 1, rank - 2):
+        return f"; write {argument}[:, None] for images of one channel" if len(shape) == rank - 1 else f"; write {argument}[None, None]"
     return ""

@@ -68,7 +68,7 @@ def batch_loss(config: Config, model: nn.Module, forward, images: Tensor, labels
     target = labels
     if config.defence == "distillation":
         with torch.no_grad():
-            target = (teacher(images).float() / config.temperature).softmax(-1)
+            target = (take(teacher(images)).float() / config.temperature).softmax(-1)
     # Times the temperature: the gradient keeps its size, so that learning rate and weight decay mean what they mean without one.
     loss = config.temperature * F.cross_entropy(logits / config.temperature, target, label_smoothing=config.label_smoothing)
     return loss, (logits.detach().argmax(-1) == labels).float().mean()
@@ -91,7 +91,7 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, config: Config) -> 
     with _as_constant(model):
         for _ in range(1 if one_step else config.attack_steps):
             x = x.detach().requires_grad_()
-            log_p = model(x.repeat(draws, 1, 1, 1)).float().log_softmax(-1).unflatten(0, (draws, -1)).logsumexp(0)  # [B, K]
+            log_p = take(model(x.repeat(draws, 1, 1, 1))).float().log_softmax(-1).unflatten(0, (draws, -1)).logsumexp(0)  # [B, K]
             (gradient,) = torch.autograd.grad(F.nll_loss(log_p, labels, reduction="sum"), x)
             x = torch.minimum(torch.maximum(x.detach() + step * gradient.sign(), low), high)
     return x.detach()

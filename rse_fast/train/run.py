@@ -20,6 +20,7 @@ from torch import nn
 from rse_fast import data, models
 from rse_fast.cli import wrapper
 from rse_fast.ensemble import Ensemble, fit_temperature, temperature
+from rse_fast.outputs import take
 from rse_fast.train import checkpoint, defences
 from rse_fast.train.captured import advice
 from rse_fast.train.config import Config
@@ -281,7 +282,7 @@ def _end(trainer, saved, out):
     row = {"event": "end", "step": trainer.step, **saved.best_so_far, "test_images": len(trainer.splits.test)}
     seed = data.derived_seed(config.seed, _TEST_STREAM)
     torch.manual_seed(seed)
-    row["test_accuracy"] = _accuracy(lambda x, _: model(x).argmax(-1), trainer)
+    row["test_accuracy"] = _accuracy(lambda x, _: take(model(x)).argmax(-1), trainer)
     if config.noisy:
         ensemble = Ensemble(model, draws=_TEST_DRAWS, seed=seed)
         row |= {"draws": _TEST_DRAWS, "test_ensemble_accuracy": _accuracy(lambda x, i: ensemble.predict(x, image_offset=i).labels, trainer)}
@@ -291,7 +292,7 @@ def _end(trainer, saved, out):
 def _keep_temperature(model, trainer, out):
     """Fits the temperature of the ensemble, or of a network without noise, on the validation images."""
     config, val = trainer.config, trainer.splits.val
-    classifier = lambda x: model(x).float().log_softmax(-1)  # noqa: E731 - as an ensemble, it gives log-probabilities
+    classifier = lambda x: take(model(x)).float().log_softmax(-1)  # noqa: E731 - as an ensemble, it gives log-probabilities
     if config.noisy:
         classifier = Ensemble(model, draws=_TEST_DRAWS, seed=data.derived_seed(config.seed, _TEMPERATURE_STREAM))
     try:

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rse_fast import models
 from rse_fast.data import Splits, batches, derived_seed, shuffled
 from rse_fast.nn import noise_layers
+from rse_fast.outputs import take
 from rse_fast.train import defences
 from rse_fast.train.captured import Captured, captures
 from rse_fast.train.config import Config
@@ -94,8 +95,8 @@ class Trainer:
         wanted = f"images {list(images.shape[1:])} of {self.splits.name} into {len(self.splits.classes)} classes"
         try:
             with torch.no_grad(), self._autocast():
-                found = self.model.eval()(images).shape
-        except RuntimeError as error:
+                found = take(self.model.eval()(images)).shape
+        except (RuntimeError, TypeError) as error:
             raise ValueError(f"model: {self.config.model!r} cannot sort {wanted}: {str(error).splitlines()[0]}") from error
         if found != (1, len(self.splits.classes)):
             raise ValueError(f"model: {self.config.model!r} cannot sort {wanted}: it returns shape {list(found)} for one")
@@ -254,12 +255,12 @@ class Trainer:
     def _validated(self, model, images, labels):
         """Float64 [3] of a batch: sum of its losses, number of right labels, and of those under attack."""
         with torch.no_grad():
-            logits = model(images).float()
+            logits = take(model(images)).float()
         sums = [F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()]
         if self.config.adversarial:
             attacked = defences.attack(model, images, labels, self.config)
             with torch.no_grad():
-                sums.append((model(attacked).argmax(-1) == labels).sum())
+                sums.append((take(model(attacked)).argmax(-1) == labels).sum())
         else:
             sums.append(torch.zeros_like(sums[1]))
         return torch.stack([value.double() for value in sums])

@@ -14,12 +14,18 @@ from rse_fast import outputs
 from rse_fast.ensemble import Ensemble
 
 Pair = namedtuple("Pair", ["aux", "logits"])
+Unnamed = namedtuple("Unnamed", ["features", "scores"])
 
 
 @dataclasses.dataclass
 class Result:
     hidden: torch.Tensor
     logits: torch.Tensor
+
+
+@dataclasses.dataclass
+class Alone:
+    scores: torch.Tensor
 
 
 class ModelOutput(OrderedDict):
@@ -54,12 +60,24 @@ def network(classes=3):
     )  # fmt: skip
 
 
+class Viewed(nn.Module):
+    """A network that cannot run on maps that are channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(len(x), -1))
+
+
 FORMS = {
     "dict": lambda other, z: {"aux": other, "logits": z},
     "out": lambda other, z: OrderedDict(out=z, aux=other),
     "one entry": lambda other, z: {"scores": z},
     "model output": lambda other, z: ModelOutput(loss=other, logits=z),
     "dataclass": Result,
+    "dataclass of one": lambda other, z: Alone(z),
     "named tuple": Pair,
     "tuple": lambda other, z: (z, other),
     "list": lambda other, z: [z, other],
@@ -94,8 +112,9 @@ def test_logits_are_found_wherever_they_are(rng, form, logits, fuse):
     assert inputs[0].grad.abs().max() > 0
 
 
-def test_the_fused_snapshot_of_a_wrapped_model_is_used(recwarn):
-    ensemble = Ensemble(Wrapped(rse_fast.convert(network()), Result), 2, dtype="float32")
+@pytest.mark.parametrize("body", [network, Viewed])
+def test_the_fused_snapshot_of_a_wrapped_model_is_used(body, recwarn):
+    ensemble = Ensemble(Wrapped(rse_fast.convert(body()), Result), 2, dtype="float32")
     assert ensemble.prepared(torch.rand(2, 3, 8, 8)).problem is None
     assert not recwarn.list
 
@@ -123,7 +142,11 @@ def test_the_weights_get_their_gradient_through_a_choice():
         (lambda other, z: (other, z), 2, "logits=2 is not in what the model returns, tuple of 2"),
         (lambda other, z: z, "scores", "logits='scores' is not in"),
         (lambda other, z: None, None, "got NoneType"),
-        (lambda other, z: ("label", z), None, "got tuple of 2"),
+        (lambda other, z: ("label", z), None, "got tuple of 2, and there str"),
+        (Unnamed, None, "got Unnamed with 'features', 'scores'"),
+        (lambda other, z: {"logits": (z, other)}, None, "got dict with 'logits', and there tuple of 2"),
+        (lambda other, z: z.argmax(1), None, "got a tensor of torch.int64"),
+        (lambda other, z: (z.long(), z), None, "got tuple of 2, and there a tensor of torch.int64"),
     ],
 )
 def test_what_is_not_obvious_is_an_error_that_says_what_was_got(form, logits, message, recwarn):
@@ -157,9 +180,26 @@ def test_one_logit_is_refused_with_the_line_that_mends_it(form):
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("form", [lambda other, z: z.sigmoid(), lambda other, z: (torch.sigmoid(z), z)])
-def test_sigmoids_are_refused(form, fuse):
+@pytest.mark.parametrize("body", [network, Viewed])
+def test_sigmoids_are_refused(form, fuse, body):
     with pytest.raises(ValueError, match="sigmoid.*is missing"):
-        Ensemble(rse_fast.convert(Wrapped(network(), form)), fuse=fuse).predict(torch.rand(2, 3, 8, 8))
+        Ensemble(rse_fast.convert(Wrapped(body(), form)), fuse=fuse).predict(torch.rand(2, 3, 8, 8))
+
+
+def test_the_loss_that_comes_first_is_not_taken_for_logits_in_silence():
+    model, x = rse_fast.convert(Wrapped(network(), lambda other, z: (z.sum(), z))), torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"got shape \(\); if it returns them elsewhere, Ensemble\(model, logits=...\) says where"):
+        Ensemble(model).predict(x)
+    assert Ensemble(model, logits=1).predict(x).probs.shape == (2, 3)
+
+
+@pytest.mark.filterwarnings("ignore:rse-fast. the model runs unfused")
+def test_random_numbers_behind_a_view_are_noticed():
+    model = rse_fast.convert(Wrapped(Viewed(), lambda other, z: z + torch.rand_like(z)))
+    ensemble, x = Ensemble(model, 2, seed=0), torch.rand(2, 3, 8, 8)
+    state = torch.get_rng_state()
+    assert ensemble.prepared(x).once
+    assert torch.equal(torch.get_rng_state(), state)  # the probes' draws are given back
 
 
 def test_a_sigmoid_within_a_model_is_no_matter():
@@ -270,12 +310,60 @@ def test_arrays_and_pictures_are_the_tensors_that_they_mean(rng):
     x = torch.from_numpy(pixels).movedim(-1, 1).float() / 255
     wanted = ensemble.predict(x)
     pictures = [Image.fromarray(image) for image in pixels]
-    for same in (pixels, x.numpy(), x.double().numpy(), pixels[:, ::1], pictures, tuple(pictures), np.asfortranarray(pixels)):
+    kept = pixels.copy(), x.numpy().copy()
+    for array in kept:
+        array.flags.writeable = False
+    foreign = x.numpy().astype(">f4"), x.numpy().astype(np.longdouble)
+    for same in (
+        pixels,
+        x.numpy(),
+        x.double().numpy(),
+        pixels[:, ::-1][:, ::-1],
+        pictures,
+        tuple(pictures),
+        np.asfortranarray(pixels),
+        *kept,
+        *foreign,
+    ):
         assert torch.equal(ensemble.predict(same).probs, wanted.probs)
     for first in (pixels[0], pictures[0]):
         assert torch.equal(ensemble.predict(first).probs, ensemble.predict(x[:1]).probs)
     streamed = torch.cat([p.probs for p in ensemble.stream([pixels[:1], x[1:].numpy()])])
     torch.testing.assert_close(streamed, wanted.probs)
+
+
+class Rearranged(nn.Module):
+    """Its first convolution takes 12 channels, made of an image's 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(12, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(nn.functional.pixel_unshuffle(x, 2)).mean((2, 3)))
+
+
+def dense():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+
+@pytest.mark.parametrize("body", [Rearranged, dense])
+def test_arrays_for_models_whose_first_convolution_does_not_tell_the_channels(rng, body):
+    ensemble = Ensemble(rse_fast.convert(body(), include=(nn.Conv2d, nn.Linear)), 2, seed=0, dtype="float32")
+    pixels = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    x = torch.from_numpy(pixels).movedim(-1, 1).float() / 255
+    for same in (pixels, x.numpy()):
+        assert torch.equal(ensemble.predict(same).probs, ensemble.predict(x).probs)
+    with pytest.raises(ValueError, match="channels lie elsewhere, write torch.from_numpy"):
+        ensemble.predict(pixels.transpose(0, 3, 1, 2))
+
+
+def test_grey_images_without_a_dimension_for_their_channel():
+    grey = Ensemble(rse_fast.convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 2))), 2)
+    with pytest.raises(ValueError, match=r"write x\[None, None\]"):
+        grey.predict(torch.zeros(8, 8))
+    with pytest.raises(ValueError, match=r"write x\[:, None\]"):
+        grey.predict(torch.zeros(5, 8, 8))
 
 
 def test_grey_pictures_are_for_models_of_one_channel(rng):
@@ -295,9 +383,13 @@ def test_grey_pictures_are_for_models_of_one_channel(rng):
         (np.zeros((2, 3, 8, 8), np.uint8), "write torch.from_numpy\\(x\\).float\\(\\) / 255"),
         (np.zeros((2, 3, 8, 3), np.uint8), "channels first or last"),
         (np.zeros((3,), np.float32), "write x\\[None\\]"),
-        (np.zeros((2, 8), np.uint8), "must be \\[B, H, W, C\\]"),
+        (np.zeros((2, 8), np.uint8), "must be \\[B, H, W, C\\].*write x\\[:, :, None\\]"),
+        (np.zeros((8, 8, 3), np.float32), "write torch.as_tensor\\(x\\).movedim\\(-1, 0\\)\\[None\\]"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "write x.float\\(\\) / 255"),
         (np.zeros((2, 3, 8, 8), np.int64), "floats or of uint8"),
-        ([np.zeros((8, 8, 3), np.uint8)], "got list"),
+        ([np.zeros((8, 8, 3), np.uint8)], "got list of ndarray; write numpy.stack\\(x\\)"),
+        ([torch.zeros(3, 8, 8)], "got list of Tensor; write torch.stack\\(x\\)"),
+        ([], "got list of nothing"),
         ("image.png", "got str"),
     ],
     ids=str,

@@ -199,6 +199,10 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path, rng
         export(ensemble_of(), x, tmp_path / "model.pth")
     with pytest.raises(ValueError, match="a folder that exists"):
         export(ensemble_of(), x, tmp_path / "none" / "model.pt2")
+    path.mkdir()
+    with pytest.raises(ValueError, match="path must name a file, got the folder"):
+        export(ensemble_of(), x, path)
+    path.rmdir()
     with pytest.raises(ValueError, match=r"compiled is for paths that end in \.pt2"):
         export(ensemble_of(), x, tmp_path / "model.onnx", compiled=True)
     with pytest.raises(ValueError, match="dtype 'float32' or 'auto' for ONNX, got 'bfloat16'"):

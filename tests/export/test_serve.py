@@ -6,7 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import loopback
 import pytest
+import tiny_training
 import torch
+
+from rse_fast import cli
 
 pytest.importorskip("litserve")
 pytestmark = pytest.mark.slow
@@ -18,6 +21,19 @@ def client(image, port):
         return loopback.ask(connection, image)
     finally:
         connection.close()
+
+
+def test_a_run_is_served_at_the_temperature_that_it_keeps(rng, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(loopback.EXAMPLES)
+    monkeypatch.syspath_prepend(loopback.HERE)
+    import serve
+
+    tiny_training.write_images(tmp_path / "images.npz", rng)
+    command = ["train", "--data", tmp_path / "images.npz", "--out", tmp_path / "run", "--model", "small", "--epochs", 1, "--batch-size", 60]
+    assert cli.main([*map(str, command), "--device", "cpu"]) == 0
+    (tmp_path / "run" / "temperature.json").write_text('{"temperature": 2.5}')
+    ensemble = serve.load(tmp_path / "run", 3)
+    assert (ensemble.draws, ensemble.seed, ensemble.temperature) == (3, None, 2.5)
 
 
 def test_images_one_by_one(rng, one_thread):

@@ -34,6 +34,20 @@ def net_for_8_pixels(num_classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, num_classes))
 
 
+class _Named(nn.Module):
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.net = net(num_classes, in_channels)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"hidden": x, "logits": self.net(x)}
+
+
+def net_with_names(num_classes: int, in_channels: int) -> nn.Module:
+    """`net` that returns its logits in a mapping, as Hugging Face's do, in training and in use."""
+    return _Named(num_classes, in_channels)
+
+
 class _WithAuxiliaryHead(nn.Module):
     """`net`, which in training returns what ``packed`` makes of its logits and of another head's."""
 

@@ -340,6 +340,17 @@ def test_auxiliary_heads_leave_the_main_one_to_be_trained(run, images, tmp_path,
     assert "model must return logits, or something with obvious ones" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("defence", ["plain", "distillation", "rse+adversarial"])
+def test_logits_in_a_mapping_are_trained_as_logits_alone(images, tmp_path, defence):
+    logs = []
+    for name in ("net", "net_with_names"):
+        model = ["--defence", defence, "--model", f"tiny_training:{name}"]
+        assert main(["--data", str(images), "--out", str(tmp_path / name), *TINY, *model]) == 0
+        rows = without_times(read(tmp_path / name / "log.jsonl"))
+        logs.append([{key: value for key, value in row.items() if key != "model"} for row in rows])
+    assert logs[0] == logs[1] and logs[0][-1]["event"] == "end"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("defence", "error"), [("plain", 1e-3), ("rse", 0.1)])
 def test_compiled_training_is_the_same_training(images, tmp_path, compiler, defence, error):
