@@ -60,7 +60,7 @@ def check_exact(noisy, plain, x, y, draws, dtype) -> None:
     low = peers.deterministic(plain, dtype)
     calm = of_log_probabilities(plain, x, y)
     rounding = (of_log_probabilities(lambda x: low(x.to(dtype)), x, y) - calm).norm() / calm.norm()
-    with rse_fast.nn.NoiseContext(torch.tensor(3, device=x.device), len(x), draws, backend="torch"):
+    with rse_fast.context.NoiseContext(torch.tensor(3, device=x.device), len(x), draws, backend="torch"):
         want = of_log_probabilities(lambda x: noisy.eval()(x).softmax(-1).unflatten(0, (draws, -1)).mean(0).log(), x, y)
     got = of_log_probabilities(rse_fast.Ensemble(noisy, draws, seed=3, dtype=str(dtype)[6:]), x, y)
     off = (got - want).norm() / want.norm()

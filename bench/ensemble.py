@@ -70,7 +70,7 @@ def check_exact(ensemble, model, x, rounding) -> None:
     want = 0
     with torch.no_grad():
         for d in range(ensemble.draws):
-            with rse_fast.nn.NoiseContext(torch.tensor(3, device=x.device), len(x), 1, 0, d, "torch"):
+            with rse_fast.context.NoiseContext(torch.tensor(3, device=x.device), len(x), 1, 0, d, "torch"):
                 want = want + model.eval()(x).softmax(-1) / ensemble.draws
     error = (ensemble.predict(x, seed=3).probs - want).abs().max()
     if not error <= rounding:

@@ -9,10 +9,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rse_fast import ops
+from rse_fast.context import NoiseContext
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble
 from rse_fast.ensemble.runner import agree
-from rse_fast.nn import NoiseContext, NoiseLayer, noise_layers
+from rse_fast.nn import NoiseLayer, noise_layers
 from rse_fast.trace import Generators
 
 _aten = torch.ops.aten

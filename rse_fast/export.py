@@ -15,6 +15,7 @@ from torch import nn
 
 from rse_fast import noise, reference
 from rse_fast.address import NoiseAddress
+from rse_fast.context import NoiseContext
 from rse_fast.ensemble import fuse, plan
 from rse_fast.ensemble.engine import DTYPES, Ensemble
 from rse_fast.ensemble.prediction import DrawStatistics
@@ -22,7 +23,7 @@ from rse_fast.ensemble.prepare import Prepared
 from rse_fast.ensemble.runner import Runner, mismatch, probe_images
 from rse_fast.ensemble.softmax import log_softmax
 from rse_fast.ensemble.unfit import unfit
-from rse_fast.nn import NoiseContext, noise_layers, number_layers
+from rse_fast.nn import noise_layers, number_layers
 
 INT64, UINT64 = 7, 13  # of ONNX
 RESULTS = ("probs", "labels", "votes", "entropy", "mutual_information")

@@ -6,13 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rse_fast import arguments
+
 
 def batch(x: object, model: nn.Module, argument: str = "x") -> Tensor:
     """A batch of images as a tensor.
 
     Args:
-        x: a tensor, as it is; a NumPy array of floats [B, C, H, W], as the model takes them, or of uint8 [B, H, W, C] or [H, W, C],
-            which are scaled to [0, 1]; a PIL image, or a list of PIL images of one size.
+        x: a tensor of floats [B, ...], as it is; a NumPy array of floats [B, C, H, W], as the model takes them, or of uint8 [B, H, W, C] or
+            [H, W, C], which are scaled to [0, 1]; a PIL image, or a list of PIL images of one size.
         model: its first convolution says how many channels C an image has, beside the usual 1 and 3.
         argument: what the caller's user knows the images as.
 
@@ -21,16 +23,28 @@ def batch(x: object, model: nn.Module, argument: str = "x") -> Tensor:
 
     Raises:
         TypeError: it is none of these.
-        ValueError: it could mean two things, or has other channels; the message has the line to write.
+        ValueError: it could mean two things, has other channels, or no pixels; the message has the line to write.
     """
-    if isinstance(x, Tensor):
-        return x
+    x = x if isinstance(x, Tensor) else _converted(x, model, argument)
+    if not arguments.is_dense(x):
+        arguments.check_dense(argument, x)
+    if not x.is_floating_point():
+        line = f"; write {argument}.float() / 255" if x.dtype == torch.uint8 else ""
+        raise TypeError(f"{argument} must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}{line}")
+    if x.dim() < 2:
+        raise ValueError(f"{argument} must be a batch [B, ...], got shape {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{argument} must be a batch [B, ...] of images that have pixels, got shape {tuple(x.shape)}")
+    return x
+
+
+def _converted(x, model, argument):
     if isinstance(x, (list, tuple)) and x and all(map(_is_pil, x)):
         if len({image.size for image in x}) > 1:
             raise ValueError(f"{argument} must have PIL images of one size; write image.resize((width, height)) for each first")
-        return batch(np.stack([_pixels(image, model, argument) for image in x]), model, argument)
+        return _converted(np.stack([_pixels(image, model, argument) for image in x]), model, argument)
     if _is_pil(x):
-        return batch(_pixels(x, model, argument), model, argument)
+        return _converted(_pixels(x, model, argument), model, argument)
     if not isinstance(x, np.ndarray):
         raise TypeError(f"{argument} must be a tensor, a NumPy array, a PIL image or a list of PIL images, got {_described(x, argument)}")
     if x.dtype.kind == "f":

@@ -19,10 +19,10 @@ from torch import nn
 from torch._C._functorch import is_legacy_batchedtensor
 
 from rse_fast import autograd
+from rse_fast.context import NoiseContext
 from rse_fast.ensemble.fused_conv import FusedConv, finish
 from rse_fast.kernels import cpu
 from rse_fast.kernels.cpu import winograd
-from rse_fast.nn import NoiseContext
 
 ALGORITHMS = ("auto", "direct", "winograd")
 CLEARLY = 0.97  # Winograd replaces the direct convolution where it takes less than this share of its time

@@ -14,6 +14,7 @@ from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from rse_fast import arguments, autograd, inputs, ops, outputs
+from rse_fast.context import NoiseContext, is_checkpointed
 from rse_fast.ensemble import convolution, gradient, quantize
 from rse_fast.ensemble import temperature as calibrated
 from rse_fast.ensemble.early_exit import make as make_criterion
@@ -22,7 +23,7 @@ from rse_fast.ensemble.prepare import Preparation, Prepared, no_layers
 from rse_fast.ensemble.softmax import LogSumOfDraws, log_softmax
 from rse_fast.ensemble.stream import Scheduler, in_order
 from rse_fast.ensemble.warn import warn_caller
-from rse_fast.nn import NO_GRAPH, NO_SCRIPT, NoiseContext, is_checkpointed, noise_layers, number_layers, one_node
+from rse_fast.nn import NO_GRAPH, NO_SCRIPT, noise_layers, number_layers, one_node
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -371,15 +372,6 @@ class Ensemble(nn.Module):
         if isinstance(x, Proxy):  # of predict, say: its results are no single node
             raise ValueError(NO_GRAPH)
         x = inputs.batch(x, self.model, argument)
-        if not arguments.is_dense(x):
-            arguments.check_dense(argument, x)
-        if not x.is_floating_point():
-            line = f"; write {argument}.float() / 255" if x.dtype == torch.uint8 else ""
-            raise TypeError(f"{argument} must be a floating-point tensor (images scaled to [0, 1]), got {x.dtype}{line}")
-        if x.dim() < 2:
-            raise ValueError(f"{argument} must be a batch [B, ...], got shape {tuple(x.shape)}")
-        if 0 in x.shape[1:]:
-            raise ValueError(f"{argument} must be a batch [B, ...] of images that have pixels, got shape {tuple(x.shape)}")
         parameter = next(self.model.parameters(), None)
         if x.is_meta and (parameter is None or not parameter.is_meta):
             raise ValueError(f"{argument} must have data, got a tensor on the meta device")
@@ -439,7 +431,7 @@ class Ensemble(nn.Module):
     ) -> torch.Tensor:
         """One packed batch: float32 logits [draws, A, ..., K] of images x [A, ...]: draws ``sample_ids[i, 1] ..`` of image
         ``sample_ids[i, 0]``. sample_ids int64 [A, 2] and seed, an int64 tensor, are on x's device. ``noiseless_stream``: see
-        `rse_fast.nn.NoiseContext`."""
+        `rse_fast.context.NoiseContext`."""
         with self._preparation.ready(x) as model:
 
             def step(image: slice, draw: slice) -> Tensor:

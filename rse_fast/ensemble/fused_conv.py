@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rse_fast import arguments, autograd
-from rse_fast.nn import room
+from rse_fast.context import room
 
 
 class Activation(nn.Module):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
+from rse_fast.context import NoiseContext
 from rse_fast.ensemble.memory import out_of_memory
 from rse_fast.ensemble.warn import warn_caller
-from rse_fast.nn import NoiseContext
 
 # Rows up to which launches may take longer than the arithmetic. On an H100 a noise layer and its convolution cost the host about 0.15 ms,
 # and 1024 rows of VGG16, by arithmetic alone, 0.12 ms of the device a layer.

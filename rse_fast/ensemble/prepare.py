@@ -17,6 +17,7 @@ from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from rse_fast import autograd, outputs
+from rse_fast.context import NoiseContext
 from rse_fast.convert import listing, vanished
 from rse_fast.ensemble import convolution, fuse, gradient, hooks, plan, quantize
 from rse_fast.ensemble.fused_conv import FusedConv
@@ -25,7 +26,7 @@ from rse_fast.ensemble.runner import Runner, best_dtype, mismatch, probe_images
 from rse_fast.ensemble.unfit import unfit
 from rse_fast.ensemble.warn import warn_caller
 from rse_fast.ensemble.watch import GLOBAL_HOOKS, Watch
-from rse_fast.nn import NoiseContext, noise_layers, number_layers
+from rse_fast.nn import noise_layers, number_layers
 from rse_fast.trace import Generators
 
 FAR = (-1.0, 2.0)  # pixels scaled to [0, 1] stay within, changed by an attack or by noise of their own; bytes and normalised ones do not

@@ -24,12 +24,13 @@ from torch import nn
 
 from rse_fast import arguments, autograd, functional
 from rse_fast.address import NoiseAddress
+from rse_fast.context import note_undefined
 from rse_fast.ensemble import convolution
 from rse_fast.ensemble.convolution import Choice, Form, Winograd
 from rse_fast.ensemble.fused_conv import FusedConv
 from rse_fast.ensemble.merge import has_hooks, is_relu, is_simple, pair, pools_2x2
 from rse_fast.kernels.cpu import winograd
-from rse_fast.nn import NoiseLayer, NoisyConv2d, note_undefined
+from rse_fast.nn import NoiseLayer, NoisyConv2d
 
 # A layer is quantised where the root mean square of its error stays below this share of the standard deviation that its own noise gives
 # its output. Errors of layers and noises of layers add up alike, so this bounds the network's error in units of its noise, too.

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from rse_fast import autograd, outputs
+from rse_fast.context import NoiseContext, RowsError
 from rse_fast.convert import meta_copy
 from rse_fast.ensemble.memory import PeakBytes, SavedBytes
 from rse_fast.ensemble.softmax import contending, distance
-from rse_fast.nn import NoiseContext, RowsError
 from rse_fast.trace import RandomOpDetector
 
 # A fused model in low precision may be so many times as far from float32 as the unfused one: both errors are sums of the same kind of

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from rse_fast.context import NoiseContext
 from rse_fast.convert import meta_copy
 from rse_fast.ensemble import hooks
 from rse_fast.input_noise import Normalize
-from rse_fast.nn import NoiseContext
 
 _BATCH = {1: "[N, C, L]", 2: "[N, C, H, W]", 3: "[N, C, D, H, W]"}  # by the dimensions of a convolution's kernel
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rse_fast.context import ambient
 from rse_fast.convert import convert, set_sigma
 from rse_fast.functional import add_noise
 from rse_fast.input_noise import with_input_noise
-from rse_fast.nn import ambient
 from rse_fast.outputs import take
 from rse_fast.train.config import Config
 

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import rse_fast
 from rse_fast import functional
-from rse_fast.nn import NoiseContext, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers
+from rse_fast.context import NoiseContext
+from rse_fast.nn import NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d
 
 import rse_fast
 from rse_fast import Ensemble
-from rse_fast.nn import NoiseContext
+from rse_fast.context import NoiseContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import rse_fast
 from rse_fast import functional
-from rse_fast.nn import GaussianNoise, NoiseContext, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyLinear, number_layers
+from rse_fast.context import NoiseContext
+from rse_fast.nn import GaussianNoise, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyLinear, number_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

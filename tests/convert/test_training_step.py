@@ -18,8 +18,9 @@ import rse_fast
 from bench.measure import peak_memory
 from bench.train import saved_bytes
 from rse_fast import autograd, reference
+from rse_fast.context import NoiseContext
 from rse_fast.models import VGG16, ResNeXt29
-from rse_fast.nn import NoiseContext, NoisyConv2d, noise_layers
+from rse_fast.nn import NoisyConv2d, noise_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread", "gradients_of_small_inputs")
 

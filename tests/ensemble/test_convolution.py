@@ -13,13 +13,14 @@ from winograd_bound import bound, transformed
 
 import rse_fast
 from rse_fast import Ensemble
+from rse_fast.context import NoiseContext
 from rse_fast.ensemble import convolution, gradient
 from rse_fast.ensemble.convolution import Form, Winograd
 from rse_fast.ensemble.fused_conv import Activation, FusedConv
 from rse_fast.ensemble.runner import has_bfloat16
 from rse_fast.kernels.cpu import winograd
 from rse_fast.models import VGG16
-from rse_fast.nn import NoiseContext, NoisyConv2d
+from rse_fast.nn import NoisyConv2d
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "library")]
 FORMS = (Form(2, torch.float32), Form(4, torch.float32))

@@ -10,9 +10,9 @@ from torch import nn
 
 import rse_fast
 from rse_fast import Ensemble
+from rse_fast.context import NoiseContext
 from rse_fast.ensemble import gradient
 from rse_fast.ensemble.plan import MEMORY_SHARE
-from rse_fast.nn import NoiseContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rse_fast
+from rse_fast.context import NoiseContext
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import fuse
 from rse_fast.ensemble.fused_conv import Activation, FusedConv
 from rse_fast.models import VGG16, ModelA, ResNeXt29
-from rse_fast.nn import GaussianNoise, NoiseContext, NoisyConv2d, noise_layers
+from rse_fast.nn import GaussianNoise, NoisyConv2d, noise_layers
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -248,7 +248,7 @@ def test_pixels_are_classified(rng, fuse, noisy):
     live = copy.deepcopy(model).eval()
     logits = []
     for draw in range(draws):
-        with rse_fast.nn.NoiseContext(torch.tensor(seed), 5, 1, 0, draw), torch.no_grad():
+        with rse_fast.context.NoiseContext(torch.tensor(seed), 5, 1, 0, draw), torch.no_grad():
             logits.append(live(x)["out"].double())
     p = torch.stack(logits).softmax(2)
     mean, entropy = p.mean(0), lambda p: -torch.special.xlogy(p, p).sum(-3)
@@ -277,7 +277,7 @@ def test_an_attack_gets_the_gradient_of_every_pixel(rng):
     nn.functional.nll_loss(ensemble(inputs[0]), labels).backward()
     p = 0
     for draw in range(3):
-        with rse_fast.nn.NoiseContext(torch.tensor(7), 2, 1, 0, draw):
+        with rse_fast.context.NoiseContext(torch.tensor(7), 2, 1, 0, draw):
             p = p + live(inputs[1].float())["out"].double().softmax(1) / 3
     nn.functional.nll_loss(p.log(), labels).backward()
     torch.testing.assert_close(inputs[0].grad.double(), inputs[1].grad, rtol=1e-4, atol=1e-7)

@@ -10,9 +10,10 @@ from torch import nn
 
 import rse_fast
 from rse_fast import data, reference
+from rse_fast.context import NoiseContext
 from rse_fast.ensemble import convolution, quantize
 from rse_fast.models import SmallNet
-from rse_fast.nn import NoiseContext, NoisyConv2d, noise_layers
+from rse_fast.nn import NoisyConv2d, noise_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

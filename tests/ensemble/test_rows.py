@@ -9,8 +9,9 @@ from torch import nn
 
 import rse_fast
 from rse_fast import reference
+from rse_fast.context import NoiseContext
 from rse_fast.ensemble import Ensemble
-from rse_fast.nn import GaussianNoise, NoiseContext
+from rse_fast.nn import GaussianNoise
 
 PARTS = 4
 

@@ -13,8 +13,9 @@ from torch import nn
 
 import rse_fast
 from rse_fast import reference
+from rse_fast.context import NoiseContext
 from rse_fast.ensemble import Ensemble
-from rse_fast.nn import GaussianNoise, NoiseContext, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyLinear
+from rse_fast.nn import GaussianNoise, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyLinear
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:rse-fast:RuntimeWarning")]
 WORD = 2**32

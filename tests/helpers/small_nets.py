@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import rse_fast
+from rse_fast.context import NoiseContext
 from rse_fast.ensemble.memory import SavedBytes
-from rse_fast.nn import GaussianNoise, NoiseContext, NoisyConv2d
+from rse_fast.nn import GaussianNoise, NoisyConv2d
 
 CLASSES = 5
 
