@@ -25,4 +25,5 @@ for epoch in range(4):
         schedule.step()
 if distributed.get_rank() == 0:
     report(model)
+distributed.barrier()  # none leaves while another needs it
 distributed.destroy_process_group()

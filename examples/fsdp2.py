@@ -34,4 +34,5 @@ if distributed.get_rank() == 0:  # the weights of the whole are those of a model
     alone = network()
     alone.load_state_dict(whole)
     report(alone)
+distributed.barrier()  # none leaves while another needs it
 distributed.destroy_process_group()
