@@ -63,11 +63,11 @@ def contending(logits: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor
     The size of a class that is masked by -inf or -1e4 would hide how the others differ.
     """
     both = torch.stack([logits, others]).double()
-    if not both.numel():
-        return logits, others
-    classes = min(2, both.dim() - 1)
-    top = both.masked_fill(both.isnan(), -math.inf).amax(classes, keepdim=True)
-    logits, others = both.masked_fill((top - both > _VANISHING).all(1, keepdim=True).all(0), 0)
+    if logits.dim() < 2 or not logits.numel():  # what a model returns in the place of logits
+        return both[0], both[1]
+    top = both.masked_fill(both.isnan(), -math.inf).amax(2, keepdim=True)
+    vanishing = (top - both > _VANISHING).all(1, keepdim=True).all(0)
+    logits, others = both.masked_fill(vanishing, 0)
     return logits, others
 
 
