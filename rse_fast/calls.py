@@ -1,28 +1,40 @@
-"""Which layers a forward pass calls, and which convolutions it does by itself: told by a run on the meta device, on a guessed input."""
+"""Which noisy layers a forward pass calls, and which convolutions it does by itself: told by a run on the meta device, a guessed input."""
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rse_fast.nn import NoisyConv, NoisyInput, NoisyLinear
+
 SIZES = (64, 32, 224, 28)  # pixels of the images that are tried, one after the other
+_NOISY = {kind.forward.__code__ for kind in (NoisyInput, NoisyConv, NoisyLinear)}
+_REGISTRIES = set(vars(nn.Module()))
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.mv, _aten.matmul}
+_VIEWS = {_aten.view, _aten._unsafe_view, _aten._reshape_alias, _aten.permute, _aten.transpose, _aten.t, _aten.unsqueeze, _aten.squeeze}
+_VIEWS |= {_aten.clone, _aten.expand, _aten.alias}
 
 
 @dataclass(frozen=True)
 class Calls:
-    """called: names of modules; read: names of parameters that a convolution reads while their module is not called."""
+    """called: names of noisy layers whose forward runs, however it is called; read: names of parameters that are convolved with, as they
+    are or after arithmetic, where neither a noisy layer runs nor another layer of convolution that torch knows of."""
 
     called: frozenset[str]
     read: frozenset[str]
 
 
 def calls(copied: nn.Module, first: nn.Module) -> Calls | None:
-    """What a forward of ``copied``, which is on the meta device and plain or with its noise off, calls; None where no guess fits.
+    """What a forward of ``copied``, which is on the meta device and has its noise off, calls; None where no guess fits.
 
     first: the convolution or linear layer in it whose channels are those of the input.
     """
-    names = {module: name for name, module in copied.named_modules()}
+    loose = dict(unregistered(copied))
+    names = {module: name for name, module in copied.named_modules()} | loose
     owners = {
         id(parameter): (module, f"{name}.{own}".lstrip("."))
         for module, name in names.items()
@@ -34,46 +46,86 @@ def calls(copied: nn.Module, first: nn.Module) -> Calls | None:
         channels = dict.fromkeys((first.in_channels, 3, 1))
         shapes = [(2, c, *[size] * len(first.kernel_size)) for c in channels for size in SIZES]
     for shape in shapes:
-        seen = _Seen(owners)
-        handles = []
-        for module in names:
-            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks that see its input
-                continue
-            handles.append(module.register_forward_pre_hook(seen.enter))
-            handles.append(module.register_forward_hook(seen.leave))
+        x = torch.empty(shape, device="meta")
+        seen = _Seen(owners, set(loose), x)
         try:
             with torch.no_grad(), seen:
-                copied(torch.empty(shape, device="meta"))
+                copied(x)
         except Exception:  # the guess did not fit, or the forward needs data
             continue
-        finally:
-            for handle in handles:
-                handle.remove()
-        return Calls(frozenset(names[module] for module in seen.called), frozenset(seen.read))
+        return Calls(frozenset(names[module] for module in seen.called if module in names), frozenset(seen.read))
     return None
 
 
 class _Seen(TorchDispatchMode):
-    def __init__(self, owners):
+    """Follows the image ``x``, the columns that unfolding makes of images, and parameters to the ops that read them."""
+
+    def __init__(self, owners, loose, x):
         super().__init__()
-        self.owners, self.called, self.read, self.under_way = owners, set(), set(), []
-
-    def enter(self, module, args):
-        self.called.add(module)
-        self.under_way.append(module)
-
-    def leave(self, module, args, out):
-        self.under_way.pop()
+        self.loose = loose
+        self.called, self.read = set(), set()
+        # By id, which the tensors keep while they are kept. sources: what parameters a tensor is made of that no image is in.
+        self.image, self.columns, self.kept = {id(x)}, set(), [x]
+        self.sources = {key: {owner} for key, owner in owners.items()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "conv" in func.name():
-            for value in args:
-                module, name = self.owners.get(id(value), (None, None))
-                # A container may hold a weight and convolve with it; only a layer that convolves alone is known for one.
-                if module is not None and (module not in self.under_way or not _is_layer(module)):
-                    self.read.add(name)
-        return func(*args, **(kwargs or {}))
+        result, packet = func(*args, **(kwargs or {})), func.overloadpacket
+        noisy, running = _running()
+        self.called.update(noisy)
+        ids = [id(t) for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        parameters = set().union(*(self.sources.get(i, ()) for i in ids))
+        of_image, of_columns = not self.image.isdisjoint(ids), not self.columns.isdisjoint(ids)
+        if of_image and not noisy and ("conv" in func.name() or (of_columns and packet in _PRODUCTS)):
+            # A container may hold a weight and convolve with it; only a layer that convolves alone is known for one.
+            layers = {m for module in running if _is_layer(module) and not isinstance(module, NoisyInput) for m in module.modules()}
+            self.read.update(name for module, name in parameters if module not in layers - self.loose)
+        for made in torch.utils._pytree.tree_leaves(result):
+            if not isinstance(made, torch.Tensor):
+                continue
+            self.kept.append(made)
+            if of_image:
+                self.image.add(id(made))
+                if packet is _aten.im2col or (of_columns and packet in _VIEWS):
+                    self.columns.add(id(made))
+            elif parameters:
+                self.sources[id(made)] = parameters
+        return result
+
+
+def _running() -> tuple[list[nn.Module], list[nn.Module]]:
+    """The noisy layers whose noisy forward this thread is in, and all modules whose methods it is in. A forward may be called in many ways;
+    hooks see one of them."""
+    noisy, running, frame = [], [], sys._getframe(2)
+    while frame is not None and frame.f_code is not calls.__code__:
+        code = frame.f_code
+        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(module, nn.Module):
+            running.append(module)
+            if code in _NOISY:
+                noisy.append(module)
+        frame = frame.f_back
+    return noisy, running
 
 
 def _is_layer(module):
     return "conv" in type(module).__name__.lower() or isinstance(module, nn.modules.conv._ConvNd)
+
+
+def unregistered(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Modules that attributes of the model's modules hold, themselves or in lists, tuples and dicts, and torch knows nothing of, each with
+    a name: they are in no state dict, and get no noise."""
+    seen = {module: name for name, module in model.named_modules()}
+    registered, modules = len(seen), list(seen.items())
+    while modules:
+        module, name = modules.pop(0)
+        waiting: list[tuple[Any, str, int]] = [({k: v for k, v in vars(module).items() if k not in _REGISTRIES}, name, 5)]
+        while waiting:
+            value, name, depth = waiting.pop(0)
+            if isinstance(value, nn.Module):
+                new = {inner: own for own, inner in value.named_modules(prefix=name) if inner not in seen}
+                seen.update(new)
+                modules += new.items()
+            elif isinstance(value, (list, tuple, dict)) and depth:
+                pairs = value.items() if isinstance(value, dict) else enumerate(value)
+                waiting += [(v, f"{name}.{key}".lstrip("."), depth - 1) for key, v in pairs]
+    return list(seen.items())[registered:]

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rse_fast import ops
+from rse_fast import ops, outputs
 from rse_fast.context import NoiseContext
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble
-from rse_fast.ensemble.runner import agree
+from rse_fast.ensemble.runner import agree, probe_images
 from rse_fast.nn import NoiseLayer, noise_layers
 from rse_fast.trace import Generators
 
@@ -27,10 +27,11 @@ _EXITS = {"tolist", "numpy", "item", "__array__", "__dlpack__", "data_ptr", "unt
 
 class _Readers(TorchDispatchMode):
     """Follows an image through a forward pass. ``noisy``: the streams of the noise that reads it; ``others``: other ops that do.
-    ``random``: whether numbers of torch's generators were drawn."""
+    ``random``: whether numbers of torch's generators were drawn. ``noisy_image``: the noisy image; one that is given replaces it."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, noisy_image: Tensor | None) -> None:
         super().__init__()
+        self.noisy_image = noisy_image
         self.image = [x]
         self.noisy: list[int] = []
         self.others: list[str] = []
@@ -49,6 +50,9 @@ class _Readers(TorchDispatchMode):
         named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
         if packet in _NOISE and named.get("scale") is None and named.get("shift") is None and not named.get("relu"):
             self.noisy.append(named["stream"])
+            if self.noisy_image is None:
+                self.noisy_image = result.clone()
+            result = self.noisy_image.clone()
         elif packet in _REARRANGE and result.dtype in (args[0].dtype, torch.float32, torch.float64):
             self.image.append(result)
         else:
@@ -69,8 +73,11 @@ class _Leaves(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def input_noise(model: torch.nn.Module, x: torch.Tensor) -> NoiseLayer:
+def input_noise(model: torch.nn.Module, x: torch.Tensor, logits: outputs.Choice = None) -> NoiseLayer:
     """The noisy layer at the input of ``model``, found by a run on the first of images x [B, ...] that watches every op which reads it.
+
+    Then one on another image, for whose noisy image that of the first is put: what reads an image past torch shows there. logits: see
+    `outputs.take`.
 
     Raises ValueError where a certificate would not hold: the image is changed before the noise or read beside it, or the noise is
     switched off, zero, per channel, or learnable. No image: the first noisy layer, unchecked but for its sigma.
@@ -78,7 +85,7 @@ def input_noise(model: torch.nn.Module, x: torch.Tensor) -> NoiseLayer:
     layers = noise_layers(model)
     name, layer = next(iter(layers.items()))
     if len(x):
-        name, layer = _first_noise(model, layers, x)
+        name, layer = _first_noise(model, layers, x, logits)
     described = f"the noise at the input ({name or 'the model itself'})"
     if not layer.noise_enabled:
         raise ValueError(f"model must have its input noise on to be certified, got {described} switched off")
@@ -122,21 +129,9 @@ def check_rows(ensemble: Ensemble, x: Tensor) -> None:
         raise ValueError(f"{rule} gives an image other logits beside another image, as BatchNorm without running statistics does")
 
 
-def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tensor) -> tuple[str, NoiseLayer]:
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
-    copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
-    for layer in noise_layers(copied).values():
-        layer.noise_enabled = True
-    generators = Generators(model, x)
-    with torch.inference_mode(False), torch.no_grad():
-        image = x[:1].to(next(model.parameters(), x).dtype, copy=True)
-        readers = _Readers(image)
-        try:
-            with NoiseContext(torch.zeros((), dtype=torch.int64, device=x.device), 1), readers, _Leaves(readers):
-                copied(image)
-        finally:
-            if readers.random:
-                generators.restore()
+def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tensor, logits: outputs.Choice) -> tuple[str, NoiseLayer]:
+    image = x[:1].to(next(model.parameters(), x).dtype)
+    out, readers = _watched(model, image)
     rule = "model must pass the image unchanged to the noise of one layer, and to nothing else, to be certified"
     if readers.others:
         raise ValueError(f"{rule}; got {', '.join(dict.fromkeys(readers.others))} reading it")
@@ -144,4 +139,33 @@ def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tenso
     if len(readers.noisy) != 1 or len(found) != 1:
         names = ", ".join(name or "the model itself" for name, _ in found) or "none"
         raise ValueError(f"{rule}; got {len(readers.noisy)} noisy calls reading it ({names})")
+    if not readers.random:  # whose rows are not independent, for which there is another check
+        other, _ = _watched(model, _another(image), readers.noisy_image)
+        if not agree(outputs.take(out, logits).float(), outputs.take(other, logits).float(), image.dtype):
+            raise ValueError(f"{rule}; got other logits for another image whose noisy image is the same one, so something else reads it")
     return found[0]
+
+
+def _another(image: Tensor) -> Tensor:
+    """An image in [0, 1] that differs in its pixels and much in their mean."""
+    moved = (image + probe_images(image, 1)).remainder(1) / 2
+    return (moved if image.mean() > 0.5 else moved + 0.5).to(image.dtype)
+
+
+def _watched(model: torch.nn.Module, image: Tensor, noisy_image: Tensor | None = None) -> tuple[object, _Readers]:
+    """What ``model`` returns for ``image`` [1, ...], and what reads it; with ``noisy_image`` in place of its noisy one."""
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
+    copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
+    for layer in noise_layers(copied).values():
+        layer.noise_enabled = True
+    generators = Generators(model, image)
+    with torch.inference_mode(False), torch.no_grad():
+        image = image.clone()
+        readers = _Readers(image, noisy_image)
+        try:
+            with NoiseContext(torch.zeros((), dtype=torch.int64, device=image.device), 1), readers, _Leaves(readers):
+                out = copied(image)
+        finally:
+            if readers.random:
+                generators.restore()
+    return out, readers

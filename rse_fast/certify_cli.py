@@ -72,8 +72,9 @@ def run(argv: list[str]) -> dict:
         warnings.warn(text + f"--every {max(1, len(labels) // len(rows))} takes as many of all", RuntimeWarning, stacklevel=2)
     ensemble = Ensemble(model, dtype=args.dtype, max_rows=args.max_rows, logits=args.logits)
     x = run_inputs.images(part, rows[:1], args.device)
+    run_inputs.check_classes(ensemble.prepared(x).classes, labels)
     certify(ensemble, x[:0], **_procedure(args))  # what it refuses leaves no folder
-    sigma = float(input_noise(model, x).current_sigma())
+    sigma = float(input_noise(model, x, args.logits).current_sigma())
     settings = facts | {
         "sigma": sigma, **_procedure(args), "dtype": str(ensemble.prepared(x).runner.compute)[6:],
     }  # fmt: skip

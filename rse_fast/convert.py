@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rse_fast import arguments, noise
-from rse_fast.calls import Calls, calls
+from rse_fast.calls import Calls, calls, unregistered
 from rse_fast.nn import NoiseLayer, NoisyConv, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
 from rse_fast.trace import Tracer
 
@@ -109,7 +109,6 @@ def convert(
         raise ValueError(f"model must have the forward of its classes, where noise is added, got one of its own in {listing(patched)}")
 
     first = first_executed(model, list(layers.values()))
-    plain = _left_out(model, layers, first, excluded, include is None)
     classes = [noisy_class(module) for module in layers.values()]
     for module, cls in zip(layers.values(), classes, strict=True):
         module.__class__ = cls
@@ -128,7 +127,7 @@ def convert(
             encoder.use_nested_tensor = False
     number_layers(model)
     vars(model)["_converted_layers"] = tuple(layers)
-    if plain:
+    if plain := _left_out(model, layers, first, excluded, include is None):
         names = tuple(plain)
         described = ", ".join(f"{name!r} ({why})" for name, why in plain.items())
         warnings.warn(
@@ -146,14 +145,18 @@ def _left_out(model: nn.Module, layers: dict[str, nn.Module], first: nn.Module, 
         kind = getattr(module, "original_name", type(module).__name__)  # of a scripted module, what it was made of
         if "conv" in kind.lower() and leaf and not inside and not any(excluded(name, module) for name in own):
             found[own[0]] = kind
-    modules = {name: module for module, own in names.items() for name in own}
+    loose = {name: module for module, name in unregistered(model)}
+    modules = loose | {name: module for module, own in names.items() for name in own}
     seen = _calls(model, first)
-    for parameter in sorted(seen.read) if seen else ():
+    for parameter in sorted(seen.read) if seen else [f"{name}.weight" for name, m in loose.items() if isinstance(m, CONVOLUTIONS)]:
         owner = parameter.rpartition(".")[0]
         if owner in layers:
             found[owner] = "its weight is read without a call of the layer"
         elif every and owner not in found and not (excluded(owner, modules[owner]) or excluded(parameter, modules[owner])):
-            found[parameter] = "a weight that forward convolves with by itself"
+            if owner in loose:
+                found[owner] = f"{type(modules[owner]).__name__} in a plain attribute, which nn.ModuleList would make part of the model"
+            else:
+                found[parameter] = "a weight that forward convolves with by itself"
     return found
 
 
@@ -295,7 +298,8 @@ class LayerDescription:
         stream: its index, which addresses its noise.
         backend: "triton", "cpu" or "torch": what makes the noise on the device of its parameters.
         noise: where the noise is made: "in_kernel" of the convolution (for channels-last images on a GPU) or "separate".
-        calls: "" where a forward pass calls the layer, or where nothing is known; "never called", or "reads the weight without calling it".
+        calls: "" where a forward pass calls the layer, or where nothing is known; "never called", "reads the weight without calling it", or
+            "a forward of its own", which stands in place of the noisy one.
     """
 
     name: str
@@ -359,8 +363,13 @@ def _without_calls(model: nn.Module, layers: dict[str, NoiseLayer]) -> dict[str,
     """Of noisy layers those that a forward pass does not call, with how; those it is known of."""
     seen = _calls(model, first_executed(model, list(layers.values()))) if layers else None
     read = {parameter.rpartition(".")[0] for parameter in seen.read} if seen else ()
-    missing = [name for name in layers if seen and name not in seen.called]
-    return {name: "reads the weight without calling it" if name in read else "never called" for name in missing}
+    missing = [name for name, layer in layers.items() if (name not in seen.called if seen else "forward" in vars(layer))]
+
+    def how(name: str) -> str:
+        own = "forward" in vars(layers[name])
+        return "a forward of its own" if own else "reads the weight without calling it" if name in read else "never called"
+
+    return {name: how(name) for name in missing}
 
 
 def _calls(model: nn.Module, first: nn.Module) -> Calls | None:
@@ -475,7 +484,8 @@ def _first_on_meta(model: nn.Module, layers: dict[Any, nn.Module]) -> nn.Module 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose parameters and buffers are on the meta device; their data is never copied."""
     memo = {}
-    for tensor in (*model.parameters(), *model.buffers(), *tensor_attributes(model)):
+    trees = (model, *(module for module, _ in unregistered(model)))
+    for tensor in (t for tree in trees for t in (*tree.parameters(), *tree.buffers(), *tensor_attributes(tree))):
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)

@@ -47,6 +47,8 @@ def _converted(x, model, argument):
         return _converted(_pixels(x, model, argument), model, argument)
     if not isinstance(x, np.ndarray):
         raise TypeError(f"{argument} must be a tensor, a NumPy array, a PIL image or a list of PIL images, got {_described(x, argument)}")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{argument} must be an array without a mask, got a masked one; write {argument}.filled(value)")
     if x.dtype.kind == "f":
         _check_channels(x, 1, model, argument)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

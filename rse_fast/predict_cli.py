@@ -60,8 +60,10 @@ def _run(args, ranks):
     ensemble = Ensemble(
         model, args.draws, dtype=args.dtype, max_rows=args.max_rows, early_exit=args.early_exit, logits=args.logits, temperature=temperature
     )
-    if ensemble.prepared(run_inputs.images(part, rows[:1], args.device)).runner.pixels:
+    prepared = ensemble.prepared(run_inputs.images(part, rows[:1], args.device))
+    if prepared.runner.pixels:
         raise ValueError("--model: expected one that gives an image one label, got logits [N, K, H, W] of pixels")
+    run_inputs.check_classes(prepared.classes, part.labels)
     settings = facts | {"draws": args.draws, "early_exit": args.early_exit, "dtype": args.dtype, "temperature": temperature}
     opened = [None, None]
     if ranks.main:  # one process makes the folder, and all take its seed

@@ -80,12 +80,16 @@ def draws_panel(axes, rows: list[dict], style: dict) -> None:
 
 
 def example_row(axes_row, name: str, images: Tensor, labels: list[int], true: list[int], classes: list[str]) -> None:
-    """A row of images float [N, C, H, W] in [0, 1], under each the label it got, marked where it is wrong."""
+    """A row of images float [N, C, H, W] in [0, 1], under each the label it got (-1: the model gave NaN), marked where it is wrong.
+
+    A model may have more classes than the data set has names for.
+    """
     for axes, image, label, right in zip(axes_row, images, labels, true, strict=False):
         pixels = image.detach().cpu().float().clamp(0, 1)
         pixels = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
         axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         sign = "" if name == "original" else ("✓ " if label == right else "✗ ")
-        axes.set_xlabel(sign + classes[label], color="black" if label == right else "firebrick", fontsize=10)
+        got = "NaN" if label < 0 else classes[label] if label < len(classes) else f"class {label}"
+        axes.set_xlabel(sign + got, color="black" if label == right else "firebrick", fontsize=10)
     axes_row[0].set_ylabel(name, fontsize=10)

@@ -120,6 +120,13 @@ def images(part: data.Part, rows: range, device: str | torch.device) -> torch.Te
     return fetched.to(device).float().div_(255)
 
 
+def check_classes(classes: int, labels: Sequence[int] | torch.Tensor, option: str = "--model") -> None:
+    """Raises ValueError where a network of so many classes can never give one of the labels."""
+    wanted = int(torch.as_tensor(labels).max()) + 1
+    if 0 < classes < wanted:
+        raise ValueError(f"{option}: expected a network of at least {wanted} classes, as the data set has, got one of {classes}")
+
+
 def neighbours(indices: Sequence[int], most: int) -> Iterator[range]:
     """Cuts ascending indices into ranges of neighbours, at most ``most`` of them each."""
     start = 0

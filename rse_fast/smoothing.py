@@ -164,7 +164,7 @@ def certify(
 
     if len(x) and ensemble.prepared(x).runner.pixels:
         raise ValueError("model must give an image one label to be certified, got logits [N, K, H, W] of pixels")
-    layer = input_noise(ensemble.model, x)
+    layer = input_noise(ensemble.model, x, ensemble.logits)
     sigma = float(layer.current_sigma())
     width = math.sqrt(x[0].numel() if len(x) else 0) * grid_step(sigma)
     check_rows(ensemble, x)

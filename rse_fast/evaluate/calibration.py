@@ -111,7 +111,11 @@ def measure(inside: Answers, labels: Tensor, temperature: float, outside: Answer
     images; undefined, how many of them gave NaN; accuracy; temperature; by_temperature: nll, brier, ece and diagram at 1 and at the
     temperature; disagreement; selective: images kept and their accuracy; risk: the curve; aurc, its mean; ood: images, undefined,
     and auroc by entropy and mutual_information. None where there is nothing to measure.
+
+    Raises ValueError for no image, or another number of labels.
     """
+    if not len(labels) or len(inside.log_probs) != len(labels):
+        raise ValueError(f"labels must be one for each of one or more images, got {len(labels)} for {len(inside.log_probs)} images")
     labels = labels.cpu()
     defined = ~inside.log_probs.isnan().any(-1)
     log_probs, known = inside.log_probs[defined], labels[defined]

@@ -123,6 +123,10 @@ def run(argv: list[str]) -> dict | None:
         raise ValueError("--ood: these images are for the section on calibration, which --calibration 0 leaves out")
     indices, order = image_order(part)
     images, labels = _images(part, indices[: args.images or protocol.images])
+    first = images[:1].to(target.device).float().div_(255)
+    for option, kind in [("--model", "deployed")] + [("--plain", "plain")] * (plain is not None):
+        with torch.no_grad():
+            run_inputs.check_classes(target.classifier(kind, target.draws)(first).shape[1], part.labels, option)
     temperature = 1.0 if args.run is None else train.load_temperature(args.run)
     # The run's own validation part, in another size too; or the same under another name.
     chosen_by = args.run is not None and args.part == "val" and (args.data is None or train.is_validation_part(args.run, part))

@@ -1,6 +1,9 @@
 """What stands between the image and the noise: models that can be certified, and those that must be refused."""
 
 import math
+import pickle
+import re
+import threading
 
 import numpy as np
 import pytest
@@ -70,10 +73,28 @@ def conv_inner():
     return NoisyConv2d(4, 4, 3, sigma=0.1)
 
 
+def on_a_thread(function, x):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function(x)))
+    thread.start()
+    thread.join()
+    return float(found[0])
+
+
+def past_torch(read):
+    """A model whose logits depend on what ``read`` gets of the clean image, which no mode of torch sees."""
+    return Calls(lambda m, x: m.conv(x) * (1 + read(x)), conv=conv())
+
+
+OTHER = "other logits for another image"
 REFUSED = {  # and what the message names
     "taken out of torch as a list": (lambda: Calls(lambda m, x: m.conv(x) * x.tolist()[0][0][0][0], conv=conv()), "tolist"),
     "taken out of torch as an array": (lambda: Calls(lambda m, x: m.conv(x) * float(x.numpy().sum()), conv=conv()), "numpy"),
     "read as an array": (lambda: Calls(lambda m, x: m.conv(x) * float(np.asarray(x.view(-1))[0]), conv=conv()), "__array__"),
+    "by DLPack": (lambda: past_torch(lambda x: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x)).mean()), OTHER),
+    "as text": (lambda: past_torch(lambda x: float(re.search(r"\[(.*?),", repr(x))[1].strip("["))), OTHER),
+    "on another thread": (lambda: past_torch(lambda x: on_a_thread(torch.mean, x)), OTHER),
+    "pickled": (lambda: past_torch(lambda x: pickle.loads(pickle.dumps(x)).mean()), "untyped_storage"),
     "plain convolution first": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), conv()), "convolution"),
     "BatchNorm first": (lambda: nn.Sequential(nn.BatchNorm2d(3), conv()), "batch_norm"),
     "normalised": (lambda: Calls(lambda m, x: m.conv((x - 0.5) / 0.25), conv=conv()), "sub"),

@@ -1,6 +1,7 @@
 """Convolutions that get no noise, or get it and are not called: said by convert, by describe, and by an Ensemble."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -159,3 +160,87 @@ def test_a_scripted_convolution_is_named_and_runs(rng):
         model[1].weight.detach().mul_(2)
         expected = Ensemble(model, 3, seed=1, fuse=False, dtype="float32").predict(x).probs
         assert torch.allclose(ensemble.predict(x).probs, expected, atol=1e-5) and (old - expected).abs().max() > 1e-3
+
+
+class Two(nn.Module):
+    """Two convolutions; ``way`` says how forward calls the second."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.second, self.way = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), way
+        self.bound, self.peer = self.second.forward, [self]
+
+    def forward(self, x):
+        return self.way(self, self.first(x)).mean((2, 3))
+
+
+def unfolded(net, x):
+    columns = nn.functional.unfold(x, 3).transpose(1, 2) @ net.second.weight.reshape(4, -1).t()
+    return columns.transpose(1, 2).unflatten(2, (x.shape[2] - 2, x.shape[3] - 2))
+
+
+HAVE_NOISE = {
+    "forward": lambda net, x: net.second.forward(x),
+    "class": lambda net, x: type(net.second).forward(net.second, x),
+    "partial": lambda net, x: functools.partial(net.second.forward)(x),
+}
+HAVE_NONE = {
+    "arithmetic": lambda net, x: conv2d(x, net.second.weight * 2, net.second.bias),
+    "chain": lambda net, x: conv2d(x, (net.second.weight - net.second.weight.mean((1, 2, 3), keepdim=True)).flip(2, 3)),
+    "plain class": lambda net, x: nn.Conv2d.forward(net.second, x),
+    "bound before": lambda net, x: net.bound(x),
+    "unfold": unfolded,
+}
+
+
+def is_noisy(net):
+    with NoiseContext(torch.tensor(1), 1) as context:
+        net(torch.rand(1, 3, 8, 8))
+    return net.second in context.calls
+
+
+@pytest.mark.parametrize("way", HAVE_NOISE)
+def test_a_layer_whose_forward_is_called_in_another_way_is_called(way, recwarn):
+    net = rse_fast.convert(Two(HAVE_NOISE[way]).eval())
+    assert is_noisy(net) and not recwarn
+    assert [d.calls for d in rse_fast.describe(net).layers] == ["", ""]
+
+
+def test_a_forward_that_was_kept_after_convert_is_a_call():
+    net = quiet_convert(Two(HAVE_NONE["bound before"]))
+    net.bound = net.second.forward
+    assert is_noisy(net) and [d.calls for d in rse_fast.describe(net).layers] == ["", ""]
+
+
+@pytest.mark.parametrize("way", HAVE_NONE)
+def test_a_weight_that_is_read_past_its_layer_is_named(way):
+    with pytest.warns(RuntimeWarning, match="no noise to 'second' .its weight is read"):
+        net = rse_fast.convert(Two(HAVE_NONE[way]).eval())
+    assert not is_noisy(net)
+    assert [d.calls for d in rse_fast.describe(net).layers] == ["", "reads the weight without calling it"]
+
+
+def test_a_forward_of_a_layers_own_is_told():
+    net = rse_fast.convert(Two(lambda net, x: net.second(x)).eval())
+    net.second.forward = lambda x: nn.functional.relu(x)
+    assert [d.calls for d in rse_fast.describe(net).layers] == ["", "a forward of its own"]
+    plain = nn.Conv2d(4, 4, 1)
+    net.second.forward = lambda x: plain(x)  # a run on the meta device meets its data, and fails
+    assert rse_fast.describe(net).layers[1].calls == "a forward of its own"
+
+
+def test_convolutions_in_plain_lists_are_named(recwarn):
+    def listed():
+        net = Two(lambda net, x: net.kept["deep"][1](net.convs[0](x)))
+        net.convs = [nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)]  # the second is not called
+        net.kept = {"deep": (None, nn.Sequential(nn.Conv2d(4, 4, 1)))}
+        net.again = [net.first]
+        return net.eval()
+
+    rse_fast.convert(listed(), exclude="second")
+    (warning,) = recwarn
+    text = str(warning.message)
+    assert "'convs.0' (Conv2d in a plain attribute, which nn.ModuleList" in text and "exclude=('convs.0', 'kept.deep.1.0')" in text
+    recwarn.clear()
+    rse_fast.convert(listed(), exclude=("second", "convs.0", "kept.deep.1.0"))
+    assert not recwarn

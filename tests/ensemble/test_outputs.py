@@ -283,6 +283,13 @@ def test_an_attack_gets_the_gradient_of_every_pixel(rng):
     torch.testing.assert_close(inputs[0].grad.double(), inputs[1].grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_a_masked_array_is_refused_with_the_line_to_write(dtype):
+    model, x = rse_fast.convert(Segments()), np.ma.masked_less(np.ones((2, 3, 6, 6), dtype), 1)
+    with pytest.raises(TypeError, match=r"got a masked one; write x.filled\(value\)"):
+        Ensemble(model).predict(x)
+
+
 def test_early_exit_and_certificates_are_refused_for_pixels():
     model, x = rse_fast.convert(Segments()), torch.rand(2, 3, 6, 6)
     for call in (lambda e: e.predict(x), lambda e: list(e.stream([x]))):

@@ -35,6 +35,12 @@ def test_figures_of_three_images():
     assert calibration.calibration_error([low, high]) == pytest.approx((2 * 0.125 + 0.3) / 3)
 
 
+def test_no_images_and_other_labels_are_refused():
+    for images, labels in ((0, 0), (3, 2)):
+        with pytest.raises(ValueError, match=f"one for each of one or more images, got {labels} for {images} images"):
+            measure(Answers(torch.zeros(images, 4)), torch.zeros(labels, dtype=torch.int64), 1.0)
+
+
 def test_a_probability_of_one_is_in_the_last_bin():
     probs = torch.tensor([[1.0, 0.0], [0.99, 0.01]])
     (only,) = calibration.reliability(probs, torch.tensor([0, 1]), bins=10)
