@@ -14,7 +14,7 @@ from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble
 from rse_fast.ensemble.runner import agree
 from rse_fast.nn import NoiseLayer, noise_layers
-from rse_fast.trace import Generators
+from rse_fast.trace import Generators, draws
 
 _aten = torch.ops.aten
 _REARRANGE = {  # what may stand between the image and its noise: the same numbers, in another shape or order of memory
@@ -40,7 +40,7 @@ class _Readers(TorchDispatchMode):
         return any(value is t for t in self.image)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.random = self.random or draws(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         tensors = torch.utils._pytree.tree_leaves((args, kwargs))
         if not any(map(self._is_image, tensors)):
