@@ -12,7 +12,7 @@ from rse_fast import ops
 from rse_fast.context import NoiseContext
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble
-from rse_fast.ensemble.runner import agree
+from rse_fast.ensemble.runner import agree, unmoved
 from rse_fast.nn import NoiseLayer, noise_layers
 from rse_fast.trace import Generators, draws
 
@@ -102,7 +102,8 @@ def check_rows(ensemble: Ensemble, x: Tensor) -> None:
     number but the seed's. Raises ValueError where two images show that it does; no image: unchecked."""
     if not len(x):
         return
-    images = torch.cat([x[:1], torch.where(x[:1] < 0.5, x[:1] + 0.5, x[:1] - 0.5)])  # another one at every pixel, whatever the first is
+    first = x[:1]
+    both = torch.cat([first, torch.where(first < 0.5, first + 0.5, first - 0.5)])  # another one at every pixel, whatever the first is
     sample_ids, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
 
     rule = "model must treat each row of a batch by itself to be certified; it"
@@ -111,14 +112,14 @@ def check_rows(ensemble: Ensemble, x: Tensor) -> None:
     if runner.random:
         raise ValueError(random)
 
-    def logits(rows: int) -> Tensor:
-        return ensemble.logits_at(images[:rows], sample_ids[:rows], 1, seed)[0, :1].float()
+    def logits(images: Tensor) -> Tensor:
+        return ensemble.logits_at(images, sample_ids[: len(images)], 1, seed)[0, :1].float()
 
-    expected = logits(2)
+    expected, again = logits(both), logits(both)
     compute = torch.bfloat16 if ensemble.dtype == "int8" else runner.compute
-    if not agree(expected, logits(2), compute):
+    if not agree(expected, again, compute):
         raise ValueError(random)
-    if not agree(expected, logits(1), compute):
+    if not unmoved(expected, logits(first.repeat(2, *[1] * (x.dim() - 1))), lambda: again) or not agree(expected, logits(first), compute):
         raise ValueError(f"{rule} gives an image other logits beside another image, as BatchNorm without running statistics does")
 
 
