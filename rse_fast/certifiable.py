@@ -12,9 +12,9 @@ from rse_fast import ops, outputs
 from rse_fast.context import NoiseContext
 from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble
-from rse_fast.ensemble.runner import agree, probe_images
+from rse_fast.ensemble.runner import agree, probe_images, unmoved
 from rse_fast.nn import NoiseLayer, noise_layers
-from rse_fast.trace import Generators
+from rse_fast.trace import Generators, draws
 
 _aten = torch.ops.aten
 _REARRANGE = {  # what may stand between the image and its noise: the same numbers, in another shape or order of memory
@@ -41,7 +41,7 @@ class _Readers(TorchDispatchMode):
         return any(value is t for t in self.image)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.random = self.random or draws(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         tensors = torch.utils._pytree.tree_leaves((args, kwargs))
         if not any(map(self._is_image, tensors)):
@@ -109,7 +109,8 @@ def check_rows(ensemble: Ensemble, x: Tensor) -> None:
     number but the seed's. Raises ValueError where two images show that it does; no image: unchecked."""
     if not len(x):
         return
-    images = torch.cat([x[:1], torch.where(x[:1] < 0.5, x[:1] + 0.5, x[:1] - 0.5)])  # another one at every pixel, whatever the first is
+    first = x[:1]
+    both = torch.cat([first, torch.where(first < 0.5, first + 0.5, first - 0.5)])  # another one at every pixel, whatever the first is
     sample_ids, seed = torch.zeros((2, 2), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
 
     rule = "model must treat each row of a batch by itself to be certified; it"
@@ -118,14 +119,14 @@ def check_rows(ensemble: Ensemble, x: Tensor) -> None:
     if runner.random:
         raise ValueError(random)
 
-    def logits(rows: int) -> Tensor:
-        return ensemble.logits_at(images[:rows], sample_ids[:rows], 1, seed)[0, :1].float()
+    def logits(images: Tensor) -> Tensor:
+        return ensemble.logits_at(images, sample_ids[: len(images)], 1, seed)[0, :1].float()
 
-    expected = logits(2)
+    expected, again = logits(both), logits(both)
     compute = torch.bfloat16 if ensemble.dtype == "int8" else runner.compute
-    if not agree(expected, logits(2), compute):
+    if not agree(expected, again, compute):
         raise ValueError(random)
-    if not agree(expected, logits(1), compute):
+    if not unmoved(expected, logits(first.repeat(2, *[1] * (x.dim() - 1))), lambda: again) or not agree(expected, logits(first), compute):
         raise ValueError(f"{rule} gives an image other logits beside another image, as BatchNorm without running statistics does")
 
 
@@ -140,8 +141,11 @@ def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tenso
         names = ", ".join(name or "the model itself" for name, _ in found) or "none"
         raise ValueError(f"{rule}; got {len(readers.noisy)} noisy calls reading it ({names})")
     if not readers.random:  # whose rows are not independent, for which there is another check
-        other, _ = _watched(model, _another(image), readers.noisy_image)
-        if not agree(outputs.take(out, logits).float(), outputs.take(other, logits).float(), image.dtype):
+
+        def of(image: Tensor) -> Tensor:
+            return outputs.take(_watched(model, image, readers.noisy_image)[0], logits)
+
+        if not unmoved(outputs.take(out, logits), of(_another(image)), lambda: of(image)):
             raise ValueError(f"{rule}; got other logits for another image whose noisy image is the same one, so something else reads it")
     return found[0]
 

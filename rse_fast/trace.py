@@ -1,6 +1,7 @@
 """Tracing by torch.fx that other threads do not notice, and what a forward pass draws."""
 
 import threading
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,8 +41,17 @@ class RandomOpDetector(TorchDispatchMode):
     any = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.any |= torch.Tag.nondeterministic_seeded in func.tags
+        self.any = self.any or draws(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def draws(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of an op draws from a generator of torch's: attention, say, has a dropout in it, which does so above 0 alone."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    arguments = func._schema.arguments
+    given = {a.name: a.default_value for a in arguments} | {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+    return all(given.get(name) != 0 for name in ("dropout_p", "dropout", "train", "training"))  # False is 0; None is none of these
 
 
 class Generators:

@@ -1,6 +1,7 @@
 """A model made ready to run packed batches: how its batch is packed, in which dtype it computes, and whether a fused copy still is it."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,7 +14,8 @@ from rse_fast.ensemble.softmax import contending, distance
 from rse_fast.trace import RandomOpDetector
 
 # A fused model in low precision may be so many times as far from float32 as the unfused one: both errors are sums of the same kind of
-# roundings, whose sizes differ by chance. A wrong fusion is off by far more.
+# roundings, whose sizes differ by chance. A wrong fusion is off by far more. So it is with two passes whose kernels add in no
+# fixed order.
 CHANCE = 4
 
 
@@ -61,10 +63,11 @@ class Runner:
         if lazy is not None:
             packed = self._probe(images) if self.random else packed
             self.packs_input = False
-            self.packs_input = isinstance(packed, torch.Tensor) and not self._agree(packed, self._probe(images))
-        if outputs.is_logits(packed) and not self.random:
-            bright = torch.cat([images[:1], 3 * images[1:]])  # the more the other image differs, the more statistics of a batch do
-            self._check_alone(self._probe(bright), self._probe(images[:1]))
+            late = self._probe(images)
+            self.packs_input = isinstance(packed, torch.Tensor) and not self._agree(packed, late)
+            packed = packed if self.packs_input else late
+        if outputs.is_logits(packed) and len(packed) in (2, 4) and not self.random:
+            self._check_rows(images, packed)
         if shape is None and outputs.is_logits(packed):
             shape = packed.shape
         self.classes, self.pixels = (shape[1], tuple(shape[2:])) if shape else (0, ())
@@ -101,11 +104,17 @@ class Runner:
         except Exception as error:
             return error.with_traceback(None)
 
-    def _check_alone(self, both, first):
-        """Finds out whether the first of ``both`` images has other logits alone, ``first``. Raises ValueError where its noise is another
-        one: some layer gets several rows an image, and those of one image are not beside each other."""
-        one_each = outputs.is_logits(both) and outputs.is_logits(first) and both[::2].shape == first.shape and len(both) in (2, 4)
-        self.mixes = one_each and not self._agree(both[::2], first)
+    def _check_rows(self, images, both):
+        """Finds out whether the first of ``images``, which has its logits among ``both``, has others beside another image, or alone.
+
+        Raises ValueError where its noise is another one: some layer gets several rows an image, those of one image not beside each other.
+        """
+        other = self._probe(torch.cat([images[:1], 3 * images[1:]]))  # brighter: the largest value of a batch is another one, too
+        if outputs.is_logits(other) and other.shape == both.shape:
+            self.mixes = not unmoved(both[::2], other[::2], lambda: self._probe(images)[::2])
+        alone = self._probe(images[:1])
+        if outputs.is_logits(alone) and alone.shape == both[::2].shape:
+            self.mixes |= not self._agree(both[::2], alone)
         if self.mixes and self.divided:
             name = min(self.divided)
             raise ValueError(
@@ -147,6 +156,16 @@ def agree(logits: torch.Tensor, others: torch.Tensor, compute: torch.dtype) -> b
     """Whether two logits [N, K, ...] of the same rows are the same up to rounding: another size of batch is summed in another order."""
     difference, size = distance(*contending(logits, others))
     return bool(difference <= min(torch.finfo(compute).eps ** 0.5, 1 / 32) * size)
+
+
+def unmoved(logits: torch.Tensor, others: torch.Tensor, again: Callable[[], torch.Tensor]) -> bool:
+    """Whether logits of an image are the same ``others`` beside another image, in a batch of the same size.
+
+    A kernel does the same sums for a row whatever the values in other rows are, so they are the same to the bit, in any dtype and behind
+    any number of layers. Some kernels of GPUs add in no fixed order: then up to what the logits ``again`` differ by.
+    """
+    difference, _ = distance(logits.double(), others.double())
+    return bool(difference == 0) or bool(difference <= CHANCE * distance(logits.double(), again().double())[0])
 
 
 def _wants_contiguous(error) -> bool:

@@ -161,11 +161,28 @@ def test_rows_that_are_not_independent_are_refused(name, rng):
     rse_fast.certify(rse_fast.Ensemble(Batch(lambda x: x / x.norm(dim=1, keepdim=True)), seed=1), torch.rand(3, 3, 8, 8), n0=5, n=100)
 
 
+@pytest.mark.parametrize("share", [0.13, 0.03])  # the second is less than what rounding may be
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_share_of_the_batch_in_the_logits_is_refused_in_every_dtype(dtype):
-    model = Batch(lambda x: x + 0.13 * x.mean(0))
+def test_a_share_of_the_batch_in_the_logits_is_refused_in_every_dtype(dtype, share):
+    model = Batch(lambda x: x + share * x.mean(0))
     with pytest.raises(ValueError, match="beside another image"):
         rse_fast.certify(rse_fast.Ensemble(model, dtype=dtype), torch.rand(3, 3, 8, 8), n0=5, n=100)
+
+
+def attention(x, tokens):
+    """Over ``tokens`` of x [N, 4], [batch, heads, tokens, features], as a transformer in eval mode calls it."""
+    tokens = tokens(x)
+    return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=0.0).reshape(x.shape)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_attention_is_certified_where_it_is_within_an_image(fuse, rng):
+    """Torch says of every attention that it may draw random numbers, for the dropout in it."""
+    x = torch.rand(3, 3, 8, 8)
+    within, across = Batch(lambda x: attention(x, lambda x: x.view(-1, 1, 4, 1))), Batch(lambda x: attention(x, lambda x: x[None, None]))
+    assert rse_fast.certify(rse_fast.Ensemble(within, fuse=fuse), x, n0=5, n=100).votes.sum() == 3 * 100
+    with pytest.raises(ValueError, match="beside another image"):
+        rse_fast.certify(rse_fast.Ensemble(across, fuse=fuse), x, n0=5, n=100)
 
 
 def test_rows_are_compared_with_another_image_also_where_the_first_is_grey():

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import pickle
 import re
 import threading
@@ -539,6 +540,27 @@ def test_likely_mistakes_are_told_once(mistake, how, fuse):
     assert len(first) == 1 and re.search(message, first[0])
     ensemble.refresh()
     assert not _warnings(lambda: (ensemble.predict(x), ensemble(x.clone().requires_grad_()).sum().backward()))
+
+
+SHARES = {
+    "batch_norm": lambda x: nn.functional.batch_norm(x, None, None, training=True),
+    "mean": lambda x: x - x.mean(0),
+    "a share of the mean": lambda x: x + 0.1 * x.mean(0),
+    "largest value": lambda x: x / x.abs().max(),
+}
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("dtype, fuse", [*itertools.product(["float32", "bfloat16", "float16"], [True, False]), ("int8", True)])
+def test_images_that_depend_on_others_are_told_behind_other_layers(share, dtype, fuse):
+    """Rounding is the same in two batches of one size, so that no limit of its size hides a small share."""
+    for how, expected in ((SHARES[share], 1), (lambda x: x / x.norm(dim=1, keepdim=True), 0)):
+        norm = nn.BatchNorm2d(6)
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), Statistics(how), nn.ReLU(), nn.Conv2d(6, 6, 3), norm, nn.ReLU(), *NETS["plain"]()[-1:])
+        options = {"calibration": [images()]} if dtype == "int8" else {}
+        ensemble = Ensemble(rse_fast.convert(model.eval()), 3, fuse=fuse, dtype=dtype, **options)
+        found = _warnings(lambda: ensemble.predict(images()))  # noqa: B023
+        assert len(found) == expected and all("images beside it" in text for text in found)
 
 
 @FUSE

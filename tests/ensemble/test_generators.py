@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import rse_fast
 import rse_fast.certifiable
 from rse_fast import Ensemble
+from rse_fast.trace import RandomOpDetector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,7 +22,7 @@ class Shaken(nn.Module):
 
     def forward(self, x):
         y = self.conv(x) * torch.rand(()).item() + torch.randn((), device=x.device)
-        return self.fc(nn.functional.dropout(y.mean((2, 3)), 0.5, training=True))
+        return self.fc(F.dropout(y.mean((2, 3)), 0.5, training=True))
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -54,3 +56,32 @@ def test_a_refused_certificate_takes_its_numbers_back_whatever_it_was_refused_fo
     with pytest.raises(RuntimeError, match="out of order"):
         rse_fast.certifiable.input_noise(model, x)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+LSTM = nn.LSTM(8, 8, num_layers=2, dropout=0.5)
+OPS = {
+    "attention": F.scaled_dot_product_attention,
+    "attention without dropout": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=True),
+    "attention with dropout": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1),
+    "dropout": lambda q, k, v: F.dropout(q, 0.5),
+    "dropout in eval": lambda q, k, v: torch.native_dropout(q, 0.5, False),
+    "dropout by default": lambda q, k, v: torch.native_dropout(q, 0.5, None),
+    "alpha dropout": lambda q, k, v: F.alpha_dropout(q, 0.5, training=True),
+    "rrelu": lambda q, k, v: F.rrelu(q, training=True),
+    "rrelu in eval": lambda q, k, v: F.rrelu(q),
+    "lstm": lambda q, k, v: LSTM.train()(q[0]),
+    "lstm in eval": lambda q, k, v: LSTM.eval()(q[0]),
+    "numbers": lambda q, k, v: torch.rand_like(q),
+    "bernoulli": lambda q, k, v: torch.bernoulli(k.sigmoid()),
+}
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_that_may_draw_is_told_from_one_that_does(op, gradient, rng):
+    """Attention holds a dropout, so torch says of every call that it may draw."""
+    values = torch.from_numpy(rng.standard_normal((3, 2, 2, 5, 8))).float().requires_grad_(gradient)
+    before = torch.get_rng_state()
+    with RandomOpDetector() as detector:
+        OPS[op](*values)
+    assert detector.any != torch.equal(torch.get_rng_state(), before)
