@@ -242,7 +242,7 @@ def _list_classes(folder: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]
     if passed:
         kinds = ", ".join(sorted(_IMAGE_SUFFIXES))
         warnings.warn(
-            f"{len(passed)} files are passed over, {min(passed)!r} for one; images are read by their names: {kinds}", stacklevel=3
+            f"files that are passed over: {len(passed)}, such as {min(passed)!r}; images are read by their names: {kinds}", stacklevel=3
         )
     return files, np.array(labels, dtype=np.int64), tuple(entry.name for entry in classes)
 

@@ -107,7 +107,7 @@ def test_files_of_a_class_that_are_not_read_are_told(tmp_path, recwarn):
     Image.new("RGB", (7, 9)).save(folder / "photo.JFIF", format="JPEG")
     (folder / "photo.heic").write_bytes(b"")
     (folder / "photo").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"2 files are passed over, '.*photo' for one; images are read by their names: \.bmp"):
+    with pytest.warns(UserWarning, match=r"files that are passed over: 2, such as '.*photo'; images are read by their names: \.bmp"):
         read = data.image_folder(tmp_path)
     assert len(read.train) + len(read.val) + len(read.test) == 2 * 8 + 1
 
