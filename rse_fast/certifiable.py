@@ -132,7 +132,11 @@ def check_rows(ensemble: Ensemble, x: Tensor) -> None:
 
 def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tensor, logits: outputs.Choice) -> tuple[str, NoiseLayer]:
     image = x[:1].to(next(model.parameters(), x).dtype)
-    out, readers = _watched(model, image)
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
+    copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
+    for layer in noise_layers(copied).values():
+        layer.noise_enabled = True
+    out, readers = _watched(copied, image)
     rule = "model must pass the image unchanged to the noise of one layer, and to nothing else, to be certified"
     if readers.others:
         raise ValueError(f"{rule}; got {', '.join(dict.fromkeys(readers.others))} reading it")
@@ -143,7 +147,7 @@ def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tenso
     if not readers.random:  # whose rows are not independent, for which there is another check
 
         def of(image: Tensor) -> Tensor:
-            return outputs.take(_watched(model, image, readers.noisy_image)[0], logits)
+            return outputs.take(_watched(copied, image, readers.noisy_image)[0], logits)
 
         if not unmoved(outputs.take(out, logits), of(_another(image)), lambda: of(image)):
             raise ValueError(f"{rule}; got other logits for another image whose noisy image is the same one, so something else reads it")
@@ -158,17 +162,13 @@ def _another(image: Tensor) -> Tensor:
 
 def _watched(model: torch.nn.Module, image: Tensor, noisy_image: Tensor | None = None) -> tuple[object, _Readers]:
     """What ``model`` returns for ``image`` [1, ...], and what reads it; with ``noisy_image`` in place of its noisy one."""
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
-    copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
-    for layer in noise_layers(copied).values():
-        layer.noise_enabled = True
     generators = Generators(model, image)
     with torch.inference_mode(False), torch.no_grad():
         image = image.clone()
         readers = _Readers(image, noisy_image)
         try:
             with NoiseContext(torch.zeros((), dtype=torch.int64, device=image.device), 1), readers, _Leaves(readers):
-                out = copied(image)
+                out = model(image)
         finally:
             if readers.random:
                 generators.restore()
