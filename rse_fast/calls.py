@@ -1,6 +1,7 @@
 """Which noisy layers a forward pass calls, and which convolutions it does by itself: told by a run on the meta device, a guessed input."""
 
 import sys
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,9 +119,9 @@ def unregistered(model: nn.Module) -> list[tuple[nn.Module, str]]:
     registered, modules = len(seen), list(seen.items())
     while modules:
         module, name = modules.pop(0)
-        waiting: list[tuple[Any, str, int]] = [({k: v for k, v in vars(module).items() if k not in _REGISTRIES}, name, 5)]
+        waiting: deque[tuple[Any, str, int]] = deque([({k: v for k, v in vars(module).items() if k not in _REGISTRIES}, name, 5)])
         while waiting:
-            value, name, depth = waiting.pop(0)
+            value, name, depth = waiting.popleft()
             if isinstance(value, nn.Module):
                 new = {inner: own for own, inner in value.named_modules(prefix=name) if inner not in seen}
                 seen.update(new)

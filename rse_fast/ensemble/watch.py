@@ -5,6 +5,7 @@ addresses, which nothing in Python tells of all at once; what the registries hol
 """
 
 import argparse
+import collections
 import dataclasses
 import types
 import weakref
@@ -151,9 +152,9 @@ def _reached(model: nn.Module) -> tuple[list[nn.Module], list[Any]]:
     """The modules of ``model``, those included that attributes hold unregistered, and the objects whose attributes are looked at."""
     packages = {_package(type(module)) for module in model.modules()} - {"torch", "rse_fast"}
     modules: dict[nn.Module, None] = {}
-    objects, seen, waiting = [], {}, [model]  # those seen are kept: their ids stand for them
+    objects, seen, waiting = [], {}, collections.deque([model])  # those seen are kept: their ids stand for them
     while waiting:
-        value = waiting.pop(0)
+        value = waiting.popleft()
         if isinstance(value, nn.Module):
             new = [module for module in value.modules() if module not in modules]
             modules.update(dict.fromkeys(new))
