@@ -64,14 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
 
         return verdict(*reference_run.measure(arguments.compare_ref, arguments.suite, arguments.case), arguments.tolerance)
     if not arguments.report:
-        measure.listed_for = arguments.list or ""
-        chosen = cases(arguments.suite, arguments.case)
-        measure.listed_for = ""
+        with measure.choice(device=arguments.list or ""):
+            chosen = cases(arguments.suite, arguments.case)
         if arguments.list is not None:
             print("\n".join(f"{suite}: {name}" for suite, name in chosen))
             return 0
         old = results.load(arguments.compare) if arguments.compare else None  # before it is overwritten, if it is the same file
-        new = measure_cases(chosen, arguments.out, arguments.only, arguments.seconds)
+        with measure.choice(only=arguments.only):
+            new = measure_cases(chosen, arguments.out, arguments.seconds)
         return verdict(old, new, arguments.tolerance) if arguments.compare else 0
     return show_report(arguments.out)
 
@@ -95,9 +95,9 @@ def cases(suites: list[str] | None, pattern: str) -> dict:
     return found
 
 
-def measure_cases(chosen: dict, out: Path, only: str, seconds: float) -> dict:
+def measure_cases(chosen: dict, out: Path, seconds: float) -> dict:
     """Measures, prints and merges into ``out`` case by case, so an interrupted run keeps what it has. Returns what was measured."""
-    measure.only, begin = (only,), time.monotonic()
+    begin = time.monotonic()
     results.load(out)  # a file that is something else is an error now, not after minutes
     new = {"rows": [], "targets": []}
     for (suite, name), piece in chosen.items():

@@ -1,9 +1,10 @@
 """Timing side by side: tidy rows, one a (suite, case, implementation, metric), and the targets they are held to."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,12 +96,24 @@ def compare(
     return rows, {name: rates[name][1] if name in rates else None for name in builders}
 
 
-# Which implementations `compare` runs: `rse-fast bench --compare-ref` has no use for the peers.
-only: tuple[str, ...] = ("",)
+_only, _device = "", ""  # see `choice`
+
+
+@contextlib.contextmanager
+def choice(only: str = "", device: str = "") -> Iterator[None]:
+    """What is measured within: `compare` runs the implementations whose names begin with ``only`` (``rse-fast bench --compare-ref`` has no
+    use for the peers), and `default_device` is ``device``, "cpu" or "cuda"; "": all of them, and this machine's."""
+    global _only, _device
+    before = _only, _device
+    _only, _device = only, device
+    try:
+        yield
+    finally:
+        _only, _device = before
 
 
 def selected(name: str) -> bool:
-    return name.startswith(only)
+    return name.startswith(_only)
 
 
 def interleaved(
@@ -187,12 +200,9 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes) or 64 * 2**20
 
 
-listed_for = ""  # the device whose cases are listed, "cpu" or "cuda"; "" for this machine's
-
-
 def default_device() -> torch.device:
     """Where suites measure: a GPU if there is one."""
-    return torch.device(listed_for or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device(_device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def installed(name: str) -> str:

@@ -64,9 +64,9 @@ def test_noise_of_another_size_or_type_is_refused(rng):
             noise.check_moments(x, y)
 
 
-def test_inputs_go_round_and_results_still_match_theirs(monkeypatch):
-    monkeypatch.setattr(measure, "only", ("rse_fast",))
-    rows, _ = noise.measure(torch.float32, torch.contiguous_format, "4M")
+def test_inputs_go_round_and_results_still_match_theirs():
+    with measure.choice(only="rse_fast"):
+        rows, _ = noise.measure(torch.float32, torch.contiguous_format, "4M")
     assert [r.error for r in rows if r.implementation == "rse_fast"] == [""] and rows[0].p50 > 0
 
 
@@ -189,6 +189,7 @@ def test_the_command_measures_merges_and_compares(tmp_path, capsys):
     assert {r["implementation"] for r in measured["rows"]} == {"rse_fast", "rse_fast kernel, no allocation"}
     assert all(r["error"] or r["p20"] <= r["p50"] <= r["p80"] for r in measured["rows"]) and measured["rows"][0]["p50"] > 0
     assert "not measured here" in capsys.readouterr().out
+    assert measure.selected("a peer")  # what --only chose was for that call
 
     results.save(old, measured)
     assert main([*chosen, "--compare", str(old), "--tolerance", "1000000"]) == 0
@@ -279,7 +280,7 @@ def test_no_case_begins_when_the_time_is_up(tmp_path, capsys):
 
     for seconds, kept in ((60, {"a", "b"}), (-1, set())):
         out = tmp_path / f"{len(kept)}.json"
-        new = measure_cases({("s", name): piece(name) for name in "ab"}, out, "", seconds)
+        new = measure_cases({("s", name): piece(name) for name in "ab"}, out, seconds)
         assert {r["case"] for r in new["rows"]} == {r["case"] for r in results.load(out)["rows"]} == kept
     assert "no time left for s: b" in capsys.readouterr().out
 
