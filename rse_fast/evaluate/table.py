@@ -3,7 +3,8 @@
 For each defence a network is trained, attacked by protocol ``table`` of `rse-fast evaluate` and, where it has noise, certified by `rse-fast
 certify`, each in a folder below OUT/DEFENCE. Cheap attacks come first, on all networks, so a table that is not complete says most. After
 each step OUT/table.md and OUT/table.json are written anew from what is there, with the number of images where not all were attacked and
-the reason for whatever is absent. The same command continues after a kill; what is complete is not done again.
+the reason for whatever is absent. The same command continues after a kill; what is complete is not done again. ``--beside`` adds the rows
+of a table that was made elsewhere, and what it says of the same network where nothing was measured here.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -81,19 +82,21 @@ def _make(args, argv) -> int:
     if unknown := set(args.columns) - {*COLUMNS}:
         raise ValueError(f"--columns: expected some of {', '.join(COLUMNS)}, got {', '.join(sorted(unknown))}")
     runs = _runs(args)
+    beside = _read(args.beside) if args.beside else {"rows": {}, "compared": []}
     args.out.mkdir(parents=True, exist_ok=True)
-    found = [_Row(name, run, config) for name, (run, config) in runs.items()]
+    found = [_Row(name, run, config, beside["rows"].get(name)) for name, (run, config) in runs.items()]
     table = {
         "command": shlex.join(["python", "-m", "rse_fast.evaluate.table", *argv]), "images": args.images,
-        "sections": {title: list(columns) for title, columns in SECTIONS.items()}, "rows": {row.name: row.facts for row in found},
+        "sections": {title: list(columns) for title, columns in SECTIONS.items()},
+        "rows": beside["rows"] | {row.name: row.facts for row in found},
     }  # fmt: skip
-    _write(args.out, table, found)
+    _write(args.out, table, beside["compared"])
 
     def do(stage: str, action: Callable) -> None:
         for row in [row for row in found if not row.failed]:
             print(f"{row.name}: {stage}", flush=True)
             row.attempt(stage.partition(":")[0], action)
-            _write(args.out, table, found)  # after each step: whatever ends the process, the table is that of now
+            _write(args.out, table, beside["compared"])  # after each step: whatever ends the process, the table is that of now
 
     do("train", lambda row: row.train(args))
     plain = next((str(row.run) for row in found if row.name == "plain" and not row.failed), None)
@@ -119,6 +122,8 @@ def _parser():
     parser.add_argument(
         "--columns", nargs="+", default=COLUMNS, metavar="COLUMN", help=f"what to measure (default: all): {', '.join(COLUMNS)}"
     )
+    text = "table.json made elsewhere: its rows stand beside those of this command"
+    parser.add_argument("--beside", type=Path, metavar="FILE", help=text)
     parser.add_argument("--report", action="store_true", help="train, attack and certify nothing: the table of what is there")
     images = PROTOCOLS["table"].images
     parser.add_argument("--images", type=int, default=images, metavar="N", help="test images of attacks and certificates (%(default)s)")
@@ -151,15 +156,37 @@ def _runs(args) -> dict[str, tuple[Path, train.Config | None]]:
     return found
 
 
+_FACTS = {"run": str, "config": dict, "trained": dict, "cells": dict, "absent": dict, "notes": list}
+_SAME = ("weights", "data", "labels", "order", "draws", "sigmas", "l2", "repeats", "resize", "logits")  # settings that cells rest on
+
+
+def _read(path: Path) -> dict:
+    """A table.json. Raises ValueError naming the option for anything else."""
+    try:
+        table = data.read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--beside: expected a table.json, got {str(path)!r} ({error})") from error
+    rows = table.get("rows") if isinstance(table, dict) else None
+    if not isinstance(rows, dict) or not isinstance(table.get("compared"), list):
+        raise ValueError(f"--beside: expected a table.json, with rows and comparisons, got {str(path)!r}")
+    for name, row in rows.items():
+        whole = isinstance(row, dict) and all(isinstance(row.get(key) or kind(), kind) for key, kind in _FACTS.items())
+        cells = row.get("cells", {}).values() if whole else ()
+        if not whole or not all(isinstance(c, dict) and {"accuracy", "images"} <= c.keys() for c in cells):
+            raise ValueError(f"--beside: row {name!r} of {str(path)!r} does not have the form of a table.json; make it by this command")
+    return table
+
+
 class _Row:
     """A network on its way through the stages, and what the table knows of it: ``facts``, JSON-serialisable.
 
-    facts: run (folder), config (fields), trained (last row of the log), cells (column -> accuracy with its interval, and the command that
-    made it), absent (column -> why), notes (failed checks). right: column -> image -> whether its first scoring was right.
+    facts: run (folder), config (fields), trained (last row of the log), cells (column -> accuracy with its interval, the command that made
+    it, and "right": for each image whether its first scoring was, "1" or "0", or "-" where there is none), absent (column -> why), notes
+    (failed checks). beside: the facts of the same network in a table made elsewhere.
     """
 
-    def __init__(self, name: str, run: Path, config: train.Config | None):
-        self.name, self.run, self.config, self.failed, self.right = name, run, config, False, {}
+    def __init__(self, name: str, run: Path, config: train.Config | None, beside: dict | None):
+        self.name, self.run, self.config, self.failed, self.beside = name, run, config, False, beside
         self.facts = {"run": str(run), "config": None, "trained": None, "cells": {}, "absent": dict.fromkeys(COLUMNS, "not done yet")}
         self.facts["notes"] = []
 
@@ -167,6 +194,8 @@ class _Row:
         """A defence that fails is a row with a reason; the others are not held up."""
         try:
             action(self)
+            if stage != "train":  # which may not know yet how its network is attacked
+                self._take_over()
         except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
             self.failed = True
             self.facts["absent"] = {column: f"{stage}: {error}" for column in COLUMNS if column not in self.facts["cells"]}
@@ -186,6 +215,11 @@ class _Row:
             if last["event"] != "end":
                 raise KeyboardInterrupt
         self.facts |= {"config": dataclasses.asdict(train.Config.load(path)), "trained": last}
+        if self.beside and (there := self.beside.get("settings")):
+            own = run_inputs.digest(run_inputs.model_of(self.run, True, args.device).state_dict())
+            if own != there["weights"]:
+                was = f"{own[:12]}, got one of weights {there['weights'][:12]}"
+                raise ValueError(f"--beside: expected a row {self.name!r} of weights {was}; name the run otherwise by --reuse NAME=RUN")
 
     def attack(self, args, plain: str | None, columns) -> None:
         """Attacks for some columns, or for none, and takes over all that is there."""
@@ -208,6 +242,21 @@ class _Row:
         self.facts["settings"], self.facts["versions"] = results["settings"], results["versions"]
         self._take(results, rows.read(out), args.images, cases)
         self.facts["notes"] = [f"{c['name']}: {c['text']}" for c in results["checks"] if not c["passed"]]
+        if self.beside:  # of what was not checked here
+            checked = tuple(f"{c['name']}: " for c in results["checks"])
+            self.facts["notes"] += [note for note in self.beside["notes"] if not note.startswith(checked)]
+
+    def _take_over(self) -> None:
+        """Adds the cells of the other table that are absent here, or of fewer images."""
+        if not self.beside:
+            return
+        settings = self.beside.get("settings")
+        own = self.facts.setdefault("settings", settings)
+        if own and settings and (other := [key for key in _SAME if own.get(key) != settings.get(key)]):
+            raise ValueError(f"--beside: expected a row {self.name!r} with the settings of this one, got another {', '.join(other)}")
+        for column, cell in self.beside["cells"].items():
+            if cell["images"] > self.facts["cells"].get(column, {"images": 0})["images"]:
+                self._add(column, cell)
 
     def _noisy(self) -> bool:
         return train.Config.load(self.run / "config.json").noisy
@@ -225,13 +274,13 @@ class _Row:
             cell["most_draws"] = max(case.eot for case in cases if what.items() <= vars(case).items())
             if self.facts["config"]["defence"] == self.name:
                 cell["paper"] = dict(zip(COLUMNS, PAPER.get(self.name, ()), strict=False)).get(column)
-            self._add(column, cell)
             own = {index: row for (name, index), row in scored.items() if name == e["name"] and index < images}
-            self.right[column] = {index: row["answers"][0] == row["target"] for index, row in own.items()}
+            right = {index: row["answers"][0] == row["target"] for index, row in own.items()}
+            self._add(column, cell | {"right": _marks(right, images)})
             for part in e.get("parts", {}) if column == "AutoAttack 8/255" else ():
                 (title,) = [title for title, name in PARTS.items() if name == part]
-                self._add(title, cell | {"accuracy": e["parts"][part]})
-                self.right[title] = {index: row["parts"][part][0] == row["target"] for index, row in own.items()}
+                right = {index: row["parts"][part][0] == row["target"] for index, row in own.items()}
+                self._add(title, cell | {"accuracy": e["parts"][part], "right": _marks(right, images)})
         for column, what in ATTACKED.items():
             noise_alone = what.get("source") in ("noise-off", "fixed-draw") and not results["settings"]["draws"]
             if noise_alone or (what.get("source") == "plain" and not results["settings"]["plain"]):
@@ -267,26 +316,39 @@ class _Row:
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the files
-def _write(out, table, found):
-    table["compared"] = compare({row.name: row.right for row in found})
+def _marks(right: dict[int, bool], images: int) -> str:
+    return "".join("-" if index not in right else "01"[right[index]] for index in range(images))
+
+
+def _write(out, table, compared):
+    right = {
+        name: {column: cell["right"] for column, cell in row["cells"].items() if "right" in cell} for name, row in table["rows"].items()
+    }
+    table["compared"] = compare(right, compared)
     data.write_atomically(out / "table.json", lambda file: file.write(json.dumps(table, indent=1).encode()))
     data.write_atomically(out / "table.md", lambda file: file.write(markdown(table).encode()))
 
 
-def compare(right: dict[str, dict[str, dict[int, bool]]]) -> list[dict]:
+def compare(right: dict[str, dict[str, str]], known: Sequence[dict] = ()) -> list[dict]:
     """McNemar's test of each network against the one called rse (the first, if there is none) in each column, on the images that both have:
-    {column, first, second, images, only_first, only_second, p, holm}. right: network -> column -> image -> whether it was right. holm: p,
-    corrected for the number of tests (Holm 1979)."""
+    {column, first, second, images, only_first, only_second, p, holm}. right: network -> column -> "1", "0" or "-" for each image. known:
+    tests of a table made elsewhere, for pairs that ``right`` says less of. holm: p, corrected for the number of tests (Holm 1979)."""
     reference = "rse" if "rse" in right else next(iter(right), None)
+    there = {(test["column"], test["first"], test["second"]): test for test in known}
     made = []
     for column in [*ATTACKED, *PARTS]:
         for name in right:
-            mine, other = right[name].get(column, {}), right[reference].get(column, {})
-            common = sorted(mine.keys() & other.keys())
-            if name != reference and common and column != "C&W median L2":
-                split = mcnemar([mine[i] for i in common], [other[i] for i in common])
-                made.append({"column": column, "first": name, "second": reference, "images": len(common), "only_first": split["first"],
+            pairs = list(zip(right[name].get(column, ""), right[reference].get(column, ""), strict=False))
+            pairs = [(mine == "1", other == "1") for mine, other in pairs if "-" not in (mine, other)]
+            test = there.get((column, name, reference), {"images": 0})
+            if name == reference or column == "C&W median L2":
+                continue
+            if len(pairs) > 0 and len(pairs) >= test["images"]:
+                split = mcnemar(*map(list, zip(*pairs, strict=True)))
+                made.append({"column": column, "first": name, "second": reference, "images": len(pairs), "only_first": split["first"],
                              "only_second": split["second"], "p": split["p"]})  # fmt: skip
+            elif test["images"]:
+                made.append(dict(test))
     largest = 0.0
     for rank, test in enumerate(sorted(made, key=lambda test: test["p"])):
         largest = test["holm"] = min(1.0, max(largest, test["p"] * (len(made) - rank)))

@@ -147,6 +147,47 @@ def test_a_table_is_made_continued_and_reused(tiny, tmp_path, monkeypatch, capsy
     assert "not complete" in (again / "table.md").read_text()
 
 
+def test_a_network_is_put_beside_a_table_made_elsewhere(tiny, tmp_path, capsys):
+    assert table.main([*tiny, "--columns", "clean"]) == 1
+    first, there = read(tmp_path / "out"), tmp_path / "out/table.json"
+    assert all(set(row["cells"]["clean"]["right"]) <= {"0", "1"} for row in first["rows"].values())
+
+    def beside(file, out, run="rse", *options):
+        reuse = ["--defences", "--reuse", f"rse={tmp_path / 'out' / run / 'run'}", "--beside", str(file), "--out", str(tmp_path / out)]
+        return table.main([*tiny, *reuse, *options])
+
+    # The rows were made elsewhere: their cells stand, and those measured here stand beside them.
+    assert beside(there, "more", "rse", "--columns", "PGD-20 8/255") == 1
+    second = read(tmp_path / "more")
+    assert list(second["rows"]) == ["plain", "rse"] and second["rows"]["plain"] == first["rows"]["plain"]
+    assert second["rows"]["rse"]["cells"].keys() == {"clean", "PGD-20 8/255"}
+    assert second["rows"]["rse"]["cells"]["clean"] == first["rows"]["rse"]["cells"]["clean"]
+    assert second["compared"] == first["compared"] and first["compared"]
+    assert "clean" not in second["rows"]["rse"]["absent"] and "PGD-20 8/255" not in second["rows"]["rse"]["absent"]
+    # A report of what is there, without a row of an attack in the folder, and tests whose images are not listed.
+    for cells in (row["cells"] for row in first["rows"].values()):
+        del cells["clean"]["right"]
+    (tmp_path / "old.json").write_text(json.dumps(first))
+    assert beside(tmp_path / "old.json", "report", "rse", "--report") == 1
+    third = read(tmp_path / "report")
+    assert third["rows"]["rse"]["cells"] == first["rows"]["rse"]["cells"] and third["compared"] == first["compared"]
+    # Fewer images here do not replace more there.
+    assert beside(there, "fewer", "rse", "--columns", "clean", "--images", "2") == 1
+    assert read(tmp_path / "fewer")["rows"]["rse"]["cells"]["clean"]["images"] == 4
+
+    # Other weights, or another number of draws, make another network of it.
+    capsys.readouterr()
+    assert beside(there, "other", "plain", "--report") == 1 and "--beside: expected a row 'rse' of weights" in capsys.readouterr().err
+    assert not read(tmp_path / "other")["rows"]["rse"]["cells"]
+    assert beside(there, "draws", "rse", "--columns", "PGD-20 8/255", "--draws", "3") == 1
+    assert "got another draws" in capsys.readouterr().err and read(tmp_path / "draws")["rows"]["rse"]["cells"].keys() == {"PGD-20 8/255"}
+    first["rows"]["plain"]["cells"] = {"clean": 0.5}
+    for name, content in (("a", "nothing"), ("b", "[]"), ("c", json.dumps(first)), ("d", '{"rows": {"x": 1}, "compared": []}')):
+        (tmp_path / name).write_text(content)
+        assert beside(tmp_path / name, "bad") == 2 and "rse-fast table: --beside: " in capsys.readouterr().err
+    assert beside(tmp_path / "nowhere", "bad") == 2 and not (tmp_path / "bad").exists()
+
+
 def _made(folder):
     folder.mkdir(parents=True)
     return folder
@@ -226,9 +267,9 @@ def test_the_columns_are_the_cases_of_the_protocol():
 
 def test_tests_are_corrected_for_their_number(rng):
     """Holm's step-down: the k-th smallest p of m times m - k + 1, never falling."""
-    right = {name: {column: dict(enumerate((rng.random(40) < share).tolist())) for column in ("clean", "c = 0.1")}
+    right = {name: {column: "".join("01"[r] for r in (rng.random(40) < share).astype(int)) for column in ("clean", "c = 0.1")}
              for name, share in (("rse", 0.5), ("a", 0.9), ("b", 0.6), ("c", 0.5))}  # fmt: skip
-    right["c"]["c = 0.1"] = {index: value for index, value in right["c"]["c = 0.1"].items() if index < 10}
+    right["c"]["c = 0.1"] = "-" * 30 + right["c"]["c = 0.1"][30:]
     made = sorted(table.compare(right), key=lambda test: test["p"])
     assert len(made) == 6 and {test["images"] for test in made} == {40, 10}
     expected = [min(1.0, max(made[j]["p"] * (6 - j) for j in range(k + 1))) for k in range(6)]
