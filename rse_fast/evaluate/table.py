@@ -187,6 +187,7 @@ class _Row:
 
     def __init__(self, name: str, run: Path, config: train.Config | None, beside: dict | None):
         self.name, self.run, self.config, self.failed, self.beside = name, run, config, False, beside
+        self.checked: tuple[str, ...] = ()
         self.facts = {"run": str(run), "config": None, "trained": None, "cells": {}, "absent": dict.fromkeys(COLUMNS, "not done yet")}
         self.facts["notes"] = []
 
@@ -242,18 +243,18 @@ class _Row:
         self.facts["settings"], self.facts["versions"] = results["settings"], results["versions"]
         self._take(results, rows.read(out), args.images, cases)
         self.facts["notes"] = [f"{c['name']}: {c['text']}" for c in results["checks"] if not c["passed"]]
-        if self.beside:  # of what was not checked here
-            checked = tuple(f"{c['name']}: " for c in results["checks"])
-            self.facts["notes"] += [note for note in self.beside["notes"] if not note.startswith(checked)]
+        self.checked = tuple(f"{c['name']}: " for c in results["checks"])
 
     def _take_over(self) -> None:
-        """Adds the cells of the other table that are absent here, or of fewer images."""
+        """Adds the cells of the other table that are absent here, or of fewer images, and the notes on what was not checked here."""
         if not self.beside:
             return
         settings = self.beside.get("settings")
-        own = self.facts.setdefault("settings", settings)
-        if own and settings and (other := [key for key in _SAME if own.get(key) != settings.get(key)]):
+        here = self.facts.setdefault("settings", settings)
+        if here and settings and (other := [key for key in _SAME if here.get(key) != settings.get(key)]):
             raise ValueError(f"--beside: expected a row {self.name!r} with the settings of this one, got another {', '.join(other)}")
+        own = self.facts["notes"]
+        own += [note for note in self.beside["notes"] if note not in own and not note.startswith(self.checked)]
         for column, cell in self.beside["cells"].items():
             if cell["images"] > self.facts["cells"].get(column, {"images": 0})["images"]:
                 self._add(column, cell)

@@ -165,12 +165,14 @@ def test_a_network_is_put_beside_a_table_made_elsewhere(tiny, tmp_path, capsys):
     assert second["compared"] == first["compared"] and first["compared"]
     assert "clean" not in second["rows"]["rse"]["absent"] and "PGD-20 8/255" not in second["rows"]["rse"]["absent"]
     # A report of what is there, without a row of an attack in the folder, and tests whose images are not listed.
-    for cells in (row["cells"] for row in first["rows"].values()):
-        del cells["clean"]["right"]
+    for row in first["rows"].values():
+        del row["cells"]["clean"]["right"]
+        row["notes"] = ["a check: it failed"]
     (tmp_path / "old.json").write_text(json.dumps(first))
     assert beside(tmp_path / "old.json", "report", "rse", "--report") == 1
     third = read(tmp_path / "report")
     assert third["rows"]["rse"]["cells"] == first["rows"]["rse"]["cells"] and third["compared"] == first["compared"]
+    assert third["rows"]["rse"]["notes"] == ["a check: it failed"]
     # Fewer images here do not replace more there.
     assert beside(there, "fewer", "rse", "--columns", "clean", "--images", "2") == 1
     assert read(tmp_path / "fewer")["rows"]["rse"]["cells"]["clean"]["images"] == 4
