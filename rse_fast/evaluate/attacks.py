@@ -140,7 +140,7 @@ def _carlini_wagner(case, queries, x, y, **options):
 
 
 def _cw(case, queries, x, y):
-    # Of a thousand noisy queries one finds an image wrong that hardly ever is: with a margin to keep, the others do as well.
+    # One lucky query in a thousand flags an image that is almost never misclassified. With a margin to keep, most queries are wrong.
     margins = MARGINS if queries.random else MARGINS[:1]
     found = [_carlini_wagner(case, queries, x, y, binary_search_steps=6, stepsize=0.01, initial_const=0.1, confidence=m) for m in margins]
     return [closest for closest, _, _ in found], torch.stack([verdict for _, _, verdict in found]).any(0)
