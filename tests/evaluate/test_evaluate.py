@@ -193,7 +193,6 @@ def test_attacks_attack(short):
 def test_a_case_gives_the_same_rows_again_and_other_rows_with_another_seed(noisy, plain, digits, tmp_path, short):
     cases = [case for case in SHORT if case.name in ("pgd-l2", "apgd-ce", "square", "autoattack")]
     target = Target(noisy, 3, plain=plain)
-    torch.manual_seed(torch.seed())
     again = evaluated(target, digits, cases, tmp_path / "again")
     assert without_times(again) == {key: row for key, row in without_times(short).items() if key in again}
     other = evaluated(target, digits, cases, tmp_path / "other", seed=6)

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
+from entropy import seeded
 from tiny_training import config, write_images
 
 pytest.importorskip("tqdm")
@@ -31,7 +31,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
+    return write_images(tmp_path_factory.mktemp("images") / "images.npz", seeded(__name__))
 
 
 def trainer(images, case, device="cuda", **fields):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from entropy import seeded
 from tiny_training import config, same, without_times, write_images
 from torch.nn.functional import cross_entropy
 
@@ -26,7 +27,7 @@ BARE = "tiny_training:net_without_batch_statistics"
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
+    return write_images(tmp_path_factory.mktemp("images") / "images.npz", seeded(__name__))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from entropy import seeded
 from tiny_images import cifar_batches, make_folder, write_cifar
 from tiny_training import config, same, without_times, write_images
 
@@ -31,7 +32,7 @@ TINY = ["--model", "tiny_training:net", "--epochs", "1", "--batch-size", "18", "
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
+    return write_images(tmp_path_factory.mktemp("images") / "images.npz", seeded(__name__))
 
 
 @pytest.fixture(scope="module")

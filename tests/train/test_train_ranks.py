@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from entropy import seeded
 from tiny_training import config, same, without_times, write_images
 
 pytest.importorskip("tqdm")
@@ -36,7 +37,7 @@ PLAIN = {"defence": "plain", "model": BARE}
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    path = write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
+    path = write_images(tmp_path_factory.mktemp("images") / "images.npz", seeded(__name__))
     train(config(path, epochs=1), path.parent / "run")  # what a run imports, the children find imported
     return path
 

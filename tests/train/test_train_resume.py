@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from children import fork
+from entropy import seeded
 from tiny_training import config, same, without_times, write_images
 
 pytest.importorskip("tqdm")
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
+    return write_images(tmp_path_factory.mktemp("images") / "images.npz", seeded(__name__))
 
 
 @pytest.fixture(scope="module")
