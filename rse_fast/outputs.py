@@ -23,13 +23,13 @@ def check(model: nn.Module, logits: Choice) -> None:
         task = getattr(getattr(module, "config", None), "problem_type", None)
         if task in ("regression", "multi_label_classification"):
             raise ValueError(
-                f"model must tell classes apart that exclude each other, got one whose config says problem_type={task!r}: {_MISSING}"
+                f"model must return logits of classes that exclude each other, got one whose config says problem_type={task!r}: {_MISSING}"
             )
 
 
 _MISSING = (
-    "an ensemble averages a softmax and counts votes; a mean over draws of numbers (regression) or of sigmoids (several labels an image) "
-    "is missing in rse-fast"
+    "an ensemble averages a softmax and counts votes; rse-fast has no mean over draws of numbers (regression) or of sigmoids (several "
+    "labels an image)"
 )
 
 
@@ -109,8 +109,8 @@ def check_rows(logits: Tensor, rows: tuple[int, ...]) -> None:
             f"logit of one class against another: Ensemble(model, logits={line}). If it is a regression: {_MISSING}"
         )
     if not is_logits(logits) or logits.shape[0] not in rows or not logits.shape[1]:
-        where = "if it returns them elsewhere, Ensemble(model, logits=...) says where"
-        raise ValueError(f"model must return {wanted}, got shape {tuple(logits.shape)}; {where}")
+        advice = "if it returns them elsewhere, Ensemble(model, logits=...) says where"
+        raise ValueError(f"model must return {wanted}, got shape {tuple(logits.shape)}; {advice}")
 
 
 def is_logits(found: object) -> bool:
