@@ -27,7 +27,7 @@ def _conv_bn_relu(in_channels: int, out_channels: int, *, padding: int = 1, bias
 
 
 class _PooledFeatures(nn.Module):
-    """``layers`` that end in ``channels``, their average (or what else ``pool`` makes of a map) and a Linear head."""
+    """``layers`` with ``channels`` outputs, a global pooling of their maps (``pool``, by default the average) and a Linear head."""
 
     def __init__(self, layers: list[nn.Module], channels: int, num_classes: int, pool: type[nn.Module] = nn.AdaptiveAvgPool2d) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Logits out of whatever a model returns: the one place that knows. Used where a model is trained, run as an ensemble and attacked."""
+"""Finds the logits in what a model returns. Training, ensembles and attacks all use it."""
 
 from collections.abc import Callable, Mapping
 

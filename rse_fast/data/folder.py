@@ -393,7 +393,7 @@ def _decode(file: Path, resize: tuple[int, int] | None, channels: int) -> np.nda
 
 
 def _orientation(image) -> int | None:
-    """The one EXIF entry that pixels depend on, by itself: that others are damaged is no reason to refuse or to leave out an image."""
+    """The EXIF entry that pixels depend on. No other entry is read, so an image with other damaged entries is accepted."""
     try:
         value = image.getexif().get(_ORIENTATION)
     except Exception:  # as many kinds as there are ways to damage them

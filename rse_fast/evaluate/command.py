@@ -227,7 +227,7 @@ def load(source: str, weights: Path | None, device: str, trust: bool = False) ->
 
 
 def image_order(part):
-    """The indices of a part's images, and in words how they are ordered: a part sorted by class is shuffled, always alike."""
+    """The indices of a part's images, and in words how they are ordered. A part sorted by class is shuffled, in the same way each time."""
     labels = torch.as_tensor(part.labels)
     sorted_by_class = bool((labels[1:] >= labels[:-1]).all())
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_ORDER_SEED))

@@ -319,7 +319,7 @@ def _eps_figure(results, base):
         points = sorted((e["eps"], e["accuracy"]) for e in pgd if e["eot"] == eot)
         points = ([(0.0, clean["accuracy"])] if clean else []) + points
         radii, estimates = zip(*points, strict=True)
-        beside = [r + width * (place - (len(numbers) - 1) / 2) for r in radii]  # bars that lay on each other could not be told apart
+        beside = [r + width * (place - (len(numbers) - 1) / 2) for r in radii]  # so that bars do not cover each other
         axes.errorbar(beside, [100 * e["mean"] for e in estimates], errors(estimates), label=f"EOT {eot}", capsize=3, **style)
     ticks = sorted({e["eps"] for e in pgd})
     axes.set_xticks([0, *ticks], ["0", *map(radius, ticks)])
