@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from children import fork
-from entropy import seeded
 from tiny_training import config, same, without_times, write_images
 
 pytest.importorskip("tqdm")
@@ -27,11 +26,6 @@ from rse_fast.train.command import main  # noqa: E402
 from rse_fast.train.log import read  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", seeded(__name__))
 
 
 @pytest.fixture(scope="module")
