@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,7 +248,7 @@ def make(name: str, num_classes: int, in_channels: int) -> nn.Module:
     return model
 
 
-def function(name: str) -> Callable:
+def function(name: str) -> Callable[..., Any]:
     """What "package.module:function" names, imported: the code of its author runs. ImportError, AttributeError or ValueError if there is
     none."""
     module, _, attribute = name.partition(":")

@@ -34,7 +34,8 @@ class Part:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image."""
-        return tuple(self.images.shape[1:])
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def fetch(self, selections: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yields the images uint8 [B, C, H, W] of each selection of rows (int64 [B])."""
