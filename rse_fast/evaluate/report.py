@@ -229,9 +229,9 @@ def _replication(replication):
 
 
 def optimistic(temperature: float) -> str:
-    """What is to be said of calibration figures of a run's own validation images."""
+    """The warning about calibration figures of a run's own validation images."""
     by = "the best epoch was chosen by" if temperature == 1 else "the temperature was fitted, and the best epoch chosen, on"
-    return f"{by} these very images, so accuracy and calibration look better than on new ones; --part test has images that chose nothing"
+    return f"{by} these very images, so accuracy and calibration look better than on new ones; --part test takes others"
 
 
 def _calibration(calibration, pictures):

@@ -49,7 +49,7 @@ def save_best(path: Path, tensors: dict[str, Tensor], score: float, epoch: int) 
     content = to_bytes(tensors, facts | {"sha256": digest(tensors, facts)})
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes them in an order that chance decides
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes them in random order
     content = content[:8] + json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size) + content[8 + size :]
     write_atomically(path, lambda file: file.write(content))
 
