@@ -294,9 +294,9 @@ def check_convolution_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor 
     check_bias(bias, weight.shape[1] * groups)
     check_operands(x, weight, bias)
     stride, dilation = _tuple("stride", layer.stride, spatial, 1), _tuple("dilation", layer.dilation, spatial, 1)
-    zeros, more = _tuple("padding", layer.padding, spatial, 0), _tuple("output_padding", layer.output_padding, spatial, 0)
-    geometry = zip(x.shape[2:], weight.shape[2:], stride, zeros, dilation, more, strict=True)
-    sizes = [(n - 1) * s - 2 * p + d * (k - 1) + m + 1 for n, k, s, p, d, m in geometry]
+    zeros, extra = _tuple("padding", layer.padding, spatial, 0), _tuple("output_padding", layer.output_padding, spatial, 0)
+    geometry = zip(x.shape[2:], weight.shape[2:], stride, zeros, dilation, extra, strict=True)
+    sizes = [(n - 1) * s - 2 * p + d * (k - 1) + e + 1 for n, k, s, p, d, e in geometry]
     if min(x.shape[2:]) < 1 or min(sizes) < 1:
         raise ValueError(f"x must be large enough for an output of one pixel or more, got shape {tuple(x.shape)} for one of {sizes} pixels")
 

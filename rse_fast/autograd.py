@@ -261,7 +261,7 @@ class AddNoise(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x, sigma, scale, shift, at, relu, backend):
-        """Entry by entry: each has a seed of its own, or all have the same noise, as the caller's randomness says."""
+        """Computes the entries one by one. Each has its own seed, or all have the same noise, as the ``randomness`` of the vmap says."""
 
         def entry(value, dim, i):
             return value if dim is None else value.select(dim, i)
@@ -278,7 +278,7 @@ class AddNoise(torch.autograd.Function):
 class NoisyConv(torch.autograd.Function):
     """`noisy_conv` in reverse mode. Keeps the clean input, and regenerates the noisy one where the weight's gradient needs it.
 
-    Written for few steps of Python: what a small layer's backward takes beyond the plain layer's is their time.
+    It takes few steps of Python, since in a small layer's backward these steps are the whole cost beyond the plain layer.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Which noisy layers a forward pass calls, and which convolutions it does by itself: told by a run on the meta device, a guessed input."""
+"""Which noisy layers a forward pass calls, and which convolutions it computes without a layer. A run on the meta device tells."""
 
 import sys
 from collections import deque
@@ -22,8 +22,8 @@ _VIEWS |= {_aten.clone, _aten.expand, _aten.alias}
 
 @dataclass(frozen=True)
 class Calls:
-    """called: names of noisy layers whose forward runs, however it is called; read: names of parameters that are convolved with, as they
-    are or after arithmetic, where neither a noisy layer runs nor another layer of convolution that torch knows of."""
+    """called: names of noisy layers whose forward runs, however it is called. read: names of parameters that a convolution uses, as they
+    are or after arithmetic, while neither a noisy layer nor one of torch's convolution layers runs."""
 
     called: frozenset[str]
     read: frozenset[str]
@@ -113,8 +113,8 @@ def _is_layer(module):
 
 
 def unregistered(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Modules that attributes of the model's modules hold, themselves or in lists, tuples and dicts, and torch knows nothing of, each with
-    a name: they are in no state dict, and get no noise."""
+    """Modules that the model's modules hold in plain attributes, lists, tuples and dicts, so that torch does not register them. Each comes
+    with a name. They are in no state dict, and get no noise."""
     seen = {module: name for name, module in model.named_modules()}
     registered, modules = len(seen), list(seen.items())
     while modules:

@@ -96,7 +96,7 @@ def _parser():
     parser.add_argument("--alpha", type=float, default=1e-3, metavar="P", help=text)
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument("--radius", type=float, nargs="+", metavar="R", help="stop when 'radius >= R' is proven or given up for each R")
-    stop.add_argument("--tolerance", type=float, metavar="T", help="stop when n draws would hardly enlarge the radius by more than T")
+    stop.add_argument("--tolerance", type=float, metavar="T", help="stop when all n draws would enlarge the radius by T at most")
     text = "lower bound of the share; 'randomised' is never smaller, with a random number from the seed (default: %(default)s)"
     parser.add_argument("--bound", choices=BOUNDS, default=BOUNDS[0], help=text)
     parser.add_argument(
@@ -207,7 +207,7 @@ def markdown(summary: dict) -> str:
     s = summary["settings"]
     early = f", stopping when the radii {', '.join(map(str, s['radii']))} are decided" if s["radii"] else ""
     if s["tolerance"] is not None:
-        early = f", stopping when all n draws would hardly enlarge the radius by more than {s['tolerance']:g}"
+        early = f", stopping when all n draws would enlarge the radius by {s['tolerance']:g} at most"
     rows = [
         f"| {c['radius']:g} | {100 * c['accuracy']:.1f} | {100 * c['low']:.1f} .. {100 * c['high']:.1f} |" for c in summary["certified"]
     ]

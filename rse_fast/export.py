@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ from rse_fast.ensemble.runner import Runner, mismatch, probe_images
 from rse_fast.ensemble.softmax import log_softmax
 from rse_fast.ensemble.unfit import unfit
 from rse_fast.nn import noise_layers, number_layers
+
+Writer: TypeAlias = Callable[[BinaryIO], object]  # of a file that is open
 
 INT64, UINT64 = 7, 13  # of ONNX
 RESULTS = ("probs", "labels", "votes", "entropy", "mutual_information")
@@ -67,7 +70,7 @@ def export(ensemble: Ensemble, example: torch.Tensor, path: str | os.PathLike[st
     else:
         program = _program(ensemble, x)
 
-        def write(file):
+        def write(file: BinaryIO) -> None:
             torch.export.save(program, file)
 
     from rse_fast.data.files import write_atomically
@@ -75,7 +78,7 @@ def export(ensemble: Ensemble, example: torch.Tensor, path: str | os.PathLike[st
     write_atomically(path, write)
 
 
-def _check(ensemble, example, path, compiled) -> torch.Tensor:
+def _check(ensemble: Ensemble, example: torch.Tensor, path: str | os.PathLike[str], compiled: bool) -> torch.Tensor:
     """The example, on the ensemble's device."""
     if not isinstance(ensemble, Ensemble):
         raise TypeError(f"ensemble must be an rse_fast.Ensemble, got {type(ensemble).__name__}")
@@ -105,7 +108,7 @@ def _check(ensemble, example, path, compiled) -> torch.Tensor:
     return x
 
 
-def _dtype(ensemble) -> torch.dtype:
+def _dtype(ensemble: Ensemble) -> torch.dtype:
     return DTYPES.get(ensemble.dtype, torch.float32)
 
 
@@ -117,7 +120,7 @@ class _Ensemble(nn.Module):
         self.model, self._prepared = prepared.runner.model, prepared
         self._draws, self._temperature = draws, temperature
 
-    def forward(self, x, seed):
+    def forward(self, x: torch.Tensor, seed: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = Ensemble._logits(self._prepared, x, NoiseContext(seed, x.shape[0], self._draws))
         statistics = DrawStatistics.empty(torch.arange(x.shape[0], device=x.device), logits.shape[2:])
         statistics.add(log_softmax(logits))
@@ -126,11 +129,11 @@ class _Ensemble(nn.Module):
 
 
 @torch.no_grad()
-def _program(ensemble, x) -> torch.export.ExportedProgram:
+def _program(ensemble: Ensemble, x: torch.Tensor) -> torch.export.ExportedProgram:
     """The ensemble as a program of aten operations."""
     prepared = _prepare(ensemble, x)
     example = probe_images(x, 3).to(x.dtype), torch.zeros((), dtype=torch.int64, device=x.device)
-    shapes = {0: torch.export.Dim.DYNAMIC}, {}
+    shapes: tuple[dict[int, Any], dict[int, Any]] = {0: torch.export.Dim.DYNAMIC}, {}
     try:
         traced = _Ensemble(prepared, ensemble.draws, ensemble.temperature)
         program = torch.export.export(traced, example, dynamic_shapes=shapes, strict=False)
@@ -141,13 +144,13 @@ def _program(ensemble, x) -> torch.export.ExportedProgram:
     return program
 
 
-def _prepare(ensemble, x) -> Prepared:
+def _prepare(ensemble: Ensemble, x: torch.Tensor) -> Prepared:
     """A copy of the model, BatchNorm folded where that is the same function, that packs its batch where it has to."""
     number_layers(ensemble.model)
     dtype = _dtype(ensemble)
     noisy = any(layer.noise_enabled for layer in noise_layers(ensemble.model).values())
 
-    def run(model):
+    def run(model: nn.Module) -> Runner:
         runner = Runner(model, dtype, dtype, noisy, x, logits=ensemble.logits)
         if runner.called is None and (refused := unfit(ensemble.model, x.shape, "example")):
             raise ValueError(refused)
@@ -162,7 +165,7 @@ def _prepare(ensemble, x) -> Prepared:
     return Prepared(runner, runner, plan.Planner(x.device))
 
 
-def _add_noise(x, sigma, *arguments) -> torch.Tensor:
+def _add_noise(x: torch.Tensor, sigma: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """``x + sigma * eps`` in float32, rounded once to the dtype of x [images or draws * images, C, *spatial]."""
     at, spatial = NoiseAddress(*arguments[: len(NoiseAddress._fields)]), x.shape[2:]
     images = at.image_offset, at.draw_offset, at.sample_ids
@@ -174,12 +177,12 @@ def _add_noise(x, sigma, *arguments) -> torch.Tensor:
     return (packed + sigma * eps).flatten(0, 1).to(x.dtype)
 
 
-def _noisy_conv(x, weight, bias, sigma, *arguments) -> torch.Tensor:
+def _noisy_conv(x: Any, weight: Any, bias: Any, sigma: Any, *arguments: Any) -> torch.Tensor:
     *at, stride, padding, dilation, groups, _ = arguments
     return noise.convolution(_add_noise(x, sigma, *at), weight, bias, stride, padding, dilation, groups)
 
 
-def _noisy_linear(x, weight, bias, sigma, *arguments) -> torch.Tensor:
+def _noisy_linear(x: Any, weight: Any, bias: Any, sigma: Any, *arguments: Any) -> torch.Tensor:
     return nn.functional.linear(_add_noise(x.movedim(-1, 1), sigma, *arguments).movedim(1, -1), weight, bias)
 
 
@@ -191,7 +194,7 @@ PLAIN = {
 }
 
 
-def _package(program) -> Callable:
+def _package(program: torch.export.ExportedProgram) -> Writer:
     """Writes an AOTInductor package."""
     from torch._inductor import aoti_compile_and_package
 
@@ -201,16 +204,18 @@ def _package(program) -> Callable:
     return lambda file: file.write(data)
 
 
-def _onnx(program) -> Callable:
+def _onnx(program: torch.export.ExportedProgram) -> Writer:
     """Writes an ONNX model."""
-    from onnxscript import opset20 as op
+    import onnxscript
 
-    def shift(value, count):
+    op: Any = onnxscript.opset20
+
+    def shift(value: Any, count: Any) -> Any:
         """The logical shift, one operation of ONNX, where torch translates the arithmetic one into six. For 32-bit words they agree."""
         unsigned = op.BitShift(op.Cast(value, to=UINT64), op.Cast(count, to=UINT64), direction="RIGHT")
         return op.Cast(unsigned, to=INT64)
 
-    found = torch.onnx.export(
+    found: Any = torch.onnx.export(
         program, input_names=["x", "seed"], output_names=list(RESULTS), dynamo=True, verbose=False, external_data=False,
         opset_version=20, custom_translation_table={torch.ops.aten.__rshift__.Scalar: shift},
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Batches of images out of what people have at hand: tensors, NumPy arrays, PIL images. Only what can mean one thing is converted."""
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def batch(x: object, model: nn.Module, argument: str = "x") -> Tensor:
     return x
 
 
-def _converted(x, model, argument):
+def _converted(x: Any, model: nn.Module, argument: str) -> Tensor:
     if isinstance(x, (list, tuple)) and x and all(map(_is_pil, x)):
         if len({image.size for image in x}) > 1:
             raise ValueError(f"{argument} must have PIL images of one size; write image.resize((width, height)) for each first")
@@ -71,7 +72,7 @@ def device(x: object) -> torch.device:
     return x.device if isinstance(x, Tensor) else torch.device("cpu")
 
 
-def _check_channels(x, at, model, argument):
+def _check_channels(x: Any, at: int, model: nn.Module, argument: str) -> None:
     """Raises ValueError unless dimension ``at`` alone of an array [B, ., ., .] can be the channels. That a first convolution takes another
     number of them does not rule out 1 or 3, which a model may rearrange for it: whether it does is found out by running it."""
     if x.ndim != 4:
@@ -92,12 +93,12 @@ def _check_channels(x, at, model, argument):
     raise ValueError(f"{argument} must be {shape}, got shape {x.shape}; if its channels lie elsewhere, write {line}")
 
 
-def _channels(model) -> int | None:
+def _channels(model: nn.Module) -> int | None:
     first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
     return None if first is None else first.in_channels
 
 
-def _described(x, argument) -> str:
+def _described(x: object, argument: str) -> str:
     if not isinstance(x, (list, tuple)):
         return type(x).__name__
     got = f"{type(x).__name__} of {' and '.join(sorted({type(image).__name__ for image in x})) or 'nothing'}"
@@ -107,14 +108,14 @@ def _described(x, argument) -> str:
     return got
 
 
-def _is_pil(x) -> bool:
+def _is_pil(x: object) -> bool:
     pil = sys.modules.get("PIL.Image")  # who has such an image has imported it
     return pil is not None and isinstance(x, pil.Image)
 
 
-def _pixels(image, model, argument) -> np.ndarray:
+def _pixels(image: Any, model: nn.Module, argument: str) -> Any:
     """uint8 [H, W, C] of a PIL image in the mode that the model's channels ask for."""
-    wanted = {1: "L", 3: "RGB"}.get(_channels(model), "RGB")
+    wanted = "L" if _channels(model) == 1 else "RGB"
     if image.mode != wanted:
         line = f"image.convert({wanted!r})"
         raise ValueError(f"{argument} must be a PIL image of mode {wanted!r} for this model, got {image.mode!r}; write {line}")

@@ -1,4 +1,4 @@
-"""How a batch of images lies in memory, and room for another one that lies alike."""
+"""The memory layout of a batch of images, and memory for another batch of the same layout."""
 
 import math
 

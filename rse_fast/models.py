@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def _conv_bn_relu(in_channels: int, out_channels: int, *, padding: int = 1, bias
 
 
 class _PooledFeatures(nn.Module):
-    """``layers`` that end in ``channels``, their average (or what else ``pool`` makes of a map) and a Linear head."""
+    """``layers`` with ``channels`` outputs, a global pooling of their maps (``pool``, by default the average) and a Linear head."""
 
     def __init__(self, layers: list[nn.Module], channels: int, num_classes: int, pool: type[nn.Module] = nn.AdaptiveAvgPool2d) -> None:
         super().__init__()
@@ -247,7 +248,7 @@ def make(name: str, num_classes: int, in_channels: int) -> nn.Module:
     return model
 
 
-def function(name: str) -> Callable:
+def function(name: str) -> Callable[..., Any]:
     """What "package.module:function" names, imported: the code of its author runs. ImportError, AttributeError or ValueError if there is
     none."""
     module, _, attribute = name.partition(":")

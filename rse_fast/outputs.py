@@ -1,6 +1,7 @@
-"""Logits out of whatever a model returns: the one place that knows. Used where a model is trained, run as an ensemble and attacked."""
+"""Finds the logits in what a model returns. Training, ensembles and attacks all use it."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,13 @@ def check(model: nn.Module, logits: Choice) -> None:
         task = getattr(getattr(module, "config", None), "problem_type", None)
         if task in ("regression", "multi_label_classification"):
             raise ValueError(
-                f"model must tell classes apart that exclude each other, got one whose config says problem_type={task!r}: {_MISSING}"
+                f"model must return logits of classes that exclude each other, got one whose config says problem_type={task!r}: {_MISSING}"
             )
 
 
 _MISSING = (
-    "an ensemble averages a softmax and counts votes; a mean over draws of numbers (regression) or of sigmoids (several labels an image) "
-    "is missing in rse-fast"
+    "an ensemble averages a softmax and counts votes; rse-fast has no mean over draws of numbers (regression) or of sigmoids (several "
+    "labels an image)"
 )
 
 
@@ -61,7 +62,7 @@ def take(found: object, logits: Choice = None) -> Tensor:
     )
 
 
-def _find(found):
+def _find(found: Any) -> Any:
     if isinstance(found, Tensor):
         return found
     entries = _entries(found)
@@ -71,7 +72,7 @@ def _find(found):
     return values[0] if values else None
 
 
-def _entries(found) -> Mapping | None:
+def _entries(found: Any) -> Mapping[Any, Any] | None:
     """What has names in a mapping, named tuple, dataclass or other object."""
     if isinstance(found, Mapping):
         return found
@@ -79,13 +80,13 @@ def _entries(found) -> Mapping | None:
     return {name: getattr(found, name) for name in names} or None
 
 
-def _pick(found, logits):
+def _pick(found: Any, logits: str | int) -> Any:
     if isinstance(logits, str) and not isinstance(found, Mapping):
         return getattr(found, logits)
     return found[logits]
 
 
-def _described(found):
+def _described(found: object) -> str:
     if isinstance(found, Tensor):
         return f"a tensor of {found.dtype}"
     names = _entries(found)
@@ -109,8 +110,8 @@ def check_rows(logits: Tensor, rows: tuple[int, ...]) -> None:
             f"logit of one class against another: Ensemble(model, logits={line}). If it is a regression: {_MISSING}"
         )
     if not is_logits(logits) or logits.shape[0] not in rows or not logits.shape[1]:
-        where = "if it returns them elsewhere, Ensemble(model, logits=...) says where"
-        raise ValueError(f"model must return {wanted}, got shape {tuple(logits.shape)}; {where}")
+        advice = "if it returns them elsewhere, Ensemble(model, logits=...) says where"
+        raise ValueError(f"model must return {wanted}, got shape {tuple(logits.shape)}; {advice}")
 
 
 def is_logits(found: object) -> bool:
@@ -121,9 +122,9 @@ def is_logits(found: object) -> bool:
 class SigmoidDetector(TorchDispatchMode):
     """Remembers the last sigmoid within ``with``: outputs that are sigmoids belong to labels that do not exclude each other."""
 
-    _last = None
+    _last: Tensor | None = None
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.sigmoid, torch.ops.aten.sigmoid_):
             self._last = result
@@ -135,5 +136,5 @@ class SigmoidDetector(TorchDispatchMode):
             raise ValueError(f"model must return logits of classes that exclude each other, got the results of a sigmoid: {_MISSING}")
 
 
-def _place(tensor):
+def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()

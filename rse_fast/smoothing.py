@@ -217,10 +217,10 @@ def grid_step(sigma: float) -> float:
 
 
 def on_grid(t: torch.Tensor, step: float) -> torch.Tensor:
-    """Which multiple of ``step`` the values of a float32 tensor are next to, float64; halves go up.
+    """Which multiple of ``step`` the values of a float32 tensor are nearest to, float64; halves are rounded up.
 
-    Every cell then holds as many float32 numbers of one size. Halves to even, of which there are many, would make even multiples of
-    the noise the more likely ones, and a network could tell by that an image from one a step beside it.
+    Halves are frequent among float32 numbers. Rounded to even, they would make even multiples of the step more likely than odd ones, and
+    a network could tell an image from one that is a step away by the parity of the sum.
     """
     return t.double().div_(step).add_(0.5).floor_()
 

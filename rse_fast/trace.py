@@ -11,9 +11,9 @@ _one_at_a_time = threading.RLock()
 
 
 class Tracer(torch.fx.Tracer):
-    """torch.fx replaces ``nn.Module.__call__`` in the whole process while it traces. Here what other threads call passes through.
+    """torch.fx replaces ``nn.Module.__call__`` in the whole process while it traces. Here the calls of other threads pass through.
 
-    Of two traces at once the second waits: each puts back what it found; if that is the other's replacement, it stays for good.
+    Of two traces at once the second waits. Each puts back what it found; if that were the replacement of the other, it would stay for good.
     """
 
     def trace(self, root, concrete_args=None):
@@ -36,7 +36,7 @@ class Tracer(torch.fx.Tracer):
 
 
 class RandomOpDetector(TorchDispatchMode):
-    """``any``: whether this thread drew from a generator of torch's. The generator's state would tell of other threads as well."""
+    """``any``: whether this thread drew from a generator of torch's. (The generator's state also changes when other threads draw.)"""
 
     any = False
 
@@ -46,7 +46,7 @@ class RandomOpDetector(TorchDispatchMode):
 
 
 def draws(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of an op draws from a generator of torch's: attention, say, has a dropout in it, which does so above 0 alone."""
+    """Whether a call of an op draws from a generator of torch's. Attention, for example, does so only if its dropout is above 0."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     arguments = func._schema.arguments

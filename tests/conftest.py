@@ -3,11 +3,10 @@
 import contextlib
 import os
 import random
-import secrets
 import subprocess
 import sys
 
-import numpy as np
+import entropy
 import pytest
 import torch
 
@@ -97,13 +96,17 @@ def backend(request):
             yield "cpu"
 
 
-@pytest.fixture
-def rng():
-    """A numpy generator for inputs, torch's generator seeded alike: new values at every run, the printed entropy repeats them."""
-    entropy = int(os.environ.get("RSE_FAST_TEST_ENTROPY") or secrets.randbits(63))
-    print(f"to repeat these inputs: RSE_FAST_TEST_ENTROPY={entropy}")
-    torch.manual_seed(entropy)
-    return np.random.default_rng(entropy)
+def pytest_fixture_setup(fixturedef, request):
+    """What several tests share begins with generators of its own, too: it is made before the first of them, whichever that is."""
+    if fixturedef.scope != "function":
+        entropy.seeded(f"{request.node.nodeid}::{fixturedef.argname}")
+
+
+@pytest.fixture(autouse=True)
+def rng(request):
+    """A numpy generator for inputs, all global generators seeded alike: new values at every run, the printed entropy repeats them."""
+    print(f"to repeat these inputs: {entropy.VARIABLE}={entropy.ENTROPY}")
+    return entropy.seeded(request.node.nodeid)
 
 
 @pytest.fixture(params=["regenerated", "stored"])

@@ -50,22 +50,34 @@ def image_folder(
 
     Files are decoded once and kept in one uint8 array file in the user's cache folder, ``rse-fast`` in XDG_CACHE_HOME or ``~/.cache`` (the
     variable RSE_FAST_CACHE names another place). It is used again while names, sizes and modification times of all image files and the
-    arguments that shape the pixels are unchanged.
+    arguments that shape the pixels are unchanged. The split depends on the file names alone. A photo is turned upright by the orientation
+    in its EXIF data, if they can be read.
 
-    path: the folder. Hidden entries and files that do not end like an image are passed over; of other folders a warning tells.
-    resize: (height, width), or one number for both; images are cropped at the centre to this aspect and resampled. None: as they are,
-        and then all must have one size.
-    channels: 3 (RGB) or 1 (grey).
-    val_fraction: share of each class of the training images set aside as ``val`` where there is no ``val/`` folder; in (0, 1).
-    test_fraction: share of each class set aside as ``test`` where there are no parts, of which a warning tells; in (0, 1).
-    workers: decoding threads; None: one per CPU (at most 8), or one in all for small images, which threads only slow down.
-    progress: show a tqdm bar while decoding, where stderr is a terminal.
-    lazy: for folders that do not fit in memory (ImageNet): nothing is decoded now or cached; the parts are `FilePart`, whose ``workers``
-        (processes; None: one per CPU, at most 8; 0: none) decode batches ahead of time. Needs ``resize``.
+    Args:
+        path: the folder. Hidden entries are passed over. A warning names other folders and files that are not read.
+        resize: (height, width), or one number for both; images are cropped at the centre to this aspect and resampled. None: as they are,
+            and then all must have one size.
+        channels: 3 (RGB) or 1 (grey).
+        val_fraction: share of each class of the training images set aside as ``val`` where there is no ``val/`` folder; in (0, 1).
+        test_fraction: share of each class set aside as ``test`` where there are no parts; in (0, 1).
+        workers: decoding threads; None: one per CPU (at most 8), or one in all for small images, which threads only slow down.
+        progress: show a tqdm bar while decoding, where stderr is a terminal.
+        lazy: for folders that do not fit in memory (ImageNet): nothing is decoded now or cached; the parts are `FilePart`, whose
+            ``workers`` (processes; None: one per CPU, at most 8; 0: none) decode batches ahead of time. Needs ``resize``.
 
-    The split depends on the file names alone. A photo is turned upright by the orientation that its EXIF data tell, if they can be read.
-    Raises ValueError for an unknown layout, classes that differ between the parts, too few images to split, images of mixed sizes, and for
-    files that are none, or cannot be decoded (it names the file).
+    Returns:
+        A `Splits`, whose parts hold uint8 images [N, C, H, W].
+
+    Raises:
+        ValueError: the layout is unknown, classes differ between the parts, a class has too few images to split, images have several sizes,
+            or a file is no image or cannot be decoded (the message names it).
+
+    Warns:
+        UserWarning: there are no parts, so the images are split; images or folders are passed over; images cannot be cached.
+
+    Examples:
+        >>> splits = rse_fast.data.image_folder("photos", resize=64)
+        >>> splits.train.images.shape, splits.classes
     """
     root = Path(path)
     height_width = _check_resize(resize)
@@ -381,7 +393,7 @@ def _decode(file: Path, resize: tuple[int, int] | None, channels: int) -> np.nda
 
 
 def _orientation(image) -> int | None:
-    """The one EXIF entry that pixels depend on, by itself: that others are damaged is no reason to refuse or to leave out an image."""
+    """The EXIF entry that pixels depend on. No other entry is read, so an image with other damaged entries is accepted."""
     try:
         value = image.getexif().get(_ORIENTATION)
     except Exception:  # as many kinds as there are ways to damage them

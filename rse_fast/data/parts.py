@@ -12,7 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Part:
-    """Images uint8 [N, C, H, W] and labels int64 [N]."""
+    """Images and their labels, in memory.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N].
+    """
 
     images: Tensor
     labels: Tensor
@@ -29,7 +34,8 @@ class Part:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image."""
-        return tuple(self.images.shape[1:])
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def fetch(self, selections: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yields the images uint8 [B, C, H, W] of each selection of rows (int64 [B])."""
@@ -38,9 +44,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set: disjoint train, val and test parts, class names, and the augmentation that keeps its labels true.
+    """A data set: disjoint parts, class names, and the augmentation that keeps its labels true.
 
     A part is a `Part`, or whatever else has ``labels``, ``shape``, a length and ``fetch``.
+
+    Attributes:
+        name: what reports call it.
+        classes: name of each class, in the order of the labels.
+        train: part to train on.
+        val: part by which the best epoch is chosen.
+        test: part for the figures in the end.
+        pad: pixels of zero padding on each side before a random crop.
+        flip: whether images are mirrored at random.
     """
 
     name: str
@@ -48,8 +63,8 @@ class Splits:
     train: Part
     val: Part
     test: Part
-    pad: int  # random crop: pixels of zero padding on each side
-    flip: bool  # random horizontal flip
+    pad: int
+    flip: bool
 
 
 def split(

@@ -28,11 +28,26 @@ def load(
     lazy: bool = False,
     progress: bool = False,
 ) -> Splits:
-    """The data set at ``path``, its kind told by the names of its files; "digits" is `digits`.
+    """The data set at ``path``. The names of its files tell its kind.
 
-    A file is read by `arrays`; a folder by `cifar10` or `stl10` if it holds such a release, else by `image_folder`, which alone takes
-    ``resize``, ``workers`` and ``lazy``. val_fraction: share of each class of the training images set aside as ``val``, in (0, 1); the
-    digits have parts of their own. Raises ValueError for what cannot be read.
+    Args:
+        path: a file of arrays (`arrays`), a folder with CIFAR-10 (`cifar10`) or STL-10 (`stl10`) as published, another folder
+            (`image_folder`), or "digits" (`digits`).
+        resize: as in `image_folder`, and for such a folder alone; so are workers and lazy.
+        val_fraction: share of each class of the training images set aside as ``val``, in (0, 1). The digits have parts of their own.
+        workers: processes or threads that decode.
+        lazy: whether images are decoded at each use.
+        progress: show a tqdm bar while decoding, where stderr is a terminal.
+
+    Returns:
+        A `Splits`, whose parts hold uint8 images [N, C, H, W] and labels int64 [N].
+
+    Raises:
+        ValueError: the data set cannot be read, or an argument is out of range or not for this kind.
+
+    Examples:
+        >>> splits = rse_fast.data.load("digits")
+        >>> splits.test.images.shape, splits.test.labels.shape
     """
     root = Path(path)
     reader = _reader(root) if str(path) != "digits" else None
@@ -59,6 +74,9 @@ def digits() -> Splits:
     Source: test part of "Optical Recognition of Handwritten Digits", UCI (Alpaydin & Kaynak 1998). Split 60/10/30 within each class, the
     same on every machine; writers are not known, so one writer's digits may be in several parts. Augmentation: shifts by one pixel, no
     flip (a mirrored digit is another sign or none).
+
+    Returns:
+        A `Splits` of uint8 images [N, 1, 8, 8].
     """
     from sklearn.datasets import load_digits
 
@@ -71,10 +89,18 @@ def digits() -> Splits:
 
 
 def cifar10(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits:
-    """CIFAR-10 (Krizhevsky 2009) as published: a folder with ``data_batch_1.bin`` .. ``_5.bin`` and ``test_batch.bin`` (the binary
-    release), or the same names without ``.bin`` (the pickled release, of which nothing is run: see `_unpickled`).
+    """CIFAR-10 (Krizhevsky 2009) as published.
 
-    Raises ValueError naming the file that is missing, of the wrong size, or not what it should be.
+    Args:
+        path: a folder with ``data_batch_1.bin`` .. ``_5.bin`` and ``test_batch.bin`` (the binary release), or the same names without
+            ``.bin`` (the pickled release, of which nothing is run: see `_unpickled`).
+        val_fraction: share of each class of the training images set aside as ``val``, in (0, 1).
+
+    Returns:
+        A `Splits` of uint8 images [N, 3, 32, 32].
+
+    Raises:
+        ValueError: a file is missing, of the wrong size, or not what it should be; the message names it.
     """
     root = Path(path)
     binary = (root / "data_batch_1.bin").is_file()
@@ -89,9 +115,17 @@ def cifar10(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Split
 
 
 def stl10(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits:
-    """The labelled part of STL-10 (Coates, Ng & Lee 2011) as published: ``train_X.bin``, ``train_y.bin``, ``test_X.bin``, ``test_y.bin``.
+    """The labelled part of STL-10 (Coates, Ng & Lee 2011) as published: RGB images stored column by column, labels from 1.
 
-    96x96 RGB images, stored column by column; labels from 1. Raises ValueError naming the file that cannot be read.
+    Args:
+        path: a folder with ``train_X.bin``, ``train_y.bin``, ``test_X.bin`` and ``test_y.bin``.
+        val_fraction: share of each class of the training images set aside as ``val``, in (0, 1).
+
+    Returns:
+        A `Splits` of uint8 images [N, 3, 96, 96], upright, and labels from 0.
+
+    Raises:
+        ValueError: a file cannot be read; the message names it.
     """
     root = Path(path)
     parts = []
@@ -108,9 +142,19 @@ def stl10(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits:
 
 
 def arrays(path: str | os.PathLike[str], *, val_fraction: float = 0.1) -> Splits:
-    """A ``.npz`` or ``.safetensors`` file with train_images, test_images (uint8 [N, C, H, W]) and train_labels, test_labels (integers [N],
-    from 0, each class with images to train on). The augmentation is that of photos, crop and flip. Raises ValueError for a file that cannot
-    be read or holds something else."""
+    """Arrays of one's own in one file. The augmentation is that of photos, crop and flip.
+
+    Args:
+        path: a ``.npz`` or ``.safetensors`` file with train_images, test_images (uint8 [N, C, H, W]) and train_labels, test_labels
+            (integers [N], from 0, each class with images to train on).
+        val_fraction: share of each class of the training images set aside as ``val``, in (0, 1).
+
+    Returns:
+        A `Splits` of these images.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
     file = Path(path)
     try:
         pairs, classes = _pairs(_found(file))

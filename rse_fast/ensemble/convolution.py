@@ -1,9 +1,9 @@
 """Which algorithm runs each convolution of a snapshot on a CPU: the vendor library's direct one, or Winograd's with the noise inside.
 
-Both compute the same function: they differ by rounding. Which is faster depends on the layer and the processor, so it is measured, once
-a process for each shape of layer. The measurement is of a full packed batch, whatever a call brings, so that neither rows nor chunks nor
-the order of calls enter the choice: a snapshot computes one function, and one that is taken anew the same one. In int8 the two differ by
-more than rounding. There a rule chooses, see `faster_in_bytes`, among what the limit of `rse_fast.ensemble.quantize` allows.
+Both compute the same function, up to rounding. Which one is faster depends on the layer and the processor, so it is measured, once in a
+process for each shape of layer. The measurement is of a full packed batch, whatever the size of the call. So rows, chunks and the order
+of calls do not change the choice, and a renewed snapshot computes the same function. In int8 the two differ by more than rounding. There
+a rule chooses (`faster_in_bytes`) among what the limit of `rse_fast.ensemble.quantize` allows.
 """
 
 import contextlib
@@ -324,8 +324,8 @@ def _normal(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _seconds_of(key: tuple, rows: int, makers: dict[Form | None, Callable[[], Callable[[], object]]]) -> dict[Form | None, float]:
-    """What one run takes by form, None being direct. Looked up where a layer of the same ``key`` was timed with so many rows; else each
-    maker gives what runs it."""
+    """Seconds of one run for each form; None is the direct algorithm. They are measured once for a ``key`` and a number of rows, on what
+    the makers give."""
     with _lock:
         known = _seconds.setdefault((cpu.load().unit, *key, rows), {})
         if missing := [form for form in makers if form not in known]:

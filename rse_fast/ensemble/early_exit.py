@@ -6,7 +6,7 @@ image, whose rows may stand at different numbers of draws and can be dropped (`S
     start(images, device) -> State      of images without draws
     update(state, p) -> State, decided  p float32 [draws, images, K], the softmax of the next draws of each image;
                                         decided bool [draws, images]: after that draw, the class with the largest sum is the label
-    needed(state) -> int64 [images]     at least so many more draws before `update` can call an image decided; never below 1
+    needed(state) -> int64 [images]     fewest further draws before `update` can call an image decided, >= 1
 
 Draws are judged one by one, in order, so what is decided after a draw does not depend on how the draws were grouped into calls. An image
 of which all draws are taken is finished whatever `update` says; that is the caller's business, as is which class wins a tie.

@@ -332,9 +332,7 @@ class Ensemble(nn.Module):
         return self.prepared(x).planner.rows(self.max_rows)
 
     def refresh(self) -> None:
-        """Takes a new snapshot of the model at the next call.
-
-        It is needed only after a change that no version counter shows.
+        """Takes a new snapshot of the model at the next call. It is needed only after a change that no version counter shows.
 
         Examples:
             >>> model.conv.weight.data.copy_(other)
@@ -344,10 +342,11 @@ class Ensemble(nn.Module):
 
     @property
     def quantization(self) -> quantize.Report | None:
-        """Which layers run in int8, and which do not and why; None for other dtypes. Calibrates, if no call has done so yet.
+        """Which layers run in int8, and which do not and why. Calibrates, if no call has done so yet.
 
-        ``quantized`` has each layer that runs in int8, with its error as a share of the layer's own noise. ``kept`` has each layer in
-        the higher precision, with the reason. Printed, it is a table.
+        Returns:
+            None for other dtypes than "int8". Else a report: ``quantized`` has each layer that runs in int8, with its error as a share of
+            the layer's own noise, ``kept`` each layer in the higher precision, with the reason. Printed, it is a table.
         """
         if self.calibration is None:
             return None
@@ -355,8 +354,11 @@ class Ensemble(nn.Module):
 
     @property
     def algorithms(self) -> dict[str, convolution.Choice]:
-        """What each convolution of the fused snapshot runs, and why: (algorithm, why) by the name of its layer, "direct" or a form of
-        Winograd's. Empty before the first call, and for a model that runs unfused."""
+        """What each convolution of the fused snapshot runs, and why.
+
+        Returns:
+            (algorithm, why) by the layer's name; "direct" or a form of Winograd's. Empty before the first call, and for an unfused model.
+        """
         return self._preparation.algorithms
 
     def extra_repr(self) -> str:
@@ -502,7 +504,7 @@ class Ensemble(nn.Module):
 
 
 class Stream:
-    """Iterator over the predictions of `Ensemble.stream`. Closing or dropping it frees everything it holds.
+    """Iterator over the predictions of `Ensemble.stream`, which makes it. Closing or dropping it frees everything it holds.
 
     Attributes:
         seed: the seed that reproduces the stream, in [0, 2^64).
@@ -529,12 +531,13 @@ class Stream:
         return next(self._predictions)
 
     def close(self) -> None:
+        """Ends the stream: it gives no further predictions, and frees what it holds."""
         self._predictions.close()
         self._scheduler = None
 
     @property
     def occupancy(self) -> float:
-        """Share of the rows of the packed batches so far that counted as a draw of an image, in [0, 1]; nan before the first."""
+        """Share of the rows of the packed batches so far that counted as a draw of an image: a float in [0, 1], nan before the first."""
         return self._scheduler.occupancy if self._scheduler else math.nan
 
     def _checked(self, x: Tensor, first: Tensor) -> Tensor:

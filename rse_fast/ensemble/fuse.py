@@ -1,8 +1,8 @@
 """Prepares a snapshot of a model for inference: the same function in fewer, cheaper operations.
 
-BatchNorm is folded into the convolution before it. What stands before a noisy convolution, [BatchNorm ->] ReLU [-> max-pool], is done by
-its noise op, in the pass over memory that adds the noise anyway (see `merge`). On a CPU the convolutions' weights are kept in the vendor
-library's own order, which it would otherwise bring them into at every call (see `fused_conv`).
+BatchNorm is folded into the convolution before it. The noise op of a convolution also computes what stands in front of it, [BatchNorm ->]
+ReLU [-> max-pool], inside the memory pass that adds the noise (see `merge`). On a CPU the convolutions' weights are kept in the vendor
+library's own order, so that it does not reorder them at every call (see `fused_conv`).
 """
 
 import linecache

@@ -53,8 +53,8 @@ class Graphs:
 
     run: (x [images, ...], context) -> logits, without gradients. The seed, the images' indices and their first draws are device tensors of
     the graph, so each replay has the noise it is asked for. May be called from any thread and on any stream; replays follow each other.
-    always: whatever the number of rows; otherwise up to MOST_ROWS. What cannot be captured runs as it is, after one warning. What
-    Python does in a forward pass, hooks and random numbers of the host among it, happens at the capture and not at a replay.
+    always: capture batches of any number of rows, not only up to MOST_ROWS. What cannot be captured runs as it is, after one warning. What
+    Python does in a forward pass, such as calling hooks or drawing random numbers on the host, happens at the capture and not at a replay.
     """
 
     def __init__(self, run: Callable, always: bool):

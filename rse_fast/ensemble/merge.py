@@ -76,7 +76,7 @@ class _Nodes:
         return node.target in _FRESH or self.module_of(node, (*CONVOLUTIONS, *NORMS, *POOLS, FusedConv)) is not None
 
     def is_private(self, node) -> bool:
-        """Whether its one reader alone sees what it computes: whoever reads the memory of an in-place ReLU's source reads the ReLU's."""
+        """Whether only its one reader sees its memory. (An in-place ReLU shares memory with its source, so the source counts as well.)"""
         if len(node.users) != 1:
             return False
         if self.is_fresh(node):

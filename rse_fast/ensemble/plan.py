@@ -24,7 +24,7 @@ OTHER_DEVICES = 256
 CLEARLY = 0.97  # a number of rows replaces the general one if it takes less than this share of the time
 MEMORY_SHARE = 0.5  # of the free memory that one packed batch may take; the rest is for what cannot be foreseen, such as workspaces
 _ALWAYS_THERE = 2**24  # bytes for which the operating system is not asked whether they are free, which takes longer than small calls
-_LEAST_WORK = 4  # calls of fewer rows than so many times those of all trials are not measured
+_LEAST_WORK = 4  # a call is measured if it has this many times the rows of all trials, or more
 
 Piece = tuple[slice, slice]  # of images, of draws
 

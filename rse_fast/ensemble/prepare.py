@@ -31,7 +31,7 @@ from rse_fast.trace import Generators
 
 FAR = (-1.0, 2.0)  # pixels scaled to [0, 1] stay within, changed by an attack or by noise of their own; bytes and normalised ones do not
 
-# A snapshot is taken so many times at most where another thread changes the model meanwhile: it would be half of one and half of the other.
+# A snapshot is taken this many times at most where another thread changes the model meanwhile, which would mix two states of the model.
 TRIES = 3
 
 
@@ -316,7 +316,7 @@ def _remarks(model, runner, x):
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
     if norms or runner.mixes:
         why = "BatchNorm without running statistics" if norms else "something in the model, statistics of the batch perhaps,"
-        text = f"{why} makes an image's result depend on the images beside it"
+        text = f"{why} makes an image's logits depend on the other images in the batch"
         yield "batch statistics", f"{text}; use running statistics (track_running_stats=True), or GroupNorm"
     first = next((layer for layer in layers.values() if runner.called and layer.stream == runner.called[0] & 0xFFFF), None)
     if first is None or not x.numel() or autograd.is_transformed() or not autograd.is_direct(x):

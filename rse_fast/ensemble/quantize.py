@@ -39,7 +39,7 @@ LIMIT = 0.5
 _WIDE = f"of {convolution.FEWEST_BYTE_CHANNELS} channels or more"
 _SAMPLES = 2**16  # values kept of each batch to choose a step by
 _PATCHES = 2**22  # values of patches that each batch adds to a layer's covariance
-_BLOCK = 64  # weights rounded before the others are told
+_BLOCK = 64  # weights rounded before the others are corrected
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def check_no_gradient(x: torch.Tensor) -> None:
 def weight_bits() -> int:
     """8 where the vendor's products of bytes are exact with 8-bit weights, which takes VNNI or AMX; else 7.
 
-    Without these, products are added in pairs in 16 bits, which 8-bit weights can overflow, silently. A product is asked, not the
-    processor: ``ONEDNN_MAX_CPU_ISA`` keeps the vendor's library from instructions that the processor has.
+    Without these, products are added in pairs in 16 bits, which 8-bit weights can overflow without an error. A convolution is run to find
+    out, since ``ONEDNN_MAX_CPU_ISA`` may keep the vendor's library from instructions that the processor has.
     """
     x = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     weight, steps = torch.full((32, 64, 3, 3), 127, dtype=torch.int8), torch.ones(32, dtype=torch.float32)

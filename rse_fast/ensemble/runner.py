@@ -13,9 +13,9 @@ from rse_fast.ensemble.memory import PeakBytes, SavedBytes
 from rse_fast.ensemble.softmax import contending, distance
 from rse_fast.trace import RandomOpDetector
 
-# A fused model in low precision may be so many times as far from float32 as the unfused one: both errors are sums of the same kind of
-# roundings, whose sizes differ by chance. A wrong fusion is off by far more. So it is with two passes whose kernels add in no
-# fixed order.
+# The error of a fused model in low precision, against float32, may be this many times that of the unfused one: both errors are sums of
+# the same kind of roundings, whose sizes differ by chance. A wrong fusion is off by far more. The same factor holds for two passes whose
+# kernels add in no fixed order.
 CHANCE = 4
 
 
@@ -105,11 +105,11 @@ class Runner:
             return error.with_traceback(None)
 
     def _check_rows(self, images, both):
-        """Finds out whether the first of ``images``, which has its logits among ``both``, has others beside another image, or alone.
+        """Finds out whether the logits of the first of ``images``, which are among ``both``, are others beside another image, or alone.
 
-        Raises ValueError where its noise is another one: some layer gets several rows an image, those of one image not beside each other.
+        Raises ValueError where its noise changes: some layer gets several rows for each image, and those of one image are not adjacent.
         """
-        other = self._probe(torch.cat([images[:1], 3 * images[1:]]))  # brighter: the largest value of a batch is another one, too
+        other = self._probe(torch.cat([images[:1], 3 * images[1:]]))  # brighter, so that the largest value of the batch changes, too
         if outputs.is_logits(other) and other.shape == both.shape:
             self.mixes = not unmoved(both[::2], other[::2], lambda: self._probe(images)[::2])
         alone = self._probe(images[:1])
@@ -118,19 +118,22 @@ class Runner:
         if self.mixes and self.divided:
             name = min(self.divided)
             raise ValueError(
-                f"the noisy layer {name!r} gets several rows an image, those of one image not beside each other: its noise would depend on "
-                f"the images beside it; convert(exclude={name!r}) leaves this one without noise"
+                f"the noisy layer {name!r} gets several rows for each image, and those of one image are not adjacent: its noise would "
+                f"depend on the other images in the batch; convert(exclude={name!r}) leaves this layer without noise"
             )
 
     def _agree(self, packed, lazy):
-        """Whether packing at the first noise is packing: rows behind it that are taken for images come out in another order."""
+        """Whether packing at the first noise gives the same rows. A model that treats packed rows as images gives another order."""
         if not isinstance(lazy, torch.Tensor) or lazy.shape != packed.shape:
             return False
         return agree(packed, lazy, self.compute)
 
     def _dry_run(self, x, packed):
-        """Shape of the result on the meta device for 3 images in 2 draws, None if that fails: a skip connection that bypasses the
-        first noise then meets 6 rows with its 3. It fails as well where the forward needs data; packing the input is right anyway."""
+        """Shape of the result on the meta device for 3 images in 2 draws, or None if that fails.
+
+        It fails where a skip connection bypasses the first noise: its 3 rows meet 6. It fails as well where the forward needs data. Both
+        models are packed at the input, which is right for every model.
+        """
         images, draws = 3, 2
         shape = (images * (draws if packed and self.noisy else 1), *x.shape[1:])
         try:
@@ -161,8 +164,9 @@ def agree(logits: torch.Tensor, others: torch.Tensor, compute: torch.dtype) -> b
 def unmoved(logits: torch.Tensor, others: torch.Tensor, again: Callable[[], torch.Tensor]) -> bool:
     """Whether logits of an image are the same ``others`` beside another image, in a batch of the same size.
 
-    A kernel does the same sums for a row whatever the values in other rows are, so they are the same to the bit, in any dtype and behind
-    any number of layers. Some kernels of GPUs add in no fixed order: then up to what the logits ``again`` differ by.
+    A kernel does the same sums for a row whatever the values in other rows are. So the logits are the same bit for bit, in any dtype and
+    behind any number of layers. Some kernels of GPUs add in no fixed order. Then a difference like that of two equal passes (``again``)
+    is allowed.
     """
     difference, _ = distance(logits.double(), others.double())
     return bool(difference == 0) or bool(difference <= CHANCE * distance(logits.double(), again().double())[0])

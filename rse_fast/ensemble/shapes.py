@@ -1,8 +1,8 @@
-"""Tracing by torch.fx with shapes known: a forward that branches on the sizes of its images has one graph for each size.
+"""Tracing by torch.fx with known shapes: a forward that branches on the sizes of its images has one graph for each size.
 
-Plain tracing knows nothing of a tensor, so ``if x.shape[-1] % 2`` ends it. Here each node of the graph is also computed on the meta
-device, for 2 images and for 3. A size that is the same for both is a number of the graph; one that differs counts images or rows, and
-stays a part of the graph. So the graph is right for any number of images of one shape, which is for the caller to heed.
+Plain tracing knows no sizes, so ``if x.shape[-1] % 2`` ends it. Here each node of the graph is also computed on the meta device, for 2
+images and for 3. A size that is the same for both becomes a number in the graph. One that differs counts images or rows, and stays an
+operation of the graph. So the graph is right for any number of images of one shape. The caller must not give it others.
 """
 
 import operator

@@ -53,16 +53,15 @@ def fit_temperature(classifier: Callable[[Tensor], Tensor], batches: Iterable[tu
     Examples:
         >>> ensemble.temperature = rse_fast.fit_temperature(ensemble, validation_loader)
     """
-    log_probs, labels = [], []
+    pairs = []
     with torch.no_grad():
         for images, wanted in batches:
             found = classifier(images)
             _check_pair(found, wanted)
-            log_probs.append(found.double().cpu())
-            labels.append(wanted.cpu())
-    if not sum(map(len, labels)):
+            pairs.append((found.double().cpu(), wanted.cpu()))
+    if not sum(len(wanted) for _, wanted in pairs):
         raise ValueError("batches must hold images and their labels, got none")
-    log_probs, labels = torch.cat(log_probs), torch.cat(labels)
+    log_probs, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     defined = ~log_probs.isnan().any(-1)
     if not bool(defined.all()):
         if not bool(defined.any()):
@@ -72,15 +71,16 @@ def fit_temperature(classifier: Callable[[Tensor], Tensor], batches: Iterable[tu
     log_probs = log_probs[defined].clamp_min(-1e6)
     right = log_probs.gather(1, labels[defined, None])[:, 0]
 
-    def slope(inverse):  # of the mean loss in 1/T: it rises
+    def slope(inverse: float) -> float:  # of the mean loss in 1/T: it rises
         return float(((log_probs * (log_probs * inverse).softmax(-1)).sum(-1) - right).mean())
 
     had = float(getattr(classifier, "temperature", 1.0))  # what its log-probabilities were made with
     least, most = had / HIGH, had / LOW
     if slope(least) >= 0 or slope(most) <= 0:
-        found = HIGH if slope(least) >= 0 else LOW
-        warnings.warn(f"rse-fast: the best temperature is not within [{LOW:g}, {HIGH:g}]; {found:g} is taken", RuntimeWarning, stacklevel=2)
-        return found
+        nearest = HIGH if slope(least) >= 0 else LOW
+        text = f"rse-fast: the best temperature is not within [{LOW:g}, {HIGH:g}]; {nearest:g} is taken"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return nearest
     for _ in range(60):
         middle = (least + most) / 2
         least, most = (least, middle) if slope(middle) > 0 else (middle, most)

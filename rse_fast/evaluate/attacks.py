@@ -63,15 +63,15 @@ def run(case: Case, queries: Queries, select: Callable[[Tensor], Answer], x: Ten
 
 
 def _sendable(images, x, queries):
-    """Where a gradient was NaN, so are the pixels that followed it, and nobody can send them: the original stands in their place. The share
-    of such gradients is a check of the report."""
+    """Puts the original in place of an image with NaN pixels, which come from NaN gradients and which no attacker can send. The share of
+    such gradients is a check of the report."""
     if not queries.gradients or not queries.gradients["nan"]:
         return images
     return torch.where(images.isnan().flatten(1).any(1).view(-1, *[1] * (x.dim() - 1)), x, images)
 
 
 def _check(case, images, x):
-    """A library that leaves its ball would be flattered, and one that leaves the cube would ask what nobody can send."""
+    """Raises RuntimeError where a library left its ball, which would flatter it, or [0, 1], where no attacker can send its images."""
     distance = (images - x).flatten(1)
     norms = distance.abs().amax(-1) if case.norm == "Linf" else distance.norm(dim=-1)
     if case.eps is not None and not bool((norms <= case.eps * (1 + 1e-5) + 1e-6).all()):
@@ -140,7 +140,7 @@ def _carlini_wagner(case, queries, x, y, **options):
 
 
 def _cw(case, queries, x, y):
-    # Of a thousand noisy queries one finds an image wrong that hardly ever is: with a margin to keep, the others do as well.
+    # One lucky query in a thousand flags an image that is almost never misclassified. With a margin to keep, most queries are wrong.
     margins = MARGINS if queries.random else MARGINS[:1]
     found = [_carlini_wagner(case, queries, x, y, binary_search_steps=6, stepsize=0.01, initial_const=0.1, confidence=m) for m in margins]
     return [closest for closest, _, _ in found], torch.stack([verdict for _, _, verdict in found]).any(0)

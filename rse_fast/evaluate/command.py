@@ -122,7 +122,7 @@ def run(argv: list[str]) -> dict | None:
     if args.ood and not args.calibration:
         raise ValueError("--ood: these images are for the section on calibration, which --calibration 0 leaves out")
     indices, order = image_order(part)
-    images, labels = _images(part, indices[: args.images or protocol.images])
+    images, labels = images_of(part, indices[: args.images or protocol.images])
     first = images[:1].to(target.device).float().div_(255)
     for option, kind in [("--model", "deployed")] + [("--plain", "plain")] * (plain is not None):
         with torch.no_grad():
@@ -227,7 +227,7 @@ def load(source: str, weights: Path | None, device: str, trust: bool = False) ->
 
 
 def image_order(part):
-    """The indices of a part's images, and in words how they are ordered: a part sorted by class is shuffled, always alike."""
+    """The indices of a part's images, and in words how they are ordered. A part sorted by class is shuffled, in the same way each time."""
     labels = torch.as_tensor(part.labels)
     sorted_by_class = bool((labels[1:] >= labels[:-1]).all())
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_ORDER_SEED))
@@ -236,7 +236,7 @@ def image_order(part):
     return torch.arange(len(labels)), "first"
 
 
-def _images(part, indices):
+def images_of(part, indices):
     """uint8 images [N, C, H, W] of a part, and their labels."""
     (images,) = part.fetch([indices])
     return images, torch.as_tensor(part.labels)[indices]
@@ -250,7 +250,7 @@ def _others(source, count, images):
         splits = data.load(source, progress=True)
     except ValueError as error:
         raise ValueError(f"--ood: {error}") from error
-    found, _ = _images(splits.test, image_order(splits.test)[0][:count])
+    found, _ = images_of(splits.test, image_order(splits.test)[0][:count])
     if found.shape[1] != images.shape[1]:
         raise ValueError(f"--ood: expected images of {images.shape[1]} channels, as those of the data set, got {found.shape[1]}")
     if found.shape[2:] != images.shape[2:]:
@@ -263,7 +263,7 @@ def _calibration(args, target, part, indices, seed, temperature, others, chosen_
     """The figures of the section on calibration, or None where none is wanted. chosen_by: the images are the run's validation images."""
     if not args.calibration:
         return None
-    images, labels = _images(part, indices[: args.calibration])
+    images, labels = images_of(part, indices[: args.calibration])
     inside = calibration.answers(target, images, derive(seed, "calibration"))
     outside = others and calibration.answers(target, others[1], derive(seed, "ood"))
     found = calibration.measure(inside, labels, temperature, outside)

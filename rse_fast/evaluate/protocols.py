@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Protocol:
-    """images: of the test part, the first so many by default. text: what the protocol is for."""
+    """images: number of test images by default, taken from the first on. text: what the protocol is for."""
 
     images: int
     text: str

@@ -229,9 +229,9 @@ def _replication(replication):
 
 
 def optimistic(temperature: float) -> str:
-    """What is to be said of calibration figures of a run's own validation images."""
+    """The warning about calibration figures of a run's own validation images."""
     by = "the best epoch was chosen by" if temperature == 1 else "the temperature was fitted, and the best epoch chosen, on"
-    return f"{by} these very images, so accuracy and calibration look better than on new ones; --part test has images that chose nothing"
+    return f"{by} these very images, so accuracy and calibration look better than on new ones; --part test takes others"
 
 
 def _calibration(calibration, pictures):
@@ -319,7 +319,7 @@ def _eps_figure(results, base):
         points = sorted((e["eps"], e["accuracy"]) for e in pgd if e["eot"] == eot)
         points = ([(0.0, clean["accuracy"])] if clean else []) + points
         radii, estimates = zip(*points, strict=True)
-        beside = [r + width * (place - (len(numbers) - 1) / 2) for r in radii]  # bars that lay on each other could not be told apart
+        beside = [r + width * (place - (len(numbers) - 1) / 2) for r in radii]  # so that bars do not cover each other
         axes.errorbar(beside, [100 * e["mean"] for e in estimates], errors(estimates), label=f"EOT {eot}", capsize=3, **style)
     ticks = sorted({e["eps"] for e in pgd})
     axes.set_xticks([0, *ticks], ["0", *map(radius, ticks)])

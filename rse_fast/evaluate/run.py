@@ -42,11 +42,24 @@ def evaluate(
     ranks: int = 1,
     progress: Callable[[Case, int], None] = lambda case, images: None,
 ) -> None:
-    """Attacks uint8 images [N, C, H, W] with int64 labels [N] and appends one row an image and case to ``out``/rows-RANK.jsonl.
+    """Attacks images, and appends one row for each image and case to ``out``/rows-RANK.jsonl.
 
-    A batch whose rows are all there is not done again. seed: the master seed, from which all noise of attacks, selection and scoring is
-    derived. repeats: scorings of each image with fresh noise. rank, ranks: this process takes every ranks-th batch. progress: called
-    with (case, images) after each batch, and once with what was there. Raises ValueError naming the argument.
+    A batch whose rows are there is not done again.
+
+    Args:
+        target: the classifier under attack.
+        images: uint8 [N, C, H, W], N >= 1.
+        labels: int64 [N].
+        cases: attacks with different names, such as those of ``PROTOCOLS["quick"].cases(...)``.
+        out: folder of the rows.
+        seed: the master seed, from which all noise of attacks, selection and scoring is derived.
+        repeats: scorings of each image with fresh noise, >= 1.
+        rank: this process takes every ``ranks``-th batch, beginning with this one.
+        ranks: how many processes share the batches.
+        progress: called with (case, number of images) after each batch.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
     """
     if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != len(labels) or not len(images):
         got = f"{images.dtype} {list(images.shape)} and {len(labels)} labels"

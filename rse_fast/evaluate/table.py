@@ -490,8 +490,8 @@ def _differences(measured):
         lines.append("The paper retrained on FGSM images; here adversarial training is against PGD, which withstands far more.")
     if "distillation" in measured:
         lines.append(
-            "A distilled network is used at temperature 1, with logits as many times those of its training as the temperature there: a "
-            "fixed c weighs them as much more, while the softmax saturates and the gradients that PGD follows vanish."
+            "A distilled network is trained at a temperature T and used at temperature 1. Its logits are then T times as large, so a fixed "
+            "c gives them T times the weight. The softmax saturates, and the gradients that PGD follows vanish."
         )
     if "gaussian" in measured:
         lines.append("gaussian is not in the paper: noise on the image alone, the network that Cohen et al. (2019) certify.")

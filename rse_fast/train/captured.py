@@ -31,7 +31,8 @@ def advice(config: Config, device: torch.device, processes: int) -> str | None:
     """How to have the steps of a user's own network captured, in a line, where they could be and nothing was said about it."""
     if config.cuda_graphs is None and device.type == "cuda" and processes == 1 and _fits(config) and config.model not in MODELS:
         return (
-            f"{config.model} may train faster with --cuda-graphs: right if its forward does the same at each step; --no-cuda-graphs: as now"
+            f"{config.model} may train faster with --cuda-graphs, which needs a forward pass that does the same at each step; "
+            "--no-cuda-graphs leaves it as it is, without this line"
         )
     return None
 

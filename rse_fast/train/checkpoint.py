@@ -49,7 +49,7 @@ def save_best(path: Path, tensors: dict[str, Tensor], score: float, epoch: int) 
     content = to_bytes(tensors, facts | {"sha256": digest(tensors, facts)})
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes them in an order that chance decides
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors writes them in random order
     content = content[:8] + json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size) + content[8 + size :]
     write_atomically(path, lambda file: file.write(content))
 
@@ -119,7 +119,7 @@ def save(folder: Path, step: int, run: str, parts: dict[str, dict[str, Tensor]],
         raise
     sync_folder(folder)
     found = find(folder)
-    later, own = [path for path in found if _step(path) > step], [path for path in found if _step(path) <= step]
+    later, own = [path for path in found if step_of(path) > step], [path for path in found if step_of(path) <= step]
     for old in {*folder.glob(".step-*"), *later, *own[keep:]}:
         shutil.rmtree(old)
     return target
@@ -133,11 +133,12 @@ def find(folder: Path) -> list[Path]:
     found = {}
     for entry in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():  # a name that begins with a dot comes last
         if re.fullmatch(r"step-\d{8,}|\.step-\d{8,}\.old", entry.name):
-            found.setdefault(_step(entry), entry)
+            found.setdefault(step_of(entry), entry)
     return [found[step] for step in sorted(found, reverse=True)]
 
 
-def _step(path):
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, which is part of its folder's name."""
     return int(re.search(r"\d+", path.name)[0])
 
 
@@ -146,15 +147,15 @@ def newest(folder: Path, run: str, step: int | None = None) -> tuple[dict[str, d
 
     A damaged one is never skipped in silence: the CheckpointError says what is wrong with it and which older one is whole.
     """
-    found = [path for path in find(folder) if step is None or _step(path) == step]
+    found = [path for path in find(folder) if step is None or step_of(path) == step]
     if not found:
         raise CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} in {str(folder)!r}")
     try:
         return load(found[0], run)
     except CheckpointError as error:
         for older in find(folder):
-            if _step(older) < _step(found[0]) and _problem(older, run) is None:
-                raise CheckpointError(f"{error}; the one of step {_step(older)} before it is whole") from error
+            if step_of(older) < step_of(found[0]) and _problem(older, run) is None:
+                raise CheckpointError(f"{error}; the one of step {step_of(older)} before it is whole") from error
         raise CheckpointError(f"{error}; there is no whole one before it") from error
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -22,7 +23,26 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 at the end and after SIGTERM in the loop; 130 after Ctrl-C, saved as well; 1 when training diverges or the
     disk is full; 2 for bad input. Ends the process with 1 where another one of the run is gone."""
     args = _parser().parse_args(argv)
-    return wrapper.run("train", lambda: _run(args))
+
+    def action():
+        try:
+            return _run(args)
+        except (ValueError, TypeError) as error:
+            raise ValueError(_in_flags(str(error))) from error
+
+    return wrapper.run("train", action)
+
+
+def _in_flags(message: str) -> str:
+    """A message that names fields of `Config`, with the flags that they are here: the one it begins with, and all of several words."""
+    names = [f.name for f in dataclasses.fields(Config)]
+    long = "|".join(name for name in names if "_" in name)
+    found = rf"^(?:{'|'.join([*names, 'config', 'resume'])})(?=: )|(?<![\w/.'\"-])(?:{long})(?![\w/.'\"-])"
+    return re.sub(found, lambda match: _flag(match[0]), message)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _run(args) -> int:
@@ -97,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "--from-step", type=int, default=None, metavar="STEP", help="with --resume: continue from the checkpoint of this step instead"
     )
     for f in dataclasses.fields(Config):
-        rule, flag = f.metadata, "--" + f.name.replace("_", "-")
+        rule, flag = f.metadata, _flag(f.name)
         flags = [flag, "--defense"] if f.name == "defence" else [flag]  # both spellings of English
         text = rule["text"] + ("" if f.default is None else f" (default: {f.default})")
         if rule["kind"] is bool:

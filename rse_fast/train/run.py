@@ -33,17 +33,31 @@ _TEST_STREAM, _TEMPERATURE_STREAM = 4, 5  # of the seeds of a run
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False, from_step: int | None = None) -> dict:
-    """Trains in the folder ``out`` and returns the last row of its log: "event" is "end", or "stop" after SIGTERM or Ctrl-C.
+    """Trains in the folder ``out``, as ``rse-fast train`` does.
 
-    resume: continue the run in ``out`` from its newest checkpoint, or from that of ``from_step``; a run that was killed before its first
-    checkpoint begins anew, one that is complete is left as it is. The configuration must be the run's own, except for what concerns the
-    machine (`Config.fingerprint`); the data may have moved, but must be the same.
+    Under torchrun all processes call this; only rank 0 writes, all read the folder. SIGTERM and SIGINT save and stop the run while it
+    trains. Before that, and during the test at its end, they do what they do elsewhere.
 
-    Under torchrun all processes call this; only rank 0 writes, all read the folder. Raises ValueError for bad input, CheckpointError (a
-    ValueError) for a checkpoint that is damaged or of another run, FloatingPointError when training diverges, OSError for a full disk,
-    `ProcessLost` where another process is gone.
+    Args:
+        config: `rse_fast.train.Config`; its fields are the flags of ``rse-fast train``.
+        out: the run folder. It must not hold a run, unless ``resume``.
+        resume: continue the run in ``out`` from its newest checkpoint. A run that was killed before its first checkpoint begins anew, a
+            complete one is left as it is. The configuration must be the run's own, except for what concerns the machine
+            (`Config.fingerprint`). The data may have moved, but must be the same.
+        from_step: continue from the checkpoint of this step instead.
 
-    Signals save and stop the run while it trains. Before that, and during the test at its end, they do what they do elsewhere.
+    Returns:
+        The last row of the run's log. Its "event" is "end", or "stop" after SIGTERM or Ctrl-C.
+
+    Raises:
+        ValueError: an argument is wrong; as its subclass `CheckpointError`, a checkpoint is damaged or of another run.
+        FloatingPointError: the training diverged.
+        OSError: a file cannot be written.
+        ProcessLost: another process of the run is gone.
+
+    Examples:
+        >>> config = rse_fast.train.Config(data="digits", model="small", defence="rse", epochs=2)
+        >>> rse_fast.train.train(config, "runs/small-rse")["test_accuracy"]
     """
     out = Path(out)
     with connect(config.device) as ranks:
@@ -162,8 +176,19 @@ def is_validation_part(run: str | Path, part: data.Part) -> bool:
 
 
 def load_data(config: Config, moved: str | None = None, resize: int | tuple[int, int] | None = None) -> data.Splits:
-    """The data set that a configuration names, or another (``moved``, ``resize``), decoded and split as it says. ValueError for what cannot
-    be read."""
+    """The data set of a configuration, decoded and split as it says.
+
+    Args:
+        config: of a run.
+        moved: path of the data, where it is not that of the configuration.
+        resize: size of the images, where it is not that of the configuration: (height, width), or one number for both.
+
+    Returns:
+        A `rse_fast.data.Splits`.
+
+    Raises:
+        ValueError: the data cannot be read.
+    """
     if moved is not None:
         images = Path(moved).is_dir()  # of a file, or digits, the size and place are given
         config = dataclasses.replace(config, data=moved, resize=config.resize if images else None, lazy=config.lazy and images)

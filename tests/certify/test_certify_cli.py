@@ -82,7 +82,7 @@ def test_bound_and_tolerance_are_those_of_certify_and_part_of_the_folder(tmp_pat
     table = read_table(tmp_path / "certified.tsv")
     assert [r.radius for r in table] == out.radius.tolist() and [r.draws for r in table] == out.draws.tolist()
     summary = (tmp_path / "summary.md").read_text()
-    assert "bound randomised" in summary and "enlarge the radius by more than 0.02" in summary
+    assert "bound randomised" in summary and "enlarge the radius by 0.02 at most" in summary
     assert run(tmp_path, *options[:-2]) == 2 and "bound 'randomised' there, 'clopper-pearson' here" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(tmp_path, *options, "--radius", 0.1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_images import cached_files, make_folder, rng
+from tiny_images import cached_files, make_folder
 
 from rse_fast import data
 
@@ -98,7 +98,7 @@ def test_derived_seeds_are_distinct():
 
 
 @pytest.mark.parametrize(("pad", "flip"), [(0, False), (0, True), (2, False), (2, True)])
-def test_augment_gives_every_crop_and_mirror_and_nothing_else(pad, flip):
+def test_augment_gives_every_crop_and_mirror_and_nothing_else(pad, flip, rng):
     image = torch.randint(1, 256, (3, 6, 5), dtype=torch.uint8)
     padded = torch.zeros(3, 6 + 2 * pad, 5 + 2 * pad, dtype=torch.uint8)
     padded[:, pad : pad + 6, pad : pad + 5] = image

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_images import Image, Unpickled, cached_files, make_folder, random_pixels, rng, rows_of, save
+from tiny_images import Image, Unpickled, cached_files, make_folder, random_pixels, rows_of, save
 
 from rse_fast import data
 
@@ -175,7 +175,7 @@ def test_truncated_and_broken_files_are_named(tmp_path):
     assert torch.equal(data.image_folder(tmp_path).train.images, good.train.images)
 
 
-def test_16_bit_images_are_refused_and_named(tmp_path):
+def test_16_bit_images_are_refused_and_named(tmp_path, rng):
     make_folder(tmp_path, per_class=3)
     bad = tmp_path / "dog" / "deep.png"
     Image.fromarray(rng.integers(0, 2**16, (9, 7), dtype=np.uint16)).save(bad)

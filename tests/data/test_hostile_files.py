@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from entropy import seeded
 from tiny_images import cifar_batches, make_folder, save, write_cifar
 from tiny_training import config, same, write_images
 
@@ -39,7 +40,7 @@ PLANTED = "from pathlib import Path\nPath({place!r}).touch()\nfrom tiny_training
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
+    return write_images(tmp_path_factory.mktemp("images") / "images.npz", seeded(__name__))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_images import Python2Pickler, Unpickled, cifar_batches, make_folder, rng, rows_of, write_cifar
+from tiny_images import Python2Pickler, Unpickled, cifar_batches, make_folder, rows_of, write_cifar
 
 from rse_fast import data
 
@@ -67,7 +67,7 @@ def test_damaged_cifar10_is_named(tmp_path, damage, kind):
 
 
 def write_stl(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    made = {name: (rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8), np.arange(count) % 10) for name, count in
+    made = {name: (np.random.randint(0, 256, (count, 3, 96, 96), dtype=np.uint8), np.arange(count) % 10) for name, count in
             (("train", 20), ("test", 10))}  # fmt: skip
     for name, (images, labels) in made.items():
         (folder / f"{name}_X.bin").write_bytes(images.transpose(0, 1, 3, 2).tobytes())  # column by column
@@ -96,8 +96,8 @@ def test_stl10(tmp_path):
 
 def some_arrays(channels: int = 1) -> dict[str, np.ndarray]:
     return {
-        "train_images": rng.integers(0, 256, (30, channels, 5, 4), dtype=np.uint8), "train_labels": np.arange(30, dtype=np.int32) % 3,
-        "test_images": rng.integers(0, 256, (6, channels, 5, 4), dtype=np.uint8), "test_labels": np.arange(6, dtype=np.uint8) % 3,
+        "train_images": np.random.randint(0, 256, (30, channels, 5, 4), dtype=np.uint8), "train_labels": np.arange(30, dtype=np.int32) % 3,
+        "test_images": np.random.randint(0, 256, (6, channels, 5, 4), dtype=np.uint8), "test_labels": np.arange(6, dtype=np.uint8) % 3,
     }  # fmt: skip
 
 

@@ -522,8 +522,8 @@ def _with(how):
 MISTAKES = {
     "softmax": (lambda: nn.Sequential(*NETS["plain"](), nn.Softmax(1)), 0, 1, "probabilities"),
     "batch statistics": (_batch_statistics, 0, 1, "BatchNorm without running statistics"),
-    "functional batch_norm": (_with(lambda x: nn.functional.batch_norm(x, None, None, training=True)), 0, 1, "images beside it"),
-    "mean of the batch": (_with(lambda x: x - x.mean((0, 2, 3), keepdim=True)), 0, 1, "images beside it"),
+    "functional batch_norm": (_with(lambda x: nn.functional.batch_norm(x, None, None, training=True)), 0, 1, "other images in the batch"),
+    "mean of the batch": (_with(lambda x: x - x.mean((0, 2, 3), keepdim=True)), 0, 1, "other images in the batch"),
     "bytes": (NETS["plain"], 0, 255, r"images reach from .* to 25\d"),
     "normalised": (NETS["plain"], -2.1, 2.6, "images reach from -2"),
 }
@@ -560,7 +560,7 @@ def test_images_that_depend_on_others_are_told_behind_other_layers(share, dtype,
         options = {"calibration": [images()]} if dtype == "int8" else {}
         ensemble = Ensemble(rse_fast.convert(model.eval()), 3, fuse=fuse, dtype=dtype, **options)
         found = _warnings(lambda: ensemble.predict(images()))  # noqa: B023
-        assert len(found) == expected and all("images beside it" in text for text in found)
+        assert len(found) == expected and all("other images in the batch" in text for text in found)
 
 
 @FUSE

@@ -166,7 +166,7 @@ def test_a_choice_that_is_none_is_refused(logits):
 @pytest.mark.parametrize("form", [lambda other, z: z, lambda other, z: z[:, 0]], ids=["[N, 1]", "[N]"])
 def test_one_logit_is_refused_with_the_line_that_mends_it(form):
     model = rse_fast.convert(Wrapped(network(1), form))
-    with pytest.raises(ValueError, match="regression.*is missing") as error:
+    with pytest.raises(ValueError, match="regression.*rse-fast has no mean") as error:
         Ensemble(model).predict(torch.rand(2, 3, 8, 8))
     line = str(error.value).partition("logits=")[2].partition(")).")[0] + ")"
     x = torch.rand(4, 3, 8, 8)
@@ -182,7 +182,7 @@ def test_one_logit_is_refused_with_the_line_that_mends_it(form):
 @pytest.mark.parametrize("form", [lambda other, z: z.sigmoid(), lambda other, z: (torch.sigmoid(z), z)])
 @pytest.mark.parametrize("body", [network, Viewed])
 def test_sigmoids_are_refused(form, fuse, body):
-    with pytest.raises(ValueError, match="sigmoid.*is missing"):
+    with pytest.raises(ValueError, match="sigmoid.*rse-fast has no mean"):
         Ensemble(rse_fast.convert(Wrapped(body(), form)), fuse=fuse).predict(torch.rand(2, 3, 8, 8))
 
 
@@ -211,7 +211,7 @@ def test_a_sigmoid_within_a_model_is_no_matter():
 def test_the_task_of_a_hugging_face_configuration_is_believed(task):
     model = nn.Sequential(rse_fast.convert(network()))
     model[0].config = type("Config", (), {"problem_type": task})()
-    with pytest.raises(ValueError, match=f"{task}.*is missing"):
+    with pytest.raises(ValueError, match=f"{task}.*rse-fast has no mean"):
         Ensemble(model)
     assert Ensemble(model, logits=lambda z: z)
     model[0].config.problem_type = "single_label_classification"

@@ -165,7 +165,7 @@ def test_a_limit_of_a_control_group_counts(files, left, monkeypatch):
     monkeypatch.setattr(memory, "_read", lambda path: files.get(os.path.normpath(path), ""))
     memory._limited_groups.cache_clear()
     try:
-        assert memory._cgroup() == left
+        assert memory.free_memory(CPU) == left
     finally:
         memory._limited_groups.cache_clear()
 

@@ -100,7 +100,7 @@ def test_parts_have_independent_noise():
 
 
 def test_parts_that_are_not_beside_each_other_are_refused():
-    with pytest.raises(ValueError, match="'second' gets several rows an image.*exclude='second'"):
+    with pytest.raises(ValueError, match="'second' gets several rows for each image.*exclude='second'"):
         Ensemble(rse_fast.convert(Windows(outer=True), 0.2, 0.5), 2).predict(torch.rand(3, 3, 8, 8))
     model = rse_fast.convert(Windows(outer=True), exclude="second")
     assert Ensemble(model, 2).predict(torch.rand(3, 3, 8, 8)).probs.shape == (3, 5)

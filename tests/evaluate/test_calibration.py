@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from entropy import seeded
 from tiny_training import config, write_images
 
 from rse_fast.evaluate import calibration
@@ -140,7 +141,7 @@ def runs(tmp_path_factory):
         pytest.importorskip(package)
     from rse_fast import train
 
-    folder, rng = tmp_path_factory.mktemp("calibration"), np.random.default_rng()
+    folder, rng = tmp_path_factory.mktemp("calibration"), seeded(__name__)
     write_images(folder / "images.npz", rng, train=240, test=90)
     with np.load(folder / "images.npz") as stored:
         noisy = dict(stored)

@@ -193,7 +193,6 @@ def test_attacks_attack(short):
 def test_a_case_gives_the_same_rows_again_and_other_rows_with_another_seed(noisy, plain, digits, tmp_path, short):
     cases = [case for case in SHORT if case.name in ("pgd-l2", "apgd-ce", "square", "autoattack")]
     target = Target(noisy, 3, plain=plain)
-    torch.manual_seed(torch.seed())
     again = evaluated(target, digits, cases, tmp_path / "again")
     assert without_times(again) == {key: row for key, row in without_times(short).items() if key in again}
     other = evaluated(target, digits, cases, tmp_path / "other", seed=6)
@@ -305,10 +304,8 @@ def test_the_closest_image_that_other_draws_confirm_is_kept(noisy, digits):
 def test_carlini_wagner_without_success_ends_where_its_search_did(noisy, digits):
     x, y = digits.images[:4].float() / 255, digits.labels[:4]
     wrong = torch.where(Target(noisy, 20).answer("deployed", x, 1, 0).labels == y, y, -1)
-    queries = Target(noisy, 20).queries(Case("a", "cw", "L2", steps=3, eot=20), 1)
-    closest, last, found = attacks._carlini_wagner(
-        Case("a", "cw", "L2", steps=3), queries, x, y, binary_search_steps=1, stepsize=1e-3, initial_const=1e-3, confidence=0
-    )
+    case = Case("a", "cw-c", "L2", steps=3, eot=20, c=1e-3)
+    (closest, last), found = attacks.METHODS[case.method](case, Target(noisy, 20).queries(case, 1), x, y)
     unfooled = ~found & (wrong == y)
     assert unfooled.any()
     assert torch.equal(closest[unfooled], last[unfooled]) and 0 < (last - x).abs().max() < 0.02  # not foolbox's zeros
@@ -504,7 +501,7 @@ def test_a_part_that_is_sorted_by_class_is_shuffled():
     for labels, given in (([0, 0, 0, 1, 1, 1, 2, 2], False), ([0, 1, 0, 2, 0, 1, 2, 2], True)):
         part = data.Part(images, torch.tensor(labels))
         indices, order = command.image_order(part)
-        found, chosen = command._images(part, indices[:5])
+        found, chosen = command.images_of(part, indices[:5])
         assert (found.flatten().tolist() == [0, 1, 2, 3, 4]) == given and ("shuffle" in order) != given
         assert chosen.tolist() == [labels[i] for i in found.flatten().tolist()]
 

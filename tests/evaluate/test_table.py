@@ -210,16 +210,19 @@ def test_another_configuration_and_diverged_runs_are_rows_with_a_reason(tiny, tm
     assert "another configuration" in read(out)["rows"]["plain"]["absent"]["clean"]
 
 
-def test_failed_checks_stand_first_and_rows_of_other_images_are_told():
-    def row(defence, labels, notes=(), images=9):
-        figure = {"mean": 0.5, "sd": None, "low": 0.4, "high": 0.6, "images": 9}
-        settings = {"labels": labels, "order": "first", "data": "cifar10 (JPEG)", "images": images, "weights": "0" * 64}
-        settings |= {"seed": 1, "draws": 0}
-        return {"config": dataclasses.asdict(train.Config(defence=defence)), "trained": {"test_accuracy": 0.5, "test_images": 9},
-                "cells": {"clean": {"accuracy": figure, "paper": 92.0, "images": 9},
-                          "c = 0.01": {"accuracy": figure, "paper": 50.0, "images": 9}},
-                "absent": {}, "notes": list(notes), "settings": settings}  # fmt: skip
+FIGURE = {"mean": 0.5, "sd": None, "low": 0.4, "high": 0.6, "images": 9}
 
+
+def row(defence, labels, notes=(), images=9, cells=None, absent=None):
+    """A row of table.json, as `table.markdown` takes it."""
+    settings = {"labels": labels, "order": "first", "data": "cifar10 (JPEG)", "images": images, "weights": "0" * 64}
+    settings |= {"seed": 1, "draws": 0}
+    paper = {"clean": {"accuracy": FIGURE, "paper": 92.0, "images": 9}, "c = 0.01": {"accuracy": FIGURE, "paper": 50.0, "images": 9}}
+    return {"config": dataclasses.asdict(train.Config(defence=defence)), "trained": {"test_accuracy": 0.5, "test_images": 9},
+            "cells": paper if cells is None else cells, "absent": absent or {}, "notes": list(notes), "settings": settings}  # fmt: skip
+
+
+def test_failed_checks_stand_first_and_rows_of_other_images_are_told():
     same = {"plain": row("plain", "x", ["large eps: 2 % are right"]), "adversarial": row("adversarial", "x")}
     whole = {"command": "c", "images": 9, "compared": [], "sections": {"A": ["clean", "c = 0.01"]}}
     text = table.markdown(whole | {"rows": same})
@@ -231,12 +234,21 @@ def test_failed_checks_stand_first_and_rows_of_other_images_are_told():
 
 
 def test_a_cell_of_fewer_draws_or_images_says_so():
-    figure = {"mean": 0.5, "sd": None, "low": 0.4, "high": 0.6, "images": 9}
-    cell = {"accuracy": figure, "images": 9, "eot": 5, "most_draws": 50}
-    assert table._cell(cell, None, 9) == "50.0 (40.0–60.0), EOT 5"
-    assert table._cell(cell | {"eot": 50}, None, 10) == "50.0 (40.0–60.0), 9 of 10 images"
-    assert table._cell(cell | {"eot": 50, "won": 0.3, "median_l2": None}, None, 9) == "more: 30 % won"
-    assert (table._cell(None, "not done yet", 9), table._cell(None, "x", 9)) == ("not yet", "–")
+    cell = {"accuracy": FIGURE, "images": 9, "eot": 5, "most_draws": 50}
+    cells = {"PGD-40 8/255": cell, "clean": cell | {"eot": 50}, "C&W median L2": cell | {"eot": 50, "won": 0.3, "median_l2": None}}
+    absent = {"Square 8/255": "not done yet", table.CERTIFIED: "a deterministic network has none"}
+    columns = [*cells, *absent]
+
+    def shown(images):
+        found = {"command": "c", "images": images, "compared": [], "sections": {"A": columns}}
+        text = table.markdown(found | {"rows": {"plain": row("plain", "x", cells=cells, absent=absent)}})
+        (line,) = [line for line in text.splitlines() if line.startswith("| plain | 50.0")]
+        return dict(zip(columns, [part.strip() for part in line.split("|")[2:-1]], strict=True))
+
+    whole, partial = shown(9), shown(10)
+    assert whole["PGD-40 8/255"] == "50.0 (40.0–60.0), EOT 5" and whole["C&W median L2"] == "more: 30 % won"
+    assert whole["clean"] == "50.0 (40.0–60.0)" and partial["clean"] == "50.0 (40.0–60.0), 9 of 10 images"
+    assert whole["Square 8/255"] == "not yet" and whole[table.CERTIFIED] == "–"
 
 
 def test_bad_options_are_one_line(tmp_path, capsys):

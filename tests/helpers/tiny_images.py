@@ -13,12 +13,10 @@ from rse_fast import data
 
 Image = pytest.importorskip("PIL.Image")
 
-rng = np.random.default_rng()
-
 
 def random_pixels(height: int = 9, width: int = 7, channels: int = 3) -> np.ndarray:
     shape = (height, width) if channels == 1 else (height, width, channels)
-    return rng.integers(0, 256, shape, dtype=np.uint8)
+    return np.random.randint(0, 256, shape, dtype=np.uint8)
 
 
 def save(path: Path, pixels: np.ndarray, **options) -> None:
@@ -55,7 +53,7 @@ def cached_files(folder: Path) -> list[Path]:
 def cifar_batches(count: int = 20) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Images uint8 [N, 3, 32, 32] and labels of six batches: all classes in each."""
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    return {name: (rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), np.arange(count) % 10) for name in names}
+    return {name: (np.random.randint(0, 256, (count, 3, 32, 32), dtype=np.uint8), np.arange(count) % 10) for name in names}
 
 
 class Python2Pickler(pickle._Pickler):

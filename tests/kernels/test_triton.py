@@ -1,8 +1,12 @@
-"""The Triton kernels without a GPU. Interpreting and compiling need processes of their own: an interpreted function cannot be compiled."""
+"""The Triton kernels without a GPU. Interpreting and compiling need processes of their own: an interpreted function cannot be compiled.
+
+Each test function of these processes is a test here.
+"""
 
 import ast
 import importlib.util
 import platform
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +26,7 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def proof(run_python, tmp_path_factory):
-    """Runs each test file of one kind in a fresh process, two at a time; returns (finished processes, forms of the kernels launched)."""
+    """Runs each test file of one kind in a fresh process, two at a time; returns (finished process by file, forms of kernels launched)."""
 
     def run(kind, **env):
         folder = tmp_path_factory.mktemp(kind)
@@ -32,12 +36,13 @@ def proof(run_python, tmp_path_factory):
         def one(file):
             record = folder / file.stem
             options = dict(RSE_FAST_TEST_LAUNCHED=str(record), OMP_NUM_THREADS="1", **env)
-            done = run_python("-m", "pytest", "-q", "-x", file, timeout=1200, **options)
+            done = run_python("-m", "pytest", "-v", file, timeout=1200, **options)
             return done, record.read_text().splitlines() if record.exists() else []
 
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(one, files))
-        return [done for done, _ in found], {form for _, forms in found for form in forms}
+        processes = {file.name: done for file, (done, _) in zip(files, found, strict=True)}
+        return processes, {form for _, forms in found for form in forms}
 
     return run
 
@@ -63,16 +68,32 @@ def kernels_in_the_sources() -> set:
     return found
 
 
-@needs_triton
-def test_in_the_interpreter(interpreted):
-    for done in interpreted[0]:
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+def inner_tests(kind: str) -> list:
+    """(file, test function) of the test files of one kind, read from the text."""
+    functions = ((path, node) for path in sorted(HERE.glob(f"{kind}_*.py")) for node in ast.parse(path.read_text()).body)
+    return [
+        pytest.param(path.name, node.name, id=f"{path.stem}-{node.name}")
+        for path, node in functions
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+
+
+def check(done, name: str) -> None:
+    """Every case of the test ``name`` has run in the finished process, and none has failed."""
+    verdicts = re.findall(rf"::{name}(?:\[.*\])? (PASSED|SKIPPED|FAILED|ERROR)", done.stdout)
+    assert verdicts and set(verdicts) <= {"PASSED", "SKIPPED"}, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @needs_triton
-def test_ahead_of_time(compiled):
-    for done in compiled[0]:
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+@pytest.mark.parametrize(("file", "name"), inner_tests("kernel"))
+def test_in_the_interpreter(file, name, interpreted):
+    check(interpreted[0][file], name)
+
+
+@needs_triton
+@pytest.mark.parametrize(("file", "name"), inner_tests("compile"))
+def test_ahead_of_time(file, name, compiled):
+    check(compiled[0][file], name)
 
 
 @needs_triton

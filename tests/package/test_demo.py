@@ -174,8 +174,7 @@ def test_another_run_trains_the_same_and_shows_one_table_in_80_columns(tmp_path,
     assert again["accuracy"]["plain"] == results["accuracy"]["plain"]
 
 
-def test_image_folder_run(tmp_path):
-    rng = np.random.default_rng()
+def test_image_folder_run(tmp_path, rng):
     for level, name in ((40, "dark"), (128, "grey"), (215, "light")):
         for i in range(30):
             pixels = np.clip(rng.normal(level, 20, (12, 14, 3)), 0, 255).astype(np.uint8)
@@ -193,7 +192,6 @@ def test_image_folder_run(tmp_path):
 
 def test_eager_peer_computes_what_the_ensemble_computes():
     """The loop that is timed beside the ensemble is the same model: their mean softmax agrees within the noise of the draws."""
-    torch.manual_seed(torch.seed())
     net, draws = SmallNet(in_channels=1, width=4).eval(), 1000
     images = torch.rand(4, 1, 8, 8)
     noisy = rse_fast.convert(SmallNet(in_channels=1, width=4), init_sigma=0.7, inner_sigma=0.5)

@@ -195,6 +195,13 @@ def test_files_that_pages_name_are_there():
         assert not missing, f"{path.name}: {missing}"
 
 
+def test_the_layout_in_the_design_names_every_module():
+    layout = (ROOT / "DESIGN.md").read_text().partition("## Layout")[2].partition("## The noise contract")[0]
+    modules = [path for folder in ("rse_fast", "kernels", "bench") for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+    missing = [path.relative_to(ROOT).as_posix() for path in modules if path.name not in layout]
+    assert len(modules) > 80 and not missing
+
+
 def test_the_table_of_speed_is_what_was_measured():
     machine = json.loads((ROOT / "bench" / "results" / "epyc-avx512bf16.json").read_text())
     rates = {

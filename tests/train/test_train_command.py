@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_images import cifar_batches, make_folder, write_cifar
-from tiny_training import config, same, without_times, write_images
+from tiny_training import config, same, without_times
 
 pytest.importorskip("tqdm")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -27,11 +27,6 @@ from rse_fast.train.log import draw_curves, read  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = ["--model", "tiny_training:net", "--epochs", "1", "--batch-size", "18", "--log-steps", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
 
 
 @pytest.fixture(scope="module")
@@ -158,18 +153,20 @@ def test_another_defence_brings_its_own_temperature(tmp_path, images):
 
 # -------------------------------------------------------------------------------------------------------------------------- bad input
 BAD = [
-    (["--lr", "0"], "lr"), (["--lr", "nan"], "lr"), (["--lr", "much"], "--lr"), (["--eps", "1/0"], "--eps"), (["--eps", "2"], "eps"),
-    (["--init-sigma", "-0.1"], "init_sigma"), (["--test-inner-sigma", "-1"], "test_inner_sigma"), (["--epochs", "0"], "epochs"),
-    (["--epochs", "1.5"], "--epochs"), (["--batch-size", "0"], "batch_size"), (["--batch-size", "1000"], "batch_size"),
-    (["--draws", "0"], "draws"), (["--defence", "magic"], "--defence"), (["--schedule", "cosine"], "--schedule"),
-    (["--val-fraction", "0"], "val_fraction"), (["--val-fraction", "0.95"], "val_fraction"), (["--sigma-warmup", "2"], "sigma_warmup"),
-    (["--learnable-sigma", "layer", "--sigma-warmup", "1"], "learnable_sigma"), (["--sigma-regulariser", "1"], "sigma_regulariser"),
-    (["--learnable-sigma", "layer", "--test-init-sigma", "1"], "learnable_sigma"), (["--label-smoothing", "1.1"], "label_smoothing"),
-    (["--learnable-sigma", "layer", "--inner-sigma", "0"], "inner_sigma"), (["--ema", "2"], "ema"), (["--clip", "0"], "clip"),
-    (["--model", "nothing"], "model"), (["--model", "no_such_module_here:net"], "model"), (["--model", "tiny_training:nothing"], "model"),
-    (["--model", "tiny_training:Path"], "model"), (["--data", "nowhere"], "--data"), (["--resize", "8"], "resize"), (["--lazy"], "lazy"),
-    (["--device", "abacus"], "device"), (["--config", "nowhere.json"], "config"), (["--from-step", "3"], "--from-step"),
-    (["--resume", "nowhere"], "--resume"), (["--keep", "0"], "keep"), (["--seed", "-1"], "seed"), (["--what", "1"], "--what"),
+    (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "much"], "--lr"), (["--eps", "1/0"], "--eps"), (["--eps", "2"], "--eps"),
+    (["--init-sigma", "-0.1"], "--init-sigma"), (["--test-inner-sigma", "-1"], "--test-inner-sigma"), (["--epochs", "0"], "--epochs"),
+    (["--epochs", "1.5"], "--epochs"), (["--batch-size", "0"], "--batch-size"), (["--batch-size", "1000"], "--batch-size"),
+    (["--draws", "0"], "--draws"), (["--defence", "magic"], "--defence"), (["--schedule", "cosine"], "--schedule"),
+    (["--val-fraction", "0"], "--val-fraction"), (["--val-fraction", "0.95"], "--val-fraction"),
+    (["--sigma-warmup", "2"], "--sigma-warmup"), (["--learnable-sigma", "layer", "--sigma-warmup", "1"], "--learnable-sigma"),
+    (["--sigma-regulariser", "1"], "--sigma-regulariser"), (["--learnable-sigma", "layer", "--test-init-sigma", "1"], "--learnable-sigma"),
+    (["--label-smoothing", "1.1"], "--label-smoothing"), (["--learnable-sigma", "layer", "--inner-sigma", "0"], "--inner-sigma"),
+    (["--ema", "2"], "--ema"), (["--clip", "0"], "--clip"), (["--model", "nothing"], "--model"),
+    (["--model", "no_such_module_here:net"], "--model"), (["--model", "tiny_training:nothing"], "--model"),
+    (["--model", "tiny_training:Path"], "--model"), (["--data", "nowhere"], "--data"), (["--resize", "8"], "--resize"),
+    (["--lazy"], "--lazy"), (["--device", "abacus"], "--device"), (["--config", "nowhere.json"], "--config"),
+    (["--from-step", "3"], "--from-step"), (["--resume", "nowhere"], "--resume"), (["--keep", "0"], "--keep"),
+    (["--seed", "-1"], "--seed"), (["--what", "1"], "--what"),
 ]  # fmt: skip
 
 
@@ -308,6 +305,22 @@ def test_ctrl_c_saves_and_ends_with_130(run, tmp_path, monkeypatch, capsys):
 def test_resume_names_the_folder_alone(run, capsys):
     assert main(["--resume", str(run[0]), "--out", "elsewhere"]) == 2
     assert "--resume: names the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--epochs", "0"], "--epochs: expected a number at least 1, got 0"),
+    (["--full-scale", "0.3"], "--full-scale: needs --start-scale, got 0.3 for images of one size"),
+    (["--sigma-warmup", "9", "--epochs", "3"], "--sigma-warmup: expected at most the 3 epochs of the run, got 9.0"),
+    (["--sigma-regulariser", "1"], "--sigma-regulariser: needs --learnable-sigma, got 1.0 for a fixed sigma"),
+    (["--model", "nothing"], "--model: expected one of "),
+    (["--out", "batch_size"], "--out: 'batch_size' holds a run already"),
+])  # fmt: skip
+def test_messages_name_flags(options, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("batch_size").mkdir()
+    Path("batch_size/config.json").write_text("{}")
+    assert main(["--data", "digits", "--out", "run", *options]) == 2
+    assert f"rse-fast train: {said}" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------------- models and data

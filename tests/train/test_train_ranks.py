@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_training import config, same, without_times, write_images
+from tiny_training import config, same, without_times
 
 pytest.importorskip("tqdm")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -35,10 +35,9 @@ PLAIN = {"defence": "plain", "model": BARE}
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    path = write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
-    train(config(path, epochs=1), path.parent / "run")  # what a run imports, the children find imported
-    return path
+def images(images):
+    train(config(images, epochs=1), images.parent / "run")  # what a run imports, the children find imported
+    return images
 
 
 @pytest.fixture

@@ -29,11 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
-
-
-@pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
     """A run of everything that has state, never interrupted."""
     threads = torch.get_num_threads()
@@ -70,7 +65,7 @@ def test_killed_at_ten_random_points_the_run_ends_with_the_same_bits(whole, tmp_
 
     def progress() -> int:
         found = checkpoint.find(folder)
-        return checkpoint._step(found[0]) if found else 0
+        return checkpoint.step_of(found[0]) if found else 0
 
     for _ in range(10):
         # Two checkpoints or fewer after it began, and a little later: also while a checkpoint is written.

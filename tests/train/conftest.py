@@ -1,0 +1,11 @@
+"""What the tests of training share."""
+
+import pytest
+from entropy import seeded
+from tiny_training import write_images
+
+
+@pytest.fixture(scope="module")
+def images(request, tmp_path_factory):
+    """A data set of random images of three classes, one for each test file."""
+    return write_images(tmp_path_factory.mktemp("images") / "images.npz", seeded(request.node.nodeid))
