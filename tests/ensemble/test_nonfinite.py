@@ -70,18 +70,17 @@ def test_infinite_logits_are_limits(dtype, rng):
 
 def test_transforms_and_second_derivatives_see_the_limit(rng):
     z = some_of_each(3, 9, 5, rng).double()
-    z[:, 5] = torch.randn(3, 5)
 
     def own(z):
         return LogSumOfDraws(z).value().clamp_min(-20)
 
     def plain(z):
-        return z.clamp(-LARGE, LARGE).log_softmax(-1).logsumexp(0).clamp_min(-20)
+        return z.log_softmax(-1).logsumexp(0).clamp_min(-20)
 
     finite = torch.randn(3, 9, 5).double()
     assert torch.autograd.gradgradcheck(own, finite[:, :2].requires_grad_())
-    jacobian, expected = torch.func.jacrev(own)(z), torch.func.jacrev(plain)(z)
-    assert (jacobian[:7, :, :, :7] - expected[:7, :, :, :7])[:, :, :, [0, 1, 2, 5]].abs().max() <= 1e-6
+    jacobian, expected = torch.func.jacrev(own)(z), torch.func.jacrev(plain)(z.clamp(-LARGE, LARGE))
+    assert (jacobian - expected).abs().max() <= 1e-6
     tangent = torch.randn_like(finite)
     assert (torch.func.jvp(own, (finite,), (tangent,))[1] - torch.func.jvp(plain, (finite,), (tangent,))[1]).abs().max() <= 1e-9
 
