@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rse_fast import arguments, noise
-from rse_fast.calls import Calls, calls, unregistered
+from rse_fast.attributes import tensors, unregistered
+from rse_fast.calls import Calls, calls
 from rse_fast.nn import NoiseLayer, NoisyConv, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
 from rse_fast.trace import Tracer
 
@@ -145,7 +146,7 @@ def _left_out(model: nn.Module, layers: dict[str, nn.Module], first: nn.Module, 
         kind = getattr(module, "original_name", type(module).__name__)  # of a scripted module, what it was made of
         if "conv" in kind.lower() and leaf and not inside and not any(excluded(name, module) for name in own):
             found[own[0]] = kind
-    loose = {name: module for module, name in unregistered(model)}
+    loose = {name: module for module, name in unregistered(model).items()}
     modules = loose | {name: module for module, own in names.items() for name in own}
     seen = _calls(model, first)
     for parameter in sorted(seen.read) if seen else [f"{name}.weight" for name, m in loose.items() if isinstance(m, CONVOLUTIONS)]:
@@ -482,18 +483,12 @@ def _first_on_meta(model: nn.Module, layers: dict[Any, nn.Module]) -> nn.Module 
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose parameters and buffers are on the meta device; their data is never copied."""
+    """A copy of ``model`` whose tensors are on the meta device; their data is never copied."""
     memo = {}
-    trees = (model, *(module for module, _ in unregistered(model)))
-    for tensor in (t for tree in trees for t in (*tree.parameters(), *tree.buffers(), *tensor_attributes(tree))):
+    for tensor in tensors(model):
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
-
-
-def tensor_attributes(model: nn.Module) -> list[torch.Tensor]:
-    """The tensors that modules hold as plain attributes, such as the weight that old-style weight_norm computes."""
-    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
 
 
 # --------------------------------------------------------------------------------------------------------------------- classes
