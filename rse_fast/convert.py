@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -381,11 +382,8 @@ def _calls(model: nn.Module, first: nn.Module) -> Calls | None:
         first = copied.get_submodule(names[first])
     except Exception:  # a module that cannot be copied
         return None
-    for module in copied.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-        if isinstance(module, NoiseLayer):
-            module.noise_enabled = False
+    for layer in noise_layers(copied).values():
+        layer.noise_enabled = False
     with torch.random.fork_rng(devices=[]):
         return calls(copied, first)
 
@@ -439,9 +437,6 @@ def first_executed(model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
         copied = meta_copy(model)
     except Exception:  # a module that cannot be copied
         return layers[0]
-    for module in copied.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
     names = {module: name for name, module in model.named_modules()}
     originals = {copied.get_submodule(names[layer]): layer for layer in layers}
     with torch.random.fork_rng(devices=[]):
@@ -483,8 +478,8 @@ def _first_on_meta(model: nn.Module, layers: dict[Any, nn.Module]) -> nn.Module 
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose tensors are on the meta device; their data is never copied."""
-    memo = {}
+    """A copy of ``model`` without forward hooks, its tensors on the meta device. Neither data nor what a hook belongs to is copied."""
+    memo: dict[int, Any] = {id(hooks): OrderedDict() for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)}
     for tensor in tensors(model):
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

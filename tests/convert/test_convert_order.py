@@ -146,3 +146,18 @@ def test_finding_the_first_layer_leaves_no_trace(traceable, rng):
     assert not hooked and not model.seen
     rse_fast.revert(model)
     assert_unchanged(model, before)
+
+
+class Tool:
+    def record(self, module, args, out):
+        raise AssertionError("a run that nobody asked for")
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("a tool must not be copied")
+
+
+def test_a_hook_whose_owner_cannot_be_copied_hides_no_order():
+    model = OutOfOrder().eval()
+    model.late.register_forward_hook(Tool().record)
+    rse_fast.convert(model)
+    assert sigmas(model) == {"late": 0.1, "unused": 0.1, "early": 0.2}

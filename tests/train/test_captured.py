@@ -3,10 +3,9 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
-from tiny_training import config, write_images
+from tiny_training import config
 
 pytest.importorskip("tqdm")
 pytest.importorskip("safetensors.torch")
@@ -27,11 +26,6 @@ CASES = {
     "adversarial": {"attack": "fgsm"},
     "brelu": {"ema": 0.9},
 }
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
 
 
 def trainer(images, case, device="cuda", **fields):

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tiny_training import config, net, net_without_batch_statistics, same, without_times, write_images
+from tiny_training import config, net, net_without_batch_statistics, same, without_times
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -24,11 +24,6 @@ from rse_fast.train.log import read  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 B = 12
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
 
 
 @pytest.fixture

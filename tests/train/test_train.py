@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_training import config, same, without_times, write_images
+from tiny_training import config, same, without_times
 from torch.nn.functional import cross_entropy
 
 pytest.importorskip("tqdm")
@@ -22,11 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 6  # of an epoch, see `config`
 BARE = "tiny_training:net_without_batch_statistics"
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
 
 
 @pytest.fixture

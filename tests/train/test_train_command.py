@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_images import cifar_batches, make_folder, write_cifar
-from tiny_training import config, same, without_times, write_images
+from tiny_training import config, same, without_times
 
 pytest.importorskip("tqdm")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -27,11 +27,6 @@ from rse_fast.train.log import draw_curves, read  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = ["--model", "tiny_training:net", "--epochs", "1", "--batch-size", "18", "--log-steps", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
 
 
 @pytest.fixture(scope="module")

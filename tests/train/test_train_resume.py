@@ -29,11 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "images.npz", np.random.default_rng())
-
-
-@pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
     """A run of everything that has state, never interrupted."""
     threads = torch.get_num_threads()
