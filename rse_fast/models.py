@@ -27,12 +27,12 @@ def _conv_bn_relu(in_channels: int, out_channels: int, *, padding: int = 1, bias
 
 
 class _PooledFeatures(nn.Module):
-    """``layers`` that end in ``channels``, their average and a Linear head."""
+    """``layers`` that end in ``channels``, their average (or what else ``pool`` makes of a map) and a Linear head."""
 
-    def __init__(self, layers: list[nn.Module], channels: int, num_classes: int) -> None:
+    def __init__(self, layers: list[nn.Module], channels: int, num_classes: int, pool: type[nn.Module] = nn.AdaptiveAvgPool2d) -> None:
         super().__init__()
         self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pool = pool(1)
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
