@@ -187,7 +187,11 @@ def _autoattack(case, queries, x, y):
     version = "rand" if queries.random else "standard"
     attack = AutoAttack(queries, norm=case.norm, eps=case.eps, seed=_seed(), version=version, device=x.device)
     attack.apgd.eot_iter = 1  # the draws are packed inside each query
-    attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = case.steps  # 100 are the version's own
+    attack.fab.n_iter = case.steps  # 100 are the version's own
+    for apgd in (attack.apgd, attack.apgd_targeted):
+        apgd.n_iter = case.steps
+        # When steps are halved: the constructor has derived it from its own number of steps.
+        apgd.n_iter_2, apgd.n_iter_min, apgd.size_decr = (max(1, int(share * case.steps)) for share in (0.22, 0.06, 0.03))
     attack.square.n_queries = 50 * case.steps
     with torch.no_grad():
         classes = queries(x[:1]).shape[1]
