@@ -24,6 +24,7 @@ for package in ("foolbox", "pyautoattack", "safetensors", "sklearn", "tqdm"):
 
 from rse_fast import data  # noqa: E402
 from rse_fast.data import lines  # noqa: E402
+from rse_fast.ensemble.runner import seeded  # noqa: E402
 from rse_fast.evaluate import PROTOCOLS, Case, attacks, command, evaluate, rows, run  # noqa: E402
 from rse_fast.evaluate.target import Queries, Target, derive  # noqa: E402
 
@@ -227,6 +228,23 @@ def test_autoattack_with_few_classes(classes, convert, digits, rng):
     changed = (found.images != x).flatten(1).any(1)
     assert changed.all() if convert else not changed[0]  # a random answer that was wrong once is not taken for good
     assert convert or (found.verdict == (target.answer("deployed", found.images, 5, 0).labels != y)).all()
+
+
+def test_the_first_attack_of_autoattack_is_that_attack_for_any_number_of_steps(digits):
+    """Of a network whose noise is 0, so that no query has noise of its own. It is so crooked that the size of a step matters."""
+    x, y = digits.images[:6].float() / 255, digits.labels[:6]
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(288, 10))
+    with torch.no_grad():
+        net[0].weight.mul_(20)
+    target, found = Target(rse_fast.convert(net, 0, 0), 2, dtype="float32"), {}
+    for method in ("autoattack", "apgd-ce"):
+        case = Case("a", method, eps=0.2, steps=20, eot=2)
+        with seeded(7, x.device):
+            if method == "apgd-ce":
+                attacks._seed()  # the other gave one to its library
+            found[method], _ = attacks.METHODS[method](case, target.queries(case, 3), x, y)
+    assert torch.equal(found["autoattack"]["apgd-ce"][0], found["apgd-ce"][0]) and not torch.equal(found["apgd-ce"][0], x)
 
 
 def test_the_attacks_of_autoattack_are_scored_alone_too(short, noisy, digits):
@@ -538,7 +556,25 @@ def test_gradients_are_watched(rng):
     assert queries.gradients is None
     x.requires_grad_()
     torch.autograd.grad(queries(x).sum(), x)
-    assert queries.gradients == {"nan": 0.25, "zero": 0.5}
+    assert queries.gradients == {"nan": 0.25, "right": 1.0, "zero": 0.5}
+
+
+@pytest.mark.parametrize("draws", (1, 4))
+def test_gradients_of_confident_images_do_not_vanish_in_float16(draws, digits):
+    net = nearest_mean(True)
+    with torch.no_grad():
+        net[2].weight.mul_(8)
+    x = digits.images[:32].float() / 255
+    found = {}
+    for dtype in ("float32", "float16"):
+        queries = Target(net, draws, dtype=dtype).queries(Case("a", "pgd", eot=draws), 3)
+        y = queries(x).argmax(-1)
+        queries.calls, images = 0, x.clone().requires_grad_()
+        logits = queries(images)
+        (found[dtype],) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, y, reduction="sum"), images)
+        assert queries.gradients["zero"] == 0 and (logits.detach().exp().amax(-1) > 1 - 1e-6).any()
+    cosines = torch.nn.functional.cosine_similarity(*(g.double().flatten(1) for g in found.values()))
+    assert (cosines > 0.99).all()
 
 
 def test_a_gradient_may_vanish_once_the_attack_has_its_aim(rng):
@@ -553,6 +589,7 @@ def test_a_gradient_may_vanish_once_the_attack_has_its_aim(rng):
         queries.about(x, torch.tensor(labels))
         some = x[chosen].clone().requires_grad_()
         torch.autograd.grad(loss(queries(some)), some)
+        assert queries.gradients["right"] == sum(labels[i] == 0 for i in chosen) / len(chosen)
         return queries.gradients["zero"]
 
     def flat(logits):
