@@ -1,8 +1,8 @@
 """Adapters of foolbox and pyautoattack: one function a method, from images and labels to candidates for adversarial images.
 
 An attack on a random classifier keeps what one lucky query called adversarial. So an adapter gives candidates, what the library returns
-and where its search ended, and `run` picks, image by image, the one with the lowest probability of the true class in draws of their own;
-for an attack that looks for the closest image, the closest that is wrong in these draws.
+and where its search ended, and `run` picks, image by image, the one whose true class is furthest behind another, or least ahead of it, in
+draws of their own; for an attack that looks for the closest image, the closest that is wrong in these draws.
 The libraries' own verdicts are kept beside (`Found.verdict`); no figure is made of them alone.
 """
 
@@ -50,7 +50,7 @@ def run(case: Case, queries: Queries, select: Callable[[Tensor], Answer], x: Ten
     if len(candidates) == 1:
         return Found(candidates[0], verdict, queries.images, {})
     answers = [select(images) for images in candidates]
-    rank = torch.stack([answer.probs.gather(-1, y[:, None])[:, 0] for answer in answers])
+    rank = torch.stack([lead(answer.probs, y) for answer in answers])
     if case.method == "cw":
         l2 = torch.stack([(images - x).flatten(1).norm(dim=-1) for images in candidates])
         rank = torch.where(torch.stack([answer.labels for answer in answers]) != y, l2, l2.max() + 1 + rank)
@@ -60,6 +60,11 @@ def run(case: Case, queries: Queries, select: Callable[[Tensor], Answer], x: Ten
         choice = rank.masked_fill(others[:, None], float("inf")).argmin(0)
         best[part] = torch.stack(candidates)[choice, torch.arange(len(x), device=x.device)]
     return Found(best.pop(""), verdict, queries.images, best)
+
+
+def lead(probs: Tensor, y: Tensor) -> Tensor:
+    """How far the probability of class y [B] is above that of the best other class, [B]: below 0 where an image is wrong. probs [B, K]."""
+    return probs.gather(-1, y[:, None])[:, 0] - probs.scatter(-1, y[:, None], -1.0).amax(-1)
 
 
 def _sendable(images, x, queries):

@@ -26,7 +26,7 @@ from rse_fast import data  # noqa: E402
 from rse_fast.data import lines  # noqa: E402
 from rse_fast.ensemble.runner import seeded  # noqa: E402
 from rse_fast.evaluate import PROTOCOLS, Case, attacks, command, evaluate, rows, run  # noqa: E402
-from rse_fast.evaluate.target import Queries, Target, derive  # noqa: E402
+from rse_fast.evaluate.target import Answer, Queries, Target, derive  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -256,15 +256,15 @@ def test_the_attacks_of_autoattack_are_scored_alone_too(short, noisy, digits):
     x, y = digits.images[:5].float() / 255, digits.labels[:5]
     target, given = Target(noisy, 3), {"a": [x, 1 - x], "b": [x.flip(-1), x.flip(-2)]}
     select = lambda images: target.answer("deployed", images, 3, 0)  # noqa: E731
-    probs = {part: torch.stack([select(c).probs.gather(-1, y[:, None])[:, 0] for c in images]) for part, images in given.items()}
+    leads = {part: torch.stack([attacks.lead(select(c).probs, y) for c in images]) for part, images in given.items()}
     case = Case("a", "autoattack", eps=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attacks.METHODS, "autoattack", lambda *args: (given, torch.zeros(5, dtype=torch.bool)))
         found = attacks.run(case, target.queries(case, 1), select, x, y, 2)
     for i in range(5):
         for part in given:
-            assert torch.equal(found.parts[part][i], given[part][probs[part][:, i].argmin()][i])
-        strongest = min(given, key=lambda part: probs[part][:, i].min())
+            assert torch.equal(found.parts[part][i], given[part][leads[part][:, i].argmin()][i])
+        strongest = min(given, key=lambda part: leads[part][:, i].min())
         assert torch.equal(found.images[i], found.parts[strongest][i])
 
 
@@ -291,17 +291,30 @@ def test_mean_logits_are_those_of_the_draws(digits, rng):
     assert (centred(softmax(x).double()) - centred(clean)).abs().max() > 6 * 2 * spread
 
 
-def test_restarts_keep_the_image_with_the_lowest_probability_of_the_truth(noisy, digits):
+def test_restarts_keep_the_image_whose_true_class_is_furthest_behind(noisy, digits):
     x, y = digits.images[:5].float() / 255, digits.labels[:5]
     target, candidates = Target(noisy, 3), [x, 1 - x, x.flip(-1)]
-    probs = torch.stack([target.answer("deployed", c, 3, 0).probs.gather(-1, y[:, None])[:, 0] for c in candidates])
+    probs = torch.stack([target.answer("deployed", c, 3, 0).probs for c in candidates])
+    true = torch.nn.functional.one_hot(y, 10).bool()
+    leads = torch.where(true, probs, 0).amax(-1) - torch.where(true, -1, probs).amax(-1)
     calls = iter(candidates)
     case = Case("a", "pgd", eps=1.0, restarts=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attacks.METHODS, "pgd", lambda *args: ([next(calls)], torch.zeros(5, dtype=torch.bool)))
         found = attacks.run(case, target.queries(case, 1), lambda images: target.answer("deployed", images, 3, 0), x, y, 2)
-    for i, choice in enumerate(probs.argmin(0).tolist()):
+    for i, choice in enumerate(leads.argmin(0).tolist()):
         assert torch.equal(found.images[i], candidates[choice][i])
+
+
+def test_an_image_that_is_wrong_is_kept_before_one_whose_true_class_is_less_probable_and_right():
+    """The truth has 0.34 of three classes, and 0.45 of two."""
+    probs = torch.tensor([[0.34, 0.33, 0.33], [0.45, 0.55, 0.0]])
+    right, wrong, x, y = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+    case = Case("a", "pgd", eps=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attacks.METHODS, "pgd", lambda *args: ([right, wrong], torch.ones(2, dtype=torch.bool)))
+        found = attacks.run(case, Queries(torch.nn.Flatten(), 1), lambda c: Answer(y, probs[c[:, 0, 0, 0].long()]), x, y, 2)
+    assert torch.equal(found.images, wrong)
 
 
 def test_the_closest_image_that_other_draws_confirm_is_kept(noisy, digits):
