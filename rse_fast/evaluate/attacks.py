@@ -160,7 +160,7 @@ def _apgd(case, queries, x, y):
     from pyautoattack.autopgd_base import APGDAttack
 
     attack = APGDAttack(
-        queries, n_iter=case.steps, norm=case.norm, n_restarts=1, eps=case.eps, seed=0, loss=case.method.removeprefix("apgd-"), eot_iter=1,
+        queries, n_iter=case.steps, norm=case.norm, n_restarts=1, eps=case.eps, loss=case.method.removeprefix("apgd-"), eot_iter=1,
         device=x.device,
     )  # fmt: skip
     # Attacks every image, also those that one query found wrong before, and keeps the largest loss rather than the first lucky query.

@@ -40,7 +40,8 @@ def _share(row):
 
 
 def _figures(case, rows):
-    """accuracy: estimate over repeats. worst: share of images that were right in each of the repeats, "worst of k queries"."""
+    """accuracy: estimate over repeats. worst: share of images that were right in each of the repeats, "worst of k queries". verdict: share
+    that the attack's library calls right."""
     count, repeats = len(rows), len(rows[0]["answers"])
     accuracies = [sum(row["answers"][r] == row["target"] for row in rows) / count for r in range(repeats)]
     worst = sum(all(answer == row["target"] for answer in row["answers"]) for row in rows) / count
@@ -52,10 +53,11 @@ def _figures(case, rows):
         "mean_l2": statistics.fmean(row["l2"] for row in rows),
         "rms_l2": statistics.fmean(row["l2"] ** 2 for row in rows) ** 0.5,
         "largest_linf": max(row["linf"] for row in rows),
-        "verdict": 1 - sum(row["verdict"] for row in rows) / count,
         "attack_queries": statistics.fmean(row["queries"] for row in rows),
         "seconds_per_image": statistics.fmean(row["seconds"] for row in rows),
     }
+    if case.method != "clean":  # where there is no library to have one
+        figures["verdict"] = 1 - sum(row["verdict"] for row in rows) / count
     gradients = [row["gradients"] for row in rows if row.get("gradients")]
     if gradients:
         # Rows of an older version do not tell how many were right.
