@@ -481,7 +481,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` without forward hooks, its tensors on the meta device. Neither data nor what a hook belongs to is copied."""
     memo: dict[int, Any] = {id(hooks): OrderedDict() for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)}
     for tensor in tensors(model):
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        try:
+            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        except RuntimeError:  # of a type that the meta device does not have, such as a quantised one: copied as it is
+            continue
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
 

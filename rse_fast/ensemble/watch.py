@@ -83,8 +83,9 @@ class Watch:
         tensors = [t for t in tensors + reached.tensors if isinstance(t, torch.Tensor)]
         self._tensors = list({id(t): t for t in tensors}.values())
         self._versioned = list(filter(_has_version, self._tensors))
+        self._placed = [t for t in self._tensors if t.layout is torch.strided]  # a sparse one has no address of its own
         # Memory that a tensor has left stays taken: what came to lie at its old address would look like it.
-        self._memory = [t.untyped_storage() for t in self._tensors]
+        self._memory = [t.untyped_storage() for t in self._placed]
         self._versions, self._places = self._states()
         hooks = [field[name] for field in fields for name in HOOKS] + GLOBAL_HOOKS
         self._unhooked, self._hooked = [h for h in hooks if not h], [(h, list(h.items())) for h in hooks if h]
@@ -133,7 +134,7 @@ class Watch:
 
     def _states(self):
         """The sum of the versions, each of which only grows, and where the tensors are."""
-        return sum(map(attrgetter("_version"), self._versioned)), list(map(torch.Tensor.data_ptr, self._tensors))
+        return sum(map(attrgetter("_version"), self._versioned)), list(map(torch.Tensor.data_ptr, self._placed))
 
     def _look(self):
         return [look(where) for look, where in self._looks]

@@ -398,3 +398,25 @@ def test_a_dropped_snapshot_is_gone_at_once(options, rng):
     finally:
         gc.enable()
     assert counts[0] == counts[1] == counts[2]
+
+
+@FUSE
+@pytest.mark.parametrize("change", [lambda m: m.mix.mul_(2), lambda m: setattr(m, "mix", m.mix * 2)], ids=["in place", "another"])
+def test_a_change_of_a_sparse_tensor_is_noticed(change, fuse, rng):
+    """Such as the edges of a graph; it has no address."""
+
+    class Mixes(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mix", torch.eye(3).to_sparse())
+
+        def forward(self, x):
+            return (self.mix @ super().forward(x).T).T
+
+    torch.manual_seed(int(rng.integers(2**31)))
+    model, x = rse_fast.convert(Mixes().eval()), torch.rand(2, 3, 8, 8)
+    ensemble = Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32")
+    old = ensemble.predict(x)
+    change(model)
+    new, expected = ensemble.predict(x), Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32").predict(x)
+    assert torch.equal(new.probs, expected.probs) and (new.probs - old.probs).abs().max() > 1e-5
