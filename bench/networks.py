@@ -27,7 +27,7 @@ class _Bottleneck(nn.Module):
 class ResNet50(nn.Module):
     """ResNet-50 for 224x224 images (He et al. 2016), stride in the 3x3 convolution; 25,557,032 parameters, 4.1 G multiply-adds."""
 
-    def __init__(self, num_classes: int = 1000) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
@@ -37,7 +37,7 @@ class ResNet50(nn.Module):
             for i in range(count):
                 blocks.append(_Bottleneck(channels, width, 2 if stage and not i else 1))
                 channels = 4 * width
-        self.blocks, self.pool, self.classifier = nn.Sequential(*blocks), nn.AdaptiveAvgPool2d(1), nn.Linear(channels, num_classes)
+        self.blocks, self.pool, self.classifier = nn.Sequential(*blocks), nn.AdaptiveAvgPool2d(1), nn.Linear(channels, 1000)
 
     def forward(self, x):
         return self.classifier(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
@@ -60,13 +60,13 @@ class _Basic(nn.Module):
 class ResNet14(nn.Sequential):
     """A small ResNet for 32x32 images: three stages of two basic blocks (He et al. 2016), 32 to 128 channels."""
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self) -> None:
         blocks = [
             _Basic(channels, width, stride)
             for channels, width, stride in ((32, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1))
         ]
         stem = nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
-        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes))
+        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
 class Chain(nn.Sequential):

@@ -1,19 +1,17 @@
 """Which noisy layers a forward pass calls, and which convolutions it computes without a layer. A run on the meta device tells."""
 
 import sys
-from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rse_fast.attributes import unregistered
 from rse_fast.nn import NoisyConv, NoisyInput, NoisyLinear
 
 SIZES = (64, 32, 224, 28)  # pixels of the images that are tried, one after the other
 _NOISY = {kind.forward.__code__ for kind in (NoisyInput, NoisyConv, NoisyLinear)}
-_REGISTRIES = set(vars(nn.Module()))
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.mv, _aten.matmul}
 _VIEWS = {_aten.view, _aten._unsafe_view, _aten._reshape_alias, _aten.permute, _aten.transpose, _aten.t, _aten.unsqueeze, _aten.squeeze}
@@ -34,7 +32,7 @@ def calls(copied: nn.Module, first: nn.Module) -> Calls | None:
 
     first: the convolution or linear layer in it whose channels are those of the input.
     """
-    loose = dict(unregistered(copied))
+    loose = unregistered(copied)
     names = {module: name for name, module in copied.named_modules()} | loose
     owners = {
         id(parameter): (module, f"{name}.{own}".lstrip("."))
@@ -110,23 +108,3 @@ def _running() -> tuple[list[nn.Module], list[nn.Module]]:
 
 def _is_layer(module):
     return "conv" in type(module).__name__.lower() or isinstance(module, nn.modules.conv._ConvNd)
-
-
-def unregistered(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Modules that the model's modules hold in plain attributes, lists, tuples and dicts, so that torch does not register them. Each comes
-    with a name. They are in no state dict, and get no noise."""
-    seen = {module: name for name, module in model.named_modules()}
-    registered, modules = len(seen), list(seen.items())
-    while modules:
-        module, name = modules.pop(0)
-        waiting: deque[tuple[Any, str, int]] = deque([({k: v for k, v in vars(module).items() if k not in _REGISTRIES}, name, 5)])
-        while waiting:
-            value, name, depth = waiting.popleft()
-            if isinstance(value, nn.Module):
-                new = {inner: own for own, inner in value.named_modules(prefix=name) if inner not in seen}
-                seen.update(new)
-                modules += new.items()
-            elif isinstance(value, (list, tuple, dict)) and depth:
-                pairs = value.items() if isinstance(value, dict) else enumerate(value)
-                waiting += [(v, f"{name}.{key}".lstrip("."), depth - 1) for key, v in pairs]
-    return list(seen.items())[registered:]

@@ -1,6 +1,5 @@
 """Whether the noise stands at a model's input, and its rows are independent: what a certificate needs of a model."""
 
-import copy
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rse_fast import ops, outputs
 from rse_fast.context import NoiseContext
-from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import Ensemble
+from rse_fast.ensemble.hooks import twin
 from rse_fast.ensemble.runner import agree, probe_images, unmoved
 from rse_fast.nn import NoiseLayer, noise_layers
 from rse_fast.trace import Generators, draws
@@ -132,8 +131,7 @@ def check_rows(ensemble: Ensemble, x: Tensor) -> None:
 
 def _first_noise(model: torch.nn.Module, layers: dict[str, NoiseLayer], x: Tensor, logits: outputs.Choice) -> tuple[str, NoiseLayer]:
     image = x[:1].to(next(model.parameters(), x).dtype)
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
-    copied = copy.deepcopy(model, memo).eval()  # modules of its own, the tensors are shared: modes and switches of the model stay
+    copied = twin(model)  # modes and switches of the model stay; its hooks are called, since what they do is a part of it
     for layer in noise_layers(copied).values():
         layer.noise_enabled = True
     out, readers = _watched(copied, image)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rse_fast import arguments, noise
-from rse_fast.calls import Calls, calls, unregistered
+from rse_fast.attributes import tensors, unregistered
+from rse_fast.calls import Calls, calls
 from rse_fast.nn import NoiseLayer, NoisyConv, NoisyConv1d, NoisyConv2d, NoisyConv3d, NoisyInput, NoisyLinear, noise_layers, number_layers
 from rse_fast.trace import Tracer
 
@@ -145,7 +147,7 @@ def _left_out(model: nn.Module, layers: dict[str, nn.Module], first: nn.Module, 
         kind = getattr(module, "original_name", type(module).__name__)  # of a scripted module, what it was made of
         if "conv" in kind.lower() and leaf and not inside and not any(excluded(name, module) for name in own):
             found[own[0]] = kind
-    loose = {name: module for module, name in unregistered(model)}
+    loose = {name: module for module, name in unregistered(model).items()}
     modules = loose | {name: module for module, own in names.items() for name in own}
     seen = _calls(model, first)
     for parameter in sorted(seen.read) if seen else [f"{name}.weight" for name, m in loose.items() if isinstance(m, CONVOLUTIONS)]:
@@ -380,11 +382,8 @@ def _calls(model: nn.Module, first: nn.Module) -> Calls | None:
         first = copied.get_submodule(names[first])
     except Exception:  # a module that cannot be copied
         return None
-    for module in copied.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-        if isinstance(module, NoiseLayer):
-            module.noise_enabled = False
+    for layer in noise_layers(copied).values():
+        layer.noise_enabled = False
     with torch.random.fork_rng(devices=[]):
         return calls(copied, first)
 
@@ -438,9 +437,6 @@ def first_executed(model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
         copied = meta_copy(model)
     except Exception:  # a module that cannot be copied
         return layers[0]
-    for module in copied.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
     names = {module: name for name, module in model.named_modules()}
     originals = {copied.get_submodule(names[layer]): layer for layer in layers}
     with torch.random.fork_rng(devices=[]):
@@ -482,18 +478,15 @@ def _first_on_meta(model: nn.Module, layers: dict[Any, nn.Module]) -> nn.Module 
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose parameters and buffers are on the meta device; their data is never copied."""
-    memo = {}
-    trees = (model, *(module for module, _ in unregistered(model)))
-    for tensor in (t for tree in trees for t in (*tree.parameters(), *tree.buffers(), *tensor_attributes(tree))):
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    """A copy of ``model`` without forward hooks, its tensors on the meta device. Neither data nor what a hook belongs to is copied."""
+    memo: dict[int, Any] = {id(hooks): OrderedDict() for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)}
+    for tensor in tensors(model):
+        try:
+            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        except RuntimeError:  # of a type that the meta device does not have, such as a quantised one: copied as it is
+            continue
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
-
-
-def tensor_attributes(model: nn.Module) -> list[torch.Tensor]:
-    """The tensors that modules hold as plain attributes, such as the weight that old-style weight_norm computes."""
-    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
 
 
 # --------------------------------------------------------------------------------------------------------------------- classes

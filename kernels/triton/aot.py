@@ -81,7 +81,6 @@ class Result:
     classes: dict = field(default_factory=dict)
     tensor: str = ""
     wide_accesses: bool = False
-    shared_accesses: int = 0
 
 
 # ------------------------------------------------------------------------------------------------------------------------ cases
@@ -281,7 +280,6 @@ def _read_cuda(case, target, compiled) -> Result:
         classes={kind: count / share for kind, count in sorted(classes.items())},
         tensor=next((m.group(0) for op in opcodes if (m := TENSOR.match(op))), ""),
         wide_accesses=any(".128" in op for op in moves),
-        shared_accesses=sum(op.startswith(("LDS", "STS", "LDSM", "STSM")) for op in opcodes),
     )  # fmt: skip
 
 
@@ -294,7 +292,7 @@ def _read_hip(case, target, compiled) -> Result:
         case.name, target, registers=number("vgpr_count"), spills=number("vgpr_spill_count"), shared=compiled.metadata.shared,
         instructions=len(opcodes) / share, classes={},
         tensor=next((m.group(0) for op in opcodes if (m := TENSOR.match(op))), ""),
-        wide_accesses=any("dwordx4" in op for op in opcodes), shared_accesses=sum(op.startswith("ds_") for op in opcodes),
+        wide_accesses=any("dwordx4" in op for op in opcodes),
     )  # fmt: skip
 
 

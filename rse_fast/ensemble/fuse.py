@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from rse_fast.convert import tensor_attributes
+from rse_fast.attributes import detached
 from rse_fast.ensemble import hooks
 from rse_fast.ensemble.merge import CONVOLUTIONS, NORMS, has_hooks, merge_activations
 from rse_fast.ensemble.shapes import ShapeTracer
@@ -116,8 +116,7 @@ def copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     In a container, the model is called rather than its forward: its own hooks are as well, and a model of one layer is a leaf.
     """
-    # A tensor with a history, such as the weight that old-style weight_norm computes, cannot be copied as it is.
-    memo = {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}
+    memo = detached(model)
     hooks.remember(model, memo)
     try:
         copied = deepcopy(model, memo)

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 from torch import nn
 
-from rse_fast.convert import tensor_attributes
+from rse_fast.attributes import detached
 from rse_fast.ensemble.watch import HOOKS
 
 _probing = threading.local()
@@ -50,8 +50,9 @@ def attach(copied: nn.Module, model: nn.Module) -> None:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """Modules like those of ``model`` in eval mode that share its tensors, to try things with that the model shall not notice."""
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers(), *tensor_attributes(model))}
+    """Modules like those of ``model`` in eval mode that share its parameters and buffers, to try things with that the model shall not
+    notice. Tensors in attributes, which a forward may write to, are copies."""
+    memo = detached(model) | {id(t): t for t in (*model.parameters(), *model.buffers())}
     remember(model, memo)
     copied = deepcopy(model, memo).eval()
     attach(copied, model)

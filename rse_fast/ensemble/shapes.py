@@ -11,7 +11,7 @@ import torch
 from torch.fx.node import map_aggregate
 
 from rse_fast.convert import meta_copy
-from rse_fast.nn import NoiseLayer
+from rse_fast.nn import noise_layers
 from rse_fast.trace import Tracer
 
 _IMAGES = (2, 3)
@@ -26,11 +26,8 @@ class ShapeTracer(Tracer):
 
     def trace(self, root, concrete_args=None):
         self._twin = meta_copy(root)
-        for module in self._twin.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-            if isinstance(module, NoiseLayer):
-                module.noise_enabled = False
+        for layer in noise_layers(self._twin).values():
+            layer.noise_enabled = False
         return super().trace(root, concrete_args)
 
     def proxy(self, node):

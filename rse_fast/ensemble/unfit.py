@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from rse_fast.context import NoiseContext
 from rse_fast.convert import meta_copy
-from rse_fast.ensemble import hooks
 from rse_fast.input_noise import Normalize
 
 _BATCH = {1: "[N, C, L]", 2: "[N, C, H, W]", 3: "[N, C, D, H, W]"}  # by the dimensions of a convolution's kernel
@@ -41,11 +40,11 @@ def unfit(model: nn.Module, shape: torch.Size, argument: str = "x") -> str | Non
         return before
 
     try:
-        copied = meta_copy(hooks.twin(model)).float()
+        copied = meta_copy(model).eval().float()
         for name, layer in copied.named_modules():
             if isinstance(layer, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, Normalize)):
                 layer.register_forward_pre_hook(check(name, layer))
-        with torch.no_grad(), hooks.without_hooks(), NoiseContext(torch.zeros((), dtype=torch.int64, device="cpu"), 1):
+        with torch.no_grad(), NoiseContext(torch.zeros((), dtype=torch.int64, device="cpu"), 1):
             copied(torch.empty(image, dtype=torch.float32, device="meta"))
     except _Unfit as found:
         return str(found)

@@ -4,14 +4,9 @@ On a ResNet-50 (149 modules, 320 tensors that count) a call takes 0.1 ms on an A
 addresses, which nothing in Python tells of all at once; what the registries hold is compared dict by dict, in one call.
 """
 
-import argparse
-import collections
-import dataclasses
-import types
 import weakref
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +14,15 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rse_fast import attributes
+from rse_fast.nn import NoiseLayer
+
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _COUNTER = "num_batches_tracked"  # of BatchNorm, which no module in eval mode reads
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# What torch keeps in a module is looked at by name. The rest changes no result of a snapshot: its modules are in eval mode, and have
-# the streams of their own time.
-_FREE = {*vars(nn.Module()), "stream", "layer_name", "_reversed_padding_repeated_twice"}
+# What torch keeps in a module is looked at by name, or changes no result of a snapshot, whose modules are in eval mode.
+_FREE = attributes.OF_TORCH | {"_reversed_padding_repeated_twice"}
+_NUMBERED = {"stream", "layer_name"}  # of noisy layers: a snapshot has those of its own time
 _DICTS = (*_REGISTRIES, *HOOKS)
 _dicts = itemgetter(*_DICTS)
 # Hooks of every module in the process.
@@ -57,7 +55,8 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module):
-        self._modules, objects = _reached(model)
+        reached = attributes.reached(model)
+        self._modules = list(reached.modules)
         self._types = list(map(type, self._modules))
         self._classes = [(cls, dict(vars(cls))) for cls in {c for t in set(self._types) for c in t.__mro__} if _is_users(cls)]
         self._forwards = [(cls, cls.forward) for cls in set(self._types) if not issubclass(cls, torch.jit.ScriptModule)]
@@ -74,18 +73,19 @@ class Watch:
         self._children = [field["_modules"] for field in fields if field["_modules"]]
         self._order = self._in_order()
         # One look-up for the dicts that torch keeps in a module, of which there shall be no other, and for all of its attributes.
-        names = [[name for name in field if name not in _FREE] for field in fields]
+        names = list(map(_watched, self._modules))
         of_modules = [(itemgetter(*_DICTS, *own), field) for own, field in zip(names, fields, strict=True)]
-        self._looks = of_modules + [(_attributes, thing) for thing in objects]
-        attributes = [_frozen([field[name] for name in own]) for own, field in zip(names, fields, strict=True)]
-        inside = [_frozen(_attributes(thing)) for thing in objects]
-        self._values = [(*_dicts(field), *own) for own, field in zip(attributes, fields, strict=True)] + inside
+        self._looks = of_modules + [(attributes.of, thing) for thing in reached.objects]
+        plain = [_frozen([field[name] for name in own]) for own, field in zip(names, fields, strict=True)]
+        inside = [_frozen(attributes.of(thing)) for thing in reached.objects]
+        self._values = [(*_dicts(field), *own) for own, field in zip(plain, fields, strict=True)] + inside
         tensors = [v for kept in self._kept for name, v in kept.items() if name != _COUNTER]
-        tensors = [*tensors, *chain.from_iterable(map(_tensors, attributes + inside))]
-        self._tensors = list({id(t): t for t in tensors if isinstance(t, torch.Tensor)}.values())
+        tensors = [t for t in tensors + reached.tensors if isinstance(t, torch.Tensor)]
+        self._tensors = list({id(t): t for t in tensors}.values())
         self._versioned = list(filter(_has_version, self._tensors))
+        self._placed = [t for t in self._tensors if t.layout is torch.strided]  # a sparse one has no address of its own
         # Memory that a tensor has left stays taken: what came to lie at its old address would look like it.
-        self._memory = [t.untyped_storage() for t in self._tensors]
+        self._memory = [t.untyped_storage() for t in self._placed]
         self._versions, self._places = self._states()
         hooks = [field[name] for field in fields for name in HOOKS] + GLOBAL_HOOKS
         self._unhooked, self._hooked = [h for h in hooks if not h], [(h, list(h.items())) for h in hooks if h]
@@ -134,7 +134,7 @@ class Watch:
 
     def _states(self):
         """The sum of the versions, each of which only grows, and where the tensors are."""
-        return sum(map(attrgetter("_version"), self._versioned)), list(map(torch.Tensor.data_ptr, self._tensors))
+        return sum(map(attrgetter("_version"), self._versioned)), list(map(torch.Tensor.data_ptr, self._placed))
 
     def _look(self):
         return [look(where) for look, where in self._looks]
@@ -148,51 +148,15 @@ def _has_version(tensor):
         return False
 
 
-def _reached(model: nn.Module) -> tuple[list[nn.Module], list[Any]]:
-    """The modules of ``model``, those included that attributes hold unregistered, and the objects whose attributes are looked at."""
-    packages = {_package(type(module)) for module in model.modules()} - {"torch", "rse_fast"}
-    modules: dict[nn.Module, None] = {}
-    objects, seen, waiting = [], {}, collections.deque([model])  # those seen are kept: their ids stand for them
-    while waiting:
-        value = waiting.popleft()
-        if isinstance(value, nn.Module):
-            new = [module for module in value.modules() if module not in modules]
-            modules.update(dict.fromkeys(new))
-            waiting += [v for module in new for name, v in vars(module).items() if name not in _FREE]
-        elif id(value) not in seen and isinstance(value, (list, tuple, dict)):
-            seen[id(value)] = value
-            waiting += value.values() if isinstance(value, dict) else value
-        elif id(value) not in seen and _is_transparent(value, packages):
-            seen[id(value)] = value
-            objects.append(value)
-            waiting += _attributes(value).values()
-    return list(modules), objects
-
-
-def _is_transparent(value, packages: set[str]) -> bool:
-    """Whether the attributes of an object are compared one by one: it is data, or of one of the ``packages``."""
-    if isinstance(value, (type, types.FunctionType, types.MethodType, torch.Tensor)):
-        return False
-    return (
-        dataclasses.is_dataclass(value)
-        or isinstance(value, (types.SimpleNamespace, argparse.Namespace))
-        or _package(type(value)) in packages
-    )
-
-
-def _attributes(thing) -> dict[str, Any]:
-    """The attributes of an object by name; those of a dataclass may have slots."""
-    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
-    return {**getattr(thing, "__dict__", {}), **{f.name: getattr(thing, f.name, None) for f in fields}}
-
-
-def _package(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
+def _watched(module):
+    """The names of the attributes that are compared."""
+    free = _FREE | _NUMBERED if isinstance(module, NoiseLayer) else _FREE
+    return [name for name in vars(module) if name not in free]
 
 
 def _is_users(cls: type) -> bool:
     """Whether a class is neither torch's, ours nor built in."""
-    return issubclass(cls, nn.Module) and _package(cls) not in ("torch", "rse_fast")
+    return issubclass(cls, nn.Module) and attributes.package(cls) not in ("torch", "rse_fast")
 
 
 class _Array:
@@ -211,20 +175,28 @@ class _Array:
         return isinstance(other, np.ndarray) and self.read(other) == self.kept
 
 
-def _frozen(value):
-    """``value`` with a copy of each list, tuple, dict, set and array in it, which then stay as they are."""
+class _Same:
+    """A container within itself: that very one is equal to it."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return other is self.value
+
+
+def _frozen(value, within=()):
+    """``value`` with a copy of each list, tuple, dict, set and array in it, which then stay as they are.
+
+    within: the containers around it.
+    """
     if isinstance(value, np.ndarray):
         return _Array(value)
-    if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(map(_frozen, value))
-    if isinstance(value, dict):
-        return {key: _frozen(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple, dict)):
+        if any(value is outer for outer in within):
+            return _Same(value)
+        within = (*within, value)
+        if isinstance(value, dict):
+            return {key: _frozen(v, within) for key, v in value.items()}
+        return (list if isinstance(value, list) else tuple)([_frozen(v, within) for v in value])
     return set(value) if isinstance(value, set) else value
-
-
-def _tensors(value) -> list[torch.Tensor]:
-    """The tensors in a frozen value."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    value = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return list(chain.from_iterable(map(_tensors, value)))

@@ -1,8 +1,8 @@
 """Adapters of foolbox and pyautoattack: one function a method, from images and labels to candidates for adversarial images.
 
 An attack on a random classifier keeps what one lucky query called adversarial. So an adapter gives candidates, what the library returns
-and where its search ended, and `run` picks, image by image, the one with the lowest probability of the true class in draws of their own;
-for an attack that looks for the closest image, the closest that is wrong in these draws.
+and where its search ended, and `run` picks, image by image, the one whose true class is furthest behind another, or least ahead of it, in
+draws of their own; for an attack that looks for the closest image, the closest that is wrong in these draws.
 The libraries' own verdicts are kept beside (`Found.verdict`); no figure is made of them alone.
 """
 
@@ -50,7 +50,7 @@ def run(case: Case, queries: Queries, select: Callable[[Tensor], Answer], x: Ten
     if len(candidates) == 1:
         return Found(candidates[0], verdict, queries.images, {})
     answers = [select(images) for images in candidates]
-    rank = torch.stack([answer.probs.gather(-1, y[:, None])[:, 0] for answer in answers])
+    rank = torch.stack([lead(answer.probs, y) for answer in answers])
     if case.method == "cw":
         l2 = torch.stack([(images - x).flatten(1).norm(dim=-1) for images in candidates])
         rank = torch.where(torch.stack([answer.labels for answer in answers]) != y, l2, l2.max() + 1 + rank)
@@ -60,6 +60,11 @@ def run(case: Case, queries: Queries, select: Callable[[Tensor], Answer], x: Ten
         choice = rank.masked_fill(others[:, None], float("inf")).argmin(0)
         best[part] = torch.stack(candidates)[choice, torch.arange(len(x), device=x.device)]
     return Found(best.pop(""), verdict, queries.images, best)
+
+
+def lead(probs: Tensor, y: Tensor) -> Tensor:
+    """How far the probability of class y [B] is above that of the best other class, [B]: below 0 where an image is wrong. probs [B, K]."""
+    return probs.gather(-1, y[:, None])[:, 0] - probs.scatter(-1, y[:, None], -1.0).amax(-1)
 
 
 def _sendable(images, x, queries):
@@ -155,7 +160,7 @@ def _apgd(case, queries, x, y):
     from pyautoattack.autopgd_base import APGDAttack
 
     attack = APGDAttack(
-        queries, n_iter=case.steps, norm=case.norm, n_restarts=1, eps=case.eps, seed=0, loss=case.method.removeprefix("apgd-"), eot_iter=1,
+        queries, n_iter=case.steps, norm=case.norm, n_restarts=1, eps=case.eps, loss=case.method.removeprefix("apgd-"), eot_iter=1,
         device=x.device,
     )  # fmt: skip
     # Attacks every image, also those that one query found wrong before, and keeps the largest loss rather than the first lucky query.
@@ -187,7 +192,11 @@ def _autoattack(case, queries, x, y):
     version = "rand" if queries.random else "standard"
     attack = AutoAttack(queries, norm=case.norm, eps=case.eps, seed=_seed(), version=version, device=x.device)
     attack.apgd.eot_iter = 1  # the draws are packed inside each query
-    attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = case.steps  # 100 are the version's own
+    attack.fab.n_iter = case.steps  # 100 are the version's own
+    for apgd in (attack.apgd, attack.apgd_targeted):
+        apgd.n_iter = case.steps
+        # When steps are halved: the constructor has derived it from its own number of steps.
+        apgd.n_iter_2, apgd.n_iter_min, apgd.size_decr = (max(1, int(share * case.steps)) for share in (0.22, 0.06, 0.03))
     attack.square.n_queries = 50 * case.steps
     with torch.no_grad():
         classes = queries(x[:1]).shape[1]

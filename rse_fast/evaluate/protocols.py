@@ -21,7 +21,7 @@ class Case:
         "noise-off" (its network without noise), "fixed-draw" (one draw, the same at every step), "plain" (another network). All but the
         first are transfers.
     victim: what is scored: "deployed"; "noise-off", "fixed-seed" (the ensemble with one seed for all), both ablations.
-    restarts: independent starts; the one with the lowest probability of the true class, in draws of their own, counts.
+    restarts: independent starts; the image whose true class is furthest behind another, in draws of their own, counts.
     c: weight of the margin in the loss of cw-c.
     by_draws: the images found are scored by ensembles of 1, 2, 5, ... draws as well.
     """

@@ -207,9 +207,9 @@ def _how_to_read(results):
         f"- Worst of {queries} queries: an image counts as right only if all {queries} scorings are right. This is the accuracy that "
         "is left against someone who asks again.\n"
         "- EOT: draws of noise behind each query of the attack, which sees the log of their mean softmax. Every query has fresh noise.\n"
-        "- Where an attack gives several images for one, the image that counts is chosen in separate draws: the one with the lowest "
-        "probability of the true class. C&W with a search for the smallest distance runs with margins of 0 to 4; there it is the closest "
-        "image that is wrong in the separate draws."
+        "- Where an attack gives several images for one, the image that counts is chosen in separate draws: the one whose true class is "
+        "furthest behind another, or least ahead of it. C&W with a search for the smallest distance runs with margins of 0 to 4; there it "
+        "is the closest image that is wrong in the separate draws."
     )
 
 

@@ -6,7 +6,7 @@ from rse_fast.evaluate.estimate import estimate, paired_difference
 from rse_fast.evaluate.protocols import LARGE, PAPER_C, Case
 from rse_fast.render import radius
 
-# The share of gradients that are zero, at images that are still right, beyond which an attack that follows them counts as blind.
+# Of the gradients at images that are still right, the share that is zero beyond which an attack that follows them counts as blind.
 ZERO_GRADIENTS = 0.1
 TOLD_APART = 0.02  # a plateau that could hide more than this says so
 
@@ -40,7 +40,8 @@ def _share(row):
 
 
 def _figures(case, rows):
-    """accuracy: estimate over repeats. worst: share of images that were right in each of the repeats, "worst of k queries"."""
+    """accuracy: estimate over repeats. worst: share of images that were right in each of the repeats, "worst of k queries". verdict: share
+    that the attack's library calls right."""
     count, repeats = len(rows), len(rows[0]["answers"])
     accuracies = [sum(row["answers"][r] == row["target"] for row in rows) / count for r in range(repeats)]
     worst = sum(all(answer == row["target"] for answer in row["answers"]) for row in rows) / count
@@ -52,13 +53,16 @@ def _figures(case, rows):
         "mean_l2": statistics.fmean(row["l2"] for row in rows),
         "rms_l2": statistics.fmean(row["l2"] ** 2 for row in rows) ** 0.5,
         "largest_linf": max(row["linf"] for row in rows),
-        "verdict": 1 - sum(row["verdict"] for row in rows) / count,
         "attack_queries": statistics.fmean(row["queries"] for row in rows),
         "seconds_per_image": statistics.fmean(row["seconds"] for row in rows),
     }
+    if case.method != "clean":  # where there is no library to have one
+        figures["verdict"] = 1 - sum(row["verdict"] for row in rows) / count
     gradients = [row["gradients"] for row in rows if row.get("gradients")]
     if gradients:
-        figures["gradients"] = {kind: statistics.fmean(g[kind] for g in gradients) for kind in ("nan", "zero")}
+        # Rows of an older version do not tell how many were right.
+        nan, right, zero = (statistics.fmean(g.get(kind, 1.0) for g in gradients) for kind in ("nan", "right", "zero"))
+        figures["gradients"] = {"nan": nan, "zero": zero / right if right else 0.0}
     if parts := rows[0].get("parts"):
         figures["parts"] = {
             part: estimate([sum(row["parts"][part][r] == row["target"] for row in rows) / count for r in range(repeats)], count)
@@ -152,12 +156,16 @@ def checks(table: dict, shares: dict, l2: dict) -> list[dict]:
     lost = [e for e in followed if e["gradients"]["nan"] or e["gradients"]["zero"] > ZERO_GRADIENTS]
     for e in lost:
         nan, zero = (100 * e["gradients"][kind] for kind in ("nan", "zero"))
-        text = f"{e['name']}: of the gradients that it followed {nan:.1f} % are NaN or infinite, {zero:.1f} % are exactly zero at images "
-        text += "still right; an attack cannot follow such gradients, so its figures say nothing of the model"
+        text = f"{e['name']}: of the gradients that it followed {nan:.1f} % are NaN or infinite, and of those at images still right "
+        text += f"{zero:.1f} % are exactly zero; an attack cannot follow such gradients, so its figures say nothing of the model"
         add("gradients", False, text)
     if followed and not lost:
         most = 100 * max(e["gradients"]["zero"] for e in followed)
-        add("gradients", True, f"none is NaN or infinite, and of no attack more than {most:.1f} % are exactly zero at images still right")
+        add(
+            "gradients",
+            True,
+            f"none is NaN or infinite, and of those at images still right no attack has more than {most:.1f} % exactly zero",
+        )
     attacks = [e for e in table.values() if e["victim"] == "deployed" and e["method"] != "clean"]
     white = [e for e in attacks if e["source"] == "deployed" and e["method"] not in ("noise", "square", "fgsm", "cw", "cw-c")]
     for e in white:

@@ -122,7 +122,8 @@ class Queries(nn.Module):
     """A classifier that gives every query fresh noise (unless ``fixed``), counts the images asked about, and remembers the last ones.
 
     The noise comes from derived seeds alone: an attack that seeds torch's generators, or switches modes, changes nothing of it.
-    It watches the gradients that attacks get: see `gradients`.
+    It watches the gradients that attacks get: see `gradients`. Of an image that is classified with confidence the gradient of a loss may be
+    smaller than the least number of a low precision, so it goes back through the network at another scale.
     """
 
     def __init__(self, classifier: nn.Module, seed: int, fixed: bool = False):
@@ -130,7 +131,7 @@ class Queries(nn.Module):
         self.classifier, self.seed, self.fixed = classifier, seed, fixed
         self.calls = self.images = 0
         self.last: Tensor | None = None
-        self._gradients, self._broken, self._zero = 0, 0, 0
+        self._gradients, self._broken, self._right, self._zero = 0, 0, 0, 0
         self._truth: tuple[Tensor, Tensor] | None = None
         self.eval()
 
@@ -158,6 +159,10 @@ class Queries(nn.Module):
             return self.classifier(x)
         x = x.view_as(x)
         logits = self.classifier(x)
+        if logits.requires_grad:
+            scale = _Scale()
+            logits.register_hook(scale.take)
+            x.register_hook(scale.give)
         x.register_hook(functools.partial(self._note, self._still_right(x.detach(), logits.detach())))
         return logits
 
@@ -175,12 +180,28 @@ class Queries(nn.Module):
         self._gradients += len(flat)
         self._broken += (~flat.isfinite()).any(1).sum()  # tensors: no step of an attack waits for a device
         # A loss may well have no slope once it has its aim: DLR where the true class is third, C&W beyond its margin.
+        self._right += (torch.ones_like(flat[:, 0], dtype=torch.bool) & right).sum()
         self._zero += ((flat == 0).all(1) & right).sum()
 
     @property
     def gradients(self) -> dict[str, float] | None:
-        """Of the images' gradients that an attack got, the shares "nan" (or infinite) and "zero" (exactly, where the image was still
-        classified right); None if it got none."""
+        """Of the images' gradients that an attack got, the shares "nan" (or infinite), "right" (where the image was still classified right)
+        and "zero" (exactly, and still right); None if it got none."""
         if not self._gradients:
             return None
-        return {"nan": float(self._broken) / self._gradients, "zero": float(self._zero) / self._gradients}
+        counts = {"nan": self._broken, "right": self._right, "zero": self._zero}
+        return {kind: float(count) / self._gradients for kind, count in counts.items()}
+
+
+class _Scale:
+    """Brings the gradient of each image's logits to a size near 1 on its way back, and to what it was at the image. By powers of two, so
+    that only what would have vanished, or overflowed, becomes another number."""
+
+    def take(self, gradient: Tensor) -> Tensor:
+        size = gradient.abs().amax(-1)
+        _, exponent = torch.frexp(size)
+        self._exponent = exponent.masked_fill(~(size.isfinite() & (size > 0)), 0).clamp(-100, 100)
+        return torch.ldexp(gradient, -self._exponent[:, None])
+
+    def give(self, gradient: Tensor) -> Tensor:
+        return torch.ldexp(gradient, self._exponent.view(-1, *[1] * (gradient.dim() - 1)))

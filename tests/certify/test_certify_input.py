@@ -230,3 +230,32 @@ def test_a_learned_sigma_can_be_fixed(rng):
         input_noise(model, torch.rand(1, 3, 8, 8))
     model[0].sigma_raw.requires_grad_(False)
     assert input_noise(model, torch.rand(1, 3, 8, 8)) is model[0]
+
+
+class Tool:
+    """Records what passes through a layer, and holds what cannot be copied."""
+
+    def __init__(self):
+        self.lock, self.seen = threading.Lock(), []
+
+    def record(self, module, args, out):
+        self.seen.append(out.shape)
+
+
+def test_a_tool_that_cannot_be_copied_is_no_hindrance():
+    model = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 3))
+    x, ensemble = torch.rand(1, 3, 8, 8), rse_fast.Ensemble(model, 3)
+    number_layers(model)
+    expected, tool = rse_fast.certify(ensemble, x, n0=5, n=20, seed=1), Tool()
+    model[1].register_forward_hook(tool.record)
+    assert torch.equal(rse_fast.certify(ensemble, x, n0=5, n=20, seed=1).votes, expected.votes) and tool.seen
+
+
+def test_a_hook_that_reads_the_image_is_refused():
+    model = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 3))
+    number_layers(model)
+    images = []
+    model.register_forward_pre_hook(lambda module, args: images.append(args[0].mean()))
+    model.register_forward_hook(lambda module, args, out: out + images[-1])
+    with pytest.raises(ValueError, match="reading it"):
+        input_noise(model, torch.rand(1, 3, 8, 8))

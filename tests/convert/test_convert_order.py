@@ -146,3 +146,25 @@ def test_finding_the_first_layer_leaves_no_trace(traceable, rng):
     assert not hooked and not model.seen
     rse_fast.revert(model)
     assert_unchanged(model, before)
+
+
+class Tool:
+    def record(self, module, args, out):
+        raise AssertionError("a run that nobody asked for")
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("a tool must not be copied")
+
+
+def test_a_hook_whose_owner_cannot_be_copied_hides_no_order():
+    model = OutOfOrder().eval()
+    model.late.register_forward_hook(Tool().record)
+    rse_fast.convert(model)
+    assert sigmas(model) == {"late": 0.1, "unused": 0.1, "early": 0.2}
+
+
+def test_a_tensor_that_the_meta_device_does_not_have_hides_no_order():
+    model = OutOfOrder().eval()
+    model.kept = [torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.quint8)]
+    rse_fast.convert(model)
+    assert sigmas(model) == {"late": 0.1, "unused": 0.1, "early": 0.2}

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 import warnings
 
 import pytest
@@ -244,3 +245,28 @@ def test_convolutions_in_plain_lists_are_named(recwarn):
     recwarn.clear()
     rse_fast.convert(listed(), exclude=("second", "convs.0", "kept.deep.1.0"))
     assert not recwarn
+
+
+class Helper:  # no module
+    def __init__(self):
+        self.conv, self.shift = nn.Conv2d(4, 4, 1), torch.zeros(4, 1, 1)
+
+    def __call__(self, x):
+        return self.conv(x) + self.shift
+
+
+def test_a_convolution_in_an_object_of_the_users_is_named():
+    net = Two(lambda net, x: net.second(net.helper(x)))
+    net.helper = Helper()
+    net.helper.owner = net
+    with pytest.warns(RuntimeWarning, match=r"no noise to 'helper.conv' \(Conv2d in a plain attribute"):
+        rse_fast.convert(net.eval())
+    assert net.helper.conv.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("holder", [lambda t: [t], lambda t: types.SimpleNamespace(t=[t])], ids=["list", "namespace"])
+def test_tensors_in_containers_do_not_hide_what_forward_calls(holder):
+    net = Two(lambda net, x: nn.functional.conv2d(x + (net.held[0] if isinstance(net.held, list) else net.held.t[0]), net.second.weight))
+    net.held = holder(torch.ones(4, 1, 1))
+    with pytest.warns(RuntimeWarning, match="no noise to 'second' .its weight is read"):
+        rse_fast.convert(net.eval())

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rse_fast
+from rse_fast.attributes import detached
 from rse_fast.context import NoiseContext
-from rse_fast.convert import tensor_attributes
 from rse_fast.ensemble import fuse
 from rse_fast.ensemble.fused_conv import Activation, FusedConv
 from rse_fast.models import VGG16, ModelA, ResNeXt29
@@ -54,7 +54,7 @@ def assert_same_function(model, seed, shape=(IMAGES, 3, 10, 10), traced=True):
     model = model.eval()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     x = torch.rand(shape)
-    double = copy.deepcopy(model, {id(t): t.detach().clone() for t in tensor_attributes(model) if not t.is_leaf}).double()
+    double = copy.deepcopy(model, detached(model)).double()
     exact, problem = fuse.snapshot(double, torch.float64)
     assert (problem is None) is traced, problem
     wide = x.double().requires_grad_()

@@ -50,13 +50,13 @@ class Net(nn.Module):
         self.extra = [torch.zeros(3)]
         self.slots, self.gain, self.array = Slots(), Gain(), np.ones(1)
         self.namespaces = types.SimpleNamespace(a=1.0), argparse.Namespace(a=1.0)
-        self.ordered = collections.OrderedDict(a=1.0)
+        self.ordered, self.stream = collections.OrderedDict(a=1.0), 1.0
 
     def forward(self, x):
         x = self.conv(self.act(self.stem(x)) * self.scale * self._private)
         x = self.head(self.pool(x).flatten(1)) * self.steps[0] + self.steps[1]["shift"] + self.extra[0]
         x = self.gain(x) * self.slots.inner.scale * self.namespaces[0].a * self.namespaces[1].a * self.ordered["a"]
-        return x * float(self.array[0])
+        return x * float(self.array[0]) * self.stream
 
 
 def build(seed=0):
@@ -96,6 +96,7 @@ CHANGES = {  # name: (before the first call, after it)
     "stride": (NOTHING, lambda m, t: setattr(m.conv, "stride", (2, 2))),
     "padding": (NOTHING, lambda m, t: setattr(m.conv, "padding", (1, 1))),
     "attribute": (NOTHING, lambda m, t: setattr(m, "scale", 3.0)),
+    "attribute called as one of noisy layers": (NOTHING, lambda m, t: setattr(m, "stream", 3.0)),
     "private attribute": (NOTHING, lambda m, t: setattr(m, "_private", 3.0)),
     "list changed in place": (NOTHING, lambda m, t: m.steps.__setitem__(0, 3.0)),
     "dict in a list changed in place": (NOTHING, lambda m, t: m.steps[1].update(shift=torch.tensor([0.0, 1.0, 3.0]))),
@@ -182,12 +183,39 @@ def test_what_stays_as_it_is_keeps_the_snapshot():
     model, x = build(), torch.rand(2, 3, 8, 8)
     model.parent, model.itself = [nn.Sequential(model)], types.SimpleNamespace(model=model)
     model.itself.itself, model.array = model.itself, np.full(2, np.nan)
+    model.ring = {"inside": [1.0]}
+    model.ring["inside"].append(model.ring)
     model.forward = lambda x, old=model.forward: (
         old(x) if model.itself is None else model.head(model.pool(model.conv(model.stem(x))).flatten(1))
     )
     ensemble = Ensemble(model, 3, dtype="float32")
     ensemble.predict(x)
     assert ensemble.prepared(x) is ensemble.prepared(x)
+
+
+@FUSE
+def test_a_tensor_with_a_history_may_be_in_a_container(fuse, rng):
+    model, x = build(int(rng.integers(2**31))), torch.rand(2, 3, 8, 8)
+    expected = Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32").predict(x)
+    model.extra, model.gain.kept = [torch.zeros(3, requires_grad=True) * 2], {"kept": torch.ones(1, requires_grad=True) * 2}
+    assert torch.equal(Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32").predict(x).probs, expected.probs)
+
+
+@pytest.mark.parametrize("holder", [lambda t: t, lambda t: [t]], ids=["attribute", "list"])
+def test_probes_write_nothing_into_the_tensors_of_attributes(holder):
+    class Counts(Net):
+        def __init__(self):
+            super().__init__()
+            self.calls = holder(torch.zeros(()))
+
+        def forward(self, x):
+            (self.calls[0] if isinstance(self.calls, list) else self.calls).add_(1)
+            return super().forward(x)
+
+    model, x = rse_fast.convert(Counts().eval()), torch.rand(2, 3, 8, 8)
+    ensemble = Ensemble(model, 3, seed=1, fuse=False, dtype="float32")
+    ensemble.predict(x)
+    assert model.calls == holder(torch.ones(())) and ensemble.prepared(x) is ensemble.prepared(x)
 
 
 class Activations:
@@ -370,3 +398,25 @@ def test_a_dropped_snapshot_is_gone_at_once(options, rng):
     finally:
         gc.enable()
     assert counts[0] == counts[1] == counts[2]
+
+
+@FUSE
+@pytest.mark.parametrize("change", [lambda m: m.mix.mul_(2), lambda m: setattr(m, "mix", m.mix * 2)], ids=["in place", "another"])
+def test_a_change_of_a_sparse_tensor_is_noticed(change, fuse, rng):
+    """Such as the edges of a graph; it has no address."""
+
+    class Mixes(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mix", torch.eye(3).to_sparse())
+
+        def forward(self, x):
+            return (self.mix @ super().forward(x).T).T
+
+    torch.manual_seed(int(rng.integers(2**31)))
+    model, x = rse_fast.convert(Mixes().eval()), torch.rand(2, 3, 8, 8)
+    ensemble = Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32")
+    old = ensemble.predict(x)
+    change(model)
+    new, expected = ensemble.predict(x), Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32").predict(x)
+    assert torch.equal(new.probs, expected.probs) and (new.probs - old.probs).abs().max() > 1e-5

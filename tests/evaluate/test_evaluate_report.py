@@ -163,13 +163,16 @@ def test_mcnemar_is_what_counting_gives(rng):
 
 def test_gradients_that_lead_nowhere_are_a_failed_check_said_first():
     case, clean = Case("pgd20-Linf-0.1", "pgd", "Linf", 0.1, 20), Case("clean", "clean")
-    for nan, zero, passes in ((0.0, 0.05, True), (0.01, 0.0, False), (0.0, 0.2, False), (0.0, 0.0, True)):
-        rows = made(clean, 0.9, gradients=None) | made(case, 0.9, gradients={"nan": nan, "zero": zero})
+    for nan, right, zero, passes in (
+        (0.0, 1.0, 0.05, True), (0.01, 1.0, 0.0, False), (0.0, 1.0, 0.2, False), (0.0, 0.06, 0.05, False), (0.0, 0.0, 0.0, True)
+    ):  # fmt: skip
+        rows = made(clean, 0.9, gradients=None) | made(case, 0.9, gradients={"nan": nan, "right": right, "zero": zero})
         rows |= made(replace(case, name="fgsm", method="fgsm", steps=1), 0.1)  # a check of its own fails, too
         results = summarise([clean, case, replace(case, name="fgsm", method="fgsm", steps=1)], rows, IMAGES)
         assert ("gradients" in failed(results)) == (not passes)
         assert passes or (results["checks"][0]["name"] == "gradients" and "exactly zero" in results["checks"][0]["text"])
-    assert "gradients" not in results["cases"]["clean"] and results["cases"][case.name]["gradients"] == {"nan": 0.0, "zero": 0.0}
+    assert not {"gradients", "verdict"} & results["cases"]["clean"].keys()
+    assert results["cases"][case.name]["gradients"] == {"nan": 0.0, "zero": 0.0}
 
 
 def test_figures_are_what_counting_gives(rng):

@@ -73,19 +73,25 @@ SIDES = [(1, 1), (2, 3), (3, 2), (4, 4), (5, 8), (6, 1), (7, 7), (8, 5), (9, 13)
 CHANNELS = [(1, 3), (3, 64), (5, 1), (64, 5), (129, 129), (64, 64), (1, 1), (3, 129), (129, 3), (5, 5), (64, 129), (5, 64)]
 
 
+def convolutions(dtype):
+    """(x, weight, bias, padding, what stands before the convolution) of every side and every number of channels."""
+    for i, ((height, width), (inputs, outputs)) in enumerate(zip(SIDES, CHANNELS, strict=True)):
+        rows, padding, pool = (1, 7)[i % 2], (1, 0, 1, 2)[i % 4] if min(height, width) > 2 else 1, i % 3 == 2
+        x = channels_last(torch.randn(rows, inputs, height * (1 + pool) + pool, width * (1 + pool)).to(dtype))
+        before = {
+            "at": address(rows, 1 + i % 3), "sigma": torch.rand(inputs if i % 2 else 1), "pool": pool, "relu_in": i % 4 < 2,
+            "scale": torch.randn(inputs) if i % 3 else None, "shift": torch.randn(inputs) if i % 3 else None,
+        }  # fmt: skip
+        yield x, torch.randn(outputs, inputs, 3, 3), torch.randn(outputs), padding, before
+
+
 @pytest.mark.parametrize("dtype", winograd.DTYPES)
 @pytest.mark.parametrize("tile", (2, 4))
 def test_against_float64(unit, tile, dtype, rng):
     """Every side and every number of channels, with and without each option."""
-    for i, ((height, width), (inputs, outputs)) in enumerate(zip(SIDES, CHANNELS, strict=True)):
-        rows, padding, pool = (1, 7)[i % 2], (1, 0, 1, 2)[i % 4] if min(height, width) > 2 else 1, i % 3 == 2
-        x = channels_last(torch.randn(rows, inputs, height * (1 + pool) + pool, width * (1 + pool)).to(dtype))
-        weight, bias = torch.randn(outputs, inputs, 3, 3), torch.randn(outputs)
-        before = {
-            "at": address(rows, 1 + i % 3), "sigma": torch.rand(inputs if i % 2 else 1) if i % 5 else None,
-            "pool": pool, "relu_in": i % 4 < 2,
-            "scale": torch.randn(inputs) if i % 3 else None, "shift": torch.randn(inputs) if i % 3 else None,
-        }  # fmt: skip
+    for i, (x, weight, bias, padding, before) in enumerate(convolutions(dtype)):
+        if i % 5 == 0:
+            before["sigma"] = None
         z = noisy_input(x, **before)
         want = conv2d(z.double(), weight.double(), bias.double(), padding=padding)
         residual = channels_last(torch.randn(want.shape).to(dtype)) if i % 2 else None
@@ -94,9 +100,9 @@ def test_against_float64(unit, tile, dtype, rng):
         added = [bias[:, None, None]] + ([residual] if i % 2 else [])
         want = want + residual.double() if i % 2 else want
         want = want.relu() if relu else want
-        case = (height, width, inputs, outputs, rows, padding, pool)
+        case = (x.shape, weight.shape, padding, before["pool"])
         assert ((got.double() - want).abs() <= bound(z, weight, tile, padding, dtype, torch.float32, *added)).all(), case
-        quiet = noisy_input(x, address(rows), None, before["scale"], before["shift"], before["relu_in"], pool)
+        quiet = noisy_input(x, address(len(x)), None, before["scale"], before["shift"], before["relu_in"], before["pool"])
         assert torch.equal(clean, quiet.to(dtype)), case
 
 
@@ -149,14 +155,7 @@ def test_products_of_bytes(library, tile, dtype, rng):
     """Every side and every number of channels, with and without each option, against their integers in float64."""
     if library.unit != "avx512bf16":
         pytest.skip("a processor without AVX-512 VNNI")
-    for i, ((height, width), (inputs, outputs)) in enumerate(zip(SIDES, CHANNELS, strict=True)):
-        rows, padding, pool = (1, 7)[i % 2], (1, 0, 1, 2)[i % 4] if min(height, width) > 2 else 1, i % 3 == 2
-        x = channels_last(torch.randn(rows, inputs, height * (1 + pool) + pool, width * (1 + pool)).to(dtype))
-        weight, bias = torch.randn(outputs, inputs, 3, 3), torch.randn(outputs)
-        before = {
-            "at": address(rows, 1 + i % 3), "sigma": torch.rand(inputs if i % 2 else 1), "pool": pool, "relu_in": i % 4 < 2,
-            "scale": torch.randn(inputs) if i % 3 else None, "shift": torch.randn(inputs) if i % 3 else None,
-        }  # fmt: skip
+    for i, (x, weight, bias, padding, before) in enumerate(convolutions(dtype)):
         z = noisy_input(x, **before)
         narrow, products, zeros, units = in_bytes(weight, z, tile, padding)
         want, limit = of_bytes(z, narrow, products, units, tile, padding)
@@ -165,7 +164,7 @@ def test_products_of_bytes(library, tile, dtype, rng):
         packed = winograd.pack_bytes(narrow, products, zeros)
         got = convolved(x, weight, tile, padding, packed=packed, units=units, bias=bias, residual=residual, **before)
         limit = limit + (2.0**-8 if dtype == torch.bfloat16 else 2.0**-22) * (want.abs() + limit + bias.abs()[:, None, None])
-        assert ((got.double() - want).abs() <= limit).all(), (height, width, inputs, outputs, rows, padding, pool)
+        assert ((got.double() - want).abs() <= limit).all(), (x.shape, weight.shape, padding, before["pool"])
 
 
 @pytest.mark.parametrize("tile", (2, 4))

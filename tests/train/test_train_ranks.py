@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import fork, status
 from tiny_training import config, same, without_times
 
 pytest.importorskip("tqdm")
@@ -218,7 +219,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(i
     assert together(begun) == [["stop", 9], ["stop", 9]]
     assert main(["--trust", "--resume", str(tmp_path / "fewer")]) == 0
 
-    assert os.waitstatus_to_exitcode(os.waitpid(_stopped(settings, tmp_path / "more"), 0)[1]) == 0
+    assert _stops(settings, tmp_path / "more")
     together(lambda rank: train(settings, tmp_path / "more", resume=True)["event"])
 
     expected = without_times(read(tmp_path / "one" / "log.jsonl"))
@@ -230,15 +231,14 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(i
         assert all(torch.allclose(best[0][key], best[1][key], rtol=1e-3, atol=1e-3) for key in best[1])
 
 
-def _stopped(settings, out) -> int:
-    child = os.fork()
-    if child:
-        return child
-    try:
+def _stops(settings, out) -> bool:
+    """In a process of its own, for which a signal is."""
+
+    def work():
         stop_at(8, rank=0)
-        os._exit(0 if train(settings, out)["event"] == "stop" else 1)
-    except BaseException:
-        os._exit(2)
+        return train(settings, out)["event"] != "stop"
+
+    return status(fork(work)) == 0
 
 
 @pytest.mark.parametrize("defence", ["rse", "rse+adversarial"])
@@ -290,7 +290,7 @@ def test_after_a_process_died_the_other_says_how_to_go_on(images, tmp_path, dies
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [_fork(work, rank, 2, port, tmp_path / f"result-{rank}") for rank in (0, 1)]
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    statuses = list(map(status, children))
     assert statuses[dies] == -signal.SIGKILL and statuses[1 - dies] == 1, (tmp_path / f"result-{1 - dies}").read_text()
     (said,) = [line for line in (tmp_path / "said").read_text().splitlines() if "rse-fast" in line]
     assert said.startswith("rse-fast train: another process of this run has died or cannot be reached (")
