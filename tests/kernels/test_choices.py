@@ -43,24 +43,15 @@ def test_the_default_is_the_break_even_of_instruction_counts():
         ("output", wide): dict.fromkeys(WEIGHTS, "separate"),
         ("output", torch.int8): {**dict.fromkeys(WEIGHTS, "epilogue"), "grouped": "separate"},
         ("output", torch.float8_e4m3fn): {**dict.fromkeys(WEIGHTS, "epilogue"), "grouped": "separate"},
-        ("weight_grad", half): dict.fromkeys(WEIGHTS, "buffer"),
     }
     for (question, dtype), answers in expected.items():
         assert {name: choices.look_up("Some GPU", dtype, question, *shape) for name, shape in WEIGHTS.items()} == answers, question
 
 
-def test_choose_returns_all_three():
-    half = torch.bfloat16
-    assert choices.choose("Some GPU", half, *WEIGHTS["first"], producer=WEIGHTS["pointwise"]) == "in_kernel"
-    assert choices.choose("Some GPU", half, *WEIGHTS["other"], producer=WEIGHTS["pointwise"]) == "epilogue"
-    assert choices.choose("Some GPU", half, *WEIGHTS["other"], producer=WEIGHTS["other"]) == "separate"
-    assert choices.choose("Some GPU", half, *WEIGHTS["other"]) == "separate"
-
-
 def test_a_row_of_a_device_goes_first(monkeypatch):
     monkeypatch.setattr(choices, "CHOICES", {("Some GPU", "bfloat16", "input", "other"): "in_kernel", **choices.CHOICES})
-    assert choices.choose("Some GPU", torch.bfloat16, *WEIGHTS["other"]) == "in_kernel"
-    assert choices.choose("Another", torch.bfloat16, *WEIGHTS["other"]) == "separate"
+    found = [choices.look_up(device, torch.bfloat16, "input", *WEIGHTS["other"]) for device in ("Some GPU", "Another")]
+    assert found == ["in_kernel", "separate"]
 
 
 def test_the_documentation_shows_this_table():
