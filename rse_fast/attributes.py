@@ -78,14 +78,22 @@ def detached(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def of(thing: Any) -> dict[str, Any]:
-    """The attributes of an object by name; those of a dataclass may have slots."""
+    """The attributes of an object by name; those of a dataclass may have slots. One that raises when it is read counts as None."""
     fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
-    return {**getattr(thing, "__dict__", {}), **{f.name: getattr(thing, f.name, None) for f in fields}}
+    kept = _read(thing, "__dict__")
+    return {**(kept if isinstance(kept, dict) else {}), **{f.name: _read(thing, f.name) for f in fields}}
 
 
 def package(cls: type) -> str:
     """The outermost package that a class is of."""
-    return cls.__module__.partition(".")[0]
+    return str(cls.__module__).partition(".")[0]  # that of a class made by hand may be anything
+
+
+def _read(thing: Any, name: str) -> Any:
+    try:
+        return getattr(thing, name, None)
+    except Exception:  # a property of the user's
+        return None
 
 
 def _is_followed(cls: type, packages: set[str]) -> bool:

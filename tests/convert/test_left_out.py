@@ -1,6 +1,7 @@
 """Convolutions that get no noise, or get it and are not called: said by convert, by describe, and by an Ensemble."""
 
 import copy
+import dataclasses
 import functools
 import types
 import warnings
@@ -270,3 +271,35 @@ def test_tensors_in_containers_do_not_hide_what_forward_calls(holder):
     net.held = holder(torch.ones(4, 1, 1))
     with pytest.warns(RuntimeWarning, match="no noise to 'second' .its weight is read"):
         rse_fast.convert(net.eval())
+
+
+class Untold:  # whose package nobody knows
+    __module__ = None
+
+
+class Closed:  # answers whatever is asked of it
+    __slots__ = ()
+
+    def __getattr__(self, name):
+        if name in ("__deepcopy__", "__reduce_ex__", "__setstate__"):
+            raise AttributeError(name)
+        return lambda: name
+
+
+@dataclasses.dataclass
+class Broken:
+    size: int = 1
+
+    def __getattribute__(self, name):
+        if name == "size":
+            raise RuntimeError("not yet known")
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("kind", [Untold, Closed, Broken])
+def test_objects_that_cannot_be_looked_into_are_passed_over(kind):
+    net = Two(lambda net, x: net.second(x))
+    net.held = kind()
+    rse_fast.convert(net.eval())
+    ensemble, x = rse_fast.Ensemble(net, 2), torch.rand(1, 3, 8, 8)
+    assert torch.equal(ensemble.predict(x, seed=1).probs, ensemble.predict(x, seed=1).probs)
