@@ -63,6 +63,9 @@ class Watch:
         self._fields = fields = list(map(vars, self._modules))
         self._sizes = list(map(len, fields))
         registries = [field[name] for field in fields for name in _REGISTRIES]
+        # Those of a scripted module are views that are equal to none, and hold the same things at each look.
+        self._scripted = [(r, list(r.items())) for r in registries if not isinstance(r, dict)]
+        registries = [r for r in registries if isinstance(r, dict)]
         self._empty, self._filled = [r for r in registries if not r], [r for r in registries if r]
         self._kept = list(map(dict, self._filled))
         # Dicts are compared by identity first, and by value where that differs, which for large tensors raises. So there are three looks:
@@ -70,7 +73,7 @@ class Watch:
         small = [(r, k) for r in self._filled for k, v in r.items() if isinstance(v, torch.Tensor) and v.numel() < 2 and k != _COUNTER]
         self._small_in, self._small_names = [r for r, _ in small], [name for _, name in small]
         self._small = [registry[name] for registry, name in small]
-        self._children = [field["_modules"] for field in fields if field["_modules"]]
+        self._children = [field["_modules"] for field in fields if field["_modules"] and isinstance(field["_modules"], dict)]
         self._order = self._in_order()
         # One look-up for the dicts that torch keeps in a module, of which there shall be no other, and for all of its attributes.
         names = list(map(_watched, self._modules))
@@ -79,7 +82,8 @@ class Watch:
         plain = [_frozen([field[name] for name in own]) for own, field in zip(names, fields, strict=True)]
         inside = [_frozen(attributes.of(thing)) for thing in reached.objects]
         self._values = [(*_dicts(field), *own) for own, field in zip(plain, fields, strict=True)] + inside
-        tensors = [v for kept in self._kept for name, v in kept.items() if name != _COUNTER]
+        kept = chain(chain.from_iterable(map(dict.items, self._kept)), *(items for _, items in self._scripted))
+        tensors = [v for name, v in kept if name != _COUNTER]
         tensors = [t for t in tensors + reached.tensors if isinstance(t, torch.Tensor)]
         self._tensors = list({id(t): t for t in tensors}.values())
         self._versioned = list(filter(_has_version, self._tensors))
@@ -110,6 +114,7 @@ class Watch:
             return self._stepped or not (
                 not any(self._empty)
                 and self._filled == self._kept
+                and all(_same_items(registry.items(), items) for registry, items in self._scripted)
                 and all(map(is_, map(dict.__getitem__, self._small_in, self._small_names), self._small))
                 and self._in_order() == self._order
                 and list(map(type, self._modules)) == self._types
@@ -146,6 +151,12 @@ def _has_version(tensor):
         return tensor._version >= 0
     except RuntimeError:
         return False
+
+
+def _same_items(items, kept):
+    """Whether a registry holds the very things that it held."""
+    items = list(items)
+    return len(items) == len(kept) and all(name == k and value is v for (name, value), (k, v) in zip(items, kept, strict=True))
 
 
 def _watched(module):

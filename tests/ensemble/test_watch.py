@@ -420,3 +420,19 @@ def test_a_change_of_a_sparse_tensor_is_noticed(change, fuse, rng):
     change(model)
     new, expected = ensemble.predict(x), Ensemble(model, 3, seed=1, fuse=fuse, dtype="float32").predict(x)
     assert torch.equal(new.probs, expected.probs) and (new.probs - old.probs).abs().max() > 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:rse-fast. convert gives no noise:RuntimeWarning")
+@FUSE
+def test_scripted_submodules_are_watched(fuse, rng):
+    inner = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(inner), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    ensemble, x = Ensemble(rse_fast.convert(model), 3, fuse=fuse), torch.from_numpy(rng.random((2, 3, 8, 8), dtype=np.float32))
+    before = ensemble.predict(x, seed=1).probs
+    assert torch.equal(ensemble.predict(x, seed=1).probs, before)
+    ensemble(x.requires_grad_()).sum().backward()  # nothing has changed in between
+    with torch.no_grad():
+        next(model[1].parameters()).mul_(-3)
+    after = ensemble.predict(x.detach(), seed=1).probs
+    assert not torch.equal(after, before) and torch.equal(after, Ensemble(model, 3, fuse=fuse).predict(x.detach(), seed=1).probs)
