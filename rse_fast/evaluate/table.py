@@ -156,7 +156,8 @@ def _runs(args) -> dict[str, tuple[Path, train.Config | None]]:
     return found
 
 
-_FACTS = {"run": str, "config": dict, "trained": dict, "cells": dict, "absent": dict, "notes": list}
+_FACTS = {"config": dict, "trained": dict, "cells": dict, "absent": dict, "notes": list}
+_TEST = {"column": str, "first": str, "second": str, "images": int, "only_first": int, "only_second": int, "p": (int, float)}
 _SAME = ("weights", "data", "labels", "order", "draws", "sigmas", "l2", "repeats", "resize", "logits")  # settings that cells rest on
 
 
@@ -170,11 +171,32 @@ def _read(path: Path) -> dict:
     if not isinstance(rows, dict) or not isinstance(table.get("compared"), list):
         raise ValueError(f"--beside: expected a table.json, with rows and comparisons, got {str(path)!r}")
     for name, row in rows.items():
-        whole = isinstance(row, dict) and all(isinstance(row.get(key) or kind(), kind) for key, kind in _FACTS.items())
-        cells = row.get("cells", {}).values() if whole else ()
-        if not whole or not all(isinstance(c, dict) and {"accuracy", "images"} <= c.keys() for c in cells):
+        if not _is_whole(row):
             raise ValueError(f"--beside: row {name!r} of {str(path)!r} does not have the form of a table.json; make it by this command")
+    if not all(
+        isinstance(test, dict) and all(isinstance(test.get(key), kind) for key, kind in _TEST.items()) for test in table["compared"]
+    ):
+        raise ValueError(f"--beside: a comparison in {str(path)!r} does not have the form of a table.json; make it by this command")
     return table
+
+
+def _is_whole(row) -> bool:
+    """Whether a row has what a table shows of it, and what it is told from other networks by."""
+    if not isinstance(row, dict) or not {"run", *_FACTS} <= row.keys():
+        return False
+    optional = ("config", "trained")  # None where the network was never trained
+    if not all(isinstance(row[key], kind) or (row[key] is None and key in optional) for key, kind in _FACTS.items()):
+        return False
+    if "settings" in row and not (isinstance(row["settings"], dict) and isinstance(row["settings"].get("weights"), str)):
+        return False
+    if not all(isinstance(cell, dict) and isinstance(cell.get("right", ""), str) for cell in row["cells"].values()):
+        return False
+    sections = {title: list(columns) for title, columns in SECTIONS.items()}
+    try:
+        markdown({"rows": {"": row}, "images": 1, "sections": sections, "compared": [], "command": ""})
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+    return True
 
 
 class _Row:
@@ -250,7 +272,9 @@ class _Row:
         if not self.beside:
             return
         settings = self.beside.get("settings")
-        here = self.facts.setdefault("settings", settings)
+        if settings:
+            self.facts.setdefault("settings", settings)
+        here = self.facts.get("settings")
         if here and settings and (other := [key for key in _SAME if here.get(key) != settings.get(key)]):
             raise ValueError(f"--beside: expected a row {self.name!r} with the settings of this one, got another {', '.join(other)}")
         own = self.facts["notes"]

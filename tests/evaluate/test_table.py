@@ -190,6 +190,43 @@ def test_a_network_is_put_beside_a_table_made_elsewhere(tiny, tmp_path, capsys):
     assert beside(tmp_path / "nowhere", "bad") == 2 and not (tmp_path / "bad").exists()
 
 
+CELL = {"accuracy": {"mean": 0.5, "sd": None, "low": 0.4, "high": 0.6, "images": 4}, "images": 4}
+ROW = {"run": "a", "config": None, "trained": None, "cells": {"clean": CELL}, "absent": {}, "notes": []}
+TEST = {"column": "clean", "first": "a", "second": "b", "images": 4, "only_first": 1, "only_second": 1, "p": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"notes": None}, {"absent": None}, {"cells": None}, {"config": 1}, {"settings": None}, {"settings": {}},
+        {"trained": {"event": "end"}},
+        {"cells": {"clean": CELL | {"accuracy": 0.5}}}, {"cells": {"clean": CELL | {"accuracy": {}}}},
+        {"cells": {"clean": CELL | {"images": "4"}}}, {"cells": {"clean": CELL | {"right": [1]}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rows_of_another_form_are_refused_by_name(changed, tmp_path, capsys):
+    def status(rows, compared):
+        (tmp_path / "there.json").write_text(json.dumps({"rows": rows, "compared": compared}))
+        return table.main(["--defences", "--beside", str(tmp_path / "there.json"), "--out", str(tmp_path / "out"), "--report"])
+
+    assert status({"a": ROW}, [TEST]) == 0
+    (key,) = changed
+    for row in (ROW | changed, {k: v for k, v in ROW.items() if k != key} if key in ROW else None):
+        assert status({"a": row}, []) == 2 and "--beside: row 'a' of " in capsys.readouterr().err
+    for test in (1, TEST | {"p": "small"}, {k: v for k, v in TEST.items() if k != "images"}):
+        assert status({"a": ROW}, [test]) == 2 and "--beside: a comparison in " in capsys.readouterr().err
+
+
+def test_a_network_that_was_attacked_nowhere_is_put_beside_itself(tiny, tmp_path):
+    assert table.main([*tiny, "--columns", table.CERTIFIED]) == 1
+    there = read(tmp_path / "out")
+    assert "settings" not in there["rows"]["rse"] and table.CERTIFIED in there["rows"]["rse"]["cells"]
+    reuse = ["--defences", "--reuse", f"rse={tmp_path / 'out/rse/run'}", "--beside", str(tmp_path / "out/table.json")]
+    assert table.main([*tiny, *reuse, "--out", str(tmp_path / "more"), "--report"]) == 1
+    assert read(tmp_path / "more")["rows"]["rse"]["cells"] == there["rows"]["rse"]["cells"]
+
+
 def _made(folder):
     folder.mkdir(parents=True)
     return folder
