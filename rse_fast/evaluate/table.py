@@ -361,18 +361,16 @@ def compare(right: dict[str, dict[str, str]], known: Sequence[dict] = ()) -> lis
     reference = "rse" if "rse" in right else next(iter(right), None)
     there = {(test["column"], test["first"], test["second"]): test for test in known}
     made = []
-    for column in [*ATTACKED, *PARTS]:
-        for name in right:
+    for column in [column for column in (*ATTACKED, *PARTS) if column != "C&W median L2"]:
+        for name in (name for name in right if name != reference):
             pairs = list(zip(right[name].get(column, ""), right[reference].get(column, ""), strict=False))
             pairs = [(mine == "1", other == "1") for mine, other in pairs if "-" not in (mine, other)]
-            test = there.get((column, name, reference), {"images": 0})
-            if name == reference or column == "C&W median L2":
-                continue
-            if len(pairs) > 0 and len(pairs) >= test["images"]:
+            test = there.get((column, name, reference))
+            if pairs and (test is None or len(pairs) >= test["images"]):
                 split = mcnemar(*map(list, zip(*pairs, strict=True)))
                 made.append({"column": column, "first": name, "second": reference, "images": len(pairs), "only_first": split["first"],
                              "only_second": split["second"], "p": split["p"]})  # fmt: skip
-            elif test["images"]:
+            elif test is not None:
                 made.append(dict(test))
     largest = 0.0
     for rank, test in enumerate(sorted(made, key=lambda test: test["p"])):
